@@ -1,0 +1,549 @@
+"""Training: recipes, one loop, checkpoints.
+
+The playbook's run in miniature: three stages whose mixture moves from prose to code and math, warmup-stable-decay
+whose decay is the last stage, AdamW, clipping, a global batch in tokens. Without an argument it makes a tokenizer
+and token files from the Python installation, trains on them for a few minutes and writes runs/laptop.
+
+    python train.py                                     # the laptop recipe, from nothing to a sample
+    python train.py laptop --data data/mine --tokens 2e6
+    python train.py smollm2-135m --data data/fineweb
+    torchrun --nproc_per_node=8 train.py baseline-1b    # the same, on eight GPUs
+    python train.py --resume runs/laptop
+
+A recipe is a value of the class `Recipe` below; each of its fields, and each of its model's, is a flag.
+"""
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import cost
+import data as data_
+import schedule as schedule_
+from data import Batch, Curriculum, Split, Stage
+from model import GPT, PRESETS, ModelConfig, ModelError, cross_entropy, newest_checkpoint
+from sample import complete
+from tokenizer import Tokenizer, UserError, run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run. Tokens are counted over all processes."""
+
+    model: ModelConfig = PRESETS["laptop"]
+    data: str = "data/laptop"  # prepared folders, separated by commas
+    stages: tuple[Stage, ...] = ()
+    tokens: float = 0  # how long to train; 0: what the stages add up to; otherwise they shrink or grow in proportion
+    batch_tokens: int = 8192  # global batch, in tokens
+    micro_batch: int = 0  # sequences a process computes at once; 0: as many as fit
+    learning_rate: float = 3e-3  # at its peak
+    schedule: str = "wsd"  # wsd, cosine or multistep
+    warmup_steps: int = 50  # steps until the peak rate
+    decay_share: float = 0.2  # of the steps, for wsd
+    decay_shape: str = "linear"  # linear, sqrt (1-sqrt) or cosine, for wsd
+    final_share: float = 0.0  # of the peak rate, at the last step
+    weight_decay: float = 0.1  # not on the embedding
+    beta1: float = 0.9  # AdamW's memory of the gradient
+    beta2: float = 0.95  # and of its square
+    eps: float = 1e-8  # added to AdamW's denominator
+    clip: float = 1.0  # of the gradient's norm
+    document_mask: bool = True  # attention stays inside each document
+    eval_every: int = 100  # steps between evaluations, each with a sample
+    eval_sequences: int = 64  # held-out sequences a source in each evaluation; four times that at the end
+    save_every: int = 500  # steps between checkpoints; the last two are kept
+    sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a new document
+    seed: int = 0  # of the weights and of the order of the data
+    device: str = "auto"  # cuda, mps or cpu
+    dtype: str = "auto"  # bfloat16 or float32, of the matrix products; weights are float32
+    compile: str = "auto"  # true or false: torch.compile of every block
+
+
+# Smallest first. The mixtures of the laptop's stages are SmolLM3's moved towards what the machine at hand offers:
+# from base to decay, code and math take over from prose.
+RECIPES = {
+    "laptop": Recipe(
+        stages=(
+            Stage("base", 2.8e6, {"prose": 0.45, "code": 0.45, "math": 0.10}),
+            Stage("quality", 0.6e6, {"prose": 0.30, "code": 0.50, "math": 0.20}),
+            Stage("decay", 0.6e6, {"prose": 0.20, "code": 0.50, "math": 0.30}),
+        )),
+    "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
+        model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
+        stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000, weight_decay=0.01,
+        save_every=2000, eval_every=1000, eval_sequences=256),
+    "baseline-1b": Recipe(  # the playbook's ablation baseline: 45B tokens, 1.5 days on 8 H100s
+        model=replace(PRESETS["llama-3.2-1b"], rope_theta=5e4, rope_llama3_factor=0.0, max_position_embeddings=4096),
+        data="data/fineweb-edu,data/stack-edu-python,data/finemath",
+        stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
+        batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", warmup_steps=2000, final_share=0.1,
+        save_every=2000, eval_every=1000, eval_sequences=256),
+}
+
+
+# ---- one process or many --------------------------------------------------------------------------------------
+
+
+@dataclass
+class World:
+    """This process among those that `torchrun` started; alone without it."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls) -> "World":
+        if "RANK" not in os.environ:
+            return cls()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def agree(self, value):
+        """The first process's value, in all of them."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box)
+        return box[0]
+
+    def sum(self, *values: float, device: str) -> list[float]:
+        """Each value summed over the processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64 if device != "mps" else torch.float32, device=device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+
+# ---- run folders ----------------------------------------------------------------------------------------------
+# runs/NAME/: recipe.json, log.jsonl, loss.png, tokenizer.json, checkpoints/step-NNNNNNNN/ with config.json, model.pt,
+# optimizer.pt, tokenizer.json and manifest.json. A checkpoint is written beside its place and renamed, its manifest
+# of sha256 last, so that one which exists is whole; the two newest stay.
+
+
+def new_run_folder(name: str) -> Path:
+    """runs/name, or runs/name-2, runs/name-3, ... : no run is overwritten."""
+    number, folder = 1, Path("runs") / name
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def save_checkpoint(run_folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
+                    keep: int = 2) -> Path:
+    """Writes the checkpoint after `step` steps and removes all but the newest `keep`."""
+    place = run_folder / "checkpoints" / f"step-{step:08d}"
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.save(model.state_dict(), partial / "model.pt")
+    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
+    (partial / "config.json").write_text(json.dumps(asdict(model.config), indent=1), "utf-8")
+    tokenizer.save(partial)
+    files = {}
+    for path in sorted(partial.iterdir()):
+        with open(path, "rb+") as file:
+            files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+    (partial / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1), "utf-8")
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
+    for old in sorted(place.parent.glob("step-????????"))[:-keep]:
+        shutil.rmtree(old)
+    return place
+
+
+def recipe_from_json(folder: Path) -> Recipe:
+    try:
+        saved = json.loads((folder / "recipe.json").read_text("utf-8"))
+        saved["model"], saved["stages"] = ModelConfig(**saved["model"]), tuple(Stage(**s) for s in saved["stages"])
+        return Recipe(**saved)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a run; give a folder such as runs/laptop") from None
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/recipe.json is damaged ({error}); start again with `python train.py`") from None
+
+
+class Log:
+    """log.jsonl: one JSON object a line; {"step", "loss", ...} of training, {"step", "val", ...} of evaluations."""
+
+    def __init__(self, folder: Path, resumed_at: int = 0):
+        self.path, self.entries = folder / "log.jsonl", []
+        if self.path.exists():  # what the run did after the checkpoint that it resumes from is done again
+            lines = self.path.read_text("utf-8").splitlines()
+            self.entries = [entry for line in lines if (entry := json.loads(line))["step"] <= resumed_at]
+            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), "utf-8")
+
+    def write(self, **entry) -> None:
+        self.entries.append(entry)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def draw(self, path: Path) -> bool:
+        """The loss and held-out curves as a picture; False without matplotlib."""
+        try:
+            import matplotlib
+        except ImportError:
+            return False
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        steps = [e for e in self.entries if "loss" in e]
+        left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], lw=0.8)
+        left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
+        rate = left.twinx()
+        rate.plot([e["tokens"] for e in steps], [e["lr"] for e in steps], color="tab:gray", lw=0.8)
+        rate.set_ylabel("learning rate")
+        for stage in sorted({e["stage"] for e in steps}, key=[e["stage"] for e in steps].index):
+            left.axvline(next(e["tokens"] for e in steps if e["stage"] == stage), color="lightgray", lw=0.8, zorder=0)
+        evals = [e for e in self.entries if "val" in e]
+        for source in evals[-1]["val"] if evals else ():
+            right.plot([e["tokens"] for e in evals], [e["val"][source] for e in evals], marker=".", label=source)
+        right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte")
+        right.legend()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        return True
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------
+
+
+def to_device(batch: Batch, device: str) -> tuple[torch.Tensor, ...]:
+    """tokens, targets, cu_seqlens; on CUDA through pinned memory, so that the copy does not stop the GPU."""
+    tensors = [torch.from_numpy(x) for x in (batch.tokens, batch.targets, batch.cu_seqlens)]
+    if device == "cuda":
+        return tuple(x.pin_memory().to(device, non_blocking=True) for x in tensors)
+    return tuple(x.to(device) for x in tensors)
+
+
+@torch.no_grad()
+def bits_per_byte(model: GPT, split: Split, tokenizer: Tokenizer, sequences: int, rows: int, document_mask: bool) -> float:
+    """Bits that the model needs for a byte of held-out text, comparable between tokenizers.
+
+    The negative log-likelihood of every target, each document's end included, over the bytes of the targets' text.
+    """
+    device = model.model.embed_tokens.weight.device.type
+    sizes = torch.tensor(tokenizer.token_bytes, device=device)
+    nats, size = 0.0, 0
+    for batch in data_.validation_batches(split, model.config.max_position_embeddings, rows, sequences):
+        tokens, targets, starts = to_device(batch, device)
+        nats += cross_entropy(model(tokens, starts if document_mask else None), targets).item()
+        size += sizes[targets[targets >= 0]].sum().item()
+    return nats / math.log(2) / size
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------
+
+
+def micro_batch_rows(recipe: Recipe, world: World, device: str) -> int:
+    """Sequences that a process computes at once, such that processes x steps of accumulation make the global batch."""
+    context = recipe.model.max_position_embeddings
+    unit = context * world.size
+    if recipe.batch_tokens % unit:
+        below, above = recipe.batch_tokens // unit * unit, -(-recipe.batch_tokens // unit) * unit
+        raise UserError(f"--batch_tokens {recipe.batch_tokens} does not divide into sequences of {context} tokens on "
+                        f"{world.size} process(es); the nearest that do are {' and '.join(str(n) for n in (below, above) if n)}")
+    rows = recipe.batch_tokens // unit
+    if recipe.micro_batch:
+        if rows % recipe.micro_batch:
+            divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+            nearest = sorted(divisors, key=lambda n: abs(n - recipe.micro_batch))[:2]
+            raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a process; the "
+                            f"nearest that do are {' and '.join(map(str, sorted(nearest)))}")
+        return recipe.micro_batch
+    room = 0.6 * torch.cuda.mem_get_info()[0] if device == "cuda" else 2**30
+    fixed = cost.training_memory(recipe.model, 0, context)["total"] if device == "cuda" else 0
+    a_row = cost.training_memory(recipe.model, 1, context)["activations"]
+    fit = max(1, int((room - fixed) / a_row))
+    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
+
+
+def load_data(recipe: Recipe) -> tuple[Tokenizer, list[dict[str, Split]]]:
+    """The tokenizer and the sources of a recipe; the embedded corpus is made if it is not there yet."""
+    if recipe.data == "data/laptop" and not list(Path(recipe.data).glob("*/meta.json")):
+        print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
+        data_.prepare_embedded(recipe.data, recipe.model.vocab_size)
+    tokenizer = Tokenizer.load(data_.find_tokenizer(recipe.data))
+    return tokenizer, [data_.load_source(folder, tokenizer) for folder in data_.source_folders(recipe.data)]
+
+
+def fit_to_data(recipe: Recipe, tokenizer: Tokenizer, sources: list[Split]) -> Recipe:
+    """The recipe with the tokenizer's vocabulary, the asked number of tokens, and a mixture that the data has."""
+    model = replace(recipe.model, vocab_size=tokenizer.vocab_size)
+    total = sum(stage.tokens for stage in recipe.stages)
+    scale = recipe.tokens / total if recipe.tokens else 1.0
+    names = [split.name for split in sources]
+    stages = []
+    for stage in recipe.stages:
+        mixture = stage.mixture if set(stage.mixture) <= set(names) else {}
+        if mixture != stage.mixture and stage is recipe.stages[0]:
+            print(f"mixture   {recipe.data} has {', '.join(names)}, not the recipe's {', '.join(stage.mixture)}: every "
+                  "stage takes the sources as large as they are")
+        stages.append(replace(stage, tokens=stage.tokens * scale, mixture=mixture))
+    return replace(recipe, model=model, stages=tuple(stages), tokens=total * scale)
+
+
+def print_plan(recipe: Recipe, curriculum: Curriculum, world: World, rows: int, tokens_per_second: float) -> None:
+    config, count = recipe.model, cost.count_parameters(recipe.model)
+    tokens = curriculum.steps * recipe.batch_tokens
+    accumulation = curriculum.rows // (rows * world.size)
+    print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
+          f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} query and "
+          f"{config.num_key_value_heads} KV heads, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings}")
+    print(f"batch     {recipe.batch_tokens:,} tokens = {rows} sequences x {world.size} process(es) x {accumulation} "
+          f"micro-batch(es); AdamW at {recipe.learning_rate:g}, {recipe.schedule}, warmup {recipe.warmup_steps} steps")
+    begin = 0
+    for stage, end, shares in zip(curriculum.stages, curriculum.ends, curriculum.shares):
+        mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(curriculum.sources, shares) if share)
+        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}")
+        begin = end
+    epochs = curriculum.epochs()
+    print("epochs    " + ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()))
+    for name, n in epochs.items():
+        if n > 4:
+            print(f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)")
+    flops = 6 * count["active"] * tokens
+    print(f"plan      {curriculum.steps:,} steps, {tokens:,} tokens, 6ND = {flops:.2e} FLOPs, about "
+          f"{tokens / tokens_per_second / 60:.1f} minutes at {tokens_per_second:,.0f} tokens/s (measured just now)")
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the checkpoint is written."""
+
+
+def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, float]:
+    """Runs or continues a recipe in a run folder; returns held-out bits per byte per source at the end."""
+    world = World.join()
+    talk = print if world.rank == 0 else (lambda *_, **__: None)
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")
+    micro_batch_rows(recipe, world, "cpu")  # an impossible batch is said before any work
+    machine = world.agree(cost.find_machine(recipe.device, recipe.dtype, recipe.compile))
+    talk(f"machine   {machine.reason}")
+    if world.rank == 0:
+        load_data(recipe)
+    if world.size > 1:
+        dist.barrier()
+    tokenizer, sources = load_data(recipe)
+    train_splits = [splits["train"] for splits in sources]
+    recipe = fit_to_data(recipe, tokenizer, train_splits)
+    context, rows = recipe.model.max_position_embeddings, micro_batch_rows(recipe, world, machine.device)
+    curriculum = Curriculum(train_splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed)
+    talk("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in train_splits)
+         + f"; {sum(s.bytes for s in train_splits) / sum(len(s.tokens) for s in train_splits):.2f} bytes a token")
+
+    torch.manual_seed(recipe.seed)
+    model = GPT(recipe.model)
+    model.compute_dtype = machine.dtype
+    first = 0
+    if resume:
+        checkpoint = newest_checkpoint(run_folder)
+        first = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
+        model.load_state_dict(torch.load(checkpoint / "model.pt", map_location="cpu", weights_only=True))
+    model.to(machine.device)
+    optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
+                                          (recipe.beta1, recipe.beta2), recipe.eps)
+    if resume:
+        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+    if machine.compile:
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True)
+    speed = cost.measure_speed(model, rows, context, 1.0, int(recipe.document_mask)) * world.size
+    print_plan(recipe, curriculum, world, rows, speed)
+    parallel = DistributedDataParallel(model) if world.size > 1 else model
+
+    if world.rank == 0:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        (run_folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), "utf-8")
+        tokenizer.save(run_folder)
+        log = Log(run_folder, first)
+    talk(f"run       {run_folder}" + (f", continued from step {first:,}" if resume else "")
+         + "; Ctrl-C stops, saves, and says how to go on\n", flush=True)
+
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: stopped.append(number))
+    decay_steps = round(recipe.decay_share * curriculum.steps)
+    flops = cost.flops_per_token(recipe.model, mean_document_length(train_splits, curriculum, context)
+                                 if recipe.document_mask else context)
+    accumulation = curriculum.rows // (rows * world.size)
+    bar = tqdm(total=curriculum.steps, initial=first, disable=world.rank > 0, dynamic_ncols=True, unit="step",
+               mininterval=0.5 if sys.stderr.isatty() else 10, smoothing=0.05,
+               bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
+    trained, result = 0.0, {}
+
+    def evaluate(step: int, sequences: int) -> dict[str, float]:
+        if world.rank:
+            return {}
+        started = time.perf_counter()
+        scores = {name: bits_per_byte(model, splits["val"], tokenizer, sequences, rows, recipe.document_mask)
+                  for name, splits in zip([s.name for s in train_splits], sources)}
+        text = complete(model, tokenizer, recipe.sample_prompt, min(64, context // 2), seed=recipe.seed)[0]
+        log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, sample=text, train_seconds=trained,
+                  seconds=time.perf_counter() - started)
+        listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        tqdm.write(f"step {step:,}: held-out bits per byte {listed}\n  | "
+                   + (recipe.sample_prompt + text).strip().replace("\n", "\n  | ") + "\n", file=sys.stdout)
+        sys.stdout.flush()
+        return scores
+
+    step = first
+    while step < curriculum.steps:
+        started = time.perf_counter()
+        rate = recipe.learning_rate * schedule_.rate_share(recipe.schedule, step, curriculum.steps, recipe.warmup_steps,
+                                                           decay_steps, recipe.decay_shape, recipe.final_share)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = torch.zeros((), device=machine.device)
+        for micro in range(accumulation):
+            batch = curriculum.batch(step, (micro * world.size + world.rank) * rows, rows)
+            tokens, targets, starts = to_device(batch, machine.device)
+            last = micro == accumulation - 1
+            with contextlib.nullcontext() if last or world.size == 1 else parallel.no_sync():
+                logits = parallel(tokens, starts if recipe.document_mask else None)
+                part = cross_entropy(logits, targets) / recipe.batch_tokens  # of the global batch
+                (part * world.size).backward()  # DDP averages over the processes
+            loss += part.detach()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        mean_loss = world.sum(loss.item(), device=machine.device)[0]
+        if not math.isfinite(mean_loss) or not math.isfinite(norm.item()):
+            raise UserError(f"step {step}: the loss is {mean_loss} and the gradient norm {norm.item()}, so nothing was "
+                            f"updated or saved; lower --learning_rate (now {recipe.learning_rate:g}) or --clip, and go "
+                            f"on from the last checkpoint with --resume {run_folder}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        cost.synchronize(machine.device)
+        seconds = time.perf_counter() - started
+        trained += seconds
+        step += 1
+        speed = recipe.batch_tokens / seconds
+        stage = curriculum.stages[curriculum.stage(step - 1)].name
+        if world.rank == 0:
+            share = speed * flops / machine.peak_flops / world.size
+            log.write(step=step, tokens=step * recipe.batch_tokens, loss=mean_loss, lr=rate, grad_norm=norm.item(),
+                      tokens_per_second=speed, share_of_peak=share, stage=stage)
+            bar.set_postfix_str(f"{stage} | loss {mean_loss:.3f} | lr {rate:.1e} | grad {norm.item():.2f} | "
+                                f"{speed:,.0f} tok/s | {share:.0%} of peak", refresh=False)
+            bar.update()
+        signalled = world.sum(float(bool(stopped)), device=machine.device)[0] > 0  # all leave at the same step
+        ended = step == curriculum.steps
+        if world.rank == 0 and (step % recipe.save_every == 0 or ended or signalled):
+            save_checkpoint(run_folder, step, model, optimizer, tokenizer)
+        if signalled and not ended:
+            bar.close()
+            raise Interrupted(f"Stopped at step {step:,} of {curriculum.steps:,} and saved; go on with: "
+                              f"python train.py --resume {run_folder}")
+        if step % recipe.eval_every == 0 or ended or step == 1:
+            result = evaluate(step, recipe.eval_sequences * (4 if ended else 1))
+    bar.close()
+    if world.rank == 0:
+        if log.draw(run_folder / "loss.png"):
+            talk(f"The curves are in {run_folder}/loss.png")
+        talk(f"Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt \"def \"")
+    return result
+
+
+def mean_document_length(splits: list[Split], curriculum: Curriculum, context: int) -> float:
+    """sum(len^2) / sum(len) over the pieces of documents in the sequences of one batch: what attention works on."""
+    starts = curriculum.batch(0).cu_seqlens.astype(float)
+    lengths = starts[1:] - starts[:-1]
+    return float((lengths**2).sum() / lengths.sum())
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
+FLAGS = {f.name: f.type for f in (*fields(Recipe), *fields(ModelConfig)) if f.name not in ("model", "stages")}
+
+
+def field_comments(*classes: type) -> dict[str, str]:
+    """{field: the comment behind it}: the dataclasses' own text is the help of the flags."""
+    found = (re.findall(r"^    (\w+): [^#\n]*# (.*)$", inspect.getsource(c), re.MULTILINE) for c in classes)
+    return {name: text for pairs in found for name, text in pairs}
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
+    return text.lower() == "true"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; see `python train.py --help`")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
+    """The command line, and the recipe that it names with the flags applied. Dashes and underscores are the same."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", default="laptop", help=", ".join(RECIPES))
+    parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
+    parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
+    parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
+    comments = field_comments(ModelConfig, Recipe)
+    for name, kind in FLAGS.items():
+        parser.add_argument(f"--{name}", type=truth if kind is bool else kind, metavar=kind.__name__, default=None,
+                            help=comments[name].replace("%", "%%"))
+    words = [word.partition("=") for word in argv]
+    args, unknown = parser.parse_known_args(
+        [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
+         for flag, equals, value in words])
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], [*FLAGS, "resume", "name", "model"], 1)
+        raise UserError(f"there is no flag {unknown[0]}; "
+                        + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
+    if args.recipe not in RECIPES:
+        near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
+        raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
+    recipe = recipe_from_json(Path(args.resume)) if args.resume else RECIPES[args.recipe]
+    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    model = replace(PRESETS[args.model] if args.model else recipe.model,
+                    **{name: given.pop(name) for name in list(given) if name in ModelConfig.__dataclass_fields__})
+    recipe = replace(recipe, model=model, **given)
+    for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS),
+                          ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "true", "false"))):
+        if getattr(recipe, name) not in allowed:
+            raise UserError(f"--{name} {getattr(recipe, name)} is not one of {', '.join(allowed)}")
+    for name in ("batch_tokens", "learning_rate", "eval_every", "eval_sequences", "save_every", "clip"):
+        if getattr(recipe, name) <= 0:
+            raise UserError(f"--{name} {getattr(recipe, name)} must be greater than 0")
+    return args, recipe
+
+
+def main() -> None:
+    args, recipe = parse(sys.argv[1:])
+    folder = Path(args.resume) if args.resume else new_run_folder(args.name or args.recipe)
+    try:
+        train(recipe, folder, bool(args.resume))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main, ModelError)
