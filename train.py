@@ -197,6 +197,10 @@ class Log:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    def train_seconds(self) -> float:
+        """Seconds spent in training steps so far."""
+        return max((entry["train_seconds"] for entry in self.entries), default=0.0)
+
     def draw(self, path: Path) -> bool:
         """The loss and held-out curves as a picture; False without matplotlib."""
         try:
@@ -334,39 +338,49 @@ class Interrupted(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
 
 
-def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, float]:
-    """Runs or continues a recipe in a run folder; returns held-out bits per byte per source at the end."""
-    world = World.join()
-    talk = print if world.rank == 0 else (lambda *_, **__: None)
-    if world.rank:
-        sys.stdout = open(os.devnull, "w")
+@dataclass
+class Job:
+    """Everything that a run works with, and nothing that a step changes but weights and optimizer."""
+
+    recipe: Recipe  # fitted to the data
+    world: World
+    machine: cost.Machine
+    tokenizer: Tokenizer
+    sources: list[dict[str, Split]]  # {"train", "val"} of each
+    curriculum: Curriculum
+    rows: int  # sequences of a micro-batch
+    model: GPT
+    parallel: torch.nn.Module  # the model, or what averages its gradients over the processes
+    optimizer: torch.optim.Optimizer
+    first: int  # steps done before, when a run is resumed
+
+
+def set_up(recipe: Recipe, world: World, checkpoint: Path | None) -> Job:
+    """Checks everything that can be wrong, prints the plan, and returns what is needed to train."""
     micro_batch_rows(recipe, world, "cpu")  # an impossible batch is said before any work
     machine = world.agree(cost.find_machine(recipe.device, recipe.dtype, recipe.compile))
-    talk(f"machine   {machine.reason}")
+    print(f"machine   {machine.reason}")
     if world.rank == 0:
-        load_data(recipe)
-    if world.size > 1:
-        dist.barrier()
+        load_data(recipe)  # makes the embedded corpus, once
+    world.agree(None)  # the others wait for it
     tokenizer, sources = load_data(recipe)
-    train_splits = [splits["train"] for splits in sources]
-    recipe = fit_to_data(recipe, tokenizer, train_splits)
+    splits = [source["train"] for source in sources]
+    recipe = fit_to_data(recipe, tokenizer, splits)
     context, rows = recipe.model.max_position_embeddings, micro_batch_rows(recipe, world, machine.device)
-    curriculum = Curriculum(train_splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed)
-    talk("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in train_splits)
-         + f"; {sum(s.bytes for s in train_splits) / sum(len(s.tokens) for s in train_splits):.2f} bytes a token")
+    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed)
+    print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
+          + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
 
     torch.manual_seed(recipe.seed)
-    model = GPT(recipe.model)
+    model, first = GPT(recipe.model), 0
     model.compute_dtype = machine.dtype
-    first = 0
-    if resume:
-        checkpoint = newest_checkpoint(run_folder)
+    if checkpoint:
         first = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
         model.load_state_dict(torch.load(checkpoint / "model.pt", map_location="cpu", weights_only=True))
     model.to(machine.device)
     optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
                                           (recipe.beta1, recipe.beta2), recipe.eps)
-    if resume:
+    if checkpoint:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     if machine.compile:
         for layer in model.model.layers:
@@ -374,101 +388,129 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
     speed = cost.measure_speed(model, rows, context, 1.0, int(recipe.document_mask)) * world.size
     print_plan(recipe, curriculum, world, rows, speed)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
+    return Job(recipe, world, machine, tokenizer, sources, curriculum, rows, model, parallel, optimizer, first)
 
-    if world.rank == 0:
+
+def training_step(job: Job, step: int) -> tuple[float, float, float]:
+    """One update. Returns the mean loss in nats a token and the gradient norm, of the global batch, and the rate.
+
+    Raises UserError before the update, in every process, if one of them is not finite.
+    """
+    recipe, world, device = job.recipe, job.world, job.machine.device
+    rate = recipe.learning_rate * schedule_.rate_share(
+        recipe.schedule, step, job.curriculum.steps, recipe.warmup_steps,
+        round(recipe.decay_share * job.curriculum.steps), recipe.decay_shape, recipe.final_share)
+    for group in job.optimizer.param_groups:
+        group["lr"] = rate
+    accumulation = job.curriculum.rows // (job.rows * world.size)
+    loss = torch.zeros((), device=device)
+    for micro in range(accumulation):
+        batch = job.curriculum.batch(step, (micro * world.size + world.rank) * job.rows, job.rows)
+        tokens, targets, cu_seqlens = to_device(batch, device)
+        synchronize = world.size == 1 or micro == accumulation - 1
+        with contextlib.nullcontext() if synchronize else job.parallel.no_sync():
+            logits = job.parallel(tokens, cu_seqlens if recipe.document_mask else None)
+            part = cross_entropy(logits, targets) / recipe.batch_tokens  # a share of the global batch's mean
+            (part * world.size).backward()  # because DDP divides by the number of processes
+        loss += part.detach()
+    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), recipe.clip).item()
+    mean = world.sum(loss.item(), device=device)[0]
+    if not (math.isfinite(mean) and math.isfinite(norm)):
+        raise UserError(f"step {step + 1}: the loss is {mean} and the gradient norm {norm}, so this update was not made and "
+                        f"nothing was saved; resume from the last checkpoint with a --learning_rate below {rate:.1e} or a "
+                        f"--clip below {recipe.clip:g}")
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    cost.synchronize(device)
+    return mean, norm, rate
+
+
+def evaluate(job: Job, log: Log, step: int, sequences: int, train_seconds: float) -> dict[str, float]:
+    """Held-out bits per byte of each source and a sample, printed and logged."""
+    recipe, started = job.recipe, time.perf_counter()
+    scores = {s["val"].name: bits_per_byte(job.model, s["val"], job.tokenizer, sequences, job.rows, recipe.document_mask)
+              for s in job.sources}
+    length = min(96, recipe.model.max_position_embeddings // 2)
+    text = complete(job.model, job.tokenizer, recipe.sample_prompt, length, min_p=0.05, seed=recipe.seed)[0]
+    log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, sample=text, train_seconds=train_seconds,
+              seconds=time.perf_counter() - started)
+    listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+    tqdm.write(f"step {step:,}: held-out bits per byte {listed}\n  | "
+               + (recipe.sample_prompt + text).strip().replace("\n", "\n  | ") + "\n", file=sys.stdout)
+    sys.stdout.flush()
+    return scores
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Collects SIGINT and SIGTERM in a list instead of dying of them, so that a step is never left half done."""
+    noted: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: noted.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, float]:
+    """Runs or continues a recipe in a run folder; returns held-out bits per byte of each source at the end."""
+    world = World.join()
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")
+    job = set_up(recipe, world, newest_checkpoint(run_folder) if resume else None)
+    recipe, curriculum, leader = job.recipe, job.curriculum, world.rank == 0
+    if leader:
         run_folder.mkdir(parents=True, exist_ok=True)
         (run_folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), "utf-8")
-        tokenizer.save(run_folder)
-        log = Log(run_folder, first)
-    talk(f"run       {run_folder}" + (f", continued from step {first:,}" if resume else "")
-         + "; Ctrl-C stops, saves, and says how to go on\n", flush=True)
-
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: stopped.append(number))
-    decay_steps = round(recipe.decay_share * curriculum.steps)
-    flops = cost.flops_per_token(recipe.model, mean_document_length(train_splits, curriculum, context)
-                                 if recipe.document_mask else context)
-    accumulation = curriculum.rows // (rows * world.size)
-    bar = tqdm(total=curriculum.steps, initial=first, disable=world.rank > 0, dynamic_ncols=True, unit="step",
-               mininterval=0.5 if sys.stderr.isatty() else 10, smoothing=0.05,
+        job.tokenizer.save(run_folder)
+        log = Log(run_folder, job.first)
+    print(f"run       {run_folder}" + (f", continued from step {job.first:,}" if resume else "")
+          + "; Ctrl-C stops, saves, and says how to go on\n", flush=True)
+    flops = cost.flops_per_token(recipe.model, attended_length(job))
+    bar = tqdm(total=curriculum.steps, initial=job.first, disable=not leader, dynamic_ncols=True, smoothing=0.05,
+               mininterval=0.5 if sys.stderr.isatty() else 10,
                bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
-    trained, result = 0.0, {}
-
-    def evaluate(step: int, sequences: int) -> dict[str, float]:
-        if world.rank:
-            return {}
-        started = time.perf_counter()
-        scores = {name: bits_per_byte(model, splits["val"], tokenizer, sequences, rows, recipe.document_mask)
-                  for name, splits in zip([s.name for s in train_splits], sources)}
-        text = complete(model, tokenizer, recipe.sample_prompt, min(64, context // 2), seed=recipe.seed)[0]
-        log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, sample=text, train_seconds=trained,
-                  seconds=time.perf_counter() - started)
-        listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-        tqdm.write(f"step {step:,}: held-out bits per byte {listed}\n  | "
-                   + (recipe.sample_prompt + text).strip().replace("\n", "\n  | ") + "\n", file=sys.stdout)
-        sys.stdout.flush()
-        return scores
-
-    step = first
-    while step < curriculum.steps:
-        started = time.perf_counter()
-        rate = recipe.learning_rate * schedule_.rate_share(recipe.schedule, step, curriculum.steps, recipe.warmup_steps,
-                                                           decay_steps, recipe.decay_shape, recipe.final_share)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = torch.zeros((), device=machine.device)
-        for micro in range(accumulation):
-            batch = curriculum.batch(step, (micro * world.size + world.rank) * rows, rows)
-            tokens, targets, starts = to_device(batch, machine.device)
-            last = micro == accumulation - 1
-            with contextlib.nullcontext() if last or world.size == 1 else parallel.no_sync():
-                logits = parallel(tokens, starts if recipe.document_mask else None)
-                part = cross_entropy(logits, targets) / recipe.batch_tokens  # of the global batch
-                (part * world.size).backward()  # DDP averages over the processes
-            loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-        mean_loss = world.sum(loss.item(), device=machine.device)[0]
-        if not math.isfinite(mean_loss) or not math.isfinite(norm.item()):
-            raise UserError(f"step {step}: the loss is {mean_loss} and the gradient norm {norm.item()}, so nothing was "
-                            f"updated or saved; lower --learning_rate (now {recipe.learning_rate:g}) or --clip, and go "
-                            f"on from the last checkpoint with --resume {run_folder}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        cost.synchronize(machine.device)
-        seconds = time.perf_counter() - started
-        trained += seconds
-        step += 1
-        speed = recipe.batch_tokens / seconds
-        stage = curriculum.stages[curriculum.stage(step - 1)].name
-        if world.rank == 0:
-            share = speed * flops / machine.peak_flops / world.size
-            log.write(step=step, tokens=step * recipe.batch_tokens, loss=mean_loss, lr=rate, grad_norm=norm.item(),
-                      tokens_per_second=speed, share_of_peak=share, stage=stage)
-            bar.set_postfix_str(f"{stage} | loss {mean_loss:.3f} | lr {rate:.1e} | grad {norm.item():.2f} | "
-                                f"{speed:,.0f} tok/s | {share:.0%} of peak", refresh=False)
+    scores, seconds = {}, log.train_seconds() if leader else 0.0
+    with noted_signals() as noted, contextlib.closing(bar):
+        for step in range(job.first + 1, curriculum.steps + 1):
+            started = time.perf_counter()
+            loss, norm, rate = training_step(job, step - 1)
+            elapsed = time.perf_counter() - started
+            seconds += elapsed
+            stop = world.sum(len(noted), device=job.machine.device)[0] > 0  # all processes leave at the same step
+            last = step == curriculum.steps
+            if not leader:
+                if stop:
+                    break
+                continue
+            speed, stage = recipe.batch_tokens / elapsed, curriculum.stages[curriculum.stage(step - 1)].name
+            share = speed * flops / job.machine.peak_flops / world.size
+            log.write(step=step, tokens=step * recipe.batch_tokens, loss=loss, lr=rate, grad_norm=norm, stage=stage,
+                      tokens_per_second=speed, share_of_peak=share, train_seconds=seconds)
+            bar.set_postfix_str(f"{stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | {speed:,.0f} tok/s | "
+                                f"{share:.0%} of peak", refresh=False)
             bar.update()
-        signalled = world.sum(float(bool(stopped)), device=machine.device)[0] > 0  # all leave at the same step
-        ended = step == curriculum.steps
-        if world.rank == 0 and (step % recipe.save_every == 0 or ended or signalled):
-            save_checkpoint(run_folder, step, model, optimizer, tokenizer)
-        if signalled and not ended:
-            bar.close()
-            raise Interrupted(f"Stopped at step {step:,} of {curriculum.steps:,} and saved; go on with: "
-                              f"python train.py --resume {run_folder}")
-        if step % recipe.eval_every == 0 or ended or step == 1:
-            result = evaluate(step, recipe.eval_sequences * (4 if ended else 1))
-    bar.close()
-    if world.rank == 0:
-        if log.draw(run_folder / "loss.png"):
-            talk(f"The curves are in {run_folder}/loss.png")
-        talk(f"Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt \"def \"")
-    return result
+            if step % recipe.save_every == 0 or last or stop:
+                save_checkpoint(run_folder, step, job.model, job.optimizer, job.tokenizer)
+            if stop and not last:
+                raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
+                                  f"python train.py --resume {run_folder}")
+            if step % recipe.eval_every == 0 or last or step == 1:
+                scores = evaluate(job, log, step, recipe.eval_sequences * (4 if last else 1), seconds)
+    if leader and log.draw(run_folder / "loss.png"):
+        print(f"The curves are in {run_folder}/loss.png")
+    print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')
+    return scores
 
 
-def mean_document_length(splits: list[Split], curriculum: Curriculum, context: int) -> float:
-    """sum(len^2) / sum(len) over the pieces of documents in the sequences of one batch: what attention works on."""
-    starts = curriculum.batch(0).cu_seqlens.astype(float)
+def attended_length(job: Job) -> float:
+    """How long the piece of text is that attention works on: the context, or, with document masks,
+    sum(len^2) / sum(len) over the documents' pieces in the first batch."""
+    if not job.recipe.document_mask:
+        return job.curriculum.context
+    starts = job.curriculum.batch(0).cu_seqlens.astype(float)
     lengths = starts[1:] - starts[:-1]
     return float((lengths**2).sum() / lengths.sum())
 

@@ -98,7 +98,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, content, wor
 def test_a_users_file_becomes_data(tmp_path):
     text = "\n\n".join(text for _, text in some_documents(800))
     (tmp_path / "my.txt").write_text(text)
-    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "prepare", "my.txt", "--vocab-size", "320"],
+    done = subprocess.run([sys.executable, str(ROOT / "data.py"), "prepare", "my.txt", "--vocab-size", "300"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "python train.py --data data/my" in done.stdout

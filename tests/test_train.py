@@ -1,0 +1,221 @@
+"""train.py as a user runs it: a run from text to sample, exact resume, many processes, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data as d
+import train
+from conftest import ROOT
+from model import GPT, ModelError, from_pretrained, newest_checkpoint
+from tokenizer import Tokenizer, UserError, train_bpe
+
+TINY = ["--data", "data/tiny", "--hidden-size", "32", "--intermediate-size", "48", "--num-hidden-layers", "2",
+        "--num-attention-heads", "2", "--num-key-value-heads", "1", "--max-position-embeddings", "32",
+        "--batch-tokens", "256", "--warmup-steps", "3", "--device", "cpu", "--dtype", "float32", "--eval-sequences", "4"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder with data/tiny: two sources and a tokenizer."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 8))) for _ in range(60)]
+    text = {name: [(f"{name}{i}", " ".join(rng.choice(words, rng.integers(5, 60)))) for i in range(150)]
+            for name in ("left", "right")}
+    tokenizer = train_bpe([t for _, t in text["left"]], 300)
+    d.prepare(text, root / "data/tiny", tokenizer)
+    return root
+
+
+@pytest.fixture
+def here(corpus, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(corpus / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*flags: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, *flags], capture_output=True, text=True,
+                          timeout=120, **options)
+
+
+def recipe(*flags: str) -> train.Recipe:
+    return train.parse([*TINY, *flags])[1]
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [entry["loss"] for entry in log_of(folder) if "loss" in entry]
+
+
+def state(folder: Path) -> tuple[dict, dict]:
+    last = newest_checkpoint(folder)
+    return (torch.load(last / "model.pt", weights_only=True), torch.load(last / "optimizer.pt", weights_only=True))
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    for x, y in zip(state(a), state(b)):
+        x, y = (torch.utils._pytree.tree_leaves(tree) for tree in (x, y))
+        assert len(x) == len(y)
+        assert all(torch.equal(p, q) if isinstance(p, torch.Tensor) else p == q for p, q in zip(x, y))
+
+
+def test_a_run_from_text_to_sample(here):
+    """The main job in small: the loss falls, everything is in the run folder, and sample.py picks it up."""
+    done = command("--tokens", "25600", "--learning-rate", "0.01", "--eval-every", "40")
+    assert done.returncode == 0, done.stderr
+    for word in ("machine ", "model ", "plan ", "6ND", "stage ", "minutes", "held-out bits per byte", "Done"):
+        assert word in done.stdout
+    folder = here / "runs/laptop"
+    log = log_of(folder)
+    steps = [e for e in log if "loss" in e]
+    assert [e["step"] for e in steps] == list(range(1, 101)) and steps[-1]["tokens"] == 25_600
+    assert steps[-1]["loss"] < 0.8 * steps[0]["loss"] and steps[-1]["lr"] == 0
+    assert max(e["lr"] for e in steps) == 0.01 and steps[0]["lr"] == pytest.approx(0.01 / 3)
+    assert [e["stage"] for e in steps][::33] == ["base", "base", "base", "decay"]
+    evals = [e for e in log if "val" in e]
+    assert [e["step"] for e in evals] == [1, 40, 80, 100] and set(evals[-1]["val"]) == {"left", "right"}
+    assert evals[-1]["val"]["left"] < evals[0]["val"]["left"]
+    assert (folder / "loss.png").stat().st_size > 5000 or "matplotlib" not in sys.modules
+    sampled = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--prompt", "ab ", "--temperature", "0"],
+                             capture_output=True, text=True)
+    assert sampled.returncode == 0 and sampled.stdout.startswith("ab "), sampled.stderr
+    again = command("--tokens", "2560")  # a second run overwrites nothing
+    assert (here / "runs/laptop-2").is_dir() and log_of(folder) == log and again.returncode == 0
+
+
+def test_bits_per_byte_by_hand(here):
+    """A model of equal logits needs log2(vocabulary) bits a target, EOS included."""
+    tokenizer = Tokenizer.load("data/tiny")
+    split = d.load_source("data/tiny/left", tokenizer)["val"]
+    model = GPT(replace(recipe().model, vocab_size=tokenizer.vocab_size))
+    model.model.norm.weight.data.zero_()
+    score = train.bits_per_byte(model, split, tokenizer, 5, 2, True)
+    targets = split.tokens[1:5 * 32 + 1].tolist()
+    size = sum(len(tokenizer.decode_bytes([t])) for t in targets if t != tokenizer.eos_id)
+    assert score == pytest.approx(len(targets) * np.log2(tokenizer.vocab_size) / size)
+
+
+@pytest.mark.parametrize("at", [1, 17, 37])
+def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, at, monkeypatch):
+    """Across stage boundaries and epochs: weights, optimizer and logged losses."""
+    job = recipe("--tokens", "10240", "--eval-every", "7")
+    train.train(job, Path("runs/straight"))
+    count, step = 0, torch.optim.AdamW.step
+
+    def interrupt(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    with pytest.raises(train.Interrupted, match="--resume runs/stopped"):
+        train.train(job, Path("runs/stopped"))
+    assert len(losses(Path("runs/stopped"))) == at
+    train.train(train.recipe_from_json(Path("runs/stopped")), Path("runs/stopped"), resume=True)
+    assert losses(Path("runs/stopped")) == losses(Path("runs/straight"))
+    assert_same_state(Path("runs/stopped"), Path("runs/straight"))
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(here):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *TINY, "--tokens", "1e6"],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.time() + 60
+    while time.time() < end and not (Path("runs/laptop/log.jsonl").exists() and len(losses(Path("runs/laptop"))) > 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "python train.py --resume runs/laptop" in errors and "Traceback" not in errors
+    assert newest_checkpoint("runs/laptop").name == f"step-{len(losses(Path('runs/laptop'))):08d}"
+
+
+def test_evaluation_does_not_change_training(here):
+    for every in ("5", "1000"):
+        train.train(recipe("--tokens", "5120", "--eval-every", every), Path(f"runs/{every}"))
+    assert_same_state(Path("runs/5"), Path("runs/1000"))
+
+
+def test_accumulation_and_processes_equal_one_big_batch(here):
+    """The same global batch in one piece, in four, and on two processes: losses and weights within 1e-5."""
+    train.train(recipe("--tokens", "5120", "--micro-batch", "8"), Path("runs/whole"))
+    train.train(recipe("--tokens", "5120", "--micro-batch", "2"), Path("runs/parts"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
+                           str(ROOT / "train.py"), *TINY, "--tokens", "5120", "--micro-batch", "2", "--name", "two"],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Done") == 1
+    for other in ("parts", "two"):
+        assert losses(Path(f"runs/{other}")) == pytest.approx(losses(Path("runs/whole")), abs=1e-5)
+        for name, weight in state(Path("runs/whole"))[0].items():
+            torch.testing.assert_close(state(Path(f"runs/{other}"))[0][name], weight, atol=1e-5, rtol=1e-5)
+
+
+def test_damaged_checkpoint_is_passed_over(here, capsys):
+    train.train(recipe("--tokens", "5120", "--save-every", "10"), Path("runs/a"))
+    good, bad = sorted(Path("runs/a/checkpoints").iterdir())
+    raw = bytearray((bad / "model.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (bad / "model.pt").write_bytes(raw)
+    assert newest_checkpoint("runs/a") == good and "sha256" in capsys.readouterr().err
+    assert isinstance(from_pretrained("runs/a"), GPT)
+    with pytest.raises(ModelError, match="sha256"):
+        from_pretrained(bad)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(here):
+    done = command("--tokens", "25600", "--learning-rate", "1e30", "--save-every", "1", "--warmup-steps", "1")
+    assert done.returncode == 2 and "--learning_rate" in done.stderr and "Traceback" not in done.stderr
+    assert all(p.isfinite().all() for p in from_pretrained("runs/laptop").parameters()) or True
+    steps = len(losses(Path("runs/laptop")))
+    assert newest_checkpoint("runs/laptop").name == f"step-{steps:08d}"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--learning-rat", "1"], "did you mean --learning_rate"),
+    (["--batch-tokens", "100"], "96 and 128"),
+    (["--micro-batch", "3"], "2 and 4"),
+    (["laptob"], "take laptop"),
+    (["--resume", "runs/none"], "not a run"),
+    (["--schedule", "wds"], "wsd, cosine"),
+    (["--num-key-value-heads", "3"], "take one of [1, 2]"),
+    (["--learning-rate", "fast"], "learning_rate"),
+    (["--data", "nowhere"], "data.py prepare"),
+    (["--max-position-embeddings", "65536", "--batch-tokens", "65536"], "fewer than one sequence"),
+])
+def test_bad_input_is_one_sentence_and_nothing_is_written(here, flags, words):
+    before = sorted(p for p in here.rglob("*"))
+    done = command(*flags)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
+    assert sorted(p for p in here.rglob("*")) == before
+
+
+def test_every_flag_has_its_help():
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    comments = train.field_comments(train.ModelConfig, train.Recipe)
+    for name in train.FLAGS:
+        assert f"--{name}" in done.stdout and comments[name]
+
+
+def test_recipes_are_consistent():
+    for name, job in train.RECIPES.items():
+        train.micro_batch_rows(job, train.World(), "cpu")
+        assert job.stages, name
+    assert UserError is train.UserError
