@@ -105,13 +105,17 @@ def dense_document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def _per_document(cu_seqlens: Tensor, *tensors: Tensor):
-    """Yields (slice, each tensor's [1, H, L, D] part) for every document that is not empty; KV heads repeated."""
-    heads, starts = tensors[0].shape[1], cu_seqlens.tolist()
-    for start, end in zip(starts, starts[1:]):
-        if end > start:
-            yield slice(start, end), [
-                x[start:end].float().repeat_interleave(heads // x.shape[1], 1).transpose(0, 1)[None] for x in tensors]
+def _documents(cu_seqlens: Tensor) -> list[slice]:
+    """The documents of a flattened batch, without the empty ones that pad `cu_seqlens`."""
+    starts = cu_seqlens.tolist()
+    return [slice(start, end) for start, end in zip(starts, starts[1:]) if end > start]
+
+
+def _grouped(x: Tensor, groups: int, ratio: int) -> Tensor:
+    """One document's [L, H or G, D] as the CPU kernel's [G, ratio, L, D]: each KV head under its query heads, without
+    a copy. In fp32, which that kernel is faster in."""
+    x = x.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+    return x.expand(-1, ratio, -1, -1)
 
 
 @torch.library.custom_op("nanoplaybook::document_attention", mutates_args=())
@@ -122,9 +126,11 @@ def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max
             q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, False)
         return out, lse, rng, unused
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for part, (q_doc, k_doc, v_doc) in _per_document(cu_seqlens, q, k, v):
-        out_doc, lse_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_doc, k_doc, v_doc, 0.0, True)
-        out[part], lse[:, part] = out_doc[0].transpose(0, 1), lse_doc[0]
+    groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
+    for doc in _documents(cu_seqlens):
+        out_doc, lse_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *(_grouped(x[doc], groups, ratio) for x in (q, k, v)), 0.0, True)
+        out[doc], lse[:, doc] = out_doc.permute(2, 0, 1, 3).flatten(1, 2), lse_doc.flatten(0, 1)
     return out, lse, q.new_empty(2, dtype=torch.uint64), q.new_empty(0, dtype=torch.uint64)
 
 
@@ -143,13 +149,13 @@ def _document_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, 
             grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True,
             rng, unused)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    groups = (k.shape[1], q.shape[1] // k.shape[1])
-    for part, (q_doc, k_doc, v_doc, grad_doc, out_doc) in _per_document(cu_seqlens, q, k, v, grad, out):
+    groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
+    for doc in _documents(cu_seqlens):
         dq_doc, dk_doc, dv_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_doc, q_doc, k_doc, v_doc, out_doc, lse[None, :, part], 0.0, True)
-        dq[part] = dq_doc[0].transpose(0, 1)
-        dk[part] = dk_doc[0].unflatten(0, groups).sum(1).transpose(0, 1)  # the query heads that share a KV head
-        dv[part] = dv_doc[0].unflatten(0, groups).sum(1).transpose(0, 1)
+            *(_grouped(x[doc], groups, ratio) for x in (grad, q, k, v, out)), lse[:, doc].unflatten(0, (groups, ratio)),
+            0.0, True)
+        dq[doc] = dq_doc.permute(2, 0, 1, 3).flatten(1, 2)
+        dk[doc], dv[doc] = dk_doc.sum(1).transpose(0, 1), dv_doc.sum(1).transpose(0, 1)  # over a KV head's query heads
     return dq, dk, dv
 
 
@@ -162,6 +168,7 @@ def _save_for_backward(ctx, inputs, output):
     q, k, v, cu_seqlens, max_length = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.max_length = max_length
+    ctx.set_materialize_grads(False)  # the other outputs have none
 
 
 def _backward(ctx, grad, *unused_grads):

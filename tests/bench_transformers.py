@@ -76,7 +76,7 @@ def main() -> None:
           f"(torch {torch.__version__}, {torch.get_num_threads()} threads)")
 
     sampler = GPT(OURS).eval()
-    theirs.eval().config.use_cache = True
+    theirs.eval()
     prompt, n = tokens[0, :8].tolist(), 200
     times = {"ours": [], "transformers": []}
     for _ in range(5):
@@ -84,7 +84,8 @@ def main() -> None:
         made = len(list(generate(sampler, prompt, n, temperature=0)))
         times["ours"].append((time.perf_counter() - start) / made)
         start = time.perf_counter()
-        theirs.generate(torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+        theirs.generate(torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                        pad_token_id=0, use_cache=True)
         times["transformers"].append((time.perf_counter() - start) / n)
     speed = {name: 1 / median(t) for name, t in times.items()}
     print(f"sampling  ours {speed['ours']:,.0f} tok/s, transformers {speed['transformers']:,.0f} tok/s: "
