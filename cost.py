@@ -14,12 +14,12 @@ import contextlib
 import ctypes
 import platform
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from model import GPT, PRESETS, ModelConfig, ModelError, count_parameters, cross_entropy
-from tokenizer import UserError, run
+from tokenizer import Parser, UserError, run
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "B200": 2250e12,
@@ -111,7 +111,7 @@ def try_step(device: str, dtype: torch.dtype) -> None:
 def keep_freed_memory() -> None:
     """Tells glibc to keep what a step frees for the next step: given back to the kernel and faulted in again, it costs
     a CPU 5 to 10 % of its training speed. Does nothing with other C libraries."""
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -128,8 +128,8 @@ def find_machine(device: str = "auto", dtype: str = "auto", compile: str = "auto
             chosen, why = _find_dtype(device, dtype)
             try_step(device, chosen)
             break
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            notes.append(f"{device} {dtype} failed ({str(error).splitlines()[0][:80]})")
+        except (RuntimeError, AssertionError, TypeError) as error:
+            notes.append(f"{device} with {dtype} failed ({' '.join(str(error).split())[:80] or type(error).__name__})")
     else:
         raise UserError(f"{'; '.join(notes)}; try --device cpu --dtype float32")
     if device == "cuda":
@@ -154,36 +154,53 @@ def _find_dtype(device: str, wanted: str) -> tuple[torch.dtype, str]:
         if torch.cuda.get_device_capability() >= (8, 0):
             return torch.bfloat16, "bfloat16 (the GPU has it in hardware)"
         return torch.float32, "float32 (the GPU has no bfloat16)"
-    single, half = matmul_flops(device, torch.float32), matmul_flops(device, torch.bfloat16)
+    single = matmul_flops(device, torch.float32)
+    try:
+        half = matmul_flops(device, torch.bfloat16)
+    except (RuntimeError, TypeError):
+        return torch.float32, f"float32 ({device} has no bfloat16 here)"
     speeds = f"measured {half / 1e9:.0f} GFLOP/s, float32 {single / 1e9:.0f}"
     if half > 1.2 * single:
         return torch.bfloat16, f"bfloat16 ({speeds})"
     return torch.float32, f"float32 (bfloat16 is no faster: {speeds})"
 
 
-def measure_speed(model: GPT, rows: int, context: int, seconds: float = 1.0, documents: int = 1,
+def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, seconds: float = 1.0,
                   optimizer: torch.optim.Optimizer | None = None) -> float:
-    """Tokens/s of training steps on random tokens with `documents` equal documents a row; weights as they were
-    unless there is an optimizer. The median of the steps that fit into the time, after one to warm up."""
-    device = model.model.embed_tokens.weight.device
-    tokens = torch.randint(model.config.vocab_size, (rows, context), device=device)
-    starts = torch.arange(0, rows * context + 1, context // documents, dtype=torch.int32, device=device)
-    times, end = [], None
+    """Tokens/s of training steps on tokens [B, T]; the weights stay as they are unless there is an optimizer.
+    The median of the steps that fit into the time, after one to warm up. Compilation that fails is switched off."""
+    device, times, end = tokens.device.type, [], None
     while end is None or time.perf_counter() < end or len(times) < 2:
-        synchronize(device.type)
+        synchronize(device)
         start = time.perf_counter()
-        (cross_entropy(model(tokens, starts if documents else None), tokens) / tokens.numel()).backward()
+        try:
+            logits = model(tokens, cu_seqlens)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"compile   off: it failed here ({str(error).strip().splitlines()[0][:100]})")
+            model.forget_compilation()
+            logits = model(tokens, cu_seqlens)
+        (cross_entropy(logits, tokens) / tokens.numel()).backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        synchronize(device.type)
+        synchronize(device)
         times.append(time.perf_counter() - start)
         end = end or time.perf_counter() + seconds
-    return rows * context / sorted(times[1:])[len(times[1:]) // 2]
+    return tokens.numel() / sorted(times[1:])[len(times[1:]) // 2]
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
+
+
+def positive(text: str) -> float:
+    if not 0 < (value := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+    return value
+
+
+def positive_integer(text: str) -> int:
+    return int(positive(str(int(text))))
 
 
 def plan(config: ModelConfig, tokens: float, gpus: int, mfu: float, context: int) -> None:
@@ -207,10 +224,11 @@ def measure(config: ModelConfig, rows: int, context: int, machine: Machine, docu
     model = GPT(config).to(machine.device)
     model.compute_dtype = machine.dtype
     if machine.compile:
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True)
+        model.compile_blocks()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    speed = measure_speed(model, rows, context, seconds, documents, optimizer)
+    tokens = torch.randint(config.vocab_size, (rows, context), device=machine.device)
+    starts = torch.arange(0, rows * context + 1, context // max(1, documents), dtype=torch.int32, device=machine.device)
+    speed = measure_speed(model, tokens, starts if documents else None, seconds, optimizer)
     print(f"machine      {machine.reason}; torch {torch.__version__}")
     print(f"peak         {machine.peak_flops / 1e9:,.0f} GFLOP/s")
     what = f"{documents} documents a sequence" if documents else "no document mask"
@@ -222,32 +240,30 @@ def measure(config: ModelConfig, rows: int, context: int, machine: Machine, docu
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | measure")
     p = commands.add_parser("plan", help="what a run would cost")
-    p.add_argument("preset", help=", ".join(PRESETS))
-    p.add_argument("--tokens", type=float, required=True)
-    p.add_argument("--gpus", type=int, default=8)
-    p.add_argument("--mfu", type=float, default=0.3, help="share of an H100's bf16 peak, by 6ND (SmolLM3 reached 0.26)")
-    p.add_argument("--context", type=int, default=4096)
+    p.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
+    p.add_argument("--tokens", type=positive, required=True)
+    p.add_argument("--gpus", type=positive_integer, default=8)
+    p.add_argument("--mfu", type=positive, default=0.3, help="share of an H100's bf16 peak, by 6ND (SmolLM3: 0.26)")
+    p.add_argument("--context", type=positive_integer, default=4096)
     p = commands.add_parser("measure", help="this machine's training speed")
-    p.add_argument("preset", nargs="?", default="laptop", help=", ".join(PRESETS))
-    p.add_argument("--rows", type=int, default=16, help="sequences at a time")
-    p.add_argument("--context", type=int, default=0, help="default: the preset's, at most 4096")
+    p.add_argument("preset", nargs="?", choices=PRESETS, default="laptop", metavar="PRESET", help=", ".join(PRESETS))
+    p.add_argument("--rows", type=positive_integer, default=16, help="sequences at a time")
+    p.add_argument("--context", type=positive_integer, default=0, help="default: the preset's, at most 4096")
     p.add_argument("--documents", type=int, default=1, help="equal documents a sequence; 0: no document mask")
-    p.add_argument("--seconds", type=float, default=10)
-    p.add_argument("--set", nargs="*", default=[], metavar="FIELD=N", help="changed fields of the preset")
-    for flag in ("device", "dtype", "compile"):
-        p.add_argument(f"--{flag}", default="auto")
+    p.add_argument("--seconds", type=positive, default=10)
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    p.add_argument("--compile", default="auto", choices=("auto", "true", "false"))
     args = parser.parse_args()
-    if args.preset not in PRESETS:
-        raise UserError(f"there is no preset {args.preset}; take one of {', '.join(PRESETS)}")
     config = PRESETS[args.preset]
     if args.command == "plan":
         return plan(config, args.tokens, args.gpus, args.mfu, args.context)
-    changes = {key: int(value) for key, value in (pair.split("=") for pair in args.set)}
-    config = replace(config, **changes)
     context = args.context or min(config.max_position_embeddings, 4096)
+    if args.documents < 0 or args.documents and context % args.documents:
+        raise UserError(f"--documents {args.documents} does not divide the context of {context} tokens")
     measure(config, args.rows, context, find_machine(args.device, args.dtype, args.compile), args.documents, args.seconds)
 
 

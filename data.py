@@ -19,6 +19,7 @@ language reference (prose), the standard library's modules (code), and generated
 """
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -30,6 +31,7 @@ import re
 import shutil
 import sys
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Tokenizer, UserError, run, train_bpe
+from tokenizer import Parser, Tokenizer, UserError, run, train_bpe
 
 Document = tuple[str, str]  # (key, text): the key decides between training and validation
 FORMAT = 1  # of the token files
@@ -56,10 +58,8 @@ def _python_files(root: Path) -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if not SKIPPED.intersection(inside.parts):
-            try:
+            with contextlib.suppress(UnicodeDecodeError, OSError):  # some distributions hold broken links
                 yield inside.as_posix(), path.read_text("utf-8")
-            except UnicodeDecodeError:
-                continue
 
 
 def _standard_library() -> Path:
@@ -167,13 +167,13 @@ def _cut(key: str, text: str) -> Iterator[Document]:
 def _read_text(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}); check the file or leave it out") from None
     if not raw.strip():
         raise UserError(f"{path} is empty; leave it out or put text into it")
+    if b"\0" in raw:
+        raise UserError(f"{path} is not UTF-8 text but binary; leave it out")
     try:
-        if b"\0" in raw:
-            raise UnicodeDecodeError("utf-8", raw, raw.index(b"\0"), raw.index(b"\0") + 1, "a NUL byte")
         return raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it with "
@@ -181,28 +181,40 @@ def _read_text(path: Path) -> str:
 
 
 def read_documents(path: Path, text_key: str = "text") -> Iterator[Document]:
-    """Documents of a user's text file, jsonl(.gz) file or folder of those, in a fixed order."""
+    """Documents of a user's text file, jsonl(.gz) file or folder of those, in a fixed order.
+
+    A file that is empty or no text is an error if it was named, and left out with a line on stderr in a folder.
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; give a text file, a .jsonl file or a folder of those")
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file()
-                       and not any(part.startswith(".") or part == "__pycache__"
-                                   for part in p.relative_to(path).parts))
-        if not files:
-            raise UserError(f"{path} holds no files; give a text file, a .jsonl file or a folder of those")
-        for file in files:
-            yield from read_documents(file, text_key)
+    if not path.is_dir():
+        yield from _file_documents(path, path.name, text_key)
         return
-    text = _read_text(path)
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        for number, line in enumerate(text.splitlines(), start=1):
+    for file in sorted(path.rglob("*")):
+        inside = file.relative_to(path)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in inside.parts)
+        if file.is_file() and not hidden:
             try:
-                yield f"{path}#{number}", json.loads(line)[text_key]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise UserError(f'{path} line {number} is not a JSON object with a "{text_key}"; name the field '
-                                "that holds the text with --text-key") from None
-    else:
-        yield from _cut(str(path), text)
+                yield from _file_documents(file, inside.as_posix(), text_key)
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+
+
+def _file_documents(path: Path, key: str, text_key: str) -> Iterator[Document]:
+    text = _read_text(path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from _cut(key, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                document = json.loads(line)[text_key]
+            except (ValueError, KeyError, TypeError):
+                document = None
+            if not isinstance(document, str):
+                raise UserError(f'{path} line {number} is not a JSON object with text in "{text_key}"; name the field '
+                                "that holds the text with --text-key")
+            yield f"{key}#{number}", document
 
 
 # ---- token files ----------------------------------------------------------------------------------------------
@@ -213,8 +225,8 @@ def read_documents(path: Path, text_key: str = "text") -> Iterator[Document]:
 
 
 def _held_out(key: str) -> float:
-    """A number in [0, 1) from the key alone: the same document is on the same side in every run and order."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:6], "big") / 2**48
+    """A number in [0, 1) from the key alone: the same key is on the same side in every run and order."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def _write_split(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer, bar: tqdm) -> dict:
@@ -227,12 +239,16 @@ def _write_split(folder: Path, split: str, texts: list[str], tokenizer: Tokenize
                 np.array([tokenizer.eos_id, *ids], dtype).tofile(file)
                 position += 1 + len(ids)
                 starts.append(position)
-            size_of_part = sum(len(text.encode("utf-8", "surrogatepass")) for text in part)
+            size_of_part = sum(map(utf8_size, part))
             size += size_of_part
             bar.update(size_of_part)
     np.array(starts, "<i8").tofile(folder / f"{split}.starts")
     return {"documents": len(texts), "tokens": position, "bytes": size,
             "sha256": {end: _sha256(folder / f"{split}.{end}") for end in ("bin", "starts")}}
+
+
+def utf8_size(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def _sha256(path: Path) -> str:
@@ -251,28 +267,18 @@ def hold_out(name: str, documents: Iterable[Document]) -> dict[str, list[str]]:
     return splits
 
 
-def write_source(folder: Path, splits: dict[str, list[str]], tokenizer: Tokenizer, seed: int = 0) -> dict:
-    """Shuffles the texts, writes the token files of one source, and returns its meta.json.
-
-    Written beside `folder` and renamed, so that a folder that exists is complete.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    total = sum(len(text.encode("utf-8", "surrogatepass")) for texts in splits.values() for text in texts)
+def write_source(folder: Path, splits: dict[str, list[str]], tokenizer: Tokenizer, seed: int = 0) -> None:
+    """Shuffles the texts and writes the token files of one source."""
+    folder.mkdir(parents=True)
     meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
             "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", "seed": seed}
-    try:
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False) as bar:
-            for split, texts in splits.items():
-                random.Random(seed).shuffle(texts)
-                meta[split] = _write_split(partial, split, texts, tokenizer, bar)
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
+    total = sum(utf8_size(text) for texts in splits.values() for text in texts)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False, delay=1) as bar:
+        for split, texts in splits.items():
+            texts = list(texts)
+            random.Random(seed).shuffle(texts)
+            meta[split] = _write_split(folder, split, texts, tokenizer, bar)
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
 
 
 @dataclass
@@ -283,6 +289,7 @@ class Split:
     tokens: np.ndarray  # [number of tokens] uint16 or uint32
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
     bytes: int  # of the text, UTF-8
+    sha256: str  # of the tokens
 
     def sequences(self, context: int) -> int:
         """How many sequences an epoch has; the last may be shorter and is padded. Every token is a target once,
@@ -290,8 +297,11 @@ class Split:
         return -(-(len(self.tokens) - 1) // context)
 
 
-def load_source(folder: str | Path, tokenizer: Tokenizer) -> dict[str, Split]:
-    """{"train": Split, "val": Split}, after checking that the files are what meta.json says."""
+def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -> dict[str, Split]:
+    """{"train": Split, "val": Split}, after checking that the files are what meta.json says.
+
+    Without `verify` their sizes are compared, but not their sha256.
+    """
     folder = Path(folder)
     remake = f"make it again with `python data.py prepare ... --out {folder.parent}`"
     try:
@@ -310,13 +320,13 @@ def load_source(folder: str | Path, tokenizer: Tokenizer) -> dict[str, Split]:
                 if path.stat().st_size != count * dtype.itemsize:
                     raise UserError(f"{path} has {path.stat().st_size:,} bytes, not the {count * dtype.itemsize:,} "
                                     f"that were written: it is truncated or torn; {remake}")
-                if _sha256(path) != entry["sha256"][end]:
+                if verify and _sha256(path) != entry["sha256"][end]:
                     raise UserError(f"{path} is not what was written (its sha256 differs); {remake}")
                 arrays.append(np.memmap(path, dtype, "r"))
-            splits[split] = Split(folder.name, *arrays, entry["bytes"])
+            splits[split] = Split(folder.name, *arrays, entry["bytes"], entry["sha256"]["bin"])
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; {remake}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/meta.json is damaged ({error!r}); {remake}") from None
     return splits
 
@@ -330,6 +340,8 @@ def source_folders(data: str) -> list[Path]:
         if not found:
             raise UserError(f"{name} holds no prepared data; run `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
+    if len({folder.name for folder in folders}) < len(folders):
+        raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
     return folders
 
 
@@ -343,26 +355,34 @@ def find_tokenizer(data: str) -> Path:
 
 
 def prepare(sources: dict[str, Iterable[Document]], out: str | Path, tokenizer: Tokenizer | None = None,
-            vocab_size: int = 4096, sample_bytes: int = 20_000_000, seed: int = 0) -> Tokenizer:
+            vocab_size: int = 4096, sample_characters: int = 20_000_000, seed: int = 0) -> Tokenizer:
     """Tokenizes {name: documents} into `out`/name; without a tokenizer trains one on equal parts of the sources.
 
-    `sample_bytes`: at most this much of the training side goes into the tokenizer's training.
+    At most `sample_characters` of the training side go into the tokenizer's training. Everything is written beside
+    `out` and renamed at the end, so that a folder that exists is complete; one that exists is never touched.
     """
     out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already; remove it or write elsewhere with --out")
     splits = {name: hold_out(name, documents) for name, documents in sources.items()}
     if tokenizer is None:
         sample = []
         for name, split in splits.items():
-            random.Random(seed).shuffle(split["train"])
-            budget = sample_bytes // len(splits)
-            for text in split["train"]:
+            budget = sample_characters // len(splits)
+            for text in random.Random(seed).sample(split["train"], len(split["train"])):
                 if budget > 0:
                     sample.append(text[:budget])
                     budget -= len(text)
         tokenizer = train_bpe(sample, vocab_size)
-    for name, split in splits.items():
-        write_source(out / name, split, tokenizer, seed)
-    tokenizer.save(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, split in splits.items():
+            write_source(partial / name, split, tokenizer, seed)
+        tokenizer.save(partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return tokenizer
 
 
@@ -404,11 +424,12 @@ def dealt(n: np.ndarray, shares: list[float]) -> np.ndarray:
     Source by source, floor(share of what is left): exact to within one a source for every n, so that each batch
     has the mixture that was asked for, not just the average of many; and each step of n deals exactly one.
     """
-    counts, left, rest = [], np.asarray(n, np.int64), 1.0
-    for share in shares[:-1]:
-        counts.append(np.floor(left * min(1.0, share / rest if rest > 1e-12 else 0.0)).astype(np.int64))
-        left, rest = left - counts[-1], rest - share
-    return np.stack([*counts, left])
+    counts, left = [], np.asarray(n, np.int64)
+    for i, share in enumerate(shares):
+        rest = sum(shares[i:])  # the last source with a share takes all that is left: share / share is exactly 1
+        counts.append(np.floor(left * (share / rest if rest else 0.0)).astype(np.int64))
+        left = left - counts[-1]
+    return np.stack(counts)
 
 
 def interleave(index: np.ndarray, shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -479,8 +500,9 @@ class Curriculum:
     Shuffled at sequence level, anew each epoch (playbook).
     """
 
-    def __init__(self, sources: list[Split], stages: list[Stage], context: int, rows: int, seed: int = 0):
-        """`rows`: sequences in a global batch."""
+    def __init__(self, sources: list[Split], stages: list[Stage], context: int, rows: int, seed: int = 0,
+                 documents: int = 0):
+        """`rows`: sequences in a global batch. `documents`: room for so many a row in cu_seqlens, at least."""
         for split in sources:
             if len(split.tokens) <= context:
                 raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of "
@@ -491,7 +513,7 @@ class Curriculum:
         ends = np.cumsum([stage.tokens for stage in stages]) / (rows * context)
         self.ends = [max(1, round(end)) for end in ends]  # the step at which each stage ends
         self.steps = self.ends[-1]
-        self.most_documents = max(most_documents(s, context) for s in sources)
+        self.most_documents = max(documents, *(most_documents(s, context) for s in sources))
         self.used = [np.zeros(len(sources), np.int64)]  # sequences of each source before each stage
         for begin, end, shares in zip([0, *self.ends], self.ends, self.shares):
             self.used.append(self.used[-1] + dealt((end - begin) * rows, shares))
@@ -533,13 +555,16 @@ class Curriculum:
         return Batch(tokens, targets, pack_cu_seqlens(starts, self.context, length), source)
 
 
-def validation_batches(split: Split, context: int, rows: int, sequences: int) -> Iterator[Batch]:
-    """The first `sequences` sequences of a split: a fixed slice, whatever the batch size."""
+def validation_batches(split: Split, context: int, rows: int, sequences: int, documents: int) -> Iterator[Batch]:
+    """The first `sequences` sequences of a split: a fixed slice, whatever the batch size. The last batch is filled up
+    with rows that have no targets, so that all have one shape. `documents`: at most so many touch a row."""
     indices = np.arange(min(sequences, split.sequences(context)))
     for i in range(0, len(indices), rows):
         tokens, targets, starts = cut_sequences(split, indices[i:i + rows], context)
-        length = len(tokens) * most_documents(split, context) + 1
-        yield Batch(tokens, targets, pack_cu_seqlens(starts, context, length), np.zeros(len(tokens), np.int64))
+        missing = rows - len(tokens)
+        tokens, targets = np.pad(tokens, ((0, missing), (0, 0))), np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
+        starts += [np.zeros(1, np.int64)] * missing
+        yield Batch(tokens, targets, pack_cu_seqlens(starts, context, rows * documents + 1), np.zeros(rows, np.int64))
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -570,8 +595,8 @@ def show(data: str, documents: int = 2) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show")
     p = commands.add_parser("prepare", help="text -> token files")
     p.add_argument("sources", nargs="*", metavar="SOURCE", help="files or folders (name=PATH to name one); none: the embedded corpus")
     p.add_argument("--out", help="where to (default: data/NAME of the first source)")
@@ -588,9 +613,14 @@ def main() -> None:
         out = args.out or "data/laptop"
         sources = {name: documents() for name, documents in EMBEDDED.items()}
     else:
-        named = dict(s.split("=", 1) if "=" in s else (Path(s).name.split(".")[0] or "text", s) for s in args.sources)
-        if len(named) < len(args.sources):
+        pairs = [s.split("=", 1) if "=" in s and not Path(s).exists() else (Path(s).resolve().name.split(".")[0], s)
+                 for s in args.sources]
+        named = dict(pairs)
+        if len(named) < len(pairs):
             raise UserError("two sources have the same name; name them apart with NAME=PATH")
+        for name in named:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise UserError(f"{name!r} is no name for a source; give one of letters and digits as NAME=PATH")
         out = args.out or f"data/{next(iter(named))}"
         sources = {name: read_documents(Path(path), args.text_key) for name, path in named.items()}
     prepare(sources, out, tokenizer, args.vocab_size)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,17 +53,30 @@ class ModelConfig:
     initializer_range: float = 0.02  # standard deviation of every matrix at the start
 
     def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "max_position_embeddings", "rope_theta", "rms_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ModelError(f"{name} {getattr(self, name)} must be greater than 0")
+        for name in ("head_dim", "rope_llama3_factor", "no_rope_layer_interval", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ModelError(f"{name} {getattr(self, name)} must not be negative")
+        if self.num_attention_heads % self.num_key_value_heads:
+            divisors = [g for g in range(1, self.num_attention_heads + 1) if self.num_attention_heads % g == 0]
+            raise ModelError(f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
+                             f"{self.num_attention_heads}: take one of {divisors}")
         if not self.head_dim:
             if self.hidden_size % self.num_attention_heads:
                 raise ModelError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} "
                                  "heads: change one of them or give head_dim")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
-            divisors = [g for g in range(1, self.num_attention_heads + 1) if self.num_attention_heads % g == 0]
-            raise ModelError(f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
-                             f"{self.num_attention_heads}: take one of {divisors}")
         if self.head_dim % 2:
             raise ModelError(f"head_dim {self.head_dim} must be even, because RoPE turns pairs of numbers")
+
+    def change(self, **fields) -> "ModelConfig":
+        """A copy with other fields; a head_dim that followed from width and heads follows the new ones."""
+        if self.head_dim * self.num_attention_heads == self.hidden_size:
+            fields = {"head_dim": 0} | fields
+        return replace(self, **fields)
 
 
 def _llama(layers, hidden, heads, kv_heads, ff, vocab, theta, context, **more) -> ModelConfig:
@@ -73,7 +86,7 @@ def _llama(layers, hidden, heads, kv_heads, ff, vocab, theta, context, **more) -
 
 # Published dimensions, after the one that a laptop trains in minutes; tests/test_model.py holds the published parameter counts.
 PRESETS = {
-    "laptop": ModelConfig(),
+    "laptop": ModelConfig(8192, 128, 384, 4, 2, 1, max_position_embeddings=128, initializer_range=0.05),
     "llama-2-7b": _llama(32, 4096, 32, 32, 11008, 32000, 1e4, 4096, rms_norm_eps=1e-5, tie_word_embeddings=False),
     "llama-3.1-8b": _llama(32, 4096, 32, 8, 14336, 128256, 5e5, 131072, rms_norm_eps=1e-5, rope_llama3_factor=8.0,
                            tie_word_embeddings=False),
@@ -96,13 +109,17 @@ PRESETS = {
 # variable-length flash kernel, the CPU's flash kernel once per document, a dense mask anywhere else.
 
 
-def dense_document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """The same as `document_attention` with an explicit N x N mask: any device, slow; the definition."""
+def dense_document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+    """The same as `document_attention` with an explicit mask of each row: any device and dtype, slow; the definition.
+
+    Here the batch must be rows of `max_length` tokens whose starts are all in cu_seqlens, as `data.py` makes them.
+    """
     index = torch.arange(q.shape[0], device=q.device)
-    document = torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True)  # [N]
-    mask = (document[:, None] == document) & (index[:, None] >= index)  # [N, N]
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, H, N, D]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    document = torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True).view(-1, max_length)  # [B, T]
+    causal = torch.ones(max_length, max_length, dtype=torch.bool, device=q.device).tril()
+    mask = (document[:, None, :, None] == document[:, None, None, :]) & causal  # [B, 1, T, T]
+    q, k, v = (x.unflatten(0, (-1, max_length)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2).flatten(0, 1)
 
 
 def _documents(cu_seqlens: Tensor) -> list[slice]:
@@ -119,35 +136,32 @@ def _grouped(x: Tensor, groups: int, ratio: int) -> Tensor:
 
 
 @torch.library.custom_op("nanoplaybook::document_attention", mutates_args=())
-def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int
-                        ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """Output [N, H, D] and the logarithm of each softmax's sum [H, N], fp32."""
     if q.is_cuda:
-        out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-            q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, False)
-        return out, lse, rng, unused
+        return torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, False)[:2]
     out, lse = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
     for doc in _documents(cu_seqlens):
         out_doc, lse_doc = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             *(_grouped(x[doc], groups, ratio) for x in (q, k, v)), 0.0, True)
         out[doc], lse[:, doc] = out_doc.permute(2, 0, 1, 3).flatten(1, 2), lse_doc.flatten(0, 1)
-    return out, lse, q.new_empty(2, dtype=torch.uint64), q.new_empty(0, dtype=torch.uint64)
+    return out, lse
 
 
 @_document_attention.register_fake
 def _(q, k, v, cu_seqlens, max_length):
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64), q.new_empty(0, dtype=torch.uint64)
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("nanoplaybook::document_attention_backward", mutates_args=())
 def _document_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                                 rng: Tensor, unused: Tensor, cu_seqlens: Tensor, max_length: int
-                                 ) -> tuple[Tensor, Tensor, Tensor]:
+                                 cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor, Tensor]:
     if q.is_cuda:
+        no_dropout = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)  # the state that dropout would need
         return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True,
-            rng, unused)
+            grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, *no_dropout)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
     for doc in _documents(cu_seqlens):
@@ -160,7 +174,7 @@ def _document_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, 
 
 
 @_document_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, rng, unused, cu_seqlens, max_length):
+def _(grad, q, k, v, out, lse, cu_seqlens, max_length):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -168,10 +182,10 @@ def _save_for_backward(ctx, inputs, output):
     q, k, v, cu_seqlens, max_length = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
     ctx.max_length = max_length
-    ctx.set_materialize_grads(False)  # the other outputs have none
+    ctx.set_materialize_grads(False)  # the sums have none
 
 
-def _backward(ctx, grad, *unused_grads):
+def _backward(ctx, grad, _):
     return *_document_attention_backward(grad, *ctx.saved_tensors, ctx.max_length), None, None
 
 
@@ -182,11 +196,12 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_
     """Causal attention inside each document of a flattened batch.
 
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
-    no document is longer (a constant, it compiles in). Returns [N, H, D]. On CUDA bf16 or fp16 only.
+    no document is longer (a constant, it compiles in). Returns [N, H, D].
     """
-    if q.device.type in ("cpu", "cuda"):
+    flash = q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0  # what the CUDA kernel is made for
+    if flash or q.device.type == "cpu":
         return _document_attention(q, k, v, cu_seqlens, max_length)[0]
-    return dense_document_attention(q, k, v, cu_seqlens)
+    return dense_document_attention(q, k, v, cu_seqlens, max_length)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -203,18 +218,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # ---- positions ------------------------------------------------------------------------------------------------
 
 
-def rope_frequencies(config: ModelConfig) -> list[float]:
-    """RoPE (Su et al. 2021): pair i of a head turns by theta^(-2i/D) radians a token; pair 0 is the fastest.
+def rope_frequencies(config: ModelConfig, device="cpu") -> Tensor:
+    """RoPE (Su et al. 2021): pair i of a head turns by theta^(-2i/D) radians a token; pair 0 is the fastest. [D/2].
 
     With `rope_llama3_factor` f (Llama 3.1), pairs that turn less than once in 8192 tokens are slowed f times, those
     that turn more than 4 times are kept, and those between are blended.
     """
-    D, factor = config.head_dim, config.rope_llama3_factor
-    frequencies = [config.rope_theta ** (-2 * i / D) for i in range(D // 2)]
-    if factor:
-        turns = [8192 * f / (2 * math.pi) for f in frequencies]
-        keep = [min(max((t - 1) / (4 - 1), 0.0), 1.0) for t in turns]
-        frequencies = [f * (s + (1 - s) / factor) for f, s in zip(frequencies, keep)]
+    pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)
+    if config.rope_llama3_factor:
+        turns = 8192 * frequencies / (2 * math.pi)
+        keep = ((turns - 1) / (4 - 1)).clamp(0, 1)
+        frequencies = frequencies * (keep + (1 - keep) / config.rope_llama3_factor)
     return frequencies
 
 
@@ -277,7 +292,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         C, H, G, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        self.layer, self.head_dim, self.max_length = layer, D, config.max_position_embeddings
+        self.layer, self.head_dim = layer, D
         interval = config.no_rope_layer_interval
         self.uses_rope = not interval or (layer + 1) % interval != 0
         self.q_proj = Linear(C, H * D, bias=False)
@@ -342,8 +357,7 @@ class Decoder(nn.Module):
 def cross_entropy(logits: Tensor, targets: Tensor, rows: int = 512) -> Tensor:
     """Summed negative log-likelihood in nats, fp32: logits [B, T, V] of any dtype, targets [B, T], -100 ignored.
 
-    `rows` at a time, so that the fp32 copies of the logits stay small: 3 times faster on a CPU, whose cache holds
-    them, and a V-fold saving of memory anywhere.
+    `rows` at a time: a CPU's cache then holds the fp32 copies of the logits, which makes it about 3 times as fast.
     """
     pairs = zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows))
     return sum(F.cross_entropy(l.float(), t, reduction="sum") for l, t in pairs)
@@ -363,10 +377,20 @@ class GPT(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=config.initializer_range)
 
+    def compile_blocks(self) -> None:
+        """torch.compile, block by block: equal blocks share a graph, and the names of the weights stay."""
+        for layer in self.model.layers:
+            layer.compile(fullgraph=True)
+
+    def forget_compilation(self) -> None:
+        """Back to eager blocks, where a machine turns out to have no compiler."""
+        for layer in self.model.layers:
+            layer._compiled_call_impl = None
+
     def rope(self, start: int, T: int, device) -> tuple[Tensor, Tensor]:
         """cos and sin of the angles at positions start .. start + T - 1, each [T, 1, D/2], angles in fp32."""
-        frequencies = torch.tensor(rope_frequencies(self.config), device=device)
-        angles = torch.arange(start, start + T, device=device).float()[:, None] * frequencies
+        positions = torch.arange(start, start + T, device=device, dtype=torch.float32)
+        angles = positions[:, None] * rope_frequencies(self.config, device)
         return angles.cos()[:, None].to(self.compute_dtype), angles.sin()[:, None].to(self.compute_dtype)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None,
@@ -377,8 +401,8 @@ class GPT(nn.Module):
         """
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)  # [B, T, C]
         rope = self.rope(cache.length if cache else 0, tokens.shape[1], tokens.device)
-        for layer in self.model.layers:
-            x = layer(x, rope, cu_seqlens, cache)
+        for layer in self.model.layers:  # with a cache, whose length changes every call, past torch.compile
+            x = (layer if cache is None else layer.forward)(x, rope, cu_seqlens, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         x = self.model.norm(x[:, -1:] if last_only else x)
@@ -413,9 +437,10 @@ def check_manifest(checkpoint: Path) -> None:
         files = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["files"]
         for name, sha256 in files.items():
             with open(checkpoint / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    raise ModelError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != sha256:
+                raise ModelError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{checkpoint} is not a complete checkpoint ({error})") from None
 
 

@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from model import GPT, KVCache, ModelError, from_pretrained
-from tokenizer import Tokenizer, UserError, run
+from tokenizer import Parser, Tokenizer, UserError, run
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
                   min_p: float = 0.0) -> Tensor:
     """Logits [B, V] divided by the temperature, with -inf where top-k, top-p or min-p exclude a token.
 
-    0, 1 and 0 switch them off. Each looks at the probabilities after the temperature; the likeliest token stays.
+    0, 1 and 0 switch them off. In this order, each looks at the probabilities of what the one before it left; the
+    likeliest token always stays.
     """
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the shift changes nothing but overflows
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if min_p > 0:
@@ -100,7 +102,7 @@ def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder or checkpoint (default: the newest run)")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--max-tokens", type=int, default=200)

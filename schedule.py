@@ -3,7 +3,7 @@
 The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (with decay on
 it 2.189, without 2.202: noise), gradients clipped at norm 1. Warmup-stable-decay (WSD) ends as low as cosine (2.204
 both with a 10 % decay, 2.184 with 20 %), and its length need not be known beforehand: a longer run goes on from the
-checkpoint before the decay. SmolLM3: 2e-4, 2000 steps of warmup, linear to zero over the last 11 %.
+checkpoint before the decay, if one was kept. SmolLM3: 2e-4, 2000 steps of warmup, linear to zero over the last 11 %.
 
     python schedule.py                    # the shapes side by side
 

@@ -494,21 +494,26 @@ def read_text(files: list[Path], max_bytes: float) -> Iterator[str]:
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse whose errors are a sentence; flags are never guessed from their beginnings."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
     def error(self, message: str):
-        raise UserError(f"{message}: see `python tokenizer.py --help`.")
+        raise UserError(f"{message}; see `python {self.prog} --help`")
 
 
 def main(argv: list[str] | None = None) -> None:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | fertility")
-    train = commands.add_parser("train", help="train a tokenizer on text and save it", allow_abbrev=False)
+    train = commands.add_parser("train", help="train a tokenizer on text and save it")
     train.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="text file or folder of them")
     train.add_argument("--vocab-size", type=int, required=True, help="4 control tokens, 256 bytes, merges")
     train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
     train.add_argument("--pretokenizer", default="qwen", help=f"{', '.join(PATTERNS)} (default: qwen)")
     train.add_argument("--max-mb", type=int, default=1000, help="read at most this, evenly (default: 1000)")
-    table = commands.add_parser("fertility", help="tokens per word of a text", allow_abbrev=False)
+    table = commands.add_parser("fertility", help="tokens per word of a text")
     table.add_argument("tokenizer", metavar="TOKENIZER", help="folder, tokenizer.json or hf:ORG/NAME")
     table.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one line of the table each")
     args = parser.parse_args(argv)

@@ -40,7 +40,10 @@ import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
 from model import GPT, PRESETS, ModelConfig, ModelError, cross_entropy, newest_checkpoint
 from sample import complete
-from tokenizer import Tokenizer, UserError, run
+from tokenizer import Parser, Tokenizer, UserError, run
+
+
+DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Recipe:
     clip: float = 1.0  # of the gradient's norm
     document_mask: bool = True  # attention stays inside each document
     eval_every: int = 100  # steps between evaluations, each with a sample
-    eval_sequences: int = 64  # held-out sequences a source in each evaluation; four times that at the end
+    eval_tokens: int = 16_384  # held-out tokens of each source in an evaluation; four times as many at the end
     save_every: int = 500  # steps between checkpoints; the last two are kept
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a new document
     seed: int = 0  # of the weights and of the order of the data
@@ -74,26 +77,40 @@ class Recipe:
     dtype: str = "auto"  # bfloat16 or float32, of the matrix products; weights are float32
     compile: str = "auto"  # true or false: torch.compile of every block
 
+    def __post_init__(self):
+        for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS), ("device", DEVICES),
+                              ("dtype", DTYPES), ("compile", ("auto", "true", "false"))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"--{name} {getattr(self, name)} is not one of {', '.join(allowed)}")
+        for name, least, most in (
+                ("tokens", 0, 1e18), ("batch_tokens", 1, 1e12), ("micro_batch", 0, 1e9), ("learning_rate", 1e-12, 1e30),
+                ("warmup_steps", 0, 1e12), ("decay_share", 0, 1), ("final_share", 0, 1), ("weight_decay", 0, 1e6),
+                ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("eval_every", 1, 1e18),
+                ("eval_tokens", 1, 1e18), ("save_every", 1, 1e18), ("seed", 0, 2**63 - 1)):
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
 
-# Smallest first. The mixtures of the laptop's stages are SmolLM3's moved towards what the machine at hand offers:
-# from base to decay, code and math take over from prose.
+
+# Smallest first. The laptop's stages are SmolLM3's in miniature: code and math take over from prose, and the decay of
+# the learning rate is the last stage. Sizes, batch and rate were picked by measuring (README).
 RECIPES = {
     "laptop": Recipe(
         stages=(
-            Stage("base", 2.8e6, {"prose": 0.45, "code": 0.45, "math": 0.10}),
-            Stage("quality", 0.6e6, {"prose": 0.30, "code": 0.50, "math": 0.20}),
-            Stage("decay", 0.6e6, {"prose": 0.20, "code": 0.50, "math": 0.30}),
-        )),
+            Stage("base", 1.7e6, {"prose": 0.35, "code": 0.55, "math": 0.10}),
+            Stage("quality", 0.4e6, {"prose": 0.25, "code": 0.60, "math": 0.15}),
+            Stage("decay", 0.5e6, {"prose": 0.15, "code": 0.65, "math": 0.20}),
+        ),
+        batch_tokens=2048, learning_rate=3e-3, decay_share=0.2, eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
         model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
         stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000, weight_decay=0.01,
-        save_every=2000, eval_every=1000, eval_sequences=256),
+        save_every=2000, eval_every=1000, eval_tokens=2**20),
     "baseline-1b": Recipe(  # the playbook's ablation baseline: 45B tokens, 1.5 days on 8 H100s
         model=replace(PRESETS["llama-3.2-1b"], rope_theta=5e4, rope_llama3_factor=0.0, max_position_embeddings=4096),
         data="data/fineweb-edu,data/stack-edu-python,data/finemath",
         stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
         batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", warmup_steps=2000, final_share=0.1,
-        save_every=2000, eval_every=1000, eval_sequences=256),
+        save_every=2000, eval_every=1000, eval_tokens=2**20),
 }
 
 
@@ -112,8 +129,10 @@ class World:
         if "RANK" not in os.environ:
             return cls()
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
+                raise UserError(f"process {local} finds {torch.cuda.device_count()} GPU(s); lower --nproc_per_node")
+            torch.cuda.set_device(local)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size())
 
     def agree(self, value):
@@ -171,14 +190,23 @@ def save_checkpoint(run_folder: Path, step: int, model: GPT, optimizer: torch.op
     return place
 
 
-def recipe_from_json(folder: Path) -> Recipe:
+def write_recipe(folder: Path, recipe: Recipe, sources: list[Split]) -> None:
+    """recipe.json: the resolved recipe, and the sha256 of the tokens that it trains on."""
+    partial = folder / "recipe.json.partial"
+    partial.write_text(json.dumps(asdict(recipe) | {"sources": {s.name: s.sha256 for s in sources}}, indent=1), "utf-8")
+    partial.replace(folder / "recipe.json")
+
+
+def read_recipe(folder: Path) -> tuple[Recipe, dict[str, str]]:
+    """What `write_recipe` wrote."""
     try:
         saved = json.loads((folder / "recipe.json").read_text("utf-8"))
+        sources = saved.pop("sources")
         saved["model"], saved["stages"] = ModelConfig(**saved["model"]), tuple(Stage(**s) for s in saved["stages"])
-        return Recipe(**saved)
+        return Recipe(**saved), sources
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run; give a folder such as runs/laptop") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/recipe.json is damaged ({error}); start again with `python train.py`") from None
 
 
@@ -188,9 +216,13 @@ class Log:
     def __init__(self, folder: Path, resumed_at: int = 0):
         self.path, self.entries = folder / "log.jsonl", []
         if self.path.exists():  # what the run did after the checkpoint that it resumes from is done again
-            lines = self.path.read_text("utf-8").splitlines()
-            self.entries = [entry for line in lines if (entry := json.loads(line))["step"] <= resumed_at]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), "utf-8")
+            for line in self.path.read_text("utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                    self.entries.append(json.loads(line))
+            self.entries = [entry for entry in self.entries if entry["step"] <= resumed_at]
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), "utf-8")
+            partial.replace(self.path)
 
     def write(self, **entry) -> None:
         self.entries.append(entry)
@@ -241,17 +273,20 @@ def to_device(batch: Batch, device: str) -> tuple[torch.Tensor, ...]:
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, split: Split, tokenizer: Tokenizer, sequences: int, rows: int, document_mask: bool) -> float:
+def bits_per_byte(job: "Job", split: Split, tokens: float) -> float:
     """Bits that the model needs for a byte of held-out text, comparable between tokenizers.
 
-    The negative log-likelihood of every target, each document's end included, over the bytes of the targets' text.
+    The negative log-likelihood of every target, each document's end included, over the bytes of the targets' text,
+    for the first `tokens` tokens of the split.
     """
-    device = model.model.embed_tokens.weight.device.type
-    sizes = torch.tensor(tokenizer.token_bytes, device=device)
+    device, context = job.machine.device, job.curriculum.context
+    sizes = torch.tensor(job.tokenizer.token_bytes, device=device)
     nats, size = 0.0, 0
-    for batch in data_.validation_batches(split, model.config.max_position_embeddings, rows, sequences):
-        tokens, targets, starts = to_device(batch, device)
-        nats += cross_entropy(model(tokens, starts if document_mask else None), targets).item()
+    for batch in data_.validation_batches(split, context, job.rows, max(1, round(tokens / context)),
+                                          job.curriculum.most_documents):
+        inputs, targets, cu_seqlens = to_device(batch, device)
+        logits = job.model(inputs, cu_seqlens if job.recipe.document_mask else None)
+        nats += cross_entropy(logits, targets).item()
         size += sizes[targets[targets >= 0]].sum().item()
     return nats / math.log(2) / size
 
@@ -276,35 +311,37 @@ def micro_batch_rows(recipe: Recipe, world: World, device: str) -> int:
                             f"nearest that do are {' and '.join(map(str, sorted(nearest)))}")
         return recipe.micro_batch
     room = 0.6 * torch.cuda.mem_get_info()[0] if device == "cuda" else 2**30
-    fixed = cost.training_memory(recipe.model, 0, context)["total"] if device == "cuda" else 0
-    a_row = cost.training_memory(recipe.model, 1, context)["activations"]
-    fit = max(1, int((room - fixed) / a_row))
+    fixed, one = (cost.training_memory(recipe.model, n, context)["total"] for n in (0, 1))
+    fit = max(1, int((room - (fixed if device == "cuda" else 0)) / (one - fixed)))
     return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
 
 
-def load_data(recipe: Recipe) -> tuple[Tokenizer, list[dict[str, Split]]]:
-    """The tokenizer and the sources of a recipe; the embedded corpus is made if it is not there yet."""
-    if recipe.data == "data/laptop" and not list(Path(recipe.data).glob("*/meta.json")):
+def load_data(recipe: Recipe, leader: bool) -> tuple[Tokenizer, list[dict[str, Split]]]:
+    """The tokenizer and the sources of a recipe; the leader checks their sha256 and makes the embedded corpus if it is
+    not there yet."""
+    if leader and recipe.data == "data/laptop" and not Path(recipe.data).exists():
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
         data_.prepare_embedded(recipe.data, recipe.model.vocab_size)
     tokenizer = Tokenizer.load(data_.find_tokenizer(recipe.data))
-    return tokenizer, [data_.load_source(folder, tokenizer) for folder in data_.source_folders(recipe.data)]
+    return tokenizer, [data_.load_source(folder, tokenizer, verify=leader) for folder in data_.source_folders(recipe.data)]
 
 
 def fit_to_data(recipe: Recipe, tokenizer: Tokenizer, sources: list[Split]) -> Recipe:
     """The recipe with the tokenizer's vocabulary, the asked number of tokens, and a mixture that the data has."""
-    model = replace(recipe.model, vocab_size=tokenizer.vocab_size)
-    total = sum(stage.tokens for stage in recipe.stages)
-    scale = recipe.tokens / total if recipe.tokens else 1.0
-    names = [split.name for split in sources]
-    stages = []
-    for stage in recipe.stages:
-        mixture = stage.mixture if set(stage.mixture) <= set(names) else {}
-        if mixture != stage.mixture and stage is recipe.stages[0]:
-            print(f"mixture   {recipe.data} has {', '.join(names)}, not the recipe's {', '.join(stage.mixture)}: every "
-                  "stage takes the sources as large as they are")
-        stages.append(replace(stage, tokens=stage.tokens * scale, mixture=mixture))
-    return replace(recipe, model=model, stages=tuple(stages), tokens=total * scale)
+    if recipe.model.vocab_size != tokenizer.vocab_size:
+        print(f"tokens    {recipe.data} has a vocabulary of {tokenizer.vocab_size:,}; the model takes it instead of "
+              f"{recipe.model.vocab_size:,}")
+    names, wanted = {split.name for split in sources}, {name for stage in recipe.stages for name in stage.mixture}
+    stages = recipe.stages
+    if wanted and names != wanted:
+        print(f"mixture   {recipe.data} has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
+              "every stage takes the sources as large as they are")
+        stages = tuple(replace(stage, mixture={}) for stage in stages)
+    total = sum(stage.tokens for stage in stages)
+    if recipe.tokens and recipe.tokens != total:
+        stages = tuple(replace(stage, tokens=stage.tokens * recipe.tokens / total) for stage in stages)
+    return replace(recipe, model=recipe.model.change(vocab_size=tokenizer.vocab_size), stages=stages,
+                   tokens=sum(stage.tokens for stage in stages))
 
 
 def print_plan(recipe: Recipe, curriculum: Curriculum, world: World, rows: int, tokens_per_second: float) -> None:
@@ -355,19 +392,26 @@ class Job:
     first: int  # steps done before, when a run is resumed
 
 
-def set_up(recipe: Recipe, world: World, checkpoint: Path | None) -> Job:
+def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     """Checks everything that can be wrong, prints the plan, and returns what is needed to train."""
+    checkpoint = newest_checkpoint(run_folder) if resume else None
     micro_batch_rows(recipe, world, "cpu")  # an impossible batch is said before any work
     machine = world.agree(cost.find_machine(recipe.device, recipe.dtype, recipe.compile))
     print(f"machine   {machine.reason}")
-    if world.rank == 0:
-        load_data(recipe)  # makes the embedded corpus, once
-    world.agree(None)  # the others wait for it
-    tokenizer, sources = load_data(recipe)
+    tokenizer, sources = load_data(recipe, True) if world.rank == 0 else (None, None)
+    world.agree(None)  # the others wait until the first has made and checked the data
+    if world.rank:
+        tokenizer, sources = load_data(recipe, False)
     splits = [source["train"] for source in sources]
-    recipe = fit_to_data(recipe, tokenizer, splits)
-    context, rows = recipe.model.max_position_embeddings, micro_batch_rows(recipe, world, machine.device)
-    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed)
+    if resume and (Tokenizer.load(run_folder).hash != tokenizer.hash
+                   or read_recipe(run_folder)[1] != {split.name: split.sha256 for split in splits}):
+        raise UserError(f"{recipe.data} is not the data that {run_folder} began with; put that back or start a new run")
+    recipe = replace(fit_to_data(recipe, tokenizer, splits), device=machine.device, compile=str(machine.compile).lower(),
+                     dtype=str(machine.dtype).removeprefix("torch."))  # a resumed run computes as it began
+    context = recipe.model.max_position_embeddings
+    documents = max(data_.most_documents(split, context) for source in sources for split in source.values())
+    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed, documents)
+    rows = world.agree(micro_batch_rows(recipe, world, machine.device))
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
 
@@ -383,10 +427,10 @@ def set_up(recipe: Recipe, world: World, checkpoint: Path | None) -> Job:
     if checkpoint:
         optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
     if machine.compile:
-        for layer in model.model.layers:
-            layer.compile(fullgraph=True)
-    speed = cost.measure_speed(model, rows, context, 1.0, int(recipe.document_mask)) * world.size
-    print_plan(recipe, curriculum, world, rows, speed)
+        model.compile_blocks()
+    inputs, _, cu_seqlens = to_device(curriculum.batch(0, 0, rows), machine.device)
+    speed = cost.measure_speed(model, inputs, cu_seqlens if recipe.document_mask else None)
+    print_plan(recipe, curriculum, world, rows, speed * world.size)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     return Job(recipe, world, machine, tokenizer, sources, curriculum, rows, model, parallel, optimizer, first)
 
@@ -425,18 +469,17 @@ def training_step(job: Job, step: int) -> tuple[float, float, float]:
     return mean, norm, rate
 
 
-def evaluate(job: Job, log: Log, step: int, sequences: int, train_seconds: float) -> dict[str, float]:
-    """Held-out bits per byte of each source and a sample, printed and logged."""
+def evaluate(job: Job, log: Log, step: int, tokens: int, samples: int, train_seconds: float) -> dict[str, float]:
+    """Held-out bits per byte of each source and samples, printed and logged."""
     recipe, started = job.recipe, time.perf_counter()
-    scores = {s["val"].name: bits_per_byte(job.model, s["val"], job.tokenizer, sequences, job.rows, recipe.document_mask)
-              for s in job.sources}
+    scores = {source["val"].name: bits_per_byte(job, source["val"], tokens) for source in job.sources}
     length = min(96, recipe.model.max_position_embeddings // 2)
-    text = complete(job.model, job.tokenizer, recipe.sample_prompt, length, min_p=0.05, seed=recipe.seed)[0]
-    log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, sample=text, train_seconds=train_seconds,
+    texts = complete(job.model, job.tokenizer, recipe.sample_prompt, length, samples, min_p=0.05, seed=recipe.seed + step)
+    log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, samples=texts, train_seconds=train_seconds,
               seconds=time.perf_counter() - started)
     listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    tqdm.write(f"step {step:,}: held-out bits per byte {listed}\n  | "
-               + (recipe.sample_prompt + text).strip().replace("\n", "\n  | ") + "\n", file=sys.stdout)
+    shown = "\n\n".join((recipe.sample_prompt + text).strip() for text in texts)
+    tqdm.write(f"step {step:,}: held-out bits per byte {listed}\n  | " + shown.replace("\n", "\n  | ") + "\n", file=sys.stdout)
     sys.stdout.flush()
     return scores
 
@@ -459,11 +502,11 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
     world = World.join()
     if world.rank:
         sys.stdout = open(os.devnull, "w")
-    job = set_up(recipe, world, newest_checkpoint(run_folder) if resume else None)
+    job = set_up(recipe, world, run_folder, resume)
     recipe, curriculum, leader = job.recipe, job.curriculum, world.rank == 0
     if leader:
-        run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1), "utf-8")
+        run_folder.mkdir(parents=True, exist_ok=resume)
+        write_recipe(run_folder, recipe, curriculum.sources)
         job.tokenizer.save(run_folder)
         log = Log(run_folder, job.first)
     print(f"run       {run_folder}" + (f", continued from step {job.first:,}" if resume else "")
@@ -498,7 +541,7 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
                 raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
                                   f"python train.py --resume {run_folder}")
             if step % recipe.eval_every == 0 or last or step == 1:
-                scores = evaluate(job, log, step, recipe.eval_sequences * (4 if last else 1), seconds)
+                scores = evaluate(job, log, step, recipe.eval_tokens * (4 if last else 1), 4 if last else 1, seconds)
     if leader and log.draw(run_folder / "loss.png"):
         print(f"The curves are in {run_folder}/loss.png")
     print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')
@@ -532,15 +575,15 @@ def truth(text: str) -> bool:
     return text.lower() == "true"
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see `python train.py --help`")
+# What a resumed run may change; everything else would make the step number mean something else.
+RESUMABLE = {"micro_batch", "learning_rate", "clip", "eval_every", "eval_tokens", "save_every", "sample_prompt", "device",
+             "dtype", "compile", "data"}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     """The command line, and the recipe that it names with the flags applied. Dashes and underscores are the same."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("recipe", nargs="?", default="laptop", help=", ".join(RECIPES))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
@@ -556,22 +599,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], [*FLAGS, "resume", "name", "model"], 1)
         raise UserError(f"there is no flag {unknown[0]}; "
                         + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
-    if args.recipe not in RECIPES:
-        near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
-        raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
-    recipe = recipe_from_json(Path(args.resume)) if args.resume else RECIPES[args.recipe]
     given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
-    model = replace(PRESETS[args.model] if args.model else recipe.model,
-                    **{name: given.pop(name) for name in list(given) if name in ModelConfig.__dataclass_fields__})
-    recipe = replace(recipe, model=model, **given)
-    for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS),
-                          ("dtype", ("auto", "bfloat16", "float32")), ("compile", ("auto", "true", "false"))):
-        if getattr(recipe, name) not in allowed:
-            raise UserError(f"--{name} {getattr(recipe, name)} is not one of {', '.join(allowed)}")
-    for name in ("batch_tokens", "learning_rate", "eval_every", "eval_sequences", "save_every", "clip"):
-        if getattr(recipe, name) <= 0:
-            raise UserError(f"--{name} {getattr(recipe, name)} must be greater than 0")
-    return args, recipe
+    if args.resume:
+        fixed = [f"--{name}" for name in given if name not in RESUMABLE]
+        fixed += [what for what, value in (("--model", args.model), ("--name", args.name), ("a recipe", args.recipe)) if value]
+        if fixed:
+            raise UserError(f"a resumed run cannot change {' or '.join(fixed)}; leave it out or start a new run")
+        recipe = read_recipe(Path(args.resume))[0]
+    else:
+        args.recipe = args.recipe or "laptop"
+        if args.recipe not in RECIPES:
+            near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
+            raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
+        recipe = RECIPES[args.recipe]
+    model = PRESETS[args.model] if args.model else recipe.model
+    if sizes := {name: given.pop(name) for name in list(given) if name in ModelConfig.__dataclass_fields__}:
+        model = model.change(**sizes)
+    return args, replace(recipe, model=model, **given)
 
 
 def main() -> None:
@@ -579,6 +623,9 @@ def main() -> None:
     folder = Path(args.resume) if args.resume else new_run_folder(args.name or args.recipe)
     try:
         train(recipe, folder, bool(args.resume))
+    except torch.OutOfMemoryError:
+        sys.exit("error: the GPU's memory is full; halve --micro_batch (the global batch stays the same), or take a "
+                 "shorter --max_position_embeddings")
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)

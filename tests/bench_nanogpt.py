@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data import load_source, validation_batches
 from tokenizer import Tokenizer
-from train import recipe_from_json
+from train import read_recipe
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 4, 128, 4, 64, 12
 
@@ -61,14 +61,15 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--seconds", type=float, help="train this long instead of as long as the run")
     args = parser.parse_args()
-    recipe = recipe_from_json(args.run)
+    recipe = read_recipe(args.run)[0]
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     last = [entry for entry in log if "val" in entry][-1]
     seconds = args.seconds or last["train_seconds"]
     tokenizer = Tokenizer.load(args.run)
     splits = load_source(Path(recipe.data) / "code", tokenizer)
     text = tokenizer.decode(splits["train"].tokens.tolist()).replace("<|endoftext|>", "\n")
-    batches = validation_batches(splits["val"], recipe.model.max_position_embeddings, 32, 4 * recipe.eval_sequences)
+    context = recipe.model.max_position_embeddings
+    batches = validation_batches(splits["val"], context, 1, 4 * recipe.eval_tokens // context, context)
     held_out = "".join(tokenizer.decode(row[row >= 0].tolist()) for b in batches for row in b.targets)
     held_out = held_out.replace("<|endoftext|>", "\n")
     index = {c: i for i, c in enumerate(sorted(set(text)))}

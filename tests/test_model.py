@@ -80,7 +80,7 @@ def test_document_attention_equals_dense_mask(lengths, kv_heads):
     q = torch.randn(256, 6, 16, requires_grad=True)
     k, v = (torch.randn(256, kv_heads, 16, requires_grad=True) for _ in range(2))
     cu, grad = lengths_to_cu(lengths, 12), torch.randn(256, 6, 16)
-    out, expected = document_attention(q, k, v, cu, 256), dense_document_attention(q, k, v, cu)
+    out, expected = document_attention(q, k, v, cu, 256), dense_document_attention(q, k, v, cu, 256)
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-4)
     for a, b in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -89,7 +89,7 @@ def test_document_attention_equals_dense_mask(lengths, kv_heads):
 def test_dense_mask_is_causal_attention_per_document():
     """The reference itself, against one call a document."""
     q, k, v = torch.randn(20, 4, 8), torch.randn(20, 2, 8), torch.randn(20, 2, 8)
-    out = dense_document_attention(q, k, v, lengths_to_cu([7, 13], 5))
+    out = dense_document_attention(q, k, v, lengths_to_cu([7, 13], 5), 20)
     for part in (slice(0, 7), slice(7, 20)):
         alone = causal_attention(q[None, part], k[None, part], v[None, part])[0]
         torch.testing.assert_close(out[part], alone)
@@ -140,11 +140,11 @@ def test_cached_logits_equal_uncached(qk_norm):
 
 
 def test_rope_turns_pair_zero_fastest_and_depends_on_distance_alone():
-    frequencies = rope_frequencies(ModelConfig())
-    assert frequencies[0] == 1.0 and frequencies == sorted(frequencies, reverse=True)
+    frequencies = rope_frequencies(ModelConfig(head_dim=64))
+    assert frequencies[0] == 1.0 and (frequencies.diff() < 0).all()
     q, k = torch.randn(2, 1, 1, 1, 64)
     def score(i, j):
-        angle = torch.tensor([i, j])[:, None] * torch.tensor(frequencies)
+        angle = torch.tensor([i, j])[:, None] * frequencies
         cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
         return (apply_rope(q, cos[0], sin[0]) * apply_rope(k, cos[1], sin[1])).sum()
     torch.testing.assert_close(score(7, 3), score(107, 103), atol=1e-4, rtol=1e-4)
@@ -197,10 +197,40 @@ def eager(model, tokens, cu):
 
 
 @pytest.mark.parametrize("wrong, word", [({"num_key_value_heads": 3}, "1, 2, 4"), ({"hidden_size": 130}, "heads"),
-                                         ({"head_dim": 7}, "even")])
+                                         ({"head_dim": 7}, "even"), ({"num_attention_heads": 0}, "greater"),
+                                         ({"rope_theta": 0.0}, "greater"), ({"no_rope_layer_interval": -1}, "negative")])
 def test_impossible_configs_are_a_sentence(wrong, word):
     with pytest.raises(ModelError, match=word):
         ModelConfig(**wrong)
+
+
+def test_changed_width_changes_the_heads_unless_they_were_given():
+    assert ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=512).head_dim == 128
+    assert PRESETS["qwen3-0.6b"].change(hidden_size=512).head_dim == 128  # 16 heads of 128 on width 1024: its own
+    with pytest.raises(ModelError, match="divide"):
+        ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=258)
+
+
+@pytest.mark.cuda
+def test_operator_is_well_formed_on_cuda():
+    q, k = (torch.randn(32, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2))
+    torch.library.opcheck(torch.ops.nanoplaybook.document_attention.default,
+                          (q, k, k, lengths_to_cu([10, 22], 5).cuda(), 32),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_step_and_sampling_on_cuda(dtype):
+    from sample import generate
+    model = GPT(ModelConfig(64, 128, 256, 12, 2, 1, max_position_embeddings=32)).cuda()
+    model.compute_dtype = dtype
+    tokens, cu = torch.randint(64, (2, 32), device="cuda"), lengths_to_cu([20, 12, 5, 27], 10).cuda()
+    expected = model(tokens, cu)
+    model.compile_blocks()
+    torch.testing.assert_close(model(tokens, cu), expected, atol=2e-2, rtol=2e-2)
+    cross_entropy(model(tokens, cu), tokens).backward()
+    assert len(list(generate(model.eval(), [1, 2], 20))) == 20
 
 
 @pytest.mark.cuda
@@ -209,7 +239,7 @@ def test_document_attention_on_cuda_equals_dense_mask(kv_heads):
     q = torch.randn(256, 6, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.randn(256, kv_heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     cu, grad = lengths_to_cu([100, 1, 99, 56], 12).cuda(), torch.randn_like(q)
-    out, expected = document_attention(q, k, v, cu, 256), dense_document_attention(q, k, v, cu)
+    out, expected = document_attention(q, k, v, cu, 256), dense_document_attention(q, k, v, cu, 256)
     assert (out - expected).norm() < 1e-2 * expected.norm()
     for a, b in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
         assert (a - b).norm() < 1.5e-2 * b.norm()
