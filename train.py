@@ -69,7 +69,7 @@ class Recipe:
     clip: float = 1.0  # of the gradient's norm
     document_mask: bool = True  # attention stays inside each document
     eval_every: int = 100  # steps between evaluations, each with a sample
-    eval_tokens: int = 16_384  # held-out tokens of each source in an evaluation; four times as many at the end
+    eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
     save_every: int = 500  # steps between checkpoints; the last two are kept
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a new document
     seed: int = 0  # of the weights and of the order of the data
@@ -96,9 +96,9 @@ class Recipe:
 RECIPES = {
     "laptop": Recipe(
         stages=(
-            Stage("base", 1.7e6, {"prose": 0.35, "code": 0.55, "math": 0.10}),
-            Stage("quality", 0.4e6, {"prose": 0.25, "code": 0.60, "math": 0.15}),
-            Stage("decay", 0.5e6, {"prose": 0.15, "code": 0.65, "math": 0.20}),
+            Stage("base", 1.7e6, {"prose": 0.30, "code": 0.60, "math": 0.10}),
+            Stage("quality", 0.4e6, {"prose": 0.20, "code": 0.65, "math": 0.15}),
+            Stage("decay", 0.5e6, {"prose": 0.10, "code": 0.70, "math": 0.20}),
         ),
         batch_tokens=2048, learning_rate=3e-3, decay_share=0.2, eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
@@ -469,10 +469,10 @@ def training_step(job: Job, step: int) -> tuple[float, float, float]:
     return mean, norm, rate
 
 
-def evaluate(job: Job, log: Log, step: int, tokens: int, samples: int, train_seconds: float) -> dict[str, float]:
+def evaluate(job: Job, log: Log, step: int, samples: int, train_seconds: float) -> dict[str, float]:
     """Held-out bits per byte of each source and samples, printed and logged."""
     recipe, started = job.recipe, time.perf_counter()
-    scores = {source["val"].name: bits_per_byte(job, source["val"], tokens) for source in job.sources}
+    scores = {source["val"].name: bits_per_byte(job, source["val"], recipe.eval_tokens) for source in job.sources}
     length = min(96, recipe.model.max_position_embeddings // 2)
     texts = complete(job.model, job.tokenizer, recipe.sample_prompt, length, samples, min_p=0.05, seed=recipe.seed + step)
     log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, samples=texts, train_seconds=train_seconds,
@@ -541,7 +541,7 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
                 raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
                                   f"python train.py --resume {run_folder}")
             if step % recipe.eval_every == 0 or last or step == 1:
-                scores = evaluate(job, log, step, recipe.eval_tokens * (4 if last else 1), 4 if last else 1, seconds)
+                scores = evaluate(job, log, step, 4 if last else 1, seconds)
     if leader and log.draw(run_folder / "loss.png"):
         print(f"The curves are in {run_folder}/loss.png")
     print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')

@@ -69,7 +69,7 @@ def main() -> None:
     splits = load_source(Path(recipe.data) / "code", tokenizer)
     text = tokenizer.decode(splits["train"].tokens.tolist()).replace("<|endoftext|>", "\n")
     context = recipe.model.max_position_embeddings
-    batches = validation_batches(splits["val"], context, 1, 4 * recipe.eval_tokens // context, context)
+    batches = validation_batches(splits["val"], context, 1, recipe.eval_tokens // context, context)
     held_out = "".join(tokenizer.decode(row[row >= 0].tolist()) for b in batches for row in b.targets)
     held_out = held_out.replace("<|endoftext|>", "\n")
     index = {c: i for i, c in enumerate(sorted(set(text)))}
