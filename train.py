@@ -71,7 +71,7 @@ class Recipe:
     eval_every: int = 100  # steps between evaluations, each with a sample
     eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
     save_every: int = 500  # steps between checkpoints; the last two are kept
-    sample_prompt: str = ""  # what the sample at each evaluation continues; empty: a new document
+    sample_prompt: str = ""  # what the sample at each evaluation continues; empty: the start of a held-out document
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # bfloat16 or float32, of the matrix products; weights are float32
@@ -469,17 +469,21 @@ def training_step(job: Job, step: int) -> tuple[float, float, float]:
     return mean, norm, rate
 
 
-def evaluate(job: Job, log: Log, step: int, samples: int, train_seconds: float) -> dict[str, float]:
-    """Held-out bits per byte of each source and samples, printed and logged."""
+def evaluate(job: Job, log: Log, step: int, last: bool, train_seconds: float) -> dict[str, float]:
+    """Held-out bits per byte of each source, and a sample: how the model continues the first words of a held-out
+    document, of one source in turn, at the end of each. Printed and logged."""
     recipe, started = job.recipe, time.perf_counter()
     scores = {source["val"].name: bits_per_byte(job, source["val"], recipe.eval_tokens) for source in job.sources}
+    turn = step // recipe.eval_every % len(job.sources)
+    prompts = [job.tokenizer.decode(s["val"].tokens[1:9].tolist()) for s in (job.sources if last else [job.sources[turn]])]
+    prompts = [recipe.sample_prompt] if recipe.sample_prompt else prompts
     length = min(96, recipe.model.max_position_embeddings // 2)
-    texts = complete(job.model, job.tokenizer, recipe.sample_prompt, length, samples, min_p=0.05, seed=recipe.seed + step)
-    log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, samples=texts, train_seconds=train_seconds,
-              seconds=time.perf_counter() - started)
+    texts = [complete(job.model, job.tokenizer, prompt, length, min_p=0.05, seed=step)[0] for prompt in prompts]
+    log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, samples=[p + t for p, t in zip(prompts, texts)],
+              train_seconds=train_seconds, seconds=time.perf_counter() - started)
     listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    shown = "\n\n".join((recipe.sample_prompt + text).strip() for text in texts)
-    tqdm.write(f"step {step:,}: held-out bits per byte {listed}\n  | " + shown.replace("\n", "\n  | ") + "\n", file=sys.stdout)
+    shown = [f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | ") for prompt, text in zip(prompts, texts)]
+    tqdm.write("\n".join([f"step {step:,}: held-out bits per byte {listed}", *shown, ""]), file=sys.stdout)
     sys.stdout.flush()
     return scores
 
@@ -541,7 +545,7 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
                 raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
                                   f"python train.py --resume {run_folder}")
             if step % recipe.eval_every == 0 or last or step == 1:
-                scores = evaluate(job, log, step, 4 if last else 1, seconds)
+                scores = evaluate(job, log, step, last, seconds)
     if leader and log.draw(run_folder / "loss.png"):
         print(f"The curves are in {run_folder}/loss.png")
     print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')
