@@ -96,9 +96,9 @@ class Recipe:
 RECIPES = {
     "laptop": Recipe(
         stages=(
-            Stage("base", 1.7e6, {"prose": 0.30, "code": 0.60, "math": 0.10}),
-            Stage("quality", 0.4e6, {"prose": 0.20, "code": 0.65, "math": 0.15}),
-            Stage("decay", 0.5e6, {"prose": 0.10, "code": 0.70, "math": 0.20}),
+            Stage("base", 1.8e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
+            Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
+            Stage("decay", 0.5e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
         ),
         batch_tokens=2048, learning_rate=3e-3, decay_share=0.2, eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
