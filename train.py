@@ -605,11 +605,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
                         + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
     given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
     if args.resume:
+        recipe = read_recipe(Path(args.resume))[0]
         fixed = [f"--{name}" for name in given if name not in RESUMABLE]
         fixed += [what for what, value in (("--model", args.model), ("--name", args.name), ("a recipe", args.recipe)) if value]
         if fixed:
             raise UserError(f"a resumed run cannot change {' or '.join(fixed)}; leave it out or start a new run")
-        recipe = read_recipe(Path(args.resume))[0]
     else:
         args.recipe = args.recipe or "laptop"
         if args.recipe not in RECIPES:
@@ -628,8 +628,8 @@ def main() -> None:
     try:
         train(recipe, folder, bool(args.resume))
     except torch.OutOfMemoryError:
-        sys.exit("error: the GPU's memory is full; halve --micro_batch (the global batch stays the same), or take a "
-                 "shorter --max_position_embeddings")
+        raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same) or take a "
+                        "shorter --max_position_embeddings") from None
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
