@@ -539,6 +539,9 @@ def run(main: Callable[[], None], *errors: type[Exception]) -> None:
     stderr and exit code 2, Ctrl-C in exit code 130; any other exception is a bug and shows its traceback."""
     try:
         main()
+    except BrokenPipeError:  # the reader, `head` for one, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError, *errors) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
