@@ -303,7 +303,7 @@ def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -
     Without `verify` their sizes are compared, but not their sha256.
     """
     folder = Path(folder)
-    remake = f"make it again with `python data.py prepare ... --out {folder.parent}`"
+    remake = f"remove {folder.parent} and make it again with `python data.py prepare`"
     try:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:

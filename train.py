@@ -1,7 +1,7 @@
 """Training: recipes, one loop, checkpoints.
 
 The playbook's run in miniature: three stages whose mixture moves from prose to code and math, warmup-stable-decay
-whose decay is the last stage, AdamW, clipping, a global batch in tokens. Without an argument it makes a tokenizer
+whose decay is the last fifth, AdamW, clipping, a global batch in tokens. Without an argument it makes a tokenizer
 and token files from the Python installation, trains on them for a few minutes and writes runs/laptop.
 
     python train.py                                     # the laptop recipe, from nothing to a sample
@@ -10,7 +10,7 @@ and token files from the Python installation, trains on them for a few minutes a
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same, on eight GPUs
     python train.py --resume runs/laptop
 
-A recipe is a value of the class `Recipe` below; each of its fields, and each of its model's, is a flag.
+A recipe is a value of the class `Recipe` below; each of its fields but `stages`, and each of its model's, is a flag.
 """
 
 import argparse
@@ -41,7 +41,6 @@ from data import Batch, Curriculum, Split, Stage
 from model import GPT, PRESETS, ModelConfig, ModelError, cross_entropy, newest_checkpoint
 from sample import complete
 from tokenizer import Parser, Tokenizer, UserError, run
-
 
 DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "bfloat16", "float32")
 
@@ -91,8 +90,8 @@ class Recipe:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
 
 
-# Smallest first. The laptop's stages are SmolLM3's in miniature: code and math take over from prose, and the decay of
-# the learning rate is the last stage. Sizes, batch and rate were picked by measuring (README).
+# Smallest first. The laptop's stages are SmolLM3's in miniature: code and math take over from prose, and the
+# learning rate decays over the last fifth of the steps, as the last stage comes. Sizes, batch and rate were picked by measuring (README).
 RECIPES = {
     "laptop": Recipe(
         stages=(

@@ -1,6 +1,7 @@
 """data.py: token files and their errors, packing, order, mixtures."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -156,6 +157,9 @@ def test_generated_math_is_right_and_held_out_problems_are_new():
                 a, sign, b = left.split()
                 result = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
                 assert int(right.split(",")[0]) == result, text
+    sums = {side: {tuple(sorted(pair)) for text in texts for pair in re.findall(r"What is (\d+) \+ (\d+)\?", text)}
+            for side, texts in d.hold_out("math", documents).items()}
+    assert sums["train"] and sums["val"] and not sums["train"] & sums["val"]
 
 
 def test_prose_and_code_of_a_module_are_on_the_same_side():
