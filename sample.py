@@ -56,7 +56,7 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(model.config, samples, len(prompt) + max_tokens, device, model.compute_dtype)
+    cache = KVCache(len(prompt) + max_tokens)
     tokens = torch.tensor([prompt] * samples, device=device)  # [samples, T], then [samples, 1]
     running = [True] * samples
     for _ in range(max_tokens):

@@ -38,7 +38,7 @@ import cost
 import data as data_
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
-from model import GPT, PRESETS, ModelConfig, ModelError, cross_entropy, newest_checkpoint
+from model import GPT, PRESETS, ModelConfig, ModelError, cross_entropy, newest_checkpoint, z_loss
 from sample import complete
 from tokenizer import Parser, Tokenizer, UserError, run
 
@@ -66,6 +66,7 @@ class Recipe:
     beta2: float = 0.95  # and of its square
     eps: float = 1e-8  # added to AdamW's denominator
     clip: float = 1.0  # of the gradient's norm
+    z_loss: float = 0.0  # weight of the mean squared log-partition of the output (OLMo 2: 1e-5)
     document_mask: bool = True  # attention stays inside each document
     eval_every: int = 100  # steps between evaluations, each with a sample
     eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
@@ -84,7 +85,7 @@ class Recipe:
         for name, least, most in (
                 ("tokens", 0, 1e18), ("batch_tokens", 1, 1e12), ("micro_batch", 0, 1e9), ("learning_rate", 1e-12, 1e30),
                 ("warmup_steps", 0, 1e12), ("decay_share", 0, 1), ("final_share", 0, 1), ("weight_decay", 0, 1e6),
-                ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("eval_every", 1, 1e18),
+                ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("z_loss", 0, 1e6), ("eval_every", 1, 1e18),
                 ("eval_tokens", 1, 1e18), ("save_every", 1, 1e18), ("seed", 0, 2**63 - 1)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
@@ -105,7 +106,7 @@ RECIPES = {
         stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000, weight_decay=0.01,
         save_every=2000, eval_every=1000, eval_tokens=2**20),
     "baseline-1b": Recipe(  # the playbook's ablation baseline: 45B tokens, 1.5 days on 8 H100s
-        model=replace(PRESETS["llama-3.2-1b"], rope_theta=5e4, rope_llama3_factor=0.0, max_position_embeddings=4096),
+        model=replace(PRESETS["llama-3.2-1b"], position="rope", rope_theta=5e4, max_position_embeddings=4096),
         data="data/fineweb-edu,data/stack-edu-python,data/finemath",
         stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
         batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", warmup_steps=2000, final_share=0.1,
@@ -454,7 +455,10 @@ def training_step(job: Job, step: int) -> tuple[float, float, float]:
         with contextlib.nullcontext() if synchronize else job.parallel.no_sync():
             logits = job.parallel(tokens, cu_seqlens if recipe.document_mask else None)
             part = cross_entropy(logits, targets) / recipe.batch_tokens  # a share of the global batch's mean
-            (part * world.size).backward()  # because DDP divides by the number of processes
+            extra = job.model.routing_loss() / (accumulation * world.size)
+            if recipe.z_loss:
+                extra = extra + recipe.z_loss * z_loss(logits, targets) / recipe.batch_tokens
+            ((part + extra) * world.size).backward()  # because DDP divides by the number of processes
         loss += part.detach()
     norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), recipe.clip).item()
     mean = world.sum(loss.item(), device=device)[0]
@@ -523,6 +527,7 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
         for step in range(job.first + 1, curriculum.steps + 1):
             started = time.perf_counter()
             loss, norm, rate = training_step(job, step - 1)
+            uneven = job.model.balance_experts()
             elapsed = time.perf_counter() - started
             seconds += elapsed
             stop = world.sum(len(noted), device=job.machine.device)[0] > 0  # all processes leave at the same step
@@ -533,10 +538,11 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
                 continue
             speed, stage = recipe.batch_tokens / elapsed, curriculum.stages[curriculum.stage(step - 1)].name
             share = speed * flops / job.machine.peak_flops / world.size
+            balance = {"expert_load": uneven} if uneven else {}  # per MoE layer, the fullest expert's over the mean
             log.write(step=step, tokens=step * recipe.batch_tokens, loss=loss, lr=rate, grad_norm=norm, stage=stage,
-                      tokens_per_second=speed, share_of_peak=share, train_seconds=seconds)
+                      tokens_per_second=speed, share_of_peak=share, train_seconds=seconds, **balance)
             bar.set_postfix_str(f"{stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | {speed:,.0f} tok/s | "
-                                f"{share:.0%} of peak", refresh=False)
+                                f"{share:.0%} of peak" + (f" | fullest expert {max(uneven):.1f}x" if uneven else ""), refresh=False)
             bar.update()
             if step % recipe.save_every == 0 or last or stop:
                 save_checkpoint(run_folder, step, job.model, job.optimizer, job.tokenizer)
