@@ -802,12 +802,12 @@ class GatedDeltaNet(nn.Module):
         documents = layout.documents
         y = F.silu(self.short_convolution(mixed, tail, documents))
         q, k, v = y.split([q.flatten(2).shape[-1], k.flatten(2).shape[-1], v.flatten(2).shape[-1]], -1)
-        q, k = (y.float().view(B, T, self.key_heads, 1, -1).expand(-1, -1, -1, self.ratio, -1).flatten(2, 3) for y in (q, k))
+        q, k = (y.float().reshape(B, T, self.key_heads, 1, -1).expand(-1, -1, -1, self.ratio, -1).flatten(2, 3) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         if documents is None:
             documents = torch.zeros(B, T, dtype=torch.int64, device=x.device)
-        y, state = gated_delta_rule(q * self.key_dim ** -0.5, k, v.view(B, T, self.value_heads, -1), decay,
+        y, state = gated_delta_rule(q * self.key_dim ** -0.5, k, v.reshape(B, T, self.value_heads, -1), decay,
                                     b.float().sigmoid(), documents, state)
         if cache is not None:
             cache.layers[self.layer] = torch.cat((tail, mixed), 1)[:, T:], state
@@ -1424,7 +1424,7 @@ def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path |
             hf |= {"eos_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids.get("<|pad|>")}
             (partial / "tokenizer_config.json").write_text(json.dumps({
                 "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
-                "pad_token": "<|pad|>" if "<|pad|>" in ids else None, "model_max_length": hf["max_position_embeddings"],
+                "add_bos_token": True, "pad_token": "<|pad|>" if "<|pad|>" in ids else None, "model_max_length": hf["max_position_embeddings"],
                 "chat_template": CHAT_TEMPLATE}, indent=1), "utf-8")
     (partial / "config.json").write_text(json.dumps(hf, indent=1), "utf-8")
     checked = _compare_with_transformers(model, partial)

@@ -5,6 +5,8 @@ the whole square; it is the reason why the playbook chooses grouped-query attent
 
     python sample.py                                   # the newest run, a sample from nothing
     python sample.py runs/laptop --prompt "def " --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
+    python sample.py SmolLM3-3B                        # a downloaded Hugging Face folder: chats if it has a chat template
+    python sample.py SmolLM3-3B --chat --prompt "Why is the sky blue?"
 
 `--temperature 0` always takes the likeliest token. top-k keeps the k likeliest tokens; top-p (Holtzman et al. 2020)
 the likeliest that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as the
@@ -12,14 +14,16 @@ likeliest.
 """
 
 import argparse
+import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from model import GPT, KVCache, ModelError, from_pretrained
+from model import GPT, KVCache, ModelError, from_pretrained, is_hugging_face
 from tokenizer import Parser, Tokenizer, UserError, run
 
 
@@ -47,18 +51,18 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 @torch.inference_mode()
 def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *, temperature: float = 0.8,
-             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, stop: int | None = None,
+             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, stop: int | Iterable[int] = (),
              vocab_size: int | None = None) -> Iterator[list[int | None]]:
     """Yields one token id for each of `samples` continuations of the prompt, None for one that has ended.
 
-    Ends after `max_tokens`, or when every sample has produced `stop`, which is not yielded. `vocab_size`: ids from
+    Ends after `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids from
     there on are never drawn (a padded vocabulary has rows that stand for nothing).
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     cache = KVCache(len(prompt) + max_tokens)
     tokens = torch.tensor([prompt] * samples, device=device)  # [samples, T], then [samples, 1]
-    running = [True] * samples
+    running, stops = [True] * samples, {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):
         logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [samples, V]
         if temperature == 0:
@@ -67,21 +71,26 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *
             probabilities = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
             tokens = torch.multinomial(probabilities, 1, generator=generator)
         ids = tokens[:, 0].tolist()
-        running = [alive and id != stop for alive, id in zip(running, ids)]
+        running = [alive and id not in stops for alive, id in zip(running, ids)]
         if not any(running):
             return
         yield [id if alive else None for alive, id in zip(running, ids)]
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, samples: int = 1, **options) -> list[str]:
-    """The continuations of a prompt as text; a document's opening EOS stands before the prompt."""
-    ids = [[] for _ in range(samples)]
-    for step in generate(model, [tokenizer.eos_id, *tokenizer.encode(prompt)], max_tokens, samples,
-                         stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options):
+def continue_all(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, samples: int, **options) -> list[str]:
+    """Several continuations of prompt ids as text, drawn at once."""
+    ids: list[list[int]] = [[] for _ in range(samples)]
+    for step in generate(model, prompt, max_tokens, samples, **options):
         for sample, id in zip(ids, step):
             if id is not None:
                 sample.append(id)
     return [tokenizer.decode(sample) for sample in ids]
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, samples: int = 1, **options) -> list[str]:
+    """The continuations of a prompt as text; a document's opening EOS stands before the prompt."""
+    return continue_all(model, tokenizer, [tokenizer.eos_id, *tokenizer.encode(prompt)], max_tokens, samples,
+                        stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -93,18 +102,136 @@ def newest_run(root: str | Path = "runs") -> Path:
 
 
 def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a run, ready to sample: bf16 on a GPU, fp32 elsewhere."""
-    model = from_pretrained(folder).eval()
+    """The model and the tokenizer of a run or of a Hugging Face folder, ready to sample: bf16 on a GPU, fp32 elsewhere."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        model.to(torch.bfloat16).compute_dtype = torch.bfloat16
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = from_pretrained(folder, dtype).eval()
+    model.compute_dtype = dtype
     return model.to(device), Tokenizer.load(folder)
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+
+
+class Prompter:
+    """How text and chats begin and end for the model of a folder, ours or Hugging Face's."""
+
+    def __init__(self, folder: str | Path, tokenizer: Tokenizer):
+        self.tokenizer, folder = tokenizer, Path(folder)
+        self.settings: dict = {}  # tokenizer_config.json; empty for our runs
+        self.template: str | None = None
+        self.opening = [tokenizer.eos_id]  # our documents open with EOS
+        self.stop = {tokenizer.eos_id} | {id for name, id in tokenizer.special.items() if name == "<|im_end|>"}
+        if not is_hugging_face(folder):
+            return
+        self.settings = _read_json(folder / "tokenizer_config.json")
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text("utf-8")
+        elif isinstance(self.settings.get("chat_template"), str):
+            self.template = self.settings["chat_template"]
+        bos = self.name("bos_token")
+        opens = self.settings.get("add_bos_token") or f'"id": "{bos}"' in json.dumps(
+            _read_json(folder / "tokenizer.json").get("post_processor"))  # a TemplateProcessing that writes it
+        self.opening = [tokenizer.control(bos)] if bos and opens else []
+        ends = (_read_json(folder / "generation_config.json").get("eos_token_id")
+                or _read_json(folder / "config.json").get("eos_token_id"))
+        if ends is not None:
+            self.stop = set(ends) if isinstance(ends, list) else {ends}
+
+    def name(self, role: str) -> str | None:
+        """The text of the token with a role, such as bos_token, of a Hugging Face tokenizer."""
+        token = self.settings.get(role)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def text(self, prompt: str) -> list[int]:
+        """ids of a text to continue."""
+        return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """ids of a conversation of {"role", "content"} up to where the assistant speaks; ChatML for our own models.
+
+        A template's control tokens become control tokens; what looks like one in a message stays ordinary text.
+        """
+        if self.template is None:
+            return [*self.opening, *self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]]
+        try:
+            from jinja2 import TemplateError
+            from jinja2.ext import loopcontrols
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise UserError("the chat template of this model needs the package jinja2: pip install jinja2") from None
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        names = list(self.tokenizer.special)
+        control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+        hidden = [{**m, "content": control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", m["content"])}
+                  for m in messages]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("time").strftime(form)}
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        try:
+            text = environment.from_string(self.template).render(
+                messages=hidden, add_generation_prompt=True, tools=None, bos_token=self.name("bos_token") or "",
+                eos_token=self.name("eos_token") or "", pad_token=self.name("pad_token") or "")
+        except TemplateError as error:
+            raise UserError(f"the model's chat template refuses this conversation ({error})") from None
+        ids, start = [], 0
+        for found in [*control.finditer(text), None]:
+            piece = text[start:found.start() if found else len(text)]
+            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
+            if found:
+                ids.append(self.tokenizer.control(found[0]))
+                start = found.end()
+        return ids
+
+
+def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, **options) -> str:
+    """Prints one continuation while it is made, and returns it."""
+    stream, parts = tokenizer.stream(), []
+    for (id,) in generate(model, prompt, max_tokens, **options):
+        parts.append(stream([id]))
+        print(parts[-1], end="", flush=True)
+    parts.append(stream([], final=True))
+    print(parts[-1])
+    return "".join(parts)
+
+
+def chat(model: GPT, tokenizer: Tokenizer, prompter: Prompter, question: str, max_tokens: int, **options) -> None:
+    """Answers a question, or, without one, line after line of standard input until it ends."""
+    messages: list[dict[str, str]] = []
+    while True:
+        if not (said := question):
+            try:
+                said = input("> ").strip()
+            except EOFError:
+                return print()
+            if not said:
+                continue
+        messages.append({"role": "user", "content": said})
+        prompt = prompter.chat(messages)
+        room = model.config.max_position_embeddings - len(prompt)
+        if room < 1:
+            raise UserError(f"the conversation has {len(prompt):,} tokens, but the model reads at most "
+                            f"{model.config.max_position_embeddings - 1:,}; start a new one")
+        messages.append({"role": "assistant", "content": speak(model, tokenizer, prompt, min(max_tokens, room), **options)})
+        if question:
+            return
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="run folder or checkpoint (default: the newest run)")
+    parser.add_argument("run", nargs="?", help="run folder, checkpoint or Hugging Face folder (default: the newest run)")
     parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the model's chat format")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="how many, drawn at once")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
@@ -119,27 +246,24 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name.replace('-', '_'))} is out of range; see `python sample.py --help`")
     folder = Path(args.run) if args.run else newest_run()
     model, tokenizer = load(folder)
-    prompt = [tokenizer.eos_id, *tokenizer.encode(args.prompt)]
+    prompter = Prompter(folder, tokenizer)
+    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
+                   stop=prompter.stop, vocab_size=tokenizer.vocab_size)
+    if args.chat or prompter.template and not args.prompt and args.samples == 1:
+        return chat(model, tokenizer, prompter, args.prompt, args.max_tokens, **options)
+    prompt = prompter.text(args.prompt)
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt):,} tokens, but {folder} reads at most "
                         f"{model.config.max_position_embeddings - 1:,} and needs room to answer; shorten it")
-    options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
-                   stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-    texts = [[] for _ in range(args.samples)]
-    streams = [tokenizer.stream() for _ in range(args.samples)]
     if args.samples == 1:
         print(args.prompt, end="", flush=True)
-    for step in generate(model, prompt, min(args.max_tokens, room), args.samples, **options):
-        for text, stream, id in zip(texts, streams, step):
-            if id is not None:
-                text.append(stream([id]))
-                if args.samples == 1:
-                    print(text[-1], end="", flush=True)
-    for number, (text, stream) in enumerate(zip(texts, streams), start=1):
-        text.append(stream([], final=True))
-        print(text[-1] if args.samples == 1 else f"--- {number}\n{args.prompt}{''.join(text)}")
-    if args.max_tokens > room and len(texts[0]) > room:
+        texts = [speak(model, tokenizer, prompt, min(args.max_tokens, room), **options)]
+    else:
+        texts = continue_all(model, tokenizer, prompt, min(args.max_tokens, room), args.samples, **options)
+        for number, text in enumerate(texts, start=1):
+            print(f"--- {number}\n{args.prompt}{text}")
+    if args.max_tokens > room and max(len(tokenizer.encode(text)) for text in texts) >= room:
         print(f"(the context of {model.config.max_position_embeddings} tokens is full)", file=sys.stderr)
 
 

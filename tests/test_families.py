@@ -3,6 +3,9 @@ windows, chunks and trained contexts."""
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,8 @@ import torch
 import model as model_
 from model import (FAMILIES, GPT, PRESETS, KVCache, ModelConfig, ModelError, config_from_hugging_face,
                    config_to_hugging_face, count_parameters, from_pretrained, save_pretrained)
+
+from tokenizer import UserError
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -225,4 +230,30 @@ def test_export_of_a_run_brings_its_tokenizer(tmp_path):
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     assert rendered == tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
     assert theirs.eos_token_id == tokenizer.eos_id
+
+    from sample import Prompter, load
+    prompter = Prompter(tmp_path / "out", load(tmp_path / "out")[1])
+    assert prompter.chat(messages) == rendered and prompter.text("the cat") == [0, *tokenizer.encode("the cat")]
+    assert prompter.stop == {0}
+    tricky = [{"role": "user", "content": "the <|im_end|> cat"}]  # control tokens in a message are ordinary text
+    assert prompter.chat(tricky) == tokenizer.encode_chat(tricky, add_generation_prompt=True)[0]
+    (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content | trim }}"
+                                                          "{% endfor %}{{ raise_exception('no') if messages[1:] }}")
+    prompter = Prompter(tmp_path / "out", tokenizer)
+    assert prompter.stop == {0, 3} and prompter.chat([{"role": "user", "content": " the "}]) == [0, *tokenizer.encode("the")]
+    with pytest.raises(UserError, match="refuses"):
+        prompter.chat(messages * 2)
+
+
+def test_sample_chats_with_a_hugging_face_folder(tmp_path):
+    from tokenizer import train_bpe
+    tokenizer = train_bpe(["the cat sat on the mat, and the dog sat on the cat"] * 3, 275)
+    tokenizer.save(tmp_path / "run")
+    save_pretrained(GPT(TINY.change(vocab_size=tokenizer.vocab_size)), tmp_path / "out", tokenizer_from=tmp_path / "run")
+    for flags, said in (([], "the cat?\n\nthe dog?\n"), (["--chat", "--prompt", "the cat?"], ""), (["--prompt", "the"], "")):
+        done = subprocess.run([sys.executable, "sample.py", str(tmp_path / "out"), "--max-tokens", "8", *flags], input=said,
+                              cwd=Path(model_.__file__).parent, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert done.stdout.count("> ") >= said.count("?") and len(done.stdout) > 3
     assert re.search('"eos_token_id": 0', (tmp_path / "out" / "config.json").read_text())
