@@ -123,53 +123,47 @@ class ModelConfig:
         for field in fields(self):
             if field.type in (int, float) and not getattr(self, field.name) >= 0:
                 raise ModelError(f"{field.name} {getattr(self, field.name)} must not be negative")
-        if self.num_attention_heads % self.num_key_value_heads:
-            divisors = [g for g in range(1, self.num_attention_heads + 1) if self.num_attention_heads % g == 0]
-            raise ModelError(f"num_key_value_heads {self.num_key_value_heads} must divide num_attention_heads "
-                             f"{self.num_attention_heads}: take one of {divisors}")
-        if self.position not in POSITIONS:
-            raise ModelError(f"position {self.position} is not one of {', '.join(POSITIONS)}")
-        if self.scoring_func not in ("softmax", "sigmoid"):
-            raise ModelError(f"scoring_func {self.scoring_func} is neither softmax nor sigmoid")
-        kinds = set(self.layer_types.split(","))
-        if kinds - set(LAYER_TYPES):
-            raise ModelError(f"layer_types {self.layer_types} may hold {', '.join(LAYER_TYPES)}, separated by commas")
-        for kind, size in (("sliding", "sliding_window"), ("chunked", "attention_chunk_size")):
-            if kind in kinds and not getattr(self, size):
-                raise ModelError(f"{kind} layers need --{size}, a number of tokens")
-        if self.position in ("alibi", "relative", "dual_chunk") and ("chunked" in kinds or self.kv_lora_rank):
-            raise ModelError(f"position {self.position} goes with neither chunked layers nor kv_lora_rank; take rope")
-        derived = {"head_dim": self.head_dim}
-        if self.kv_lora_rank:
-            if kinds != {"full"} or self.attention_sinks or self.attn_output_gate or self.qk_norm:
-                raise ModelError("kv_lora_rank (MLA) goes with full layers without sinks, gate and qk_norm; leave those out")
-            for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-                if not getattr(self, name):
-                    raise ModelError(f"kv_lora_rank (MLA) needs --{name}, a width")
-            if self.v_head_dim > self.qk_nope_head_dim + self.qk_rope_head_dim:
-                raise ModelError(f"v_head_dim {self.v_head_dim} must not exceed qk_nope_head_dim + qk_rope_head_dim")
-            derived["head_dim"] = self.qk_nope_head_dim + self.qk_rope_head_dim
-        elif not self.head_dim:
-            if self.hidden_size % self.num_attention_heads:
-                raise ModelError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} "
-                                 "heads: change one of them or give head_dim")
-            derived["head_dim"] = self.hidden_size // self.num_attention_heads
+        kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
+        latent, unusual = self.kv_lora_rank, self.position in ("alibi", "relative", "dual_chunk")
+        head_dim = self.head_dim or self.hidden_size // heads
+        if latent:
+            head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        derived = {"head_dim": head_dim}
         if "linear" in kinds:
-            derived |= {"linear_num_key_heads": self.linear_num_key_heads or self.num_key_value_heads,
-                        "linear_num_value_heads": self.linear_num_value_heads or self.num_attention_heads,
-                        "linear_key_head_dim": self.linear_key_head_dim or derived["head_dim"],
-                        "linear_value_head_dim": self.linear_value_head_dim or derived["head_dim"]}
-            if derived["linear_num_value_heads"] % derived["linear_num_key_heads"]:
-                raise ModelError(f"linear_num_key_heads {derived['linear_num_key_heads']} must divide "
-                                 f"linear_num_value_heads {derived['linear_num_value_heads']}")
+            derived |= {"linear_num_key_heads": self.linear_num_key_heads or groups,
+                        "linear_num_value_heads": self.linear_num_value_heads or heads,
+                        "linear_key_head_dim": self.linear_key_head_dim or head_dim,
+                        "linear_value_head_dim": self.linear_value_head_dim or head_dim}
         if self.num_experts:
-            if self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group:
-                raise ModelError(f"num_experts_per_tok {self.num_experts_per_tok} is more than a token may choose from; "
-                                 "lower it or raise num_experts or topk_group")
-            if self.num_experts % self.n_group or self.topk_group > self.n_group:
-                raise ModelError(f"n_group {self.n_group} must divide num_experts {self.num_experts} and be at least topk_group")
-            derived["moe_intermediate_size"] = (self.moe_intermediate_size
-                                                or max(1, self.intermediate_size // self.num_experts_per_tok))
+            derived["moe_intermediate_size"] = self.moe_intermediate_size or max(1, self.intermediate_size // self.num_experts_per_tok)
+        for wrong, sentence in (
+            (heads % groups, f"num_key_value_heads {groups} must divide num_attention_heads {heads}: take one of "
+                             f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
+            (not latent and not self.head_dim and self.hidden_size % heads,
+             f"hidden_size {self.hidden_size} does not divide by {heads} heads: change one of them or give head_dim"),
+            (self.position not in POSITIONS, f"position {self.position} is not one of {', '.join(POSITIONS)}"),
+            (self.scoring_func not in ("softmax", "sigmoid"), f"scoring_func {self.scoring_func} is neither softmax nor sigmoid"),
+            (kinds - set(LAYER_TYPES), f"layer_types {self.layer_types} may hold {', '.join(LAYER_TYPES)}, separated by commas"),
+            ("sliding" in kinds and not self.sliding_window, "sliding layers need --sliding_window, a number of tokens"),
+            ("chunked" in kinds and not self.attention_chunk_size, "chunked layers need --attention_chunk_size, a number of tokens"),
+            (unusual and ("chunked" in kinds or latent),
+             f"position {self.position} goes with neither chunked layers nor kv_lora_rank; take rope"),
+            (self.position == "dual_chunk" and ("sliding" in kinds or self.attention_sinks),
+             "position dual_chunk goes with neither sliding layers nor sinks; take yarn"),
+            (latent and (kinds != {"full"} or self.attention_sinks or self.attn_output_gate or self.qk_norm),
+             "kv_lora_rank (MLA) goes with full layers without sinks, gate and qk_norm; leave those out"),
+            (latent and not (self.qk_nope_head_dim and self.qk_rope_head_dim and self.v_head_dim),
+             "kv_lora_rank (MLA) needs --qk_nope_head_dim, --qk_rope_head_dim and --v_head_dim"),
+            (latent and self.v_head_dim > head_dim, f"v_head_dim {self.v_head_dim} must not exceed the {head_dim} of a key"),
+            ("linear" in kinds and derived.get("linear_num_value_heads", 0) % derived.get("linear_num_key_heads", 1),
+             "linear_num_key_heads must divide linear_num_value_heads"),
+            (self.num_experts % self.n_group or self.topk_group > self.n_group,
+             f"n_group {self.n_group} must divide num_experts {self.num_experts} and be at least topk_group"),
+            (self.num_experts and self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group,
+             f"num_experts_per_tok {self.num_experts_per_tok} is more than a token may choose from; lower it or raise num_experts"),
+        ):
+            if wrong:
+                raise ModelError(sentence)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         if self.rotary_dim % 2 or not self.rotary_dim:
