@@ -245,3 +245,17 @@ def test_recipes_are_consistent():
         train.micro_batch_rows(job, train.World(), "cpu")
         assert job.stages, name
     assert UserError is train.UserError
+
+
+HYBRID = ["--num-experts", "4", "--layer-types", "linear,full", "--router-bias-update-rate", "0.01", "--z-loss", "1e-4"]
+
+
+def test_experts_and_linear_layers_train_resume_exactly_and_log_their_balance(here):
+    train.train(recipe("--tokens", "2560", *HYBRID), here / "runs/whole")
+    train.train(recipe("--tokens", "2560", "--save-every", "5", *HYBRID), here / "runs/cut")
+    shutil.rmtree(sorted((here / "runs/cut/checkpoints").iterdir())[-1])
+    train.train(train.read_recipe(here / "runs/cut")[0], here / "runs/cut", resume=True)
+    assert_same_state(here / "runs/whole", here / "runs/cut")  # the routers' biases included
+    steps = [entry for entry in log_of(here / "runs/whole") if "loss" in entry]
+    assert all(len(entry["expert_load"]) == 2 and 1 <= min(entry["expert_load"]) for entry in steps)
+    assert state(here / "runs/whole")[0]["model.layers.0.mlp.gate.e_score_correction_bias"].any()
