@@ -313,7 +313,7 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "merge not a pair": (lambda s: s["model"]["merges"].append(["a"]), "not built like"),
     "merge with a line end": (lambda s: s["model"]["merges"].append("z\nz q"), "which is not in"),
     "merge of numbers": (lambda s: s["model"]["merges"].append([1, 2]), "not in"),
-    "merge order": (reverse_merges, "not in merge order"),
+    "merge order": (reverse_merges, "something else than the order"),
     "merge missing": (lambda s: (s["model"]["merges"].pop(), s["model"].pop("ignore_merges")), "no merge"),
     "two ids alike": (lambda s: s["model"]["vocab"].update(a=s["model"]["vocab"]["b"]), "same id"),
     "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "'5', not in"),
