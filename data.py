@@ -759,13 +759,13 @@ def cut_sequences(packing: Packing, indices: np.ndarray) -> tuple[np.ndarray, np
     split, shape, starts = packing.split, (len(indices), packing.context), []
     tokens, targets = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
     for row, index in enumerate(indices):
-        at, inside = 0, [np.zeros(1, np.int64)]
+        at, inside = 0, []
         for begin, length in packing.pieces(int(index)):
             part = split.tokens[begin:begin + length + 1]  # the target after the last one opens the next document
             n = len(part) - 1  # less than `length` at the end of the file only
             tokens[row, at:at + n], targets[row, at:at + n] = part[:-1], part[1:]
-            first, last = np.searchsorted(split.starts, [begin + (at == 0), begin + n])
-            inside.append(split.starts[first:last] - begin + at)
+            first, last = np.searchsorted(split.starts, [begin + 1, begin + n])
+            inside += [[at], split.starts[first:last] - begin + at]
             at += length
         starts.append(np.concatenate(inside))
     return tokens, targets, starts

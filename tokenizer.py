@@ -584,7 +584,7 @@ class Source:
         self.dropped = Counter()  # what reading leaves out, and why
         self.done = 0  # bytes of the files read so far
         if self.where.startswith("hf:"):
-            self.files, self.size = {self.where: path}, 0
+            self.files, self.size, self.folder = {self.where: path}, 0, False
             return
         if not path.exists():
             raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
