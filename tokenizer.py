@@ -68,6 +68,7 @@ PATTERNS = {
     # SmolLM2's tokenizer.json: cut out single digits, then gpt2 on what lies between, as one expression
     "smollm2": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
+PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts, as a test shows
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"]  # the first present wins

@@ -628,7 +628,7 @@ def test_fertility_of_several_tokenizers_at_once(tmp_path):
     texts = {"en.txt": "the cat sat on the mat " * 50, "de.txt": "Größe und Übermut, naïve " * 40}
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-    train_bpe([texts["en.txt"]], 280).save(tmp_path / "A")
+    train_bpe([texts["en.txt"]], 270).save(tmp_path / "A")
     result = cli("fertility", "A", "bytes", "--", "en.txt", "de.txt", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = {line.split()[-1]: line.split() for line in result.stdout.splitlines()[2:]}
@@ -646,7 +646,7 @@ def test_a_sample_is_an_even_share_of_each_file(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "' + "c" * 980 + '"}\n' + '{"text": "' + "d" * 980 + '"}\n')
     source = T.Source(tmp_path)
     sampled = Counter("".join(source.sample(source.size / 2)))
-    assert sampled["a"] == 1500 and sampled["b"] == 500 and 980 <= sampled["c"] + sampled["d"] <= 996
+    assert abs(sampled["a"] - 1500) <= 1 and abs(sampled["b"] - 500) <= 1 and 980 <= sampled["c"] + sampled["d"] <= 996
     assert Counter("".join(source.sample(1e9))) == Counter(a=3000, b=1000, c=980, d=980)
     result = cli("train", tmp_path, "--vocab-size", 300, "--out", "out", "--sample-bytes", 600, cwd=tmp_path)
     assert result.returncode == 2 and "--vocab-size" in result.stderr  # so little text has no 40 merges
