@@ -6,13 +6,14 @@ files once; everything after that is computed from the step number, so that no l
 
     documents -> token files (one folder a source) -> sequences -> mixture of a stage -> batch of a step
 
-Packing concatenates shuffled documents and cuts the stream into sequences. Document starts travel with each batch
-as `cu_seqlens`, so attention can stay inside a document: no effect in short context (2.197 against 2.198), adopted
-for long context and because it makes a step cheaper.
+Exact duplicates go, and so do documents that repeat a span of up to 13 tokens 32 times (playbook). Packing cuts documents
+into sequences, by default end to end. Document starts travel with each batch as `cu_seqlens`, so attention can stay inside
+a document: no effect in short context (2.197 against 2.198), adopted for long context and because a step gets cheaper.
 
     python data.py prepare                            # the embedded corpus -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
-    python data.py show data/laptop
+    python data.py prepare web=dump/ hf:HuggingFaceFW/fineweb-edu:sample-10BT --max-tokens 1e9 --out data/web
+    python data.py show data/laptop                   # how it packs, how long documents are, where they begin
 
 Without network the Python installation is the corpus: docstrings of the standard library, numpy and torch and the
 language reference (prose), the standard library's modules (code), and generated arithmetic (math).
@@ -255,7 +256,8 @@ def read_jobs(source: Source | Listed, position: tuple[str, int] | None, seen: S
         dropped += Counter({"empty documents": len(documents) - len(full), "exact duplicates": len(full) - int(new.sum())})
         kept = [pair for pair, keep in zip(full, new) if keep]
         return Job([d.text for d, _ in kept], np.array([d.held < limit for d, _ in kept], bool),
-                   np.array([len(raw) for _, raw in kept], np.int64), hashes[new], documents[-1].position, source.done, dropped)
+                   np.array([len(raw) for _, raw in kept], np.int64), hashes[new], documents[-1].position, source.done,
+                   dropped)
 
     for document in source.read(position):
         documents.append(document)
@@ -563,11 +565,12 @@ def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float
     there = next(parent for parent in (out.absolute().parent, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     unknown = [name for name, source in sources.items() if not source.size]
-    print(f"sources of {sum(source.size for source in sources.values()) / 1e6:,.1f} MB need about {need / 1e6:,.1f} MB of disk; "
+    size = sum(source.size for source in sources.values())
+    print(f"sources of {size / 1e6:,.1f} MB need about {need / 1e6:,.1f} MB of disk; "
           f"{free / 1e9:,.1f} GB are free" + (f" ({', '.join(unknown)}: of unknown size)" if unknown else ""))
     if need > free:
-        raise UserError(f"{out} would need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; write elsewhere with "
-                        "--out or take less with --max-tokens")
+        raise UserError(f"{out} would need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; write elsewhere "
+                        "with --out or take less with --max-tokens")
 
 
 def prepare_embedded(out: str | Path, vocab_size: int = 4096) -> Tokenizer:
@@ -669,7 +672,8 @@ class Packing:
             sizes = self.sizes
             whole = np.isin(starts[:-1], self.begins[self.begins + self.sizes == starts[1:][
                 np.searchsorted(starts, self.begins, side="right") - 1]])
-        return {"rows": self.count, "utilisation": sizes.sum() / (self.count * self.context), "dropped": 1 - sizes.sum() / total,
+        kept = sizes.sum()
+        return {"rows": self.count, "utilisation": kept / (self.count * self.context), "dropped": 1 - kept / total,
                 "cut": 1 - whole.mean(), "mean_square": float((sizes.astype(float) ** 2).mean())}
 
 
@@ -680,7 +684,8 @@ def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
     """Where a shuffle of range(n) puts each index, in constant time and memory: no array of n is made.
 
     A Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; what lands outside
-    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the shuffle. Returns int64 of the same shape.
+    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the
+    shuffle. Returns int64 of the same shape.
     """
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -730,7 +735,7 @@ class Stage:
     mixture: dict[str, float]  # source -> weight; weights are divided by their sum; {}: as large as they are
     context: int = 0  # tokens of a sequence; 0: the model's max_position_embeddings
     rope_theta: float = 0.0  # RoPE's base; 0: the model's
-    learning_rate: float = 0.0  # a peak of its own, reached in warmup_steps and followed by a cosine to 0; 0: the run's schedule
+    learning_rate: float = 0.0  # a peak of its own, after warmup_steps, then a cosine to 0; 0: the run's schedule
     warmup_steps: int = 0  # of a stage with a learning rate of its own
 
     def shares(self, sources: list[str], tokens: list[int]) -> list[float]:
@@ -797,13 +802,13 @@ class Curriculum:
         self.contexts = [stage.context or context for stage in stages]
         for stage, length in zip(stages, self.contexts):
             if self.batch_tokens % length:
-                raise UserError(f"stage {stage.name}: a batch of {self.batch_tokens:,} tokens does not divide into sequences of "
-                                f"{length:,}; the nearest that do are {self.batch_tokens // length * length:,} and "
+                raise UserError(f"stage {stage.name}: a batch of {self.batch_tokens:,} tokens does not divide into "
+                                f"sequences of {length:,}; the nearest that do are {self.batch_tokens // length * length:,} and "
                                 f"{-(-self.batch_tokens // length) * length:,}")
             for split in sources:
                 if len(split.tokens) <= length:
-                    raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of {length}; give "
-                                    "more text or a shorter --max_position_embeddings")
+                    raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of {length}; "
+                                    "give more text or a shorter --max_position_embeddings")
         self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}
         self.most_documents = {
             length: max(p.most_documents() for p in (*packings, *(Packing(split, length) for split in held_out)))
@@ -835,8 +840,8 @@ class Curriculum:
         if foreign:
             tokens = np.diff([0, *self.ends])
             share = sum(n * shares[i] for n, shares in zip(tokens, self.shares) for i in foreign) / tokens.sum()
-            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the limit of 20 % "
-                         f"that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
+            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the limit of "
+                         f"20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
 
     def locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -878,7 +883,8 @@ def validation_batches(split: Split, context: int, rows: int, sequences: int, do
     for i in range(0, len(indices), rows):
         tokens, targets, starts = cut_sequences(packing, indices[i:i + rows])
         missing = rows - len(tokens)
-        tokens, targets = np.pad(tokens, ((0, missing), (0, 0))), np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
+        tokens = np.pad(tokens, ((0, missing), (0, 0)))
+        targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
         starts += [np.zeros(1, np.int64)] * missing
         yield Batch(tokens, targets, pack_cu_seqlens(starts, context, rows * documents + 1), np.zeros(rows, np.int64))
 
@@ -955,8 +961,8 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show")
     p = commands.add_parser("prepare", help="text -> token files")
-    p.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] (name=SOURCE to "
-                                                                "name one); none: the embedded corpus")
+    p.add_argument("sources", nargs="*", metavar="SOURCE",
+                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] (name=SOURCE to name one); none: the embedded corpus")
     p.add_argument("--out", help="where to (default: data/NAME of the first source)")
     p.add_argument("--tokenizer", help="as for `tokenizer.py fertility`; without it one is trained on the sources")
     p.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained")

@@ -12,9 +12,10 @@ fertility (tokens per word) and PCW (proportion of continued words: two tokens o
 split numbers into single digits, Llama 3 into groups of up to three. Take an existing tokenizer if it covers
 your languages and domain; train one for low-resource languages or an unusual mix, on a sample of that mix.
 
-    python tokenizer.py train PATH... --vocab-size 4096 --out DIR    # PATH: text file, source code, folder
+    python tokenizer.py train PATH... --vocab-size 4096 --out DIR    # PATH: text, code, .jsonl, .parquet, folder, hf:...
     python tokenizer.py train PATH... --vocab-size 32768 --out DIR --pretokenizer llama3
-    python tokenizer.py fertility DIR PATH...                        # a line per PATH; DIR or hf:ORG/NAME
+    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # tokenizers side by side, a line per PATH
+    python tokenizer.py advise --parameters 1e9 --languages 1         # a vocabulary size
 """
 
 import argparse
@@ -71,7 +72,8 @@ PATTERNS = {
 PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts, as a test shows
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"]  # the first present wins
+# The first present wins.
+EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"]
 PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
 BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on a file that is one huge line
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
@@ -446,7 +448,8 @@ def from_tiktoken(name: str) -> "Tokenizer":
 
 def parse_tiktoken(file: Path) -> tuple:
     """ranks, no merges and the control tokens of a file of base64 tokens and ranks. Control tokens are those of
-    the tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one, CONTROL behind the last rank."""
+    the tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one,
+    CONTROL behind the last rank."""
     try:
         lines = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -708,7 +711,8 @@ def read_jsonl(file: Path, text_key: str, offset: int, dropped: Counter) -> Iter
                     line = stream.readline(LONGEST_LINE)
                     offset += len(line)
                 dropped["documents over 32 MB"] += 1
-                tqdm.write(f"left out: a line of {file} that is longer than 32 MB (it ends at byte {offset})", file=sys.stderr)
+                tqdm.write(f"left out: a line of {file} longer than 32 MB (it ends at byte {offset})",
+                           file=sys.stderr)
             elif line.strip():
                 try:
                     text = json.loads(line)[text_key]
@@ -752,7 +756,8 @@ def read_parquet(file: Path, text_key: str, offset: int) -> Iterator[tuple[str, 
                         if row > offset:
                             text = value.as_py()
                             if not isinstance(text, str | None):
-                                raise UserError(f"the column {text_key} of {file} is no text: choose another with --text-key")
+                                raise UserError(f"the column {text_key} of {file} is no text: choose another with "
+                                                "--text-key")
                             yield text or "", None, row, size * row // rows
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -824,8 +829,8 @@ def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
     if fits < size:
         return max(512, fits), (f"at most half of {parameters:,.0f} parameters for a tied embedding about {width} wide; "
                                 f"{kind} would take {size:,} in a larger model")
-    return size, (f"{kind}; a tied embedding about {width} wide then takes {size * width / parameters:.0%} of the parameters "
-                  "(the brief's own rule for 1-3B: 50-60k, twice that for many languages)")
+    return size, (f"{kind}; a tied embedding about {width} wide then takes {size * width / parameters:.0%} of the "
+                  "parameters (the brief's own rule for 1-3B: 50-60k, twice that for many languages)")
 
 
 def main(argv: list[str] | None = None) -> None:

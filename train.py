@@ -82,7 +82,8 @@ class Recipe:
     compile: str = "auto"  # true or false: torch.compile of every block
 
     def __post_init__(self):
-        for name, allowed in (("schedule", schedule_.SCHEDULES), ("packing", data_.PACKINGS), ("decay_shape", schedule_.DECAYS), ("device", DEVICES),
+        for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS),
+                              ("packing", data_.PACKINGS), ("device", DEVICES),
                               ("dtype", DTYPES), ("compile", ("auto", "true", "false"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)} is not one of {', '.join(allowed)}")
@@ -96,7 +97,8 @@ class Recipe:
 
 
 # Smallest first. The laptop's stages are the first three of SmolLM3 in miniature: code and math take over from prose, and
-# the learning rate decays in the last, a fifth of the steps (SmolLM3: a ninth). Sizes, batch and rate were picked by measuring (README).
+# the learning rate decays in the last, a fifth of the steps (SmolLM3: a ninth). Sizes, batch and rate were
+# picked by measuring (README).
 RECIPES = {
     "laptop": Recipe(
         stages=(
@@ -123,10 +125,13 @@ RECIPES = {
         stages=(
             Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
             Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
-            Stage("decay", 1.2359e12, {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
-            Stage("long-32k", 47.2e9, {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
+            Stage("decay", 1.2359e12,
+                  {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
+            Stage("long-32k", 47.2e9,
+                  {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
                   context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000),
-            Stage("long-64k", 51.9e9, {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
+            Stage("long-64k", 51.9e9,
+                  {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
                   context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000),
         ),
         batch_tokens=2_359_296, learning_rate=2e-4, warmup_steps=2000, decay_share=-1, save_every=2000, eval_every=1000,
@@ -452,8 +457,8 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     recipe = replace(fit_to_data(recipe, tokenizer, splits), device=machine.device, compile=str(machine.compile).lower(),
                      dtype=str(machine.dtype).removeprefix("torch."))  # a resumed run computes as it began
     context = recipe.model.max_position_embeddings
-    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed, recipe.packing,
-                            [source["val"] for source in sources])
+    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed,
+                            recipe.packing, [source["val"] for source in sources])
     rows = world.agree(micro_batch_rows(recipe, world, machine.device))
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
@@ -506,7 +511,8 @@ def enter_stage(job: Job, step: int) -> None:
     """What changes with a stage besides the data: context, RoPE's base, and so the sequences of a micro-batch."""
     number = job.curriculum.stage(step)
     stage, model = job.curriculum.stages[number], job.recipe.model
-    config = model.change(max_position_embeddings=job.curriculum.contexts[number], rope_theta=stage.rope_theta or model.rope_theta)
+    config = model.change(max_position_embeddings=job.curriculum.contexts[number],
+                          rope_theta=stage.rope_theta or model.rope_theta)
     if config != job.model.config:
         if config.max_position_embeddings != job.model.config.max_position_embeddings:
             own = config.max_position_embeddings != model.max_position_embeddings  # --micro_batch is for the model's context
@@ -668,7 +674,8 @@ def annealing(run: str, candidate: str, given: dict) -> Recipe:
     sizes = {folder.name: json.loads((folder / "meta.json").read_text("utf-8"))["train"]["tokens"]
              for folder in data_.source_folders(data)}
     if candidate not in sizes:
-        raise UserError(f"--candidate {candidate} is no source of {data}; take {' or '.join(sizes)}, or add a folder to --data")
+        raise UserError(f"--candidate {candidate} is no source of {data}; take {' or '.join(sizes)}, or add "
+                        "a folder to --data")
     base = recipe.stages[0].mixture or sizes
     mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
     mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
@@ -703,7 +710,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
-    parser.add_argument("--anneal", metavar="RUN", help="test --candidate: 40 %% base mixture, 60 %% of it, from this run or checkpoint")
+    parser.add_argument("--anneal", metavar="RUN",
+                        help="test --candidate: 40 %% base mixture, 60 %% of it, from this run or checkpoint")
     parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
@@ -716,7 +724,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
          for flag, equals, value in words])
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], [*FLAGS, "resume", "anneal", "candidate", "name", "model"], 1)
+        flags = [*FLAGS, "resume", "anneal", "candidate", "name", "model"]
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], flags, 1)
         raise UserError(f"there is no flag {unknown[0]}; "
                         + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
     given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}

@@ -268,9 +268,10 @@ def test_repeated_spans_equal_brute_force():
 def test_duplicates_and_repeats_are_dropped_and_counted(tmp_path, tokenizer):
     documents = [text for _, text in some_documents(200)]
     repeated = "cat sat on " * 40
-    jar = [("k", text) for text in ()] + [(text, text) for text in documents + documents[:17] + [repeated, " \n", documents[3]]]
+    jar = [(text, text) for text in documents + documents[:17] + [repeated, " \n", documents[3]]]
     random.Random(0).shuffle(jar)
-    d.prepare({"a": jar, "b": [(text, text) for text in documents[:50] + ["new " + t for t in documents]]}, tmp_path / "set",
+    other = [(text, text) for text in documents[:50] + ["new " + text for text in documents]]
+    d.prepare({"a": jar, "b": other}, tmp_path / "set",
               train_bpe([embedded for _, embedded in d.embedded_code()][:20], 600))
     sides = texts_of(tmp_path / "set/a", Tokenizer.load(tmp_path / "set"))
     assert sorted(sides["train"] + sides["val"]) == sorted(documents)
@@ -572,7 +573,8 @@ def test_packings_by_brute_force(prepared, tokenizer, packing, context):
     lengths, report = np.diff(split.starts), made.report()
     assert report["utilisation"] == pytest.approx(len(seen) / (made.count * context))
     assert report["dropped"] == pytest.approx(1 - len(seen) / len(split.tokens), abs=1e-12)
-    assert report["cut"] == pytest.approx(1 - len(whole) / len(lengths)) and report["mean_square"] == pytest.approx(np.mean(squares))
+    assert report["cut"] == pytest.approx(1 - len(whole) / len(lengths))
+    assert report["mean_square"] == pytest.approx(np.mean(squares))
     if packing == "best-fit":
         assert len(seen) == len(split.tokens) and whole == set(np.flatnonzero(lengths <= context).tolist())
 
@@ -597,13 +599,14 @@ def test_concat_report_by_brute_force(prepared, tokenizer):
 
 def test_each_packing_trains(prepared, tokenizer):
     for packing in d.PACKINGS:
-        curriculum = d.Curriculum([s["train"] for s in load(prepared, tokenizer)], [d.Stage("a", 9600, {})], 16, 6, packing=packing)
+        splits = [s["train"] for s in load(prepared, tokenizer)]
+        curriculum = d.Curriculum(splits, [d.Stage("a", 9600, {})], 16, 6, packing=packing)
         batch = curriculum.batch(3)
         assert batch.tokens.shape == (6, 16) and batch.cu_seqlens[0] == 0 and (np.diff(batch.cu_seqlens) >= 0).all()
 
 
 def test_stages_of_another_context_and_ranks(prepared, tokenizer):
-    """A longer context cuts the same batch into fewer rows, each sequence once an epoch; 1, 2, 3 or 8 ranks see one order."""
+    """A longer context cuts the same batch into fewer rows, each sequence once an epoch; any number of ranks sees one order."""
     splits = [s["train"] for s in load(prepared, tokenizer)]
     stages = [d.Stage("short", 24 * 16 * 30, {}), d.Stage("long", 24 * 16 * 20, {"words": 1.0}, context=48)]
     curriculum = d.Curriculum(splits, stages, 16, 24)
