@@ -297,7 +297,7 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
           tqdm(total=source.size or None, initial=shards[-1]["done"] if shards else 0, unit="B", unit_scale=True,
                desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
         while not max_tokens or tokens < max_tokens:
-            while len(queue) < 2 * workers and (job := next(jobs, None)):
+            while len(queue) < 4 * workers and (job := next(jobs, None)):
                 queue.append((job, pool.submit(encode_job, job, tokenizer)))
             if not queue:
                 break
@@ -494,8 +494,8 @@ def look(source: Source | Listed) -> tuple[float, list[str], float]:
     for document in islice(source.read(), 1000):
         if document.text.strip():
             held.append(document.held)
-            if size < 1e6:
-                texts.append(document.text[:100_000])
+            if size < 2e5:
+                texts.append(document.text[:20_000])
             size += len(utf8(document.text))
     if len(held) < 2:
         raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out; give more text (a text file "

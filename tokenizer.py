@@ -32,6 +32,7 @@ import sys
 import time
 import unicodedata
 import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -286,24 +287,17 @@ class Tokenizer:
         A block of MAX_SPACE characters that is all white space starts a new piece; only there can ids differ
         from Hugging Face's. decode(encode(text)) == text, except that lone surrogates become U+FFFD.
         """
-        ids = [i for part in self._parts(text) for i in self._bpe.encode_ordinary(part)]
+        first, *rest = self._parts(text)
+        ids = self._bpe.encode_ordinary(first)
+        for part in rest:
+            ids += self._bpe.encode_ordinary(part)
         return ids if self._ids is None else [self._ids[i] for i in ids if self._ids[i] >= 0]
 
     def encode_array(self, text: str):
-        """The same ids as a numpy array (uint32), at tiktoken's full speed: no Python number is made."""
+        """The same ids as a numpy array (uint32)."""
         import numpy as np
 
-        parts = []
-        for part in self._parts(text):
-            try:
-                parts.append(self._bpe.encode_to_numpy(part, disallowed_special=()))
-            except UnicodeEncodeError:  # a lone surrogate
-                parts.append(self._bpe.encode_to_numpy(utf8(part).decode(), disallowed_special=()))
-        ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        if self._ids is not None:
-            ids = np.asarray(self._ids, np.int64)[ids]
-            ids = ids[ids >= 0].astype(np.uint32)
-        return ids
+        return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
 
     def _parts(self, text: str) -> list[str]:
         """The text normalised, and cut inside absurd runs of white space."""
@@ -311,7 +305,7 @@ class Tokenizer:
             text = unicodedata.normalize("NFC", text)
         starts = range(0, len(text) - MAX_SPACE + 1, MAX_SPACE)
         cuts = [0, *(i for i in starts if text[i:i + MAX_SPACE].isspace()), len(text)]
-        return [text[a:b] for a, b in zip(cuts, cuts[1:])]
+        return [text[a:b] for a, b in zip(cuts, cuts[1:])] if len(cuts) > 2 else [text]
 
     def encode_batch(self, texts: list[str], threads: int = os.cpu_count() or 1) -> list[list[int]]:
         """encode() of each text on several threads; tiktoken releases the GIL."""
