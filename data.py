@@ -925,8 +925,9 @@ def show(data: str, context: int = 2048, documents: int = 2) -> None:
         for start, end in list(zip(split.starts, split.starts[1:]))[:documents]:
             text = tokenizer.decode(split.tokens[start + 1:min(end, start + 60)].tolist())
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
-    if picture(lengths, Path("document-lengths.png")):
-        print("\nThe lengths of all documents are drawn in document-lengths.png")
+    path = Path(data.split(",")[0]) / "document-lengths.png"
+    if picture(lengths, path):
+        print(f"\nThe lengths of all documents are drawn in {path}")
 
 
 def histogram(lengths: np.ndarray) -> str:

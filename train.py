@@ -94,6 +94,8 @@ class Recipe:
                 ("eval_tokens", 1, 1e18), ("save_every", 1, 1e18), ("seed", 0, 2**63 - 1)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
+        if -1 < self.decay_share < 0:
+            raise UserError(f"--decay_share {self.decay_share} is neither a share of the steps nor -1, the last stage")
 
 
 # Smallest first. The laptop's stages are the first three of SmolLM3 in miniature: code and math take over from prose, and

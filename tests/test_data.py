@@ -123,7 +123,7 @@ def test_a_users_file_becomes_data(tmp_path):
     assert 0.02 < splits["val"].bytes / len(text.encode()) < 0.04
     shown = subprocess.run([sys.executable, str(ROOT / "data.py"), "show", "data/my"], cwd=tmp_path,
                            capture_output=True, text=True)
-    assert shown.returncode == 0 and "documents" in shown.stdout
+    assert shown.returncode == 0 and all(word in shown.stdout for word in ("documents", *d.PACKINGS, "mean square", "tokens a document"))
 
 
 def write_sources(folder) -> dict[str, list[str]]:
