@@ -6,13 +6,14 @@ files once; everything after that is computed from the step number, so that no l
 
     documents -> token files (one folder a source) -> sequences -> mixture of a stage -> batch of a step
 
-Packing concatenates shuffled documents and cuts the stream into sequences. Document starts travel with each batch
-as `cu_seqlens`, so attention can stay inside a document: no effect in short context (2.197 against 2.198), adopted
-for long context and because it makes a step cheaper.
+Exact duplicates go, and so do documents that repeat a span of up to 13 tokens 32 times (playbook). Packing cuts documents
+into sequences, by default end to end. Document starts travel with each batch as `cu_seqlens`, so attention can stay inside
+a document: no effect in short context (2.197 against 2.198), adopted for long context and because a step gets cheaper.
 
     python data.py prepare                            # the embedded corpus -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
-    python data.py show data/laptop
+    python data.py prepare web=dump/ hf:HuggingFaceFW/fineweb-edu:sample-10BT --max-tokens 1e9 --out data/web
+    python data.py show data/laptop                   # how it packs, how long documents are, where they begin
 
 Without network the Python installation is the corpus: docstrings of the standard library, numpy and torch and the
 language reference (prose), the standard library's modules (code), and generated arithmetic (math).
@@ -20,7 +21,6 @@ language reference (prose), the standard library's modules (code), and generated
 
 import argparse
 import contextlib
-import gzip
 import hashlib
 import importlib.util
 import inspect
@@ -31,29 +31,32 @@ import re
 import shutil
 import sys
 import sysconfig
-import zlib
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Parser, Tokenizer, UserError, run, train_bpe
+from tokenizer import (HELD_OUT, LONGEST_PIECE, Document, Parser, Source, Tokenizer, UserError, run, train_bpe, uniform,
+                       utf8)
 
-Document = tuple[str, str]  # (key, text): the key decides between training and validation
-FORMAT = 1  # of the token files
-VALIDATION_SHARE = 0.03  # of the documents
-LONGEST_PIECE = 16_384  # characters; longer documents of a user's files are cut at blank lines
+FORMAT = 2  # of the token files
+SHARD_TOKENS = 2**25  # a shard ends with the job that reaches this many: bounded files, bounded memory
+JOB_BYTES = 2**20  # text that one thread encodes at a time
 
 
-# ---- sources of text ------------------------------------------------------------------------------------------
+# ---- the embedded corpus --------------------------------------------------------------------------------------
+# (key, text) pairs; what has the same key is held out, or trained on, together.
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data"}
 DOCSTRING = re.compile(r'(?:\A(?:#[^\n]*\n|\s)*|:[ \t]*\n[ \t]*)[rR]?"""(.*?)"""', re.DOTALL)
 
 
-def _python_files(root: Path) -> Iterator[Document]:
+def _python_files(root: Path) -> Iterator[tuple[str, str]]:
     """(path below root, text) of every module that is not a test, in a fixed order."""
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
@@ -66,12 +69,12 @@ def _standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def embedded_code() -> Iterator[Document]:
+def embedded_code() -> Iterator[tuple[str, str]]:
     """The standard library, one document a module."""
     return ((f"python/{key}", text) for key, text in _python_files(_standard_library()) if text.strip())
 
 
-def embedded_prose() -> Iterator[Document]:
+def embedded_prose() -> Iterator[tuple[str, str]]:
     """Docstrings of at least 200 characters, and the language reference that `help()` shows.
 
     The key is the module's, so a held-out docstring never stands in a module that the model trains on.
@@ -132,7 +135,7 @@ def _problem(kind: str, a: int, b: int, rng: random.Random) -> str:
             f"{a - b // 10 * 10} - {b % 10} = {a - b}. So {a} - {b} = {a - b}.\n")
 
 
-def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[Document]:
+def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[tuple[str, str]]:
     """Arithmetic with worked steps. The key is the problem without its story, so the same numbers are never both
     trained on and held out."""
     rng = random.Random(seed)
@@ -148,107 +151,242 @@ def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[Document]:
 EMBEDDED = {"prose": embedded_prose, "code": embedded_code, "math": generated_math}
 
 
-def _cut(key: str, text: str) -> Iterator[Document]:
-    """A long document in pieces of at most LONGEST_PIECE characters, cut after a blank line or else a line."""
-    start, number = 0, 0
-    while len(text) - start > LONGEST_PIECE:
-        window = text[start:start + LONGEST_PIECE]
-        for mark in ("\n\n", "\n", " "):
-            end = window.rfind(mark) + len(mark)
-            if end > LONGEST_PIECE // 2:
-                break
-        else:
-            end = LONGEST_PIECE
-        yield f"{key}#{number}", text[start:start + end]
-        start, number = start + end, number + 1
-    yield f"{key}#{number}", text[start:]
+class Listed:
+    """(key, text) pairs in memory, with the interface of tokenizer.Source. The key decides what is held out."""
 
+    def __init__(self, documents: Iterable[tuple[str, str]]):
+        self.documents = list(documents)
+        self.where, self.size, self.done, self.dropped = "memory", sum(len(utf8(t)) for _, t in self.documents), 0, Counter()
 
-def _read_text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}); check the file or leave it out") from None
-    if not raw.strip():
-        raise UserError(f"{path} is empty; leave it out or put text into it")
-    if b"\0" in raw:
-        raise UserError(f"{path} is not UTF-8 text but binary; leave it out")
-    try:
-        return raw.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); convert it with "
-                        f"`iconv -t UTF-8` or leave it out") from None
+    def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
+        begin = position[1] if position else 0
+        self.done = sum(len(utf8(text)) for _, text in self.documents[:begin])
+        for i, (key, text) in enumerate(self.documents[begin:], start=begin + 1):
+            self.done += len(utf8(text))
+            yield Document(text, uniform(key), ("", i))
 
-
-def read_documents(path: Path, text_key: str = "text") -> Iterator[Document]:
-    """Documents of a user's text file, jsonl(.gz) file or folder of those, in a fixed order.
-
-    A file that is empty or no text is an error if it was named, and left out with a line on stderr in a folder.
-    """
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a text file, a .jsonl file or a folder of those")
-    if not path.is_dir():
-        yield from _file_documents(path, path.name, text_key)
-        return
-    for file in sorted(path.rglob("*")):
-        inside = file.relative_to(path)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in inside.parts)
-        if file.is_file() and not hidden:
-            try:
-                yield from _file_documents(file, inside.as_posix(), text_key)
-            except UserError as error:
-                print(f"left out: {error}", file=sys.stderr)
-
-
-def _file_documents(path: Path, key: str, text_key: str) -> Iterator[Document]:
-    text = _read_text(path)
-    if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _cut(key, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                document = json.loads(line)[text_key]
-            except (ValueError, KeyError, TypeError):
-                document = None
-            if not isinstance(document, str):
-                raise UserError(f'{path} line {number} is not a JSON object with text in "{text_key}"; name the field '
-                                "that holds the text with --text-key")
-            yield f"{key}#{number}", document
+    def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
+        texts = [text for key, text in self.documents if uniform(key) >= held_out]
+        for text in random.Random(0).sample(texts, len(texts)):
+            if max_bytes > 0:
+                yield text[:int(max_bytes)]
+                max_bytes -= len(text)
 
 
 # ---- token files ----------------------------------------------------------------------------------------------
-# One folder a source: {train,val}.bin hold the ids (uint16 or uint32, little-endian) of all documents, each opened
-# by EOS; {train,val}.starts the document starts (int64); meta.json, written last, says what they must hold. EOS
-# opens a document because it is then both the target that ends the document before and the prompt that starts
-# this one: the attention of a document begins at its own EOS.
+# One folder a source: {train,val}-NNNNN.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened by
+# EOS; {train,val}.starts the document starts (int64); meta.json, written last, says what they must hold. EOS opens a
+# document because it is then both the target that ends the document before and the prompt that starts this one: the
+# attention of a document begins at its own EOS.
+#
+# All is made in OUT.partial, a shard at a time, and renamed at the end, so that a folder that exists is complete. A shard is
+# there once its shard-NNNNN.json is: it says up to which document of the source everything is stored. Whatever stops
+# the work, kill -9 too, the same command goes on behind that document; the unfinished shard is made anew.
 
 
-def _held_out(key: str) -> float:
-    """A number in [0, 1) from the key alone: the same key is on the same side in every run and order."""
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[:6], "big") / 2**48
+class Seen:
+    """Hashes (uint64) of the documents read: 8 bytes each, for the last LIMIT documents (256 MB); older ones are forgotten.
+
+    Sorted arrays, each at least twice as long as the next, so that one more costs little and a search visits few.
+    """
+
+    LIMIT = 2**25
+
+    def __init__(self):
+        self.runs: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Which of the hashes [N] were not there before (the first of equal ones), bool [N]; adds them."""
+        new = np.zeros(len(hashes), bool)
+        new[np.unique(hashes, return_index=True)[1]] = True
+        for run in self.runs:
+            new &= run[np.searchsorted(run, hashes).clip(max=len(run) - 1)] != hashes
+        if new.any():
+            self.runs.append(np.sort(hashes[new]))
+        while (len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1])
+               and len(self.runs[-2]) < self.LIMIT // 8):
+            self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]
+        while sum(map(len, self.runs)) > self.LIMIT:
+            self.runs.pop(0)
+        return new
 
 
-def _write_split(folder: Path, split: str, texts: list[str], tokenizer: Tokenizer, bar: tqdm) -> dict:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    starts, position, size = [0], 0, 0
-    with open(folder / f"{split}.bin", "wb") as file:
-        for i in range(0, len(texts), 256):
-            part = texts[i:i + 256]
-            for ids in tokenizer.encode_batch(part, os.cpu_count() or 1):
-                np.array([tokenizer.eos_id, *ids], dtype).tofile(file)
-                position += 1 + len(ids)
-                starts.append(position)
-            size_of_part = sum(map(utf8_size, part))
-            size += size_of_part
-            bar.update(size_of_part)
-    np.array(starts, "<i8").tofile(folder / f"{split}.starts")
-    return {"documents": len(texts), "tokens": position, "bytes": size,
-            "sha256": {end: _sha256(folder / f"{split}.{end}") for end in ("bin", "starts")}}
+def repeats_spans(ids: np.ndarray, starts: np.ndarray, times: int = 32, longest: int = 13) -> np.ndarray:
+    """Which documents hold a span of 1 to 13 tokens 32 or more times in a row, the playbook's filter (after OLMo 2).
+
+    ids [N]: documents on end, starts [D + 1] int64: where each begins, and N. Returns bool [D]. A span of n tokens that
+    stands k times in a row is n * (k - 1) tokens in a row that equal the one n places on.
+    """
+    bad = np.zeros(len(starts) - 1, bool)
+    for n in range(1, longest + 1):
+        same = ids[n:] == ids[:-n]
+        run = same  # run[i]: the 1, 2, 4, 8, 16 places from i on are the same; ends most searches in a few passes
+        for shift in (1, 2, 4, 8):
+            run = run[:-shift] & run[shift:]
+        if not run.any():
+            continue
+        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # runs of True begin and end here
+        begins = edges[::2][edges[1::2] - edges[::2] >= n * (times - 1)]
+        bad[np.searchsorted(starts, begins, side="right") - 1] = True
+    return bad
 
 
-def utf8_size(text: str) -> int:
-    return len(text.encode("utf-8", "replace"))
+@dataclass
+class Job:
+    """About JOB_BYTES of a source's documents, without those that were seen before."""
+
+    texts: list[str]
+    held: np.ndarray  # [D] bool: for validation
+    sizes: np.ndarray  # [D] int64: bytes of text
+    hashes: np.ndarray  # [D] uint64
+    position: tuple[str, int]  # of the last document read
+    done: int  # bytes of the source read
+    dropped: Counter  # reason -> documents
+
+
+def read_jobs(source: Source | Listed, position: tuple[str, int] | None, seen: Seen, limit: float) -> Iterator[Job]:
+    """The documents of a source behind `position`; those whose `held` is below `limit` are held out."""
+    documents, size = [], 0
+
+    def job() -> Job:
+        dropped, source.dropped = source.dropped, Counter()
+        full = [(d, raw) for d in documents if (raw := utf8(d.text)).strip()]
+        hashes = np.array([int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()) for _, raw in full], np.uint64)
+        new = seen.add(hashes)
+        dropped += Counter({"empty documents": len(documents) - len(full), "exact duplicates": len(full) - int(new.sum())})
+        kept = [pair for pair, keep in zip(full, new) if keep]
+        return Job([d.text for d, _ in kept], np.array([d.held < limit for d, _ in kept], bool),
+                   np.array([len(raw) for _, raw in kept], np.int64), hashes[new], documents[-1].position, source.done,
+                   dropped)
+
+    for document in source.read(position):
+        documents.append(document)
+        size += len(document.text)
+        if size >= JOB_BYTES or len(documents) >= 4096:
+            yield job()
+            documents, size = [], 0
+    if documents:
+        yield job()
+
+
+def encode_job(job: Job, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids [N] of all documents, each opened by EOS; starts [D + 1]; and which documents repeat a span too often [D]."""
+    eos = np.array([tokenizer.eos_id], np.uint32)
+    parts = [tokenizer.encode_array(text) for text in job.texts]
+    starts = np.cumsum([0, *(1 + len(part) for part in parts)])
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    ids = np.concatenate([x for part in parts for x in (eos, part)] or [eos[:0]]).astype(dtype)
+    merged = tokenizer.vocab_size > 512  # of single bytes, a ruled line would be a repeated span
+    return ids, starts, repeats_spans(ids, starts) if merged else np.zeros(len(parts), bool)
+
+
+def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, seen: Seen, limit: float, seed: int = 0,
+                 max_tokens: float = 0) -> None:
+    """Makes or goes on with the token files of a source. Encoding runs on all cores: tiktoken leaves Python's lock."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    while (file := folder / f"shard-{len(shards):05}.json").exists():
+        shards.append(json.loads(file.read_text("utf-8")))
+        seen.add(np.fromfile(file.with_suffix(".hash"), "<u8"))
+    if (folder / "meta.json").exists():
+        return
+    position = tuple(shards[-1]["position"]) if shards else None
+    workers, queue, pending, tokens = os.cpu_count() or 1, deque(), [], sum(shard["train"]["tokens"] for shard in shards)
+    jobs = read_jobs(source, position, seen, limit)
+    with (ThreadPoolExecutor(workers) as pool,
+          tqdm(total=source.size or None, initial=shards[-1]["done"] if shards else 0, unit="B", unit_scale=True,
+               desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
+        while not max_tokens or tokens < max_tokens:
+            while len(queue) < 4 * workers and (job := next(jobs, None)):
+                queue.append((job, pool.submit(encode_job, job, tokenizer)))
+            if not queue:
+                break
+            job, future = queue.popleft()
+            pending.append((job, *future.result()))
+            tokens += pending[-1][2][-1]
+            bar.update(job.done - bar.n)
+            if sum(starts[-1] for _, _, starts, _ in pending) >= SHARD_TOKENS:
+                shards.append(write_shard(folder, len(shards), pending, seed))
+                pending = []
+        for _, future in queue:
+            future.cancel()
+        if pending:
+            shards.append(write_shard(folder, len(shards), pending, seed))
+    finish_source(folder, shards, tokenizer, seed)
+
+
+def write_shard(folder: Path, number: int, pending: list[tuple], seed: int) -> dict:
+    """The files of one shard, its documents shuffled, and what shard-NNNNN.json says of them."""
+    jobs, ids, starts, bad = zip(*pending)
+    offsets = np.cumsum([0, *map(len, ids)])
+    begins = np.concatenate([s[:-1] + o for s, o in zip(starts, offsets)])
+    lengths = np.concatenate([np.diff(s) for s in starts])
+    ids, bad, held, sizes, hashes = (np.concatenate(x) for x in (
+        ids, bad, [j.held for j in jobs], [j.sizes for j in jobs], [j.hashes for j in jobs]))
+    dropped = sum((job.dropped for job in jobs), Counter({"repeated spans": int(bad.sum())}))
+    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped}
+    order, written = np.random.default_rng([seed, number]).permutation(len(begins)), []
+    try:
+        for split, wanted in (("train", ~held & ~bad), ("val", held & ~bad)):
+            chosen = order[wanted[order]]
+            tokens = np.concatenate([ids[b:b + n] for b, n in zip(begins[chosen], lengths[chosen])] or [ids[:0]])
+            file = folder / f"{split}-{number:05}.bin"
+            for path, array in ((file, tokens), (file.with_suffix(".lengths"), lengths[chosen].astype("<i8"))):
+                written.append(path)
+                _write(path, array)
+            shard[split] = {"documents": len(chosen), "tokens": len(tokens), "bytes": int(sizes[chosen].sum()),
+                            "sha256": hashlib.sha256(tokens).hexdigest()}
+        written.append(folder / f"shard-{number:05}.hash")
+        _write(written[-1], hashes)
+        _write(folder / f"shard-{number:05}.json", np.frombuffer(json.dumps(shard).encode(), np.uint8))
+    except OSError:
+        for path in written:  # a full disk: leave room
+            path.unlink(missing_ok=True)
+        raise
+    return shard
+
+
+def _write(path: Path, array: np.ndarray) -> None:
+    """The file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(array.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def finish_source(folder: Path, shards: list[dict], tokenizer: Tokenizer, seed: int) -> None:
+    """Document starts over all shards, and meta.json."""
+    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "seed": seed,
+            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+            "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter())}
+    for split in ("train", "val"):
+        entries = [shard[split] for shard in shards]
+        meta[split] = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")}
+        if meta[split]["documents"] == 0:
+            kept = sum(shard[s]["documents"] for shard in shards for s in ("train", "val"))
+            dropped = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"
+            raise UserError(f"{folder.name} has {kept} document(s) left ({dropped} dropped), and one must be held out; give "
+                            "more text")
+        position, digest = 0, hashlib.sha256()
+        with open(folder / f"{split}.starts", "wb") as file:
+            for number in range(len(shards)):
+                starts = position + np.cumsum([0, *np.fromfile(folder / f"{split}-{number:05}.lengths", "<i8")])
+                part = starts[:-1].astype("<i8").tobytes()
+                position = int(starts[-1])
+                digest.update(part)
+                file.write(part)
+            end = np.array([position], "<i8").tobytes()
+            digest.update(end)
+            file.write(end)
+        meta[split] |= {"starts_sha256": digest.hexdigest(),
+                        "shards": [{"tokens": entry["tokens"], "sha256": entry["sha256"]} for entry in entries]}
+    _write(folder / "meta.json", np.frombuffer(json.dumps(meta, indent=1).encode(), np.uint8))
 
 
 def _sha256(path: Path) -> str:
@@ -256,29 +394,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hold_out(name: str, documents: Iterable[Document]) -> dict[str, list[str]]:
-    """{"train": texts, "val": texts}, disjoint by key: VALIDATION_SHARE of them, and at least one, are held out."""
-    documents = [(_held_out(key), text) for key, text in documents if text.strip()]
-    limit = max(VALIDATION_SHARE, np.nextafter(min(documents, default=(0, ""))[0], 1))
-    splits = {"train": [text for h, text in documents if h >= limit], "val": [text for h, text in documents if h < limit]}
-    if not splits["train"]:
-        raise UserError(f"{name} has {len(documents)} document(s), and one must be held out; give more text (a file "
-                        f"is cut into documents every {LONGEST_PIECE:,} characters)")
-    return splits
+class Tokens:
+    """The tokens of several files on end, memory-mapped: len(), an index, a slice."""
 
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts = [part for part in parts if len(part)]
+        self.ends = np.cumsum([len(part) for part in self.parts])
 
-def write_source(folder: Path, splits: dict[str, list[str]], tokenizer: Tokenizer, seed: int = 0) -> None:
-    """Shuffles the texts and writes the token files of one source."""
-    folder.mkdir(parents=True)
-    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size,
-            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32", "seed": seed}
-    total = sum(utf8_size(text) for texts in splits.values() for text in texts)
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False, delay=1) as bar:
-        for split, texts in splits.items():
-            texts = list(texts)
-            random.Random(seed).shuffle(texts)
-            meta[split] = _write_split(folder, split, texts, tokenizer, bar)
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, at: int | slice):
+        if not isinstance(at, slice):
+            return self[range(len(self))[at]:][0] if at == -1 else self[at:at + 1][0]
+        begin, end, _ = at.indices(len(self))
+        first, last = np.searchsorted(self.ends, [begin, max(begin, end - 1)], side="right").clip(max=len(self.parts) - 1)
+        parts = []
+        for i in range(first, last + 1):
+            offset = self.ends[i] - len(self.parts[i])
+            parts.append(self.parts[i][max(0, begin - offset):max(0, end - offset)])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 @dataclass
@@ -286,15 +421,10 @@ class Split:
     """The tokens of one source on one side, memory-mapped."""
 
     name: str
-    tokens: np.ndarray  # [number of tokens] uint16 or uint32
+    tokens: Tokens  # uint16 or uint32
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
     bytes: int  # of the text, UTF-8
     sha256: str  # of the tokens
-
-    def sequences(self, context: int) -> int:
-        """How many sequences an epoch has; the last may be shorter and is padded. Every token is a target once,
-        but for the very first, which nothing precedes."""
-        return -(-(len(self.tokens) - 1) // context)
 
 
 def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -> dict[str, Split]:
@@ -314,16 +444,19 @@ def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -
         splits = {}
         for split in ("train", "val"):
             entry, arrays = meta[split], []
-            for end, dtype, count in (("bin", meta["dtype"], entry["tokens"]),
-                                      ("starts", "int64", entry["documents"] + 1)):
-                path, dtype = folder / f"{split}.{end}", np.dtype(dtype).newbyteorder("<")
+            files = [(f"{split}-{i:05}.bin", meta["dtype"], shard["tokens"], shard["sha256"])
+                     for i, shard in enumerate(entry["shards"])]
+            for name, dtype, count, sha256 in [*files, (f"{split}.starts", "int64", entry["documents"] + 1,
+                                                        entry["starts_sha256"])]:
+                path, dtype = folder / name, np.dtype(dtype).newbyteorder("<")
                 if path.stat().st_size != count * dtype.itemsize:
                     raise UserError(f"{path} has {path.stat().st_size:,} bytes, not the {count * dtype.itemsize:,} "
                                     f"that were written: it is truncated or torn; {remake}")
-                if verify and _sha256(path) != entry["sha256"][end]:
+                if verify and _sha256(path) != sha256:
                     raise UserError(f"{path} is not what was written (its sha256 differs); {remake}")
-                arrays.append(np.memmap(path, dtype, "r"))
-            splits[split] = Split(folder.name, *arrays, entry["bytes"], entry["sha256"]["bin"])
+                arrays.append(np.memmap(path, dtype, "r") if count else np.empty(0, dtype))
+            sha256 = hashlib.sha256("".join(file[3] for file in files).encode()).hexdigest()
+            splits[split] = Split(folder.name, Tokens(arrays[:-1]), arrays[-1], entry["bytes"], sha256)
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing; {remake}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -354,41 +487,194 @@ def find_tokenizer(data: str) -> Path:
     raise UserError(f"{first} has no tokenizer.json; run `python data.py prepare YOUR_TEXT --out {first}`")
 
 
-def prepare(sources: dict[str, Iterable[Document]], out: str | Path, tokenizer: Tokenizer | None = None,
-            vocab_size: int = 4096, sample_characters: int = 20_000_000, seed: int = 0) -> Tokenizer:
+def look(source: Source | Listed) -> tuple[float, list[str], float]:
+    """Of a source's first 1000 documents: below which `held` to hold out (at least one document will be), some text, and
+    how many bytes of text a byte of the source's files holds."""
+    held, texts, size = [], [], 0
+    for document in islice(source.read(), 1000):
+        if document.text.strip():
+            held.append(document.held)
+            if size < 2e5:
+                texts.append(document.text[:20_000])
+            size += len(utf8(document.text))
+    if len(held) < 2:
+        raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out; give more text (a text file "
+                        f"is cut into documents every {LONGEST_PIECE:,} bytes)")
+    ratio = size / source.done if source.done > 2**20 else 1.0  # the start of a file is read in blocks
+    return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0), texts, ratio
+
+
+def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | Path, tokenizer: Tokenizer | None = None,
+            vocab_size: int = 4096, sample_bytes: float = 2e7, seed: int = 0, max_tokens: float = 0) -> Tokenizer:
     """Tokenizes {name: documents} into `out`/name; without a tokenizer trains one on equal parts of the sources.
 
-    At most `sample_characters` of the training side go into the tokenizer's training. Everything is written beside
-    `out` and renamed at the end, so that a folder that exists is complete; one that exists is never touched.
+    At most `sample_bytes` of the training side go into the tokenizer's training; `max_tokens`: of each source, about.
+    A folder that exists is never touched. What is interrupted stays in `out`.partial, and the same call goes on.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already; remove it or write elsewhere with --out")
-    splits = {name: hold_out(name, documents) for name, documents in sources.items()}
-    if tokenizer is None:
-        sample = []
-        for name, split in splits.items():
-            budget = sample_characters // len(splits)
-            for text in random.Random(seed).sample(split["train"], len(split["train"])):
-                if budget > 0:
-                    sample.append(text[:budget])
-                    budget -= len(text)
-        tokenizer = train_bpe(sample, vocab_size)
+    sources = {name: s if isinstance(s, Source) else Listed(s) for name, s in sources.items()}
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for name, split in splits.items():
-            write_source(partial / name, split, tokenizer, seed)
+    task = {"sources": {name: [s.where, s.size if isinstance(s, Listed) else s.text_key] for name, s in sources.items()},
+            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "seed": seed, "max_tokens": max_tokens}
+    if (partial / "task.json").exists():
+        saved = json.loads((partial / "task.json").read_text("utf-8"))
+        if saved["task"] != task:
+            raise UserError(f"{partial} is the unfinished preparation of something else; run the command that began it "
+                            "again, or remove that folder")
+        limits, tokenizer = saved["limits"], Tokenizer.load(partial)
+        print(f"going on with {partial}")
+    else:
+        shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
+        limits, texts, ratios = zip(*(look(source) for source in sources.values()))
+        if tokenizer is None:
+            share = sample_bytes / len(sources)
+            tokenizer = train_bpe((text for source, limit in zip(sources.values(), limits)
+                                   for text in source.sample(share, limit)), vocab_size)
+        check_disk(sources, texts, ratios, tokenizer, out)
         tokenizer.save(partial)
+        _write(partial / "task.json", np.frombuffer(json.dumps({"task": task, "limits": limits}).encode(), np.uint8))
+    seen = Seen()
+    try:
+        for (name, source), limit in zip(sources.items(), limits):
+            write_source(partial / name, source, tokenizer, seen, limit, seed, max_tokens)
+        for pattern in ("*/shard-*", "*/*.lengths", "task.json"):  # meta.json says it all
+            for path in partial.glob(pattern):
+                path.unlink()
         partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException as error:
+        if not any(partial.glob("*/shard-*.json")):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        note = f"what was finished is in {partial}: run the same command again to go on"
+        if isinstance(error, (UserError, OSError)):
+            raise UserError(f"{error}; {note}") from None
+        print(f"\n{note}", file=sys.stderr)
+        raise
     return tokenizer
+
+
+def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float], tokenizer: Tokenizer, out: Path) -> None:
+    """Prints how much disk the token files will need; UserError if there is less."""
+    need = 0.0
+    for source, sample, ratio in zip(sources.values(), texts, ratios):
+        text = "".join(sample)
+        need += source.size * ratio * len(tokenizer.encode_array(text)) / len(utf8(text))
+    need *= 2 if tokenizer.vocab_size <= 2**16 else 4
+    there = next(parent for parent in (out.absolute().parent, *out.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    unknown = [name for name, source in sources.items() if not source.size]
+    size = sum(source.size for source in sources.values())
+    print(f"sources of {size / 1e6:,.1f} MB need about {need / 1e6:,.1f} MB of disk; "
+          f"{free / 1e9:,.1f} GB are free" + (f" ({', '.join(unknown)}: of unknown size)" if unknown else ""))
+    if need > free:
+        raise UserError(f"{out} would need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; write elsewhere "
+                        "with --out or take less with --max-tokens")
 
 
 def prepare_embedded(out: str | Path, vocab_size: int = 4096) -> Tokenizer:
     """The embedded corpus: prose, code and math from the Python installation, with a tokenizer of their own."""
     return prepare({name: documents() for name, documents in EMBEDDED.items()}, out, vocab_size=vocab_size)
+
+
+# ---- packing: documents -> sequences --------------------------------------------------------------------------
+
+PACKINGS = ("concat", "best-fit", "bos")
+
+
+def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
+    """Row of each piece [P] int64: longest first, into the open row that it fills most (Ding et al. 2024, arXiv 2404.10830).
+
+    `room[c]` lists the rows with c places left, bit c of `some` says that there is one: the lowest bit from a piece's
+    length on is its best fit. One step a piece, whatever the number of rows.
+    """
+    row, rows, some = np.empty(len(lengths), np.int64), 0, 0
+    room: list[list[int]] = [[] for _ in range(context + 1)]
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        n = int(lengths[i])
+        if fitting := some >> n:
+            space = n + (fitting & -fitting).bit_length() - 1
+            row[i] = room[space].pop()
+            if not room[space]:
+                some ^= 1 << space
+        else:
+            space, row[i], rows = context, rows, rows + 1
+        if left := space - n:
+            room[left].append(int(row[i]))
+            some |= 1 << left
+    return row
+
+
+class Packing:
+    """The sequences of a split under one of PACKINGS: `count` of them, and the pieces of the token files in each.
+
+    concat    documents end to end, cut every `context` tokens: nothing is lost or padded; constant time and no memory
+    best-fit  documents whole, in the fullest row that has room; only longer ones are cut; the rest of a row is padding
+    bos       every row begins with a document; what does not fit into the row is dropped (nanochat, modded-nanogpt)
+
+    The last two take 16 bytes of memory a document, and a pass over them (about 1 us each) before training.
+    """
+
+    def __init__(self, split: Split, context: int, strategy: str = "concat"):
+        self.split, self.context, self.strategy = split, context, strategy
+        total, starts = len(split.tokens), split.starts
+        if strategy == "concat":  # the last sequence may be shorter; the very first token is no target
+            self.count = -(-(total - 1) // context)
+            return
+        lengths = np.diff(starts)
+        if strategy == "best-fit":
+            cuts = -(-lengths // context)  # pieces of each document
+            number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+            begins = np.repeat(starts[:-1], cuts) + number * context
+            sizes = np.minimum(context, np.repeat(starts[1:], cuts) - begins)
+            rows = best_fit(sizes, context)
+        else:
+            rows, sizes, row, used = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64), 0, 0
+            for i, n in enumerate(lengths.tolist()):
+                rows[i], sizes[i] = row, min(n, context - used)
+                row, used = (row + 1, 0) if used + n >= context else (row, used + n)
+            begins = starts[:-1]
+        order = np.argsort(rows, kind="stable")
+        self.begins, self.sizes = begins[order], sizes[order]
+        self.rows = np.searchsorted(rows[order], np.arange(rows.max() + 2))  # first piece of each row, and the end
+        self.count = len(self.rows) - 1
+
+    def pieces(self, row: int) -> list[tuple[int, int]]:
+        """(where it begins in the tokens, its length) of each piece of a sequence."""
+        if self.strategy == "concat":
+            return [(row * self.context, min(self.context, len(self.split.tokens) - 1 - row * self.context))]
+        here = slice(self.rows[row], self.rows[row + 1])
+        return list(zip(self.begins[here].tolist(), self.sizes[here].tolist()))
+
+    def most_documents(self) -> int:
+        """An upper bound of the documents that one sequence touches."""
+        if self.strategy != "concat":
+            return int(np.diff(self.rows).max())
+        starts, most = self.split.starts, 0
+        for i in range(0, len(starts), 2**20):  # in blocks: there may be hundreds of millions
+            block = starts[i:i + 2**20]
+            most = max(most, int((np.searchsorted(starts, block + self.context) - np.arange(i, i + len(block))).max()))
+        return most + 1
+
+    def report(self) -> dict[str, float]:
+        """What the packing does to the split's documents.
+
+        utilisation: share of the rows' places that hold a token; dropped: share of the tokens in no row; cut: share of the
+        documents that are not whole in one row; mean_square: mean of the squared lengths of the pieces of documents that
+        attention sees, to which its work is proportional.
+        """
+        total, starts = len(self.split.tokens), np.asarray(self.split.starts)
+        if self.strategy == "concat":
+            edges = np.union1d(starts, np.arange(0, total, self.context))
+            sizes, whole = np.diff(edges), np.isin(starts[1:], edges[1:][np.isin(edges[:-1], starts[:-1])])
+        else:
+            sizes = self.sizes
+            whole = np.isin(starts[:-1], self.begins[self.begins + self.sizes == starts[1:][
+                np.searchsorted(starts, self.begins, side="right") - 1]])
+        kept = sizes.sum()
+        return {"rows": self.count, "utilisation": kept / (self.count * self.context), "dropped": 1 - kept / total,
+                "cut": 1 - whole.mean(), "mean_square": float((sizes.astype(float) ** 2).mean())}
 
 
 # ---- order: which sequence comes when -------------------------------------------------------------------------
@@ -398,7 +684,8 @@ def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
     """Where a shuffle of range(n) puts each index, in constant time and memory: no array of n is made.
 
     A Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; what lands outside
-    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the shuffle. Returns int64 of the same shape.
+    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the
+    shuffle. Returns int64 of the same shape.
     """
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -441,11 +728,15 @@ def interleave(index: np.ndarray, shares: list[float]) -> tuple[np.ndarray, np.n
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with one mixture."""
+    """A stretch of training with one mixture, and whatever else changes with it."""
 
     name: str
     tokens: float
     mixture: dict[str, float]  # source -> weight; weights are divided by their sum; {}: as large as they are
+    context: int = 0  # tokens of a sequence; 0: the model's max_position_embeddings
+    rope_theta: float = 0.0  # RoPE's base; 0: the model's
+    learning_rate: float = 0.0  # a peak of its own, after warmup_steps, then a cosine to 0; 0: the run's schedule
+    warmup_steps: int = 0  # of a stage with a learning rate of its own
 
     def shares(self, sources: list[str], tokens: list[int]) -> list[float]:
         """Weights in the order of `sources`, summing to 1."""
@@ -455,6 +746,8 @@ class Stage:
         weights = [self.mixture.get(name, 0.0) for name in sources] if self.mixture else tokens
         if min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"stage {self.name}: the weights of its mixture must not be negative and not all be 0")
+        if self.mixture and abs(sum(weights) - 1) > 1e-6:
+            print(f"mixture   the weights of stage {self.name} sum to {sum(weights):.5g}: divided by that")
         return [w / sum(weights) for w in weights]
 
 
@@ -466,16 +759,20 @@ class Batch:
     sources: np.ndarray  # [B]: which source each row is from
 
 
-def cut_sequences(split: Split, indices: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Sequences of a split: tokens and targets [B, T], and each row's document starts within it (0 first)."""
-    tokens, targets = np.zeros((len(indices), context), np.int64), np.full((len(indices), context), -100, np.int64)
-    starts = []
+def cut_sequences(packing: Packing, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+    """Sequences of a packing: tokens and targets [B, T], and each row's document starts within it (0 first)."""
+    split, shape, starts = packing.split, (len(indices), packing.context), []
+    tokens, targets = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
     for row, index in enumerate(indices):
-        begin = int(index) * context
-        part = split.tokens[begin:begin + context + 1]
-        tokens[row, :len(part) - 1], targets[row, :len(part) - 1] = part[:-1], part[1:]
-        first, last = np.searchsorted(split.starts, [begin + 1, begin + len(part) - 1])
-        starts.append(np.concatenate(([0], split.starts[first:last] - begin)))
+        at, inside = 0, []
+        for begin, length in packing.pieces(int(index)):
+            part = split.tokens[begin:begin + length + 1]  # the target after the last one opens the next document
+            n = len(part) - 1  # less than `length` at the end of the file only
+            tokens[row, at:at + n], targets[row, at:at + n] = part[:-1], part[1:]
+            first, last = np.searchsorted(split.starts, [begin + 1, begin + n])
+            inside += [[at], split.starts[first:last] - begin + at]
+            at += length
+        starts.append(np.concatenate(inside))
     return tokens, targets, starts
 
 
@@ -487,12 +784,6 @@ def pack_cu_seqlens(starts: list[np.ndarray], context: int, length: int) -> np.n
     return out
 
 
-def most_documents(split: Split, context: int) -> int:
-    """An upper bound of the documents that one sequence touches."""
-    starts = split.starts
-    return int((np.searchsorted(starts, starts + context) - np.arange(len(starts))).max()) + 1
-
-
 class Curriculum:
     """The batch of every step, as a pure function: (seed, step) -> rows of the stages' mixtures.
 
@@ -501,40 +792,68 @@ class Curriculum:
     """
 
     def __init__(self, sources: list[Split], stages: list[Stage], context: int, rows: int, seed: int = 0,
-                 documents: int = 0):
-        """`rows`: sequences in a global batch. `documents`: room for so many a row in cu_seqlens, at least."""
-        for split in sources:
-            if len(split.tokens) <= context:
-                raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of "
-                                f"{context}; give more text or a shorter --max_position_embeddings")
-        self.sources, self.stages, self.context, self.rows, self.seed = sources, stages, context, rows, seed
+                 packing: str = "concat", held_out: Iterable[Split] = ()):
+        """`rows` of `context` tokens make a global batch; a stage of another context has as many tokens in fewer or more
+        rows. `held_out`: splits whose batches should have cu_seqlens of the same length."""
+        if packing not in PACKINGS:
+            raise UserError(f"--packing {packing} is not one of {', '.join(PACKINGS)}")
+        self.sources, self.stages, self.seed = sources, stages, seed
+        self.context, self.rows, self.batch_tokens = context, rows, rows * context
+        self.contexts = [stage.context or context for stage in stages]
+        for stage, length in zip(stages, self.contexts):
+            if self.batch_tokens % length:
+                raise UserError(f"stage {stage.name}: a batch of {self.batch_tokens:,} tokens does not divide into "
+                                f"sequences of {length:,}; the nearest that do are {self.batch_tokens // length * length:,} and "
+                                f"{-(-self.batch_tokens // length) * length:,}")
+            for split in sources:
+                if len(split.tokens) <= length:
+                    raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of {length}; "
+                                    "give more text or a shorter --max_position_embeddings")
+        self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}
+        self.most_documents = {
+            length: max(p.most_documents() for p in (*packings, *(Packing(split, length) for split in held_out)))
+            for length, packings in self.packings.items()}
         names, sizes = [s.name for s in sources], [len(s.tokens) for s in sources]
         self.shares = [stage.shares(names, sizes) for stage in stages]
-        ends = np.cumsum([stage.tokens for stage in stages]) / (rows * context)
+        ends = np.cumsum([stage.tokens for stage in stages]) / self.batch_tokens
         self.ends = [max(1, round(end)) for end in ends]  # the step at which each stage ends
         self.steps = self.ends[-1]
-        self.most_documents = max(documents, *(most_documents(s, context) for s in sources))
-        self.used = [np.zeros(len(sources), np.int64)]  # sequences of each source before each stage
-        for begin, end, shares in zip([0, *self.ends], self.ends, self.shares):
-            self.used.append(self.used[-1] + dealt((end - begin) * rows, shares))
+        self.before = []  # sequences of each source before each stage; another context cuts, and so counts, anew
+        self.used = {length: np.zeros(len(sources), np.int64) for length in self.packings}
+        for begin, end, length, shares in zip([0, *self.ends], self.ends, self.contexts, self.shares):
+            self.before.append(self.used[length])
+            self.used[length] = self.used[length] + dealt((end - begin) * self.batch_tokens // length, shares)
 
     def stage(self, step: int) -> int:
         return int(np.searchsorted(self.ends, step, side="right").clip(max=len(self.ends) - 1))
 
     def epochs(self) -> dict[str, float]:
         """How often the run goes through each source; the playbook stays under about 4."""
-        return {s.name: float(n / s.sequences(self.context)) for s, n in zip(self.sources, self.used[-1])}
+        return {split.name: float(sum(used[s] / self.packings[length][s].count for length, used in self.used.items()))
+                for s, split in enumerate(self.sources)}
+
+    def report(self) -> list[str]:
+        """What the playbook would say of the mixture: epochs, and the share of other languages than English."""
+        lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
+                 for name, n in self.epochs().items() if n > 4]
+        foreign = [i for i, split in enumerate(self.sources) if split.name.startswith("multilingual")]
+        if foreign:
+            tokens = np.diff([0, *self.ends])
+            share = sum(n * shares[i] for n, shares in zip(tokens, self.shares) for i in foreign) / tokens.sum()
+            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the limit of "
+                         f"20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
+        return lines
 
     def locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, sequence index in it) of the rows first .. first + count of a step's global batch."""
         stage = self.stage(step)
-        begin = self.ends[stage - 1] if stage else 0
-        index = (step - begin) * self.rows + np.arange(first, first + count, dtype=np.int64)
+        begin, length = self.ends[stage - 1] if stage else 0, self.contexts[stage]
+        index = (step - begin) * (self.batch_tokens // length) + np.arange(first, first + count, dtype=np.int64)
         source, rank = interleave(index, self.shares[stage])
-        rank = rank + self.used[stage][source]
+        rank = rank + self.before[stage][source]
         sequence = np.empty(count, np.int64)
         for s in np.unique(source):
-            n = self.sources[s].sequences(self.context)
+            n = self.packings[length][s].count
             for epoch in np.unique(rank[source == s] // n):
                 here = (source == s) & (rank // n == epoch)
                 sequence[here] = permute(rank[here] % n, n, key=[self.seed, int(s), int(epoch)])
@@ -542,27 +861,30 @@ class Curriculum:
 
     def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
         """The rows first .. first + count of the global batch of a step (all without them)."""
-        count = self.rows if count is None else count
+        context = self.contexts[self.stage(step)]
+        count = self.batch_tokens // context if count is None else count
         source, sequence = self.locate(step, first, count)
-        tokens, targets = np.empty((count, self.context), np.int64), np.empty((count, self.context), np.int64)
+        tokens, targets = np.empty((count, context), np.int64), np.empty((count, context), np.int64)
         starts: list[np.ndarray] = [None] * count
         for s in np.unique(source):
             rows = np.flatnonzero(source == s)
-            tokens[rows], targets[rows], parts = cut_sequences(self.sources[s], sequence[rows], self.context)
+            tokens[rows], targets[rows], parts = cut_sequences(self.packings[context][s], sequence[rows])
             for row, part in zip(rows, parts):
                 starts[row] = part
-        length = count * self.most_documents + 1
-        return Batch(tokens, targets, pack_cu_seqlens(starts, self.context, length), source)
+        length = count * self.most_documents[context] + 1
+        return Batch(tokens, targets, pack_cu_seqlens(starts, context, length), source)
 
 
 def validation_batches(split: Split, context: int, rows: int, sequences: int, documents: int) -> Iterator[Batch]:
     """The first `sequences` sequences of a split: a fixed slice, whatever the batch size. The last batch is filled up
     with rows that have no targets, so that all have one shape. `documents`: at most so many touch a row."""
-    indices = np.arange(min(sequences, split.sequences(context)))
+    packing = Packing(split, context)
+    indices = np.arange(min(sequences, packing.count))
     for i in range(0, len(indices), rows):
-        tokens, targets, starts = cut_sequences(split, indices[i:i + rows], context)
+        tokens, targets, starts = cut_sequences(packing, indices[i:i + rows])
         missing = rows - len(tokens)
-        tokens, targets = np.pad(tokens, ((0, missing), (0, 0))), np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
+        tokens = np.pad(tokens, ((0, missing), (0, 0)))
+        targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
         starts += [np.zeros(1, np.int64)] * missing
         yield Batch(tokens, targets, pack_cu_seqlens(starts, context, rows * documents + 1), np.zeros(rows, np.int64))
 
@@ -571,7 +893,7 @@ def validation_batches(split: Split, context: int, rows: int, sequences: int, do
 
 
 def describe(data: str) -> str:
-    """One line a source: documents, tokens, bytes a token."""
+    """One line a source: documents, tokens, bytes a token; what was dropped."""
     tokenizer = Tokenizer.load(find_tokenizer(data))
     lines = []
     for folder in source_folders(data):
@@ -580,40 +902,87 @@ def describe(data: str) -> str:
         lines.append(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
                      f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
                      f"{len(val.tokens):9,} tokens")
+        if dropped := json.loads((folder / "meta.json").read_text("utf-8"))["dropped"]:
+            lines.append(" " * 13 + "dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
     return "\n".join(lines)
 
 
-def show(data: str, documents: int = 2) -> None:
-    """Prints the sources and the beginnings of a few documents of each."""
+def show(data: str, context: int = 2048, documents: int = 2) -> None:
+    """Prints the sources, the packings side by side, document lengths, and the first sequence with its boundaries."""
     tokenizer = Tokenizer.load(find_tokenizer(data))
     print(describe(data))
+    lengths = {}
     for folder in source_folders(data):
-        split = load_source(folder, tokenizer)["train"]
+        split = load_source(folder, tokenizer, verify=False)["train"]
+        lengths[folder.name] = np.diff(split.starts)
+        print(f"\n{folder.name}: packed into sequences of {context:,}\n"
+              f"{'':10}{'sequences':>12}{'utilisation':>13}{'dropped':>10}{'cut':>10}{'mean square of lengths':>25}")
+        for strategy in PACKINGS:
+            row = Packing(split, context, strategy).report()
+            print(f"{strategy:10}{row['rows']:>12,}{row['utilisation']:>13.1%}{row['dropped']:>10.1%}{row['cut']:>10.1%}"
+                  f"{row['mean_square']:>25,.0f}")
+        print("tokens a document " + histogram(lengths[folder.name]))
         for start, end in list(zip(split.starts, split.starts[1:]))[:documents]:
-            text = tokenizer.decode(split.tokens[start:min(end, start + 60)].tolist())
-            print(f"\n--- {folder.name}, document of {end - start:,} tokens\n{text}")
+            text = tokenizer.decode(split.tokens[start + 1:min(end, start + 60)].tolist())
+            print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
+    path = Path(data.split(",")[0]) / "document-lengths.png"
+    if picture(lengths, path):
+        print(f"\nThe lengths of all documents are drawn in {path}")
+
+
+def histogram(lengths: np.ndarray) -> str:
+    """Shares of documents by length, in powers of 4."""
+    edges = [4**i for i in range(2, 10)]
+    counts = np.histogram(lengths, [0, *edges, np.inf])[0] / len(lengths)
+    names = [f"<{edges[0]}", *(f"{a:,}-{b - 1:,}" for a, b in zip(edges, edges[1:])), f">={edges[-1]:,}"]
+    return ", ".join(f"{name}: {share:.0%}" for name, share in zip(names, counts) if share > 0)
+
+
+def picture(lengths: dict[str, np.ndarray], path: Path) -> bool:
+    """The histogram of lengths as a picture; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    bins = np.geomspace(1, max(int(n.max()) for n in lengths.values()) + 1, 50)
+    for name, n in lengths.items():
+        axes.hist(n, bins, histtype="step", label=name, weights=np.full(len(n), 1 / len(n)))
+    axes.set(xscale="log", xlabel="tokens a document", ylabel="share of the documents")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show")
     p = commands.add_parser("prepare", help="text -> token files")
-    p.add_argument("sources", nargs="*", metavar="SOURCE", help="files or folders (name=PATH to name one); none: the embedded corpus")
+    p.add_argument("sources", nargs="*", metavar="SOURCE",
+                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] (name=SOURCE to name one); none: the embedded corpus")
     p.add_argument("--out", help="where to (default: data/NAME of the first source)")
-    p.add_argument("--tokenizer", help="folder or file of a tokenizer; without it one is trained on the sources")
+    p.add_argument("--tokenizer", help="as for `tokenizer.py fertility`; without it one is trained on the sources")
     p.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained")
-    p.add_argument("--text-key", default="text", help="the field of a jsonl file that holds the text")
-    p = commands.add_parser("show", help="what prepared data holds")
+    p.add_argument("--sample-bytes", type=float, default=2e7, help="of text that the tokenizer is trained on")
+    p.add_argument("--max-tokens", type=float, default=0, help="of each source, about; 0: all")
+    p.add_argument("--text-key", default="text", help="the field of a data set that holds the text")
+    p = commands.add_parser("show", help="what prepared data holds, and how it packs")
     p.add_argument("data", metavar="DIR")
+    p.add_argument("--context", type=int, default=2048, help="tokens of a sequence")
     args = parser.parse_args()
     if args.command == "show":
-        return show(args.data)
+        return show(args.data, args.context)
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     if not args.sources:
         out = args.out or "data/laptop"
         sources = {name: documents() for name, documents in EMBEDDED.items()}
     else:
-        pairs = [s.split("=", 1) if "=" in s and not Path(s).exists() else (Path(s).resolve().name.split(".")[0], s)
+        pairs = [s.split("=", 1) if "=" in s and not Path(s).exists() else
+                 (s.split(":")[1].split("/")[-1] if s.startswith("hf:") else Path(s).resolve().name.split(".")[0], s)
                  for s in args.sources]
         named = dict(pairs)
         if len(named) < len(pairs):
@@ -622,8 +991,8 @@ def main() -> None:
             if not re.fullmatch(r"[\w-]+", name):
                 raise UserError(f"{name!r} is no name for a source; give one of letters and digits as NAME=PATH")
         out = args.out or f"data/{next(iter(named))}"
-        sources = {name: read_documents(Path(path), args.text_key) for name, path in named.items()}
-    prepare(sources, out, tokenizer, args.vocab_size)
+        sources = {name: Source(path, args.text_key) for name, path in named.items()}
+    prepare(sources, out, tokenizer, args.vocab_size, args.sample_bytes, max_tokens=args.max_tokens)
     print(describe(out))
     print(f"Prepared {out}. Train on it with: python train.py --data {out}")
 

@@ -12,13 +12,18 @@ fertility (tokens per word) and PCW (proportion of continued words: two tokens o
 split numbers into single digits, Llama 3 into groups of up to three. Take an existing tokenizer if it covers
 your languages and domain; train one for low-resource languages or an unusual mix, on a sample of that mix.
 
-    python tokenizer.py train PATH... --vocab-size 4096 --out DIR    # PATH: text file, source code, folder
+    python tokenizer.py train PATH... --vocab-size 4096 --out DIR    # PATH: text, code, .jsonl, .parquet, folder, hf:...
     python tokenizer.py train PATH... --vocab-size 32768 --out DIR --pretokenizer llama3
-    python tokenizer.py fertility DIR PATH...                        # a line per PATH; DIR or hf:ORG/NAME
+    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # tokenizers side by side, a line per PATH
+    python tokenizer.py advise --parameters 1e9 --languages 1         # a vocabulary size
 """
 
 import argparse
+import base64
 import codecs
+import contextlib
+import copy
+import gzip
 import hashlib
 import heapq
 import json
@@ -26,10 +31,13 @@ import os
 import sys
 import time
 import unicodedata
+import zlib
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -52,12 +60,21 @@ PATTERNS = {
     # Qwen2's and Qwen3's tokenizer.json: the same with single digits
     "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
             r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Kimi K2's and Moonlight's tokenization_*.py: Chinese apart, then as o200k, where a word starts anew at a capital
+    "kimi": r"[\p{Han}]+"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     # SmolLM2's tokenizer.json: cut out single digits, then gpt2 on what lies between, as one expression
     "smollm2": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
+PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts, as a test shows
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>"]  # the first present wins
+# The first present wins.
+EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"]
 PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
 BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on a file that is one huge line
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
@@ -74,6 +91,11 @@ def visible(token: bytes) -> str:
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
+def compiled(pattern: str) -> regex.Pattern:
+    """`regex` knows the set operation && in its version 1 only."""
+    return regex.compile(pattern, regex.V1 if "&&" in pattern else regex.V0)
+
+
 def utf8(text: str) -> bytes:
     """UTF-8 bytes; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD as it does in tiktoken."""
     try:
@@ -86,7 +108,7 @@ def utf8(text: str) -> bytes:
 
 def count_chunks(texts: Iterable[str], pattern: str, total: int | None = None) -> Counter[bytes]:
     """Distinct pre-token chunks (UTF-8) with their counts; `total` characters, if known, give an ETA."""
-    findall, chunks, counts = regex.compile(pattern).findall, Counter(), Counter()
+    findall, chunks, counts = compiled(pattern).findall, Counter(), Counter()
     bar = tqdm(total=total, desc="counting", unit="B", unit_scale=True, delay=1, mininterval=1, leave=False)
     for text in texts:
         for start in range(0, len(text), BLOCK):
@@ -207,9 +229,9 @@ class Tokenizer:
     Hugging Face does. Ours never drop anything.
     """
 
-    def __init__(self, pattern: str, ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]],
+    def __init__(self, pattern: str, ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]] | None,
                  special: dict[str, int], nfc: bool = False):
-        self.pattern, self.ranks, self.merges, self.special, self.nfc = pattern, ranks, merges, special, nfc
+        self.pattern, self.ranks, self.special, self.nfc = pattern, ranks, special, nfc
         self._bytes = {i: token for token, i in ranks.items()}
         self._bytes |= {i: utf8(name) for name, i in special.items()}
         self.vocab_size = 1 + max(self._bytes)
@@ -221,16 +243,36 @@ class Tokenizer:
             raise UserError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}.")
         self.eos_id: int = eos
         self.pad_id: int | None = next((special[name] for name in PAD_NAMES if name in special), None)
-        # tiktoken cannot do without a byte: what is missing gets an id past the end, which encode removes
-        self._missing = {bytes([b]): self.vocab_size + b for b in range(256) if bytes([b]) not in ranks}
-        ranks = ranks | self._missing
+        # tiktoken merges by rank. Where ids are no ranks (ids that do not follow the merges, or a byte that is
+        # missing, which tiktoken cannot do without) its ids are places in `order`, and _ids maps them to ours.
+        order = sorted(ranks, key=ranks.__getitem__)
+        self._follows = merges is None or all(
+            ranks[a + b] <= ranks[c + d] for (a, b), (c, d) in zip(merges, merges[1:]))
+        if not self._follows:
+            order = list(dict.fromkeys([t for t in order if len(t) == 1] + [a + b for a, b in merges] + order))
+            if recover_merges({token: i for i, token in enumerate(order)}) != merges:
+                raise UserError("its merges say something else than the order of its tokens")
+        order += [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+        self._ids = None
+        if len(order) > len(ranks) or not self._follows:
+            self._ids = [ranks.get(token, -1) for token in order]  # -1: dropped
+            ranks = {token: i for i, token in enumerate(order)}
+        self._merges = merges
         self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+
+    @property
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        if self._merges is None:  # tiktoken's vocabularies come without them
+            self._merges = recover_merges(self.ranks)
+        return self._merges
 
     @property
     def hash(self) -> str:
         """sha256 (hex) of all that decides ids: expression, normalisation, control tokens, tokens by id."""
         content = [self.pattern, self.nfc, sorted((i, name) for name, i in self.special.items()),
                    sorted((i, token.hex()) for token, i in self.ranks.items())]
+        if not self._follows:
+            content.append([(a.hex(), b.hex()) for a, b in self.merges])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def control(self, name: str) -> int:
@@ -245,14 +287,25 @@ class Tokenizer:
         A block of MAX_SPACE characters that is all white space starts a new piece; only there can ids differ
         from Hugging Face's. decode(encode(text)) == text, except that lone surrogates become U+FFFD.
         """
+        first, *rest = self._parts(text)
+        ids = self._bpe.encode_ordinary(first)
+        for part in rest:
+            ids += self._bpe.encode_ordinary(part)
+        return ids if self._ids is None else [self._ids[i] for i in ids if self._ids[i] >= 0]
+
+    def encode_array(self, text: str):
+        """The same ids as a numpy array (uint32)."""
+        import numpy as np
+
+        return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
+
+    def _parts(self, text: str) -> list[str]:
+        """The text normalised, and cut inside absurd runs of white space."""
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
         starts = range(0, len(text) - MAX_SPACE + 1, MAX_SPACE)
         cuts = [0, *(i for i in starts if text[i:i + MAX_SPACE].isspace()), len(text)]
-        if len(cuts) == 2 and not self._missing:
-            return self._bpe.encode_ordinary(text)
-        ids = (i for start, end in zip(cuts, cuts[1:]) for i in self._bpe.encode_ordinary(text[start:end]))
-        return [i for i in ids if i < self.vocab_size]
+        return [text[a:b] for a, b in zip(cuts, cuts[1:])] if len(cuts) > 2 else [text]
 
     def encode_batch(self, texts: list[str], threads: int = os.cpu_count() or 1) -> list[list[int]]:
         """encode() of each text on several threads; tiktoken releases the GIL."""
@@ -328,13 +381,27 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read DIR/tokenizer.json, a .json file, or hf:ORG/NAME (downloaded): ours, or any byte-level BPE
-        whose ids follow its merges, such as GPT-2's, Llama 3's, Qwen's and SmolLM's. Post-processors (BOS)
-        are not applied. UserError for anything else; nothing in the file is executed or unpickled.
+        """Read a tokenizer from one of
+
+            a folder, ours or of a Hugging Face model: its tokenizer.json, or else its tiktoken.model (Kimi, Moonlight)
+            a tokenizer.json; any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's and SmolLM's
+            FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text
+            hf:ORG/NAME, downloaded; a tiktoken encoding such as cl100k_base, downloaded once by tiktoken
+            bytes: every byte a token, no merges, the baseline without a tokenizer
+
+        Post-processors (BOS) are not applied. UserError for anything else; nothing is executed or unpickled.
         """
-        file = find_tokenizer_file(path)
+        if str(path) == "bytes":
+            return train_bpe([], len(CONTROL) + 256)
+        if not Path(path).exists() and str(path) in tiktoken.list_encoding_names():
+            return from_tiktoken(str(path))
+        file, pretokenizer = find_tokenizer_file(path)
         try:
+            if pretokenizer:
+                return cls(PATTERNS[pretokenizer], *parse_tiktoken(file))
             spec = json.loads(file.read_bytes().decode("utf-8"))
+        except UserError as error:
+            problem = str(error).rstrip(".")
         except (ValueError, RecursionError) as error:
             problem = f"it is not JSON ({error})"
         else:
@@ -348,29 +415,84 @@ class Tokenizer:
                         "BPE tokenizer.json, or make one with `python tokenizer.py train`.")
 
 
-def find_tokenizer_file(path: str | Path) -> Path:
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges behind tiktoken's ranks: BPE with the ranks below a token's own leaves it in two pieces."""
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        parts, rank = [token[i:i + 1] for i in range(len(token))], ranks[token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            if pairs[i] >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def from_tiktoken(name: str) -> "Tokenizer":
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except Exception as error:  # requests' own errors, and tiktoken's ValueError for a damaged cache
+        raise UserError(f"tiktoken cannot fetch {name} ({type(error).__name__}): run it once with network (tiktoken "
+                        "keeps a copy in $TIKTOKEN_CACHE_DIR), or give a local file.") from None
+    return Tokenizer(encoding._pat_str, encoding._mergeable_ranks, None, encoding._special_tokens)
+
+
+def parse_tiktoken(file: Path) -> tuple:
+    """ranks, no merges and the control tokens of a file of base64 tokens and ranks. Control tokens are those of
+    the tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one,
+    CONTROL behind the last rank."""
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines() if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    except ValueError as error:
+        raise UserError(f"it is not a file of base64 tokens and ranks ({error})") from None
+    if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
+        raise UserError("its ranks are not 0, 1, 2, ... or it lacks some bytes")
+    config = file.with_name("tokenizer_config.json")
+    if not config.exists():
+        return ranks, None, {name: len(ranks) + i for i, name in enumerate(CONTROL)}
+    try:
+        added = json.loads(config.read_text("utf-8")).get("added_tokens_decoder", {})
+        named = {int(i): token["content"] for i, token in added.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{config} is not built like a tokenizer_config.json ({error})") from None
+    ids = range(len(ranks), len(ranks) + 256)
+    return ranks, None, {named.get(i, f"<|reserved_token_{i}|>"): i for i in ids}
+
+
+def find_tokenizer_file(path: str | Path) -> tuple[Path, str]:
+    """(the file, the pre-tokenizer of a tiktoken file or "" for a tokenizer.json)."""
     if str(path).startswith("hf:"):
         try:
             from huggingface_hub import hf_hub_download
         except ImportError:
             raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
         try:
-            return Path(hf_hub_download(str(path)[3:], "tokenizer.json"))
+            return Path(hf_hub_download(str(path)[3:], "tokenizer.json")), ""
         except Exception as error:  # the client raises its own, its HTTP library's and OS errors
             raise UserError(f"cannot download {path} ({type(error).__name__}): check the name and the "
                             "network, or give a local folder.") from None
+    name, _, pretokenizer = str(path).rpartition(":")
+    if pretokenizer in PATTERNS and Path(name).is_file():
+        return Path(name), pretokenizer
+    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").exists() and (Path(path) / "tiktoken.model").is_file():
+        return Path(path) / "tiktoken.model", "kimi"
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"there is no tokenizer at {file}: give a folder that holds tokenizer.json, or make "
                         "one with `python tokenizer.py train PATH --vocab-size N --out DIR`.")
-    return file
+    if file.suffix in (".tiktoken", ".model"):
+        raise UserError(f"{file} does not say how it cuts text: write {file}:PRETOKENIZER, one of {', '.join(PATTERNS)}.")
+    return file, ""
 
 
 def parse_tokenizer_json(spec: dict) -> tuple:
     """The arguments of Tokenizer() from the content of a tokenizer.json, checked strictly.
 
-    tiktoken takes a token's id for its merge priority, Hugging Face the merge's place in the list: they agree
-    only if ids grow along the merges. Raises UserError; KeyError, TypeError and the like on alien structure.
+    Raises UserError; KeyError, TypeError and the like on alien structure.
     """
     def check(ok: bool, problem: str) -> None:
         if not ok:
@@ -394,7 +516,7 @@ def parse_tokenizer_json(spec: dict) -> tuple:
         if token not in special:
             check(token != "" and CHAR_TO_BYTE.keys() >= set(token), f"its token {token!r} is not byte-level")
             ranks[bytes(CHAR_TO_BYTE[c] for c in token)] = i
-    made, last = {bytes([b]) for b in range(256)}, -1
+    made = {bytes([b]) for b in range(256)}
     check(all(bytes([b]) in ranks for b in range(32, 127)), "its vocabulary lacks some ASCII characters")
     merges = []
     for merge in model["merges"]:
@@ -402,8 +524,6 @@ def parse_tokenizer_json(spec: dict) -> tuple:
         for token in (left, right, left + right):
             known = token in vocab and token not in special
             check(known, f"its merge {merge} needs {token!r}, which is not in its vocabulary")
-        check(vocab[left + right] >= last, f"the id of its merge {merge} is not in merge order")
-        last = vocab[left + right]
         merges.append((bytes(CHAR_TO_BYTE[c] for c in left), bytes(CHAR_TO_BYTE[c] for c in right)))
         made.add(merges[-1][0] + merges[-1][1])
     orphans = [] if model.get("ignore_merges") else sorted(ranks.keys() - made)
@@ -422,14 +542,247 @@ def parse_pattern(pre_tokenizer: dict) -> str:
         case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
             probe = "It's 2024,\r\n\té漢 👍  "
-            cut = [match.group() for match in regex.finditer(pattern, probe)]
+            cut = [match.group() for match in compiled(pattern).finditer(probe)]
             if "" in cut or "".join(cut) != probe:
                 raise UserError(f"its pre_tokenizer expression {pattern!r} loses text")
             return pattern
     raise UserError("its pre_tokenizer is not ByteLevel, Digits + ByteLevel or Split + ByteLevel")
 
 
-# ----- fertility, files, command line ----------------------------------------------------------------------
+# ----- reading text ----------------------------------------------------------------------------------------
+
+HELD_OUT = 0.03  # the share of documents that data.py keeps for validation
+LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents after a blank line
+LONGEST_LINE = 32 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
+
+
+class Document(NamedTuple):
+    text: str
+    held: float  # in [0, 1), uniform; below HELD_OUT it is for validation
+    position: tuple[str, int]  # Source.read(position) goes on behind this document
+
+
+def uniform(key: str) -> float:
+    """A number in [0, 1) from the key alone: what has the same key is held out, or not, in every run and order."""
+    return int.from_bytes(hashlib.sha256(utf8(key)).digest()[:6], "big") / 2**48
+
+
+class Source:
+    """The documents of a path: text, source code, .jsonl, .parquet (text and jsonl also as .gz), a folder of
+    those, or hf:DATASET[:CONFIG[:SPLIT]] through `datasets`. Read as a stream, in a fixed order, from any position.
+
+    A file named outright must be readable; in a folder, what is not is left out, said on stderr and counted.
+    A data set's document is held out by the hash of its text, a text file by that of its name; of a long text
+    file, which is cut into documents, the last 3 % are held out, so that the two sides touch at one seam.
+    """
+
+    def __init__(self, where: str | Path, text_key: str = "text"):
+        self.where, self.text_key, path = str(where), text_key, Path(where)
+        self.files = {path.name: path}  # name in a position -> file
+        self.dropped = Counter()  # what reading leaves out, and why
+        self.done = 0  # bytes of the files read so far
+        if self.where.startswith("hf:"):
+            self.files, self.size, self.folder = {self.where: path}, 0, False
+            return
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
+        self.folder = path.is_dir()
+        if self.folder:
+            inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+            self.files = {name.as_posix(): file for name, file in inside.items()
+                          if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
+        if not self.files:
+            raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
+        self.size = sum(file.stat().st_size for file in self.files.values())
+
+    def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
+        """All documents, or those behind `position`. UserError where a file that was named cannot be read."""
+        names, self.done = list(self.files), 0
+        first = names.index(position[0]) if position and position[0] in self.files else 0
+        for name in names[:first]:
+            self.done += self.files[name].stat().st_size
+        for i, name in enumerate(names[first:]):
+            before = self.done
+            try:
+                for text, held, offset, done in self.open(name, position[1] if position and not i else 0):
+                    self.done = before + done
+                    yield Document(text, uniform(text) if held is None else held, (name, offset))
+            except UserError as error:
+                if not self.folder:
+                    raise
+                self.dropped["unreadable files"] += 1
+                if self.dropped["unreadable files"] <= 3:  # a folder of pictures must not fill the screen
+                    tqdm.write(f"left out: {error}", file=sys.stderr)
+            if self.size:
+                self.done = before + self.files[name].stat().st_size
+
+    def open(self, name: str, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+        """(text, held or None, offset behind it, bytes of the file read so far) of one file's documents."""
+        file = self.files[name]
+        if self.where.startswith("hf:"):
+            return stream_hub(self.where[3:], self.text_key, offset)
+        if file.suffix == ".parquet":
+            return read_parquet(file, self.text_key, offset)
+        if file.name.endswith((".jsonl", ".jsonl.gz")):
+            return read_jsonl(file, self.text_key, offset, self.dropped)
+        return read_plain(file, uniform(name), offset)
+
+    def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
+        """Text of at most max_bytes: the same share from the start of each file, nothing that is held out."""
+        for name, file in self.files.items():
+            left = max_bytes * (file.stat().st_size / self.size if self.size else 1)
+            part = copy.copy(self)
+            part.files = {name: file}
+            for document in part.read():
+                if document.held >= held_out:
+                    text = document.text[:max(1, int(left))]
+                    left -= len(text) if text.isascii() else len(utf8(text))
+                    yield text
+                if left <= 0:
+                    break
+            self.done += part.done
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[tuple]:
+    """(the stream of a file's bytes, unpacked if it is .gz; the stream on the disk). Errors become UserErrors."""
+    try:
+        with open(file, "rb") as raw, (gzip.open(raw) if file.suffix == ".gz" else raw) as stream:
+            yield stream, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} cannot be read to its end ({error}): check the file or leave it out") from None
+
+
+def read_plain(file: Path, held: float, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+    """A text file in documents of at most LONGEST_PIECE bytes; `held` is for one that need not be cut."""
+    with opened(file) as (stream, raw):
+        size = stream.seek(0, os.SEEK_END)
+        seam = size - int(HELD_OUT * size)  # a piece that ends behind it is held out
+        stream.seek(offset)
+        buffer, ended = b"", False
+        while buffer or not ended:
+            while len(buffer) <= LONGEST_PIECE and not ended:
+                block = stream.read(1 << 17)
+                ended, buffer = not block, buffer + block
+                if b"\0" in block:
+                    raise UserError(f"{file} is not UTF-8 text but binary: leave it out")
+            end, whole = len(buffer), offset == 0 and len(buffer) <= LONGEST_PIECE
+            if not whole:
+                if (line := buffer.rfind(b"\n", 0, max(0, seam - offset)) + 1) > 0 and line <= LONGEST_PIECE:
+                    end = line  # the last line break before the seam
+                elif end > LONGEST_PIECE:
+                    end = piece_end(buffer)
+            try:
+                text = buffer[:end].decode("utf-8-sig" if offset == 0 else "utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file} is not UTF-8 text (byte {offset + error.start}): convert it with "
+                                "`iconv -t UTF-8` or leave it out") from None
+            buffer, offset = buffer[end:], offset + end
+            if text.strip():
+                yield text, held if whole else 0.0 if offset > seam else 0.999, offset, raw.tell()
+            elif whole:
+                raise UserError(f"{file} is empty: leave it out or put text into it")
+
+
+def piece_end(buffer: bytes) -> int:
+    """Where to cut: after the last blank line of the second half, or else line, space, or whole character."""
+    for mark in (b"\n\n", b"\n", b" "):
+        if (end := buffer.rfind(mark, LONGEST_PIECE // 2, LONGEST_PIECE)) >= 0:
+            return end + len(mark)
+    end = LONGEST_PIECE
+    while end > LONGEST_PIECE - 4 and buffer[end] & 0xC0 == 0x80:  # a continuation byte
+        end -= 1
+    return end
+
+
+def read_jsonl(file: Path, text_key: str, offset: int, dropped: Counter) -> Iterator[tuple[str, float | None, int, int]]:
+    with opened(file) as (stream, raw):
+        stream.seek(offset)
+        while line := stream.readline(LONGEST_LINE):
+            offset += len(line)
+            if len(line) == LONGEST_LINE:  # read to its end without keeping it
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LONGEST_LINE)
+                    offset += len(line)
+                dropped["documents over 32 MB"] += 1
+                tqdm.write(f"left out: a line of {file} longer than 32 MB (it ends at byte {offset})",
+                           file=sys.stderr)
+            elif line.strip():
+                try:
+                    text = json.loads(line)[text_key]
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    text = None
+                if not isinstance(text, str):
+                    raise UserError(f'{file} {place(file, offset)} is not a JSON object with text in "{text_key}": name '
+                                    "the field that holds the text with --text-key")
+                yield text, None, offset, raw.tell()
+
+
+def place(file: Path, offset: int) -> str:
+    """The number of the line that ends at `offset`; only for a message, so it may read the file again."""
+    with opened(file) as (stream, _):
+        lines, block = 1, b""
+        while offset > 1 and (block := stream.read(min(BLOCK, offset - 1))):  # without the line's own end
+            lines, offset = lines + block.count(b"\n"), offset - len(block)
+        return f"line {lines}"
+
+
+def read_parquet(file: Path, text_key: str, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file} needs a package that is missing: pip install pyarrow") from None
+    size, row = file.stat().st_size, 0
+    try:
+        with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+            names, rows = table.schema_arrow.names, max(1, table.metadata.num_rows)
+            if text_key not in names:
+                raise UserError(f"{file} has no column {text_key}: choose one of {', '.join(names)} with --text-key")
+            for group in range(table.metadata.num_row_groups):
+                count = table.metadata.row_group(group).num_rows
+                if row + count <= offset:
+                    row += count
+                    continue
+                for batch in table.iter_batches(64, row_groups=[group], columns=[text_key], use_threads=False):
+                    for value in batch.column(0):
+                        row += 1
+                        if row > offset:
+                            text = value.as_py()
+                            if not isinstance(text, str | None):
+                                raise UserError(f"the column {text_key} of {file} is no text: choose another with "
+                                                "--text-key")
+                            yield text or "", None, row, size * row // rows
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be read behind row {row} ({reason}): check the file or leave it out") from None
+
+
+def stream_hub(name: str, text_key: str, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+    """DATASET[:CONFIG[:SPLIT]], a name on the Hub or a local folder, through `datasets` in streaming mode."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"hf:{name} needs a package that is missing: pip install datasets") from None
+    path, config, split = (name.split(":") + ["", ""])[:3]
+    try:
+        rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
+        for row in rows.skip(offset) if offset else rows:
+            offset += 1
+            if not isinstance(row.get(text_key), str | None):
+                raise UserError(f"the column {text_key} of hf:{name} is no text: choose another with --text-key")
+            if text_key not in row:
+                raise UserError(f"hf:{name} has no column {text_key}: choose one of {', '.join(row)} with --text-key")
+            yield row[text_key] or "", None, offset, 0
+    except UserError:
+        raise
+    except Exception as error:  # the client raises its own, its HTTP library's and OS errors
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"hf:{name} cannot be read behind document {offset} ({type(error).__name__}: {reason}): check the "
+                        "name, the network and --text-key, and run the command again") from None
+
+
+# ----- fertility, command line ----------------------------------------------------------------------
 
 def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
     """fertility: tokens per word; pcw: proportion of continued words (>= 2 tokens); words; bytes_per_token.
@@ -446,53 +799,6 @@ def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
             "words": words.total(), "bytes_per_token": len(utf8(text)) / len(tokenizer.encode(text))}
 
 
-TEXT_SUFFIXES = set(".txt .md .rst .tex .html .css .csv .json .toml .yaml .yml .sql .sh .py .pyi .js .ts .c "
-                    ".h .cc .cpp .hpp .cu .cs .java .kt .scala .go .rs .rb .php .pl .jl .lua .swift".split())
-
-
-def text_problem(file: Path) -> str | None:
-    """Why a file is not text, or None; asked of every file before any long work starts."""
-    if file.suffix in (".jsonl", ".gz", ".parquet"):
-        return "is a data set, not plain text"
-    if file.stat().st_size == 0:
-        return "is empty"
-    try:
-        with open(file, encoding="utf-8") as handle:
-            has_nul = any("\0" in block for block in iter(lambda: handle.read(BLOCK), ""))
-            return "is binary" if has_nul else None
-    except UnicodeDecodeError:
-        return "is not UTF-8 text"
-
-
-def text_files(path: Path) -> list[Path]:
-    """The file, or a folder's text files by suffix, sorted. A file named outright must be text; in a folder,
-    those that are not are left out, and stderr says so."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist: give text files or folders of them.")
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-    problems = {file: problem for file in files if (problem := text_problem(file))}
-    good = [file for file in files if file not in problems]
-    if not good:
-        file, problem = next(iter(problems.items()), (path, "holds no text files"))
-        raise UserError(f"{file} {problem}: give UTF-8 text (.txt, .md, source code) or folders of it.")
-    for file, problem in list(problems.items())[:1]:
-        print(f"{path}: left out {len(problems)} of {len(files)} files; {file} {problem}", file=sys.stderr)
-    return good
-
-
-def read_text(files: list[Path], max_bytes: float) -> Iterator[str]:
-    """The text in blocks; if the files exceed max_bytes together, the same share from the start of each."""
-    share = min(1.0, max_bytes / sum(file.stat().st_size for file in files))
-    for file in files:
-        left = max(1, int(file.stat().st_size * share))
-        with open(file, encoding="utf-8", newline="") as handle:
-            while left > 0 and (block := handle.read(min(BLOCK, left))):
-                left -= len(block)
-                yield block
-
-
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are a sentence; flags are never guessed from their beginnings."""
 
@@ -503,35 +809,69 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `python {self.prog} --help`")
 
 
+def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
+    """A vocabulary size for a model of so many parameters, and why.
+
+    The playbook: about 50k for English, 100k+ for many languages, in a multiple of 128 (SmolLM2 49,152, SmolLM3
+    and Llama 3 128,256, Qwen3 151,936). Ours: the tied embedding takes at most half of the parameters, which binds
+    below some 50M; the width is estimated at 64 per layer, so that 12 x layers x width^2 are the rest.
+    """
+    size = 49_152 if languages == 1 else 128_256
+    width = max(64, round((parameters * 64 / 12) ** (1 / 3) / 64) * 64)
+    fits = int(parameters / 2 / width) // 128 * 128
+    kind = "English or another single language" if languages == 1 else f"{languages} languages"
+    if fits < size:
+        return max(512, fits), (f"at most half of {parameters:,.0f} parameters for a tied embedding about {width} wide; "
+                                f"{kind} would take {size:,} in a larger model")
+    return size, (f"{kind}; a tied embedding about {width} wide then takes {size * width / parameters:.0%} of the "
+                  "parameters (the brief's own rule for 1-3B: 50-60k, twice that for many languages)")
+
+
 def main(argv: list[str] | None = None) -> None:
-    raw = argparse.RawDescriptionHelpFormatter
+    raw, argv = argparse.RawDescriptionHelpFormatter, sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | fertility")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | fertility | advise")
     train = commands.add_parser("train", help="train a tokenizer on text and save it")
-    train.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="text file or folder of them")
+    train.add_argument("paths", nargs="+", metavar="PATH", help="file, data set, folder or hf:DATASET[:CONFIG[:SPLIT]]")
     train.add_argument("--vocab-size", type=int, required=True, help="4 control tokens, 256 bytes, merges")
     train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
     train.add_argument("--pretokenizer", default="qwen", help=f"{', '.join(PATTERNS)} (default: qwen)")
-    train.add_argument("--max-mb", type=int, default=1000, help="read at most this, evenly (default: 1000)")
-    table = commands.add_parser("fertility", help="tokens per word of a text")
-    table.add_argument("tokenizer", metavar="TOKENIZER", help="folder, tokenizer.json or hf:ORG/NAME")
-    table.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="one line of the table each")
-    args = parser.parse_args(argv)
+    train.add_argument("--sample-bytes", type=float, default=2e8,
+                       help="read at most this, the same share from the start of each file (default: 2e8)")
+    train.add_argument("--text-key", default="text", help="the field of a data set that holds the text")
+    table = commands.add_parser("fertility", help="tokens per word: a line a path, for several tokenizers at once")
+    table.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="folder, file, hf:ORG/NAME, cl100k_base, bytes")
+    table.add_argument("--text-key", default="text", help="the field of a data set that holds the text")
+    advice = commands.add_parser("advise", help="a vocabulary size from the model's size and the languages")
+    advice.add_argument("--parameters", type=float, required=True)
+    advice.add_argument("--languages", type=int, default=1)
+    cut = argv.index("--") if "--" in argv and argv[:1] == ["fertility"] else len(argv)
+    args, paths = parser.parse_args(argv[:cut]), argv[cut + 1:]
 
-    if args.command == "train":
-        start, files = time.time(), [file for path in args.paths for file in text_files(path)]
-        total = min(sum(file.stat().st_size for file in files), args.max_mb * 1_000_000)
-        trained = train_bpe(read_text(files, args.max_mb * 1e6), args.vocab_size, args.pretokenizer, total)
+    if args.command == "advise":
+        print("{:,}: {}".format(*advise_vocabulary(args.parameters, max(1, args.languages))))
+    elif args.command == "train":
+        start, sources = time.time(), [Source(path, args.text_key) for path in args.paths]
+        size = sum(source.size for source in sources) or args.sample_bytes
+        texts = (text for source in sources for text in
+                 source.sample(args.sample_bytes * (source.size / size if source.size else 1 / len(sources))))
+        trained = train_bpe(texts, args.vocab_size, args.pretokenizer, min(size, args.sample_bytes))
         file = trained.save(args.out)
         seconds = time.time() - start
-        print(f"{trained.vocab_size} tokens from {total / 1e6:.1f} MB in {seconds:.1f} s -> {file}")
+        print(f"{trained.vocab_size} tokens from {min(size, args.sample_bytes) / 1e6:.1f} MB in {seconds:.1f} s -> {file}")
     else:
-        tokenizer = Tokenizer.load(args.tokenizer)
-        print(f"{'words':>10}{'fertility':>11}{'PCW':>8}{'bytes/token':>13}  path")
-        for path in args.paths:
-            row = fertility(tokenizer, "".join(read_text(text_files(path), 1e9)))
-            print(f"{row['words']:>10}{row['fertility']:>11.3f}{row['pcw']:>8.3f}"
-                  f"{row['bytes_per_token']:>13.2f}  {path}")
+        names, paths = (args.tokenizers, paths) if paths else (args.tokenizers[:1], args.tokenizers[1:])
+        if not paths:
+            raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
+        tokenizers = [Tokenizer.load(name) for name in names]
+        print(f"{'words':>9}" + "".join(f"{'fertility':>11}{'PCW':>8}{'bytes/token':>13}" for _ in names) + "  path")
+        if len(names) > 1:
+            print(" " * 9 + "".join(f"{name[-30:]:>32}" for name in names))
+        for path in paths:
+            text = "".join(Source(path, args.text_key).sample(5e7))
+            rows = [fertility(tokenizer, text) for tokenizer in tokenizers]
+            print(f"{rows[0]['words']:>9}" + "".join(
+                f"{row['fertility']:>11.3f}{row['pcw']:>8.3f}{row['bytes_per_token']:>13.2f}" for row in rows) + f"  {path}")
 
 
 def run(main: Callable[[], None], *errors: type[Exception]) -> None:

@@ -9,6 +9,7 @@ and token files from the Python installation, trains on them for a few minutes a
     python train.py smollm2-135m --data data/fineweb
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same, on eight GPUs
     python train.py --resume runs/laptop
+    python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
 
 A recipe is a value of the class `Recipe` below; each of its fields but `stages`, and each of its model's, is a flag.
 """
@@ -26,6 +27,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -38,7 +40,7 @@ import cost
 import data as data_
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
-from model import GPT, PRESETS, ModelConfig, ModelError, cross_entropy, newest_checkpoint, z_loss
+from model import GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, newest_checkpoint, z_loss
 from sample import complete
 from tokenizer import Parser, Tokenizer, UserError, run
 
@@ -58,7 +60,7 @@ class Recipe:
     learning_rate: float = 3e-3  # at its peak
     schedule: str = "wsd"  # wsd, cosine or multistep
     warmup_steps: int = 50  # steps until the peak rate
-    decay_share: float = 0.2  # of the steps, for wsd
+    decay_share: float = 0.2  # of the steps, for wsd; -1: the last stage
     decay_shape: str = "linear"  # linear, sqrt (1-sqrt) or cosine, for wsd
     final_share: float = 0.0  # of the peak rate, at the last step
     weight_decay: float = 0.1  # not on the embedding
@@ -67,40 +69,46 @@ class Recipe:
     eps: float = 1e-8  # added to AdamW's denominator
     clip: float = 1.0  # of the gradient's norm
     z_loss: float = 0.0  # weight of the mean squared log-partition of the output (OLMo 2: 1e-5)
+    packing: str = "concat"  # concat, best-fit or bos: how documents become sequences (data.py)
     document_mask: bool = True  # attention stays inside each document
     eval_every: int = 100  # steps between evaluations, each with a sample
     eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
     save_every: int = 500  # steps between checkpoints; the last two are kept
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: the start of a held-out document
+    start: str = ""  # a run or checkpoint whose weights and moments a new run begins with
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # bfloat16 or float32, of the matrix products; weights are float32
     compile: str = "auto"  # true or false: torch.compile of every block
 
     def __post_init__(self):
-        for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS), ("device", DEVICES),
+        for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS),
+                              ("packing", data_.PACKINGS), ("device", DEVICES),
                               ("dtype", DTYPES), ("compile", ("auto", "true", "false"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)} is not one of {', '.join(allowed)}")
         for name, least, most in (
                 ("tokens", 0, 1e18), ("batch_tokens", 1, 1e12), ("micro_batch", 0, 1e9), ("learning_rate", 1e-12, 1e30),
-                ("warmup_steps", 0, 1e12), ("decay_share", 0, 1), ("final_share", 0, 1), ("weight_decay", 0, 1e6),
+                ("warmup_steps", 0, 1e12), ("decay_share", -1, 1), ("final_share", 0, 1), ("weight_decay", 0, 1e6),
                 ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("z_loss", 0, 1e6), ("eval_every", 1, 1e18),
                 ("eval_tokens", 1, 1e18), ("save_every", 1, 1e18), ("seed", 0, 2**63 - 1)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
+        if -1 < self.decay_share < 0:
+            raise UserError(f"--decay_share {self.decay_share} is neither a share of the steps nor -1, the last stage")
 
 
-# Smallest first. The laptop's stages are SmolLM3's in miniature: code and math take over from prose, and the
-# learning rate decays over the last fifth of the steps, as the last stage comes. Sizes, batch and rate were picked by measuring (README).
+# Smallest first. The laptop's stages are the first three of SmolLM3 in miniature: code and math take over from prose, and
+# the learning rate decays in the last, a fifth of the steps (SmolLM3: a ninth). Sizes, batch and rate were
+# picked by measuring (README).
 RECIPES = {
     "laptop": Recipe(
         stages=(
-            Stage("base", 1.8e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
+            Stage("base", 1.76e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
             Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
-            Stage("decay", 0.5e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
+            Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
         ),
-        batch_tokens=2048, learning_rate=3e-3, decay_share=0.2, eval_every=200),
+        batch_tokens=2048, learning_rate=3e-3, decay_share=-1, eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
         model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
         stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000, weight_decay=0.01,
@@ -111,6 +119,25 @@ RECIPES = {
         stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
         batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", warmup_steps=2000, final_share=0.1,
         save_every=2000, eval_every=1000, eval_tokens=2**20),
+    # huggingface/smollm, text/pretraining/smollm3: 11.1T tokens at 4k, then 4k -> 32k -> 64k with a fresh, low rate.
+    # `english` is FineWeb-Edu and DCLM (0.333 : 0.370 of stage 1) and a few books and papers; code counts StackExchange.
+    "smollm3": Recipe(
+        model=replace(PRESETS["smollm3-3b"], rope_theta=5e4, max_position_embeddings=4096),
+        data="data/english,data/multilingual,data/code,data/math,data/reasoning",
+        stages=(
+            Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
+            Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
+            Stage("decay", 1.2359e12,
+                  {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
+            Stage("long-32k", 47.2e9,
+                  {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
+                  context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000),
+            Stage("long-64k", 51.9e9,
+                  {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
+                  context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000),
+        ),
+        batch_tokens=2_359_296, learning_rate=2e-4, warmup_steps=2000, decay_share=-1, save_every=2000, eval_every=1000,
+        eval_tokens=2**20),
 }
 
 
@@ -167,8 +194,8 @@ def new_run_folder(name: str) -> Path:
 
 
 def save_checkpoint(run_folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
-                    keep: int = 2) -> Path:
-    """Writes the checkpoint after `step` steps and removes all but the newest `keep`."""
+                    keep: int = 2, always: tuple[int, ...] = ()) -> Path:
+    """Writes the checkpoint after `step` steps and removes all but the newest `keep` and those after `always` steps."""
     place = run_folder / "checkpoints" / f"step-{step:08d}"
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -186,7 +213,8 @@ def save_checkpoint(run_folder: Path, step: int, model: GPT, optimizer: torch.op
     shutil.rmtree(place, ignore_errors=True)
     partial.rename(place)
     for old in sorted(place.parent.glob("step-????????"))[:-keep]:
-        shutil.rmtree(old)
+        if int(old.name[5:]) not in always:
+            shutil.rmtree(old)
     return place
 
 
@@ -264,12 +292,33 @@ class Log:
 # ---- evaluation -----------------------------------------------------------------------------------------------
 
 
-def to_device(batch: Batch, device: str) -> tuple[torch.Tensor, ...]:
-    """tokens, targets, cu_seqlens; on CUDA through pinned memory, so that the copy does not stop the GPU."""
+def to_host(batch: Batch, device: str) -> tuple[torch.Tensor, ...]:
+    """tokens, targets, cu_seqlens; for CUDA in pinned memory, from which a copy does not stop the GPU."""
     tensors = [torch.from_numpy(x) for x in (batch.tokens, batch.targets, batch.cu_seqlens)]
-    if device == "cuda":
-        return tuple(x.pin_memory().to(device, non_blocking=True) for x in tensors)
-    return tuple(x.to(device) for x in tensors)
+    return tuple(x.pin_memory() for x in tensors) if device == "cuda" else tuple(tensors)
+
+
+def to_device(tensors: tuple[torch.Tensor, ...], device: str) -> tuple[torch.Tensor, ...]:
+    return tuple(x.to(device, non_blocking=device == "cuda") for x in tensors)
+
+
+class Loader:
+    """Micro-batches of a curriculum on the device. On CUDA a thread makes the next while the GPU works on this one;
+    a CPU, which has no time to spare, makes it when it is wanted. No state: what was made ahead in vain is dropped."""
+
+    def __init__(self, curriculum: Curriculum, device: str):
+        self.curriculum, self.device, self.ahead = curriculum, device, {}
+        self.pool = ThreadPoolExecutor(1) if device == "cuda" else None
+
+    def make(self, step: int, first: int, count: int) -> tuple[torch.Tensor, ...]:
+        return to_host(self.curriculum.batch(step, first, count), self.device)
+
+    def get(self, now: tuple[int, int, int], following: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+        """The micro-batch (step, first row, rows) `now`; `following` is the one that will be asked for next."""
+        tensors = self.ahead.pop(now).result() if now in self.ahead else self.make(*now)
+        if self.pool:
+            self.ahead = {following: self.pool.submit(self.make, *following)}
+        return to_device(tensors, self.device)
 
 
 @torch.no_grad()
@@ -279,12 +328,12 @@ def bits_per_byte(job: "Job", split: Split, tokens: float) -> float:
     The negative log-likelihood of every target, each document's end included, over the bytes of the targets' text,
     for the first `tokens` tokens of the split.
     """
-    device, context = job.machine.device, job.curriculum.context
+    device, context = job.machine.device, job.model.config.max_position_embeddings
     sizes = torch.tensor(job.tokenizer.token_bytes, device=device)
     nats, size = 0.0, 0
     for batch in data_.validation_batches(split, context, job.rows, max(1, round(tokens / context)),
-                                          job.curriculum.most_documents):
-        inputs, targets, cu_seqlens = to_device(batch, device)
+                                          job.curriculum.most_documents[context]):
+        inputs, targets, cu_seqlens = to_device(to_host(batch, device), device)
         logits = job.model(inputs, cu_seqlens if job.recipe.document_mask else None)
         nats += cross_entropy(logits, targets).item()
         size += sizes[targets[targets >= 0]].sum().item()
@@ -333,7 +382,7 @@ def fit_to_data(recipe: Recipe, tokenizer: Tokenizer, sources: list[Split]) -> R
               f"{recipe.model.vocab_size:,}")
     names, wanted = {split.name for split in sources}, {name for stage in recipe.stages for name in stage.mixture}
     stages = recipe.stages
-    if wanted and names != wanted:
+    if wanted - names:
         print(f"mixture   {recipe.data} has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
               "every stage takes the sources as large as they are")
         stages = tuple(replace(stage, mixture={}) for stage in stages)
@@ -356,13 +405,13 @@ def print_plan(recipe: Recipe, curriculum: Curriculum, world: World, rows: int, 
     begin = 0
     for stage, end, shares in zip(curriculum.stages, curriculum.ends, curriculum.shares):
         mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(curriculum.sources, shares) if share)
-        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}")
+        changes = "".join(f"; {name} {value:g}" for name, value in (
+            ("context", stage.context), ("RoPE base", stage.rope_theta), ("learning rate", stage.learning_rate)) if value)
+        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}{changes}")
         begin = end
     epochs = curriculum.epochs()
     print("epochs    " + ", ".join(f"{name} {n:.2f}" for name, n in epochs.items()))
-    for name, n in epochs.items():
-        if n > 4:
-            print(f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)")
+    print(*curriculum.report(), sep="\n", end="\n" if curriculum.report() else "")
     flops = 6 * count["active"] * tokens
     print(f"plan      {curriculum.steps:,} steps, {tokens:,} tokens, 6ND = {flops:.2e} FLOPs, about "
           f"{tokens / tokens_per_second / 60:.1f} minutes at {tokens_per_second:,.0f} tokens/s (measured just now)")
@@ -385,6 +434,7 @@ class Job:
     tokenizer: Tokenizer
     sources: list[dict[str, Split]]  # {"train", "val"} of each
     curriculum: Curriculum
+    loader: Loader
     rows: int  # sequences of a micro-batch
     model: GPT
     parallel: torch.nn.Module  # the model, or what averages its gradients over the processes
@@ -409,8 +459,8 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     recipe = replace(fit_to_data(recipe, tokenizer, splits), device=machine.device, compile=str(machine.compile).lower(),
                      dtype=str(machine.dtype).removeprefix("torch."))  # a resumed run computes as it began
     context = recipe.model.max_position_embeddings
-    documents = max(data_.most_documents(split, context) for source in sources for split in source.values())
-    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed, documents)
+    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed,
+                            recipe.packing, [source["val"] for source in sources])
     rows = world.agree(micro_batch_rows(recipe, world, machine.device))
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
@@ -418,21 +468,60 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     torch.manual_seed(recipe.seed)
     model, first = GPT(recipe.model), 0
     model.compute_dtype = machine.dtype
-    if checkpoint:
-        first = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
-        model.load_state_dict(torch.load(checkpoint / "model.pt", map_location="cpu", weights_only=True))
+    begun = checkpoint or (starting_point(recipe.start) if recipe.start else None)
+    if begun:
+        first = json.loads((begun / "manifest.json").read_text("utf-8"))["step"] if checkpoint else 0
+        model.load_state_dict(torch.load(begun / "model.pt", map_location="cpu", weights_only=True))
     model.to(machine.device)
     optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
                                           (recipe.beta1, recipe.beta2), recipe.eps)
-    if checkpoint:
-        optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True))
+    if begun:
+        optimizer.load_state_dict(torch.load(begun / "optimizer.pt", map_location="cpu", weights_only=True))
     if machine.compile:
         model.compile_blocks()
-    inputs, _, cu_seqlens = to_device(curriculum.batch(0, 0, rows), machine.device)
+    loader = Loader(curriculum, machine.device)
+    inputs, _, cu_seqlens = to_device(loader.make(0, 0, rows), machine.device)
     speed = cost.measure_speed(model, inputs, cu_seqlens if recipe.document_mask else None)
     print_plan(recipe, curriculum, world, rows, speed * world.size)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    return Job(recipe, world, machine, tokenizer, sources, curriculum, rows, model, parallel, optimizer, first)
+    return Job(recipe, world, machine, tokenizer, sources, curriculum, loader, rows, model, parallel, optimizer, first)
+
+
+def starting_point(start: str) -> Path:
+    """A checkpoint folder as it is, or the newest of a run; whole, or an error."""
+    if (Path(start) / "manifest.json").exists():
+        check_manifest(Path(start))
+        return Path(start)
+    return newest_checkpoint(start)
+
+
+def learning_rate(recipe: Recipe, curriculum: Curriculum, step: int) -> float:
+    """The rate at a step: that of the run's schedule, which ends with the last stage that has no rate of its own, or the
+    stage's own: warmup, then a cosine to 0 (SmolLM3's long-context stages)."""
+    ends, number = curriculum.ends, curriculum.stage(step)
+    stage, begin = curriculum.stages[number], ends[number - 1] if number else 0
+    if stage.learning_rate:
+        return stage.learning_rate * schedule_.cosine(step - begin, ends[number] - begin, stage.warmup_steps, 0.0)
+    last = max(i for i, stage in enumerate(curriculum.stages) if not stage.learning_rate)
+    total, before = ends[last], ends[last - 1] if last else 0
+    decay = total - before if recipe.decay_share == -1 else round(recipe.decay_share * total)
+    return recipe.learning_rate * schedule_.rate_share(recipe.schedule, step, total, recipe.warmup_steps, decay,
+                                                       recipe.decay_shape, recipe.final_share)
+
+
+def enter_stage(job: Job, step: int) -> None:
+    """What changes with a stage besides the data: context, RoPE's base, and so the sequences of a micro-batch."""
+    number = job.curriculum.stage(step)
+    stage, model = job.curriculum.stages[number], job.recipe.model
+    config = model.change(max_position_embeddings=job.curriculum.contexts[number],
+                          rope_theta=stage.rope_theta or model.rope_theta)
+    if config != job.model.config:
+        if config.max_position_embeddings != job.model.config.max_position_embeddings:
+            own = config.max_position_embeddings != model.max_position_embeddings  # --micro_batch is for the model's context
+            job.rows = job.world.agree(micro_batch_rows(
+                replace(job.recipe, model=config, micro_batch=0 if own else job.recipe.micro_batch), job.world,
+                job.machine.device))
+        job.model.config = config
 
 
 def training_step(job: Job, step: int) -> tuple[float, float, float]:
@@ -441,16 +530,17 @@ def training_step(job: Job, step: int) -> tuple[float, float, float]:
     Raises UserError before the update, in every process, if one of them is not finite.
     """
     recipe, world, device = job.recipe, job.world, job.machine.device
-    rate = recipe.learning_rate * schedule_.rate_share(
-        recipe.schedule, step, job.curriculum.steps, recipe.warmup_steps,
-        round(recipe.decay_share * job.curriculum.steps), recipe.decay_shape, recipe.final_share)
+    rate = learning_rate(recipe, job.curriculum, step)
     for group in job.optimizer.param_groups:
         group["lr"] = rate
-    accumulation = job.curriculum.rows // (job.rows * world.size)
+    accumulation = recipe.batch_tokens // job.model.config.max_position_embeddings // (job.rows * world.size)
     loss = torch.zeros((), device=device)
     for micro in range(accumulation):
-        batch = job.curriculum.batch(step, (micro * world.size + world.rank) * job.rows, job.rows)
-        tokens, targets, cu_seqlens = to_device(batch, device)
+        def wanted(step: int, micro: int) -> tuple[int, int, int]:
+            return step, (micro * world.size + world.rank) * job.rows, job.rows
+
+        following = wanted(step, micro + 1) if micro + 1 < accumulation else wanted(step + 1, 0)
+        tokens, targets, cu_seqlens = job.loader.get(wanted(step, micro), following)
         synchronize = world.size == 1 or micro == accumulation - 1
         with contextlib.nullcontext() if synchronize else job.parallel.no_sync():
             logits = job.parallel(tokens, cu_seqlens if recipe.document_mask else None)
@@ -526,6 +616,7 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
     with noted_signals() as noted, contextlib.closing(bar):
         for step in range(job.first + 1, curriculum.steps + 1):
             started = time.perf_counter()
+            enter_stage(job, step - 1)
             loss, norm, rate = training_step(job, step - 1)
             uneven = job.model.balance_experts()
             elapsed = time.perf_counter() - started
@@ -544,8 +635,8 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
             bar.set_postfix_str(f"{stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | {speed:,.0f} tok/s | "
                                 f"{share:.0%} of peak" + (f" | fullest expert {max(uneven):.1f}x" if uneven else ""), refresh=False)
             bar.update()
-            if step % recipe.save_every == 0 or last or stop:
-                save_checkpoint(run_folder, step, job.model, job.optimizer, job.tokenizer)
+            if step % recipe.save_every == 0 or step in curriculum.ends or stop:
+                save_checkpoint(run_folder, step, job.model, job.optimizer, job.tokenizer, always=tuple(curriculum.ends))
             if stop and not last:
                 raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
                                   f"python train.py --resume {run_folder}")
@@ -568,6 +659,33 @@ def attended_length(job: Job) -> float:
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
+
+
+def annealing(run: str, candidate: str, given: dict) -> Recipe:
+    """The playbook's test of a data set: from a checkpoint, 40 % of the base mixture and 60 % of the candidate while the
+    learning rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Compare with the same command for another candidate.
+
+    `run`: a checkpoint, or a run, of which the checkpoint after its first stage is taken, or else the newest.
+    """
+    root = Path(run).parent.parent if (Path(run) / "manifest.json").exists() else Path(run)
+    recipe, _ = read_recipe(root)
+    if root == Path(run):
+        end = root / "checkpoints" / f"step-{round(recipe.stages[0].tokens / recipe.batch_tokens):08d}"
+        run = str(end if end.exists() else newest_checkpoint(root))
+    data = given.get("data", recipe.data)
+    sizes = {folder.name: json.loads((folder / "meta.json").read_text("utf-8"))["train"]["tokens"]
+             for folder in data_.source_folders(data)}
+    if candidate not in sizes:
+        raise UserError(f"--candidate {candidate} is no source of {data}; take {' or '.join(sizes)}, or add "
+                        "a folder to --data")
+    base = recipe.stages[0].mixture or sizes
+    mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
+    mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
+    tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
+    print(f"anneal    from {run}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
+    return replace(recipe, data=data, stages=(Stage("anneal", tokens, mixture),), tokens=0, schedule="wsd", warmup_steps=0,
+                   decay_share=-1, start=run)
+
 
 FLAGS = {f.name: f.type for f in (*fields(Recipe), *fields(ModelConfig)) if f.name not in ("model", "stages")}
 
@@ -594,6 +712,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
+    parser.add_argument("--anneal", metavar="RUN",
+                        help="test --candidate: 40 %% base mixture, 60 %% of it, from this run or checkpoint")
+    parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
     comments = field_comments(ModelConfig, Recipe)
@@ -605,7 +726,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
          for flag, equals, value in words])
     if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], [*FLAGS, "resume", "name", "model"], 1)
+        flags = [*FLAGS, "resume", "anneal", "candidate", "name", "model"]
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], flags, 1)
         raise UserError(f"there is no flag {unknown[0]}; "
                         + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
     given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
@@ -615,6 +737,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         fixed += [what for what, value in (("--model", args.model), ("--name", args.name), ("a recipe", args.recipe)) if value]
         if fixed:
             raise UserError(f"a resumed run cannot change {' or '.join(fixed)}; leave it out or start a new run")
+    elif args.anneal:
+        if args.recipe or args.model or not args.candidate:
+            raise UserError("--anneal takes the run's own recipe and model, and a --candidate: "
+                            "python train.py --anneal runs/laptop --candidate math")
+        recipe, args.recipe = annealing(args.anneal, args.candidate, given), f"anneal-{args.candidate}"
     else:
         args.recipe = args.recipe or "laptop"
         if args.recipe not in RECIPES:

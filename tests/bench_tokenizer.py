@@ -1,18 +1,24 @@
-"""Training speed against the `tokenizers` library on the same text and pattern: both times and their ratio.
+"""Training speed against the `tokenizers` library on the same text and pattern: both times and their ratio. Then the
+speed of `data.py prepare`, reading and writing included, against tiktoken's own encode_ordinary_batch on the same documents.
 
     python tests/bench_tokenizer.py [VOCAB_SIZE]        # default 32768; needs: pip install tokenizers
+    python tests/bench_tokenizer.py encode [MB]         # the second part alone, on so much text (default 60)
 
 The text is every UTF-8 .py file of the standard library with its tests, about 31 MB.
 """
 
+import json
+import os
 import resource
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tokenizer import CONTROL, PATTERNS, train_bpe
+import data
+from tokenizer import CONTROL, PATTERNS, Source, train_bpe
 
 
 def standard_library() -> list[str]:
@@ -38,8 +44,7 @@ def train_hf(texts: list[str], vocab_size: int):
     return tokenizer
 
 
-if __name__ == "__main__":
-    vocab_size = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
+def bench_training(vocab_size: int) -> None:
     texts = standard_library()
     print(f"{len(texts)} files, {sum(len(t.encode()) for t in texts) / 1e6:.1f} MB, vocabulary {vocab_size}")
     ours, theirs = [], []
@@ -50,12 +55,55 @@ if __name__ == "__main__":
         start = time.perf_counter()
         reference = train_hf(texts, vocab_size)
         theirs.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
-    peak /= 1 << (30 if sys.platform == "darwin" else 20)
     ratio = min(ours) / min(theirs)
     print(f"tokenizer.py {min(ours):.2f} s, tokenizers {min(theirs):.2f} s, ratio {ratio:.2f}, "
-          f"peak memory of both {peak:.2f} GiB")
+          f"peak memory of both {peak_memory():.2f} GiB")
     sample = texts[::20]
     n = sum(map(len, tokenizer.encode_batch(sample)))
     m = sum(len(encoding.ids) for encoding in reference.encode_batch(sample))
     print(f"tokens of every 20th file: {n} and {m}, ratio {n / m:.4f}")
+
+
+def peak_memory() -> float:
+    """GiB of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << (30 if sys.platform == "darwin" else 20))
+
+
+def bench_encoding(megabytes: float) -> None:
+    texts = standard_library()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = train_bpe(texts[::8], 16384)
+        file, size, documents = Path(folder) / "in.jsonl", 0, []
+        with open(file, "w", encoding="utf-8") as out:
+            while size < megabytes * 1e6:
+                for text in texts:  # in documents of web pages' size; the number makes each a new one
+                    for i in range(0, len(text), 3000):
+                        document = f"{size} {text[i:i + 3000]}"
+                        size += len(document.encode())
+                        if size < 60e6:
+                            documents.append(document)
+                        out.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+                    if size >= megabytes * 1e6:
+                        break
+        part = sum(len(document.encode()) for document in documents)
+        threads, theirs, ours = os.cpu_count() or 1, [], []
+        for i in range(2 if megabytes <= 100 else 1):
+            start, work = time.perf_counter(), time.process_time()
+            data.prepare({"x": Source(file)}, Path(folder) / f"out{i}", tokenizer)
+            ours.append((size / (time.perf_counter() - start), size / (time.process_time() - work)))
+            peak = peak_memory()
+            start, work = time.perf_counter(), time.process_time()
+            tokenizer._bpe.encode_ordinary_batch(documents, num_threads=threads)
+            theirs.append((part / (time.perf_counter() - start), part / (time.process_time() - work)))
+        (wall, core), (their_wall, their_core) = max(ours), max(theirs)
+        print(f"{size / 1e6:.0f} MB of jsonl, {threads} cores: prepare {wall / 1e6:.1f} MB/s, encode_ordinary_batch "
+              f"{their_wall / 1e6:.1f} MB/s, ratio {wall / their_wall:.2f}; a second of one core's time {core / 1e6:.1f} and "
+              f"{their_core / 1e6:.1f} MB, ratio {core / their_core:.2f}; peak memory after prepare {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["encode"]:
+        bench_encoding(float(sys.argv[2]) if len(sys.argv) > 2 else 60)
+    else:
+        bench_training(int(sys.argv[1]) if len(sys.argv) > 1 else 32768)
+        bench_encoding(60)

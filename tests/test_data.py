@@ -1,16 +1,22 @@
 """data.py: token files and their errors, packing, order, mixtures."""
 
+import gzip
 import json
+import os
+import random
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
 import data as d
 from conftest import ROOT
-from tokenizer import Tokenizer, UserError, train_bpe
+from tokenizer import HELD_OUT, LONGEST_PIECE, Source, Tokenizer, UserError, train_bpe, uniform
 
 WORDS = "the cat sat on a mat and then it ran to see what was there all day long".split()
 
@@ -29,6 +35,12 @@ def tokenizer() -> Tokenizer:
 def prepared(tmp_path, tokenizer):
     d.prepare({"words": some_documents(300), "more": some_documents(200, 1)}, tmp_path / "set", tokenizer)
     return tmp_path / "set"
+
+
+def texts_of(folder, tokenizer) -> dict[str, list[str]]:
+    """What the token files of a source say, document by document."""
+    return {side: [tokenizer.decode(split.tokens[a + 1:b].tolist()) for a, b in zip(split.starts, split.starts[1:])]
+            for side, split in d.load_source(folder, tokenizer).items()}
 
 
 def load(prepared, tokenizer):
@@ -53,9 +65,9 @@ def test_every_document_is_stored_once_on_one_side(prepared, tokenizer):
     assert 1 <= len(splits["val"].starts) - 1 <= 30
 
 
-def test_the_same_key_is_always_on_the_same_side(tokenizer):
-    both = d.hold_out("x", [(f"k{i % 40}", f"text {i}") for i in range(400)])
-    train, val = ({int(t.split()[1]) % 40 for t in both[s]} for s in ("train", "val"))
+def test_the_same_key_is_always_on_the_same_side(tmp_path, tokenizer):
+    d.prepare({"x": [(f"k{i % 40}", f"text {i}") for i in range(400)]}, tmp_path / "set", tokenizer)
+    train, val = ({int(t.split()[1]) % 40 for t in texts} for texts in texts_of(tmp_path / "set/x", tokenizer).values())
     assert train and val and not train & val
 
 
@@ -66,10 +78,10 @@ def flip(path, at):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda f: flip(f / "train.bin", 101), "sha256"),
+    (lambda f: flip(f / "train-00000.bin", 101), "sha256"),
     (lambda f: flip(f / "val.starts", 9), "sha256"),
-    (lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-7]), "truncated"),
-    (lambda f: (f / "val.bin").unlink(), "missing"),
+    (lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-7]), "truncated"),
+    (lambda f: (f / "val-00000.bin").unlink(), "missing"),
     (lambda f: (f / "meta.json").write_text("{"), "damaged"),
     (lambda f: (f / "meta.json").write_text(json.dumps({"format": 99})), "format 99"),
 ])
@@ -102,24 +114,277 @@ def test_a_users_file_becomes_data(tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "data.py"), "prepare", "my.txt", "--vocab-size", "300"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "python train.py --data data/my" in done.stdout
+    assert "python train.py --data data/my" in done.stdout and "MB of disk" in done.stdout
     tokenizer = Tokenizer.load(tmp_path / "data/my")
     splits = d.load_source(tmp_path / "data/my/my", tokenizer)
     assert splits["train"].bytes + splits["val"].bytes == len(text.encode())
+    sides = texts_of(tmp_path / "data/my/my", tokenizer)
+    assert len(sides["val"]) == 1 and text.endswith(sides["val"][0])  # the end of the file: one seam, nothing else touches
+    assert 0.02 < splits["val"].bytes / len(text.encode()) < 0.04
     shown = subprocess.run([sys.executable, str(ROOT / "data.py"), "show", "data/my"], cwd=tmp_path,
                            capture_output=True, text=True)
-    assert shown.returncode == 0 and "documents" in shown.stdout
+    assert shown.returncode == 0 and all(word in shown.stdout for word in ("documents", *d.PACKINGS, "mean square", "tokens a document"))
 
 
-def test_jsonl_and_folders(tmp_path, capsys):
-    (tmp_path / "a.jsonl").write_text('{"body": "one"}\n\n{"body": "two\u2028"}\n')
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
-    assert [t for _, t in d.read_documents(tmp_path, "body")] == ["one", "two\u2028"]
-    assert "left out" in capsys.readouterr().err
+def write_sources(folder) -> dict[str, list[str]]:
+    """The same documents in every form; what each has to give back."""
+    documents = [text for _, text in some_documents(40)] + ["two\u2028lines", "mañana 漢字 👍"]
+    folder.mkdir()
+    lines = "".join(json.dumps({"body": text, "id": i}) + "\n" for i, text in enumerate(documents))
+    (folder / "a.jsonl").write_text(lines)
+    with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(lines + "\n\n")
+    (folder / "c.txt").write_text(documents[0])
+    (folder / "d.py").write_text("import os\r\n", newline="")
+    (folder / "picture.png").write_bytes(b"\x89PNG\0")
+    (folder / ".hidden").write_text("secret")
+    expected = {"a.jsonl": documents, "b.jsonl.gz": documents, "c.txt": documents[:1], "d.py": ["import os\n"]}
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        return expected
+    table = pyarrow.table({"body": documents + [None], "id": range(len(documents) + 1)})
+    pyarrow.parquet.write_table(table, folder / "e.parquet", row_group_size=7)
+    return expected | {"e.parquet": documents + [""]}
+
+
+def test_every_kind_of_source_is_read_from_any_position(tmp_path, capsys):
+    expected = write_sources(tmp_path / "in")
+    whole = list(Source(tmp_path / "in", "body").read())
+    assert [document.text for document in whole] == sum(expected.values(), [])
+    assert "picture.png" in capsys.readouterr().err
+    for name, texts in expected.items():
+        assert [document.text for document in Source(tmp_path / "in" / name, "body").read()] == texts
+    for i, document in enumerate(whole):  # a position means the same to a Source made anew
+        assert [later.text for later in Source(tmp_path / "in", "body").read(document.position)] == sum(
+            expected.values(), [])[i + 1:]
     for bad in ('{"body": null}', '{"body": 5}', '["one"]', "nonsense"):
-        (tmp_path / "a.jsonl").write_text(bad)
-        with pytest.raises(UserError, match="line 1"):
-            list(d.read_documents(tmp_path / "a.jsonl", "body"))
+        (tmp_path / "bad.jsonl").write_text('{"body": "fine"}\n' + bad + "\n")
+        with pytest.raises(UserError, match="line 2"):
+            list(Source(tmp_path / "bad.jsonl", "body").read())
+
+
+def test_hub_data_sets_stream(tmp_path):
+    pytest.importorskip("datasets")
+    expected = write_sources(tmp_path / "in")["a.jsonl"]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "in/a.jsonl").rename(tmp_path / "set/train.jsonl")
+    source = Source(f"hf:{tmp_path}/set", "body")
+    whole = list(source.read())
+    assert [document.text for document in whole] == expected
+    assert [document.text for document in source.read(whole[10].position)] == expected[11:]
+    with pytest.raises(UserError, match="no column prose: choose one of body, id"):
+        list(Source(f"hf:{tmp_path}/set::train", "prose").read())
+    with pytest.raises(UserError, match="hf:nobody"):
+        list(Source("hf:nobody/nothing-like-this").read())
+
+
+@pytest.mark.parametrize("ending", ["\n\n", "\n", " ", "", "é"])
+def test_long_files_are_cut_without_losing_a_byte(tmp_path, ending):
+    rng = random.Random(ending)
+    text = "\ufeff" + "".join("wörd" * rng.randint(1, 500) + ending for _ in range(400))
+    (tmp_path / "long.txt").write_text(text, encoding="utf-8")
+    whole = list(Source(tmp_path / "long.txt").read())
+    assert "".join(document.text for document in whole) == text[1:]
+    assert max(len(document.text.encode()) for document in whole) <= LONGEST_PIECE and len(whole) > 10
+    for document in whole[::7]:
+        rest = "".join(later.text for later in Source(tmp_path / "long.txt").read(document.position))
+        assert text.encode()[document.position[1]:].decode() == rest
+    sides = [document.held < 0.03 for document in whole]
+    held = sum(len(document.text.encode()) for document, side in zip(whole, sides) if side)
+    assert sides == sorted(sides) and 0 < held < 0.03 * len(text.encode()) + LONGEST_PIECE
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.jsonl.gz", gzip.compress(b'{"text": "one"}\n' * 9999)[:-30], "cannot be read to its end"),
+    ("a.jsonl.gz", b"no gzip at all", "cannot be read to its end"),
+    ("a.jsonl", b'{"text": "one"}\n{"text": "caf\xe9"}\n', "line 2"),
+    ("a.parquet", b"PAR1 and no footer", "cannot be read"),
+    ("a.txt", b"words " * 9000 + b"caf\xe9", "byte 54003"),
+    ("a.txt", b"", "empty"),
+])
+def test_broken_files_are_one_sentence(tmp_path, name, content, words):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        list(Source(tmp_path / name).read())
+    assert "\n" not in str(error.value) and name in str(error.value)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    write_sources(tmp_path / "in")
+    with pytest.raises(UserError, match="no column text: choose one of body, id"):
+        list(Source(tmp_path / "in/e.parquet").read())
+
+
+def test_a_monstrous_line_is_left_out_and_counted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("tokenizer.LONGEST_LINE", 1000)
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 5500 + '"}\n{"text": "two"}\n')
+    source = Source(tmp_path / "a.jsonl")
+    assert [document.text for document in source.read()] == ["one", "two"]
+    assert source.dropped == {"documents over 32 MB": 1} and "left out" in capsys.readouterr().err
+
+
+# ---- what is dropped
+
+
+def test_seen_equals_a_set(monkeypatch):
+    rng = np.random.default_rng(0)
+    seen, before = d.Seen(), set()
+    for _ in range(300):
+        hashes = rng.integers(0, 3000, rng.integers(0, 40)).astype(np.uint64)
+        expected = []
+        for h in hashes.tolist():
+            expected.append(h not in before)
+            before.add(h)
+        assert seen.add(hashes).tolist() == expected
+    assert sum(map(len, seen.runs)) == len(before) and len(seen.runs) < 12
+    monkeypatch.setattr(d.Seen, "LIMIT", 1000)
+    for i in range(50):
+        seen.add(np.arange(100_000 + 100 * i, 100_100 + 100 * i).astype(np.uint64))
+        assert sum(map(len, seen.runs)) <= 1000
+    assert not seen.add(np.array([104_999], np.uint64))[0]  # the latest are remembered
+
+
+def test_repeated_spans_equal_brute_force():
+    def brute_force(ids: list[int]) -> bool:
+        return any(ids[i:i + n] * 32 == ids[i:i + 32 * n] for n in range(1, 14) for i in range(len(ids) - 32 * n + 1))
+
+    rng = random.Random(0)
+    documents = []
+    for n in range(1, 16):  # 14 and 15 are too long to count
+        for times in (31, 32, 40):
+            span = [rng.randrange(50) for _ in range(n)]
+            documents.append([7] * rng.randint(0, 9) + span * times + [rng.randrange(50) for _ in range(rng.randint(0, 9))])
+    documents += [[rng.randrange(2) for _ in range(400)] for _ in range(50)] + [[], [1], [5] * 31, [5] * 32]
+    starts = np.cumsum([0, *(1 + len(ids) for ids in documents)])
+    flat = np.array([x for ids in documents for x in (99, *ids)], np.uint16)  # 99: EOS
+    assert d.repeats_spans(flat, starts).tolist() == [brute_force(ids) for ids in documents]
+
+
+def test_duplicates_and_repeats_are_dropped_and_counted(tmp_path, tokenizer):
+    documents = [text for _, text in some_documents(200)]
+    repeated = "cat sat on " * 40
+    jar = [(text, text) for text in documents + documents[:17] + [repeated, " \n", documents[3]]]
+    random.Random(0).shuffle(jar)
+    other = [(text, text) for text in documents[:50] + ["new " + text for text in documents]]
+    d.prepare({"a": jar, "b": other}, tmp_path / "set",
+              train_bpe([embedded for _, embedded in d.embedded_code()][:20], 600))
+    sides = texts_of(tmp_path / "set/a", Tokenizer.load(tmp_path / "set"))
+    assert sorted(sides["train"] + sides["val"]) == sorted(documents)
+    dropped = json.loads((tmp_path / "set/a/meta.json").read_text())["dropped"]
+    assert dropped == {"exact duplicates": 18, "repeated spans": 1, "empty documents": 1}
+    assert json.loads((tmp_path / "set/b/meta.json").read_text())["dropped"] == {"exact duplicates": 50}  # of the other source
+    assert "18 exact duplicates" in d.describe(str(tmp_path / "set"))
+
+
+# ---- shards, and what may happen to them
+
+
+def prepare_command(folder, *flags, **options) -> subprocess.Popen:
+    """`prepare` of in/ in many small shards."""
+    code = ("import sys, data, tokenizer; sys.path.insert(0, ''); data.SHARD_TOKENS, data.JOB_BYTES = 4000, 3000; "
+            "sys.argv = ['data.py', 'prepare', 'in', '--out', 'set', '--vocab-size', '300', '--text-key', 'body', "
+            f"*{list(flags)}]; tokenizer.run(data.main)")
+    return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
+    """kill -9 at random moments: no document is lost or comes twice, and every byte is that of the uninterrupted run."""
+    for folder in (tmp_path / "straight", tmp_path / "killed"):
+        folder.mkdir()
+        write_sources(folder / "in")
+        with gzip.open(folder / "in/f.jsonl.gz", "wt") as file:
+            file.write("".join(json.dumps({"body": text}) + "\n" for _, text in some_documents(3000, 5)))
+        (folder / "in/g.txt").write_text("\n\n".join(text for _, text in some_documents(1500, 6)))
+    straight = prepare_command(tmp_path / "straight")
+    assert straight.wait() == 0, straight.stderr.read()
+    rng, kills, shards = random.Random(0), 0, tmp_path / "killed/set.partial/in"
+    for _ in range(6):  # killed a moment after some more shards are there, whatever it is doing then
+        process, wanted = prepare_command(tmp_path / "killed"), len(list(shards.glob("shard-*.json"))) + rng.randint(1, 8)
+        while process.poll() is None and len(list(shards.glob("shard-*.json"))) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.01))
+        process.kill()
+        kills += process.wait() != 0
+    last = prepare_command(tmp_path / "killed")
+    last.wait()
+    assert (tmp_path / "killed/set").exists(), last.stderr.read()
+    assert kills >= 2
+    assert files_of(tmp_path / "killed/set") == files_of(tmp_path / "straight/set")
+    assert len(list((tmp_path / "killed/set/in").glob("train-*.bin"))) > 20
+    tokenizer = Tokenizer.load(tmp_path / "killed/set")
+    sides = texts_of(tmp_path / "killed/set/in", tokenizer)
+    wanted = {document.text for document in Source(tmp_path / "killed/in", "body").read() if document.text}
+    assert Counter(sides["train"] + sides["val"]) == Counter(wanted)
+
+
+def test_every_interrupted_shard_goes_on(tmp_path, tokenizer, monkeypatch):
+    """The same inside one process, stopped after each single file that is written."""
+    monkeypatch.setattr(d, "SHARD_TOKENS", 2000)
+    monkeypatch.setattr(d, "JOB_BYTES", 1500)
+    sources = {"words": some_documents(300), "more": some_documents(200, 1)}
+    d.prepare(sources, tmp_path / "straight", tokenizer)
+    write, stop = d._write, [0]
+
+    def interrupted(path, array):
+        stop[0] -= 1
+        if stop[0] == 0:
+            raise KeyboardInterrupt
+        write(path, array)
+
+    monkeypatch.setattr(d, "_write", interrupted)
+    for at in range(1, 100):
+        stop[0] = at % 7 + 2
+        try:
+            d.prepare(sources, tmp_path / "stopped", tokenizer)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "stopped").exists()
+    assert at > 5 and files_of(tmp_path / "stopped") == files_of(tmp_path / "straight")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(tmp_path, tokenizer):
+    """A limit on file size stands in for the full disk: the write fails in the same place."""
+    import resource
+
+    (tmp_path / "in").mkdir()
+    lines = [json.dumps({"body": text}) + "\n" for _, text in some_documents(400)]
+    lines.insert(300, json.dumps({"body": " ".join(str(i) for i in range(20_000))}) + "\n")  # makes one large shard
+    (tmp_path / "in/a.jsonl").write_text("".join(lines))
+    tokenizer.save(tmp_path / "tokenizer")
+
+    def small_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    full = prepare_command(tmp_path, "--tokenizer", "tokenizer", preexec_fn=small_disk)
+    _, errors = full.communicate()
+    assert full.returncode == 2 and "File too large" in errors and "run the same command again" in errors
+    assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1 and "Traceback" not in errors
+    shards = len(list((tmp_path / "set.partial/in").glob("shard-*.json")))
+    assert shards >= 1 and not list((tmp_path / "set.partial").rglob("*.partial"))
+    again = prepare_command(tmp_path, "--tokenizer", "tokenizer")
+    output, errors = again.communicate()
+    assert again.returncode == 0 and "going on with set.partial" in output, errors
+    assert len(sum(texts_of(tmp_path / "set/in", tokenizer).values(), [])) == 401
+
+
+def test_another_task_does_not_go_on(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(d, "finish_source", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        d.prepare({"words": some_documents(50)}, tmp_path / "set", tokenizer)
+    with pytest.raises(UserError, match="unfinished preparation of something else"):
+        d.prepare({"words": some_documents(60)}, tmp_path / "set", tokenizer)
 
 
 def test_what_exists_is_never_overwritten(tmp_path, prepared, tokenizer):
@@ -130,21 +395,22 @@ def test_what_exists_is_never_overwritten(tmp_path, prepared, tokenizer):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     for out in (tmp_path, notes, prepared):
         with pytest.raises(UserError, match="exists already"):
-            d.prepare({"notes": d.read_documents(notes)}, out, tokenizer)
+            d.prepare({"notes": Source(notes)}, out, tokenizer)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-def test_interrupted_preparation_leaves_nothing(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(Tokenizer, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+def test_preparation_that_fails_at_once_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(d, "encode_job", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         d.prepare({"words": some_documents(50)}, tmp_path / "set", tokenizer)
     assert not list(tmp_path.iterdir())
 
 
-def test_long_files_are_cut_without_losing_a_character():
-    text = "\n\n".join("word " * 200 for _ in range(200)) + "x" * 40_000
-    pieces = [t for _, t in d._cut("k", text)]
-    assert "".join(pieces) == text and max(map(len, pieces)) <= d.LONGEST_PIECE and len(pieces) > 10
+def test_max_tokens_stops_a_source(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(d, "JOB_BYTES", 1500)
+    d.prepare({"words": some_documents(3000)}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    tokens = sum(len(split.tokens) for split in d.load_source(tmp_path / "set/words", tokenizer).values())
+    assert 20_000 <= tokens < 22_000
 
 
 def test_generated_math_is_right_and_held_out_problems_are_new():
@@ -157,8 +423,9 @@ def test_generated_math_is_right_and_held_out_problems_are_new():
                 a, sign, b = left.split()
                 result = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
                 assert int(right.split(",")[0]) == result, text
-    sums = {side: {tuple(sorted(pair)) for text in texts for pair in re.findall(r"What is (\d+) \+ (\d+)\?", text)}
-            for side, texts in d.hold_out("math", documents).items()}
+    keys = {side: {key for key, _ in documents if (uniform(key) < HELD_OUT) == (side == "val")} for side in ("train", "val")}
+    sums = {side: {tuple(sorted(pair)) for key, text in documents if key in keys[side]
+                   for pair in re.findall(r"What is (\d+) \+ (\d+)\?", text)} for side in keys}
     assert sums["train"] and sums["val"] and not sums["train"] & sums["val"]
 
 
@@ -181,7 +448,9 @@ def test_permute_shuffles_and_needs_no_array_of_its_size():
     a, b = d.permute(np.arange(1000), 1000, [0]), d.permute(np.arange(1000), 1000, [1])
     assert (a != b).mean() > 0.98 and abs(np.corrcoef(a, np.arange(1000))[0, 1]) < 0.1
     n = 10_000_000_000
+    before = time.perf_counter()
     far = d.permute(np.array([0, 1, n // 2, n - 1]), n, [3])
+    assert time.perf_counter() - before < 1  # of what would be 80 GB
     assert len(set(far.tolist())) == 4 and (far < n).all() and (far >= 0).all()
 
 
@@ -209,7 +478,7 @@ def test_each_token_once_in_an_epoch_whatever_the_number_of_processes(prepared, 
     split = d.load_source(prepared / "words", tokenizer)["train"]
     for context, world in ((16, 1), (16, 2), (17, 3), (31, 1)):
         rows = 6
-        sequences = split.sequences(context)
+        sequences = d.Packing(split, context).count
         steps = -(-sequences // rows)
         curriculum = d.Curriculum([split], [d.Stage("a", steps * rows * context, {})], context, rows)
         seen, left = [], sequences
@@ -239,7 +508,7 @@ def test_stages_take_over_where_the_last_one_stopped(prepared, tokenizer):
     source, sequence = zip(*(curriculum.locate(step, 0, 6) for step in range(curriculum.steps)))
     source, sequence = np.concatenate(source), np.concatenate(sequence)
     for s, split in enumerate(splits):
-        n = split["train"].sequences(16)
+        n = d.Packing(split["train"], 16).count
         taken = sequence[source == s]
         for epoch in range(0, len(taken), n):
             part = taken[epoch:epoch + n]
@@ -252,7 +521,7 @@ def test_epochs_are_counted(prepared, tokenizer):
     counted = curriculum.epochs()
     source = np.concatenate([curriculum.locate(step, 0, 6)[0] for step in range(curriculum.steps)])
     for s, split in enumerate(curriculum.sources):
-        assert counted[split.name] == pytest.approx((source == s).sum() / split.sequences(16))
+        assert counted[split.name] == pytest.approx((source == s).sum() / d.Packing(split, 16).count)
 
 
 def test_boundaries_in_a_batch_are_the_documents(prepared, tokenizer):
@@ -269,11 +538,109 @@ def test_boundaries_in_a_batch_are_the_documents(prepared, tokenizer):
 def test_padded_tail_opens_no_document(prepared, tokenizer):
     split = d.load_source(prepared / "words", tokenizer)["train"]
     context = 37
-    last = split.sequences(context) - 1
-    tokens, targets, starts = d.cut_sequences(split, np.array([last]), context)
+    last = d.Packing(split, context).count - 1
+    tokens, targets, starts = d.cut_sequences(d.Packing(split, context), np.array([last]))
     real = (len(split.tokens) - 1) - last * context
     assert (targets[0, :real] == split.tokens[last * context + 1:]).all() and (targets[0, real:] == -100).all()
     assert starts[0].max() < max(real, 1)
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "bos"])
+@pytest.mark.parametrize("context", [16, 37, 200, 100_000])
+def test_packings_by_brute_force(prepared, tokenizer, packing, context):
+    """What each promises, from the sequences that training sees."""
+    split = d.load_source(prepared / "words", tokenizer)["train"]
+    made = d.Packing(split, context, packing)
+    tokens, targets, starts = d.cut_sequences(made, np.arange(made.count))
+    assert (tokens[:, 0] == tokenizer.eos_id).any()
+    seen, whole, squares = Counter(), set(), []
+    for row in range(made.count):
+        end = 0
+        for begin, size in made.pieces(row):
+            document = np.searchsorted(split.starts, begin, side="right") - 1
+            assert begin + size <= split.starts[document + 1] and end in starts[row]  # one document, its start is marked
+            part = split.tokens[begin:begin + size + 1]  # the very last token of the file has no target
+            assert (tokens[row, end:end + len(part) - 1] == part[:-1]).all()
+            assert (targets[row, end:end + len(part) - 1] == part[1:]).all()
+            seen.update(range(begin, begin + size))
+            squares.append(size**2)
+            if size == split.starts[document + 1] - split.starts[document]:
+                whole.add(int(document))
+            end += size
+        assert end <= context and starts[row].tolist() == np.cumsum([0, *(n for _, n in made.pieces(row))])[:-1].tolist()
+        if packing == "bos":
+            assert tokens[row, 0] == tokenizer.eos_id
+    assert max(seen.values()) == 1
+    lengths, report = np.diff(split.starts), made.report()
+    assert report["utilisation"] == pytest.approx(len(seen) / (made.count * context))
+    assert report["dropped"] == pytest.approx(1 - len(seen) / len(split.tokens), abs=1e-12)
+    assert report["cut"] == pytest.approx(1 - len(whole) / len(lengths))
+    assert report["mean_square"] == pytest.approx(np.mean(squares))
+    if packing == "best-fit":
+        assert len(seen) == len(split.tokens) and whole == set(np.flatnonzero(lengths <= context).tolist())
+
+
+def test_best_fit_by_hand():
+    # context 10, longest first: 7 -> row 0; 6 -> row 1; 4 fits row 1 only; 3 fits row 0; the next 3 opens row 2; 2 joins it
+    rows = d.best_fit(np.array([3, 7, 4, 2, 6, 3]), 10)
+    assert [sorted(np.flatnonzero(rows == r).tolist()) for r in range(3)] == [[0, 1], [2, 4], [3, 5]]
+
+
+def test_concat_report_by_brute_force(prepared, tokenizer):
+    split = d.load_source(prepared / "words", tokenizer)["train"]
+    for context in (16, 50):
+        report, sizes, whole = d.Packing(split, context).report(), [], 0
+        for a, b in zip(split.starts.tolist(), split.starts.tolist()[1:]):
+            edges = [a, *(x for x in range(a + 1, b) if x % context == 0), b]
+            sizes += [y - x for x, y in zip(edges, edges[1:])]
+            whole += len(edges) == 2
+        assert report["cut"] == pytest.approx(1 - whole / (len(split.starts) - 1)) and report["dropped"] == 0
+        assert report["mean_square"] == pytest.approx(np.mean(np.square(sizes)))
+
+
+def test_each_packing_trains(prepared, tokenizer):
+    for packing in d.PACKINGS:
+        splits = [s["train"] for s in load(prepared, tokenizer)]
+        curriculum = d.Curriculum(splits, [d.Stage("a", 9600, {})], 16, 6, packing=packing)
+        batch = curriculum.batch(3)
+        assert batch.tokens.shape == (6, 16) and batch.cu_seqlens[0] == 0 and (np.diff(batch.cu_seqlens) >= 0).all()
+
+
+def test_stages_of_another_context_and_ranks(prepared, tokenizer):
+    """A longer context cuts the same batch into fewer rows, each sequence once an epoch; any number of ranks sees one order."""
+    splits = [s["train"] for s in load(prepared, tokenizer)]
+    stages = [d.Stage("short", 24 * 16 * 30, {}), d.Stage("long", 24 * 16 * 20, {"words": 1.0}, context=48)]
+    curriculum = d.Curriculum(splits, stages, 16, 24)
+    taken = []
+    for step in range(curriculum.steps):
+        whole = curriculum.batch(step)
+        context = 16 if step < 30 else 48
+        assert whole.tokens.shape == (24 * 16 // context, context)
+        for world in (1, 2, 3, 8) if step in (0, 29, 30, 44) else ():
+            if len(whole.tokens) % world == 0:
+                n = len(whole.tokens) // world
+                parts = [curriculum.batch(step, rank * n, n).tokens for rank in range(world)]
+                assert (np.concatenate(parts) == whole.tokens).all()
+        if step >= 30:
+            taken += curriculum.locate(step, 0, 8)[1].tolist()
+    n = d.Packing(splits[1], 48).count
+    assert len(taken) == 160 and all(len(set(taken[i:i + n])) == len(taken[i:i + n]) for i in range(0, len(taken), n))
+    with pytest.raises(UserError, match="nearest that do are 350 and 400"):
+        d.Curriculum(splits, [d.Stage("odd", 9600, {}, context=50)], 16, 24)
+
+
+def test_weights_are_renormalised_and_said(prepared, tokenizer, capsys):
+    curriculum = make(load(prepared, tokenizer), mixture={"words": 1.2, "more": 0.4})
+    assert curriculum.shares[0] == pytest.approx([0.25, 0.75]) and "sum to 1.6" in capsys.readouterr().out
+
+
+def test_epochs_and_languages_are_reported(tmp_path, tokenizer):
+    d.prepare({"english": some_documents(200), "multilingual-web": some_documents(100, 1)}, tmp_path / "set", tokenizer)
+    splits = [s["train"] for s in load(tmp_path / "set", tokenizer)]
+    few = d.Curriculum(splits, [d.Stage("a", 9600, {"english": 0.88, "multilingual-web": 0.12})], 16, 6).report()
+    assert len(few) == 1 and "12.0% of the run is multilingual" in few[0] and "kept" in few[0]
+    many = d.Curriculum(splits, [d.Stage("a", 200_000, {"english": 0.7, "multilingual-web": 0.3})], 16, 6).report()
+    assert sum("past about 4 epochs" in line for line in many) == 2 and "exceeded" in many[-1]
 
 
 def test_cu_seqlens_have_one_length(prepared, tokenizer):
@@ -285,7 +652,7 @@ def test_validation_slice_does_not_depend_on_the_batch_size(prepared, tokenizer)
     split = d.load_source(prepared / "words", tokenizer)["val"]
     a, b = (np.concatenate([x.targets for x in d.validation_batches(split, 16, rows, 9, 8)]) for rows in (2, 5))
     a, b = (x[(x >= 0).any(1)] for x in (a, b))  # without the rows that fill up the last batch
-    assert (a == b).all() and len(a) == min(9, split.sequences(16))
+    assert (a == b).all() and len(a) == min(9, d.Packing(split, 16).count)
 
 
 def test_too_little_data_is_a_sentence(prepared, tokenizer):

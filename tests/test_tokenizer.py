@@ -4,6 +4,7 @@ The references are independent: BPE that recounts everything after each merge, r
 Hugging Face's `tokenizers` library.
 """
 
+import base64
 import json
 import os
 import random
@@ -14,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import tiktoken
+import tiktoken.load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -200,6 +203,12 @@ def test_special_strings_in_text_stay_ordinary(tok):
     one_sentence(error)
 
 
+@pytest.mark.parametrize("name", HOSTILE)
+def test_arrays_hold_the_same_ids(name, tok):
+    text = HOSTILE[name] + "\ud800"
+    assert tok.encode_array(text).tolist() == tok.encode(text)
+
+
 def test_encode_batch_equals_encode(tok):
     texts = [PROSE, "", UNICODE, SPECIAL_TEXT, " " * 200_001] * 3
     expected = [tok.encode(text) for text in texts]
@@ -313,7 +322,7 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "merge not a pair": (lambda s: s["model"]["merges"].append(["a"]), "not built like"),
     "merge with a line end": (lambda s: s["model"]["merges"].append("z\nz q"), "which is not in"),
     "merge of numbers": (lambda s: s["model"]["merges"].append([1, 2]), "not in"),
-    "merge order": (reverse_merges, "not in merge order"),
+    "merge order": (reverse_merges, "something else than the order"),
     "merge missing": (lambda s: (s["model"]["merges"].pop(), s["model"].pop("ignore_merges")), "no merge"),
     "two ids alike": (lambda s: s["model"]["vocab"].update(a=s["model"]["vocab"]["b"]), "same id"),
     "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "'5', not in"),
@@ -465,6 +474,128 @@ def test_loads_a_file_that_lacks_bytes(tmp_path):
     assert ours.decode(ours.encode("a \x01 b" + " " * 200_000)) == "a  b" + " " * 200_000
 
 
+def shuffled_ids(spec: dict, seed: int) -> dict:
+    """The same tokenizer with other ids: merges stay where they are in the list."""
+    vocab = spec["model"]["vocab"]
+    ids = list(vocab.values())
+    random.Random(seed).shuffle(ids)
+    spec["model"]["vocab"] = dict(zip(vocab, ids))
+    for token in spec["added_tokens"]:
+        token["id"] = spec["model"]["vocab"].get(token["content"], token["id"])
+    return spec
+
+
+@pytest.mark.parametrize("pretokenizer", ["gpt2", "llama3"])
+def test_ids_that_do_not_follow_the_merges(pretokenizer, tmp_path):
+    hf = pytest.importorskip("tokenizers")
+    file = train_bpe([PROSE, UNICODE * 3], 900, pretokenizer).save(tmp_path)
+    file.write_text(json.dumps(shuffled_ids(json.loads(file.read_text("utf-8")), 3)), "utf-8")
+    ours, theirs = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(file))
+    theirs.encode_special_tokens = True
+    for text in [*sample_texts(), *(text[:20_000] for text in HOSTILE.values())]:
+        assert ours.encode(text) == theirs.encode(text).ids == ours.encode_array(text).tolist(), text[:100]
+        assert ours.decode(ours.encode(text)) == text
+    again = Tokenizer.load(ours.save(tmp_path / "again"))
+    assert again.hash == ours.hash and again.encode(PROSE) == ours.encode(PROSE)
+    assert ours.hash != train_bpe([PROSE, UNICODE * 3], 900, pretokenizer).hash
+
+
+# ----- tiktoken's encodings and files ----------------------------------------------------------------------
+
+# The expressions of tiktoken's own encodings (tiktoken_ext/openai_public.py) and of Moonshot's tokenization_kimi.py.
+CL100K = (r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$"""
+          r"""|\s*[\r\n]|\s+(?!\S)|\s""")
+KIMI = "|".join([
+    r"[\p{Han}]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
+
+
+def tiktoken_ranks(pretokenizer: str) -> dict[bytes, int]:
+    """A vocabulary as tiktoken keeps it: ranks from 0 on, no control tokens."""
+    trained = train_bpe([PROSE, UNICODE * 3], 1000, pretokenizer)
+    return {token: i - 4 for token, i in trained.ranks.items()}
+
+
+def write_tiktoken(file: Path, ranks: dict[bytes, int]) -> None:
+    file.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items()))
+
+
+def hostile_texts() -> list[str]:
+    return [*sample_texts(), *(text[:20_000] for text in HOSTILE.values())]
+
+
+def test_tiktoken_encodings_by_name(monkeypatch, tmp_path):
+    ranks, special = tiktoken_ranks("llama3"), {"<|endoftext|>": 1005, "<|fim_prefix|>": 1006}
+    encoding = tiktoken.Encoding("cl100k_base", pat_str=CL100K, mergeable_ranks=ranks, special_tokens=special)
+    monkeypatch.setattr(tiktoken, "get_encoding", {"cl100k_base": encoding}.__getitem__)
+    ours = Tokenizer.load("cl100k_base")
+    assert (ours.eos_id, ours.pad_id, ours.vocab_size) == (1005, None, 1007)
+    for text in hostile_texts():
+        assert ours.encode(text) == encoding.encode_ordinary(text) == ours.encode_array(text).tolist()
+        assert ours.decode(ours.encode(text)) == text
+    trained = train_bpe([PROSE, UNICODE * 3], 1000, "llama3")
+    assert ours.merges == trained.merges  # found again from the ranks alone
+    again = Tokenizer.load(ours.save(tmp_path))
+    assert again.hash == ours.hash and again.encode(PROSE) == ours.encode(PROSE)
+    assert trained.encode(PROSE + UNICODE) == [i + 4 for i in ours.encode(PROSE + UNICODE)]  # "llama3" is cl100k
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no\nnetwork")))
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR") as error:
+        Tokenizer.load("o200k_base")
+    one_sentence(error)
+
+
+def test_tiktoken_files_with_a_chosen_expression(tmp_path):
+    ranks, file = tiktoken_ranks("qwen"), tmp_path / "mine.tiktoken"
+    write_tiktoken(file, ranks)
+    reference = tiktoken.Encoding("x", pat_str=PATTERNS["qwen"], mergeable_ranks=tiktoken.load.load_tiktoken_bpe(str(file)),
+                                  special_tokens={})
+    ours = Tokenizer.load(f"{file}:qwen")
+    assert ours.vocab_size == len(ranks) + 4 and ours.eos_id == len(ranks)
+    for text in hostile_texts():
+        assert ours.encode(text) == reference.encode_ordinary(text)
+    with pytest.raises(UserError, match="mine.tiktoken:PRETOKENIZER") as error:
+        Tokenizer.load(file)
+    one_sentence(error)
+    for content in (b"not base64 5", b"YQ== x", b"YQ== 7\n", b"\x80\x04"):
+        file.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            Tokenizer.load(f"{file}:qwen")
+        one_sentence(error)
+
+
+def test_a_model_folder_of_moonshot(tmp_path):
+    """Kimi and Moonlight ship tiktoken.model and tokenizer_config.json; the gaps between control tokens are reserved names."""
+    ranks = tiktoken_ranks("kimi")
+    write_tiktoken(tmp_path / "tiktoken.model", ranks)
+    n = len(ranks)
+    names = {0: "[BOS]", 1: "[EOS]", 2: "<|im_end|>", 3: "<|im_user|>", 255: "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"added_tokens_decoder": {str(n + i): {"content": name, "special": True} for i, name in names.items()}}))
+    ours = Tokenizer.load(tmp_path)
+    reference = tiktoken.Encoding("kimi", pat_str=KIMI, mergeable_ranks=ranks, special_tokens={})
+    assert (ours.eos_id, ours.pad_id, ours.vocab_size) == (n + 1, n + 255, n + 256)
+    assert ours.control("<|im_end|>") == n + 2 and ours.control(f"<|reserved_token_{n + 4}|>") == n + 4
+    for text in [*hostile_texts(), "中文English混合", "北京市 Pascal", "HTMLParser's camelCase"]:
+        assert ours.encode(text) == reference.encode_ordinary(text)
+    assert Tokenizer.load(ours.save(tmp_path / "again")).encode(UNICODE) == ours.encode(UNICODE)
+
+
+def test_plain_bytes():
+    ours = Tokenizer.load("bytes")
+    assert ours.vocab_size == 260 and ours.encode("aé") == [4 + b for b in "aé".encode()]
+    for text in HOSTILE.values():
+        assert ours.decode(ours.encode(text)) == text
+
+
+def test_advice_on_the_vocabulary():
+    sizes = {n: T.advise_vocabulary(n, 1)[0] for n in (2e6, 1e8, 1e9, 3e9)}
+    assert sizes[1e9] == sizes[3e9] == 49_152 and T.advise_vocabulary(3e9, 6)[0] == 128_256  # SmolLM2, SmolLM3
+    assert list(sizes.values()) == sorted(sizes.values()) and all(size % 128 == 0 for size in sizes.values())
+    assert 512 <= sizes[2e6] < 16_384 and "half" in T.advise_vocabulary(2e6, 1)[1]
+
+
 # ----- command line ----------------------------------------------------------------------------------------
 
 def cli(*arguments, cwd) -> subprocess.CompletedProcess:
@@ -483,7 +614,7 @@ def test_cli_trains_and_measures(tmp_path):
     (corpus / "nul.txt").write_bytes(b"a\0b")
     result = cli("train", "corpus", "--vocab-size", 500, "--out", "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "500 tokens" in result.stdout and "left out 3 of 5 files" in result.stderr
+    assert "500 tokens" in result.stdout and result.stderr.count("left out") == 3  # of six; then they are only counted
     assert Tokenizer.load(tmp_path / "out").hash == train_bpe([UNICODE[:60] + "\r\n", PROSE], 500).hash
     result = cli("fertility", "out", corpus / "a.py", "corpus", cwd=tmp_path)
     head, *rows = result.stdout.splitlines()
@@ -493,14 +624,40 @@ def test_cli_trains_and_measures(tmp_path):
     assert rows[0].split()[2:4] == [f"{expected['pcw']:.3f}", f"{expected['bytes_per_token']:.2f}"]
 
 
-def test_cli_reads_an_even_share_of_large_input(tmp_path):
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    files[0].write_text("a" * 300)
-    files[1].write_text("b" * 100)
-    assert "".join(T.read_text(files, 200)) == "a" * 150 + "b" * 50
-    assert "".join(T.read_text(files, 10**9)) == "a" * 300 + "b" * 100
-    files[1].write_bytes("é\r\n\r".encode())
-    assert "".join(T.read_text(files[1:], 10**9)) == "é\r\n\r"  # line ends stay as they are
+def test_fertility_of_several_tokenizers_at_once(tmp_path):
+    texts = {"en.txt": "the cat sat on the mat " * 50, "de.txt": "Größe und Übermut, naïve " * 40}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    train_bpe([texts["en.txt"]], 270).save(tmp_path / "A")
+    result = cli("fertility", "A", "bytes", "--", "en.txt", "de.txt", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = {line.split()[-1]: line.split() for line in result.stdout.splitlines()[2:]}
+    for name, text in texts.items():
+        for column, tokenizer in ((1, Tokenizer.load(tmp_path / "A")), (4, Tokenizer.load("bytes"))):
+            expected = T.fertility(tokenizer, text)
+            assert rows[name][column] == f"{expected['fertility']:.3f}"
+            assert rows[name][column + 2] == f"{expected['bytes_per_token']:.2f}"
+    assert cli("fertility", "A", cwd=tmp_path).returncode == 2
+
+
+def test_a_sample_is_an_even_share_of_each_file(tmp_path):
+    (tmp_path / "a.txt").write_text("a" * 3000)
+    (tmp_path / "b.txt").write_text("b" * 1000)
+    (tmp_path / "c.jsonl").write_text('{"text": "' + "c" * 980 + '"}\n' + '{"text": "' + "d" * 980 + '"}\n')
+    source = T.Source(tmp_path)
+    sampled = Counter("".join(source.sample(source.size / 2)))
+    assert abs(sampled["a"] - 1500) <= 1 and abs(sampled["b"] - 500) <= 1 and 980 <= sampled["c"] + sampled["d"] <= 996
+    assert Counter("".join(source.sample(1e9))) == Counter(a=3000, b=1000, c=980, d=980)
+    result = cli("train", tmp_path, "--vocab-size", 300, "--out", "out", "--sample-bytes", 600, cwd=tmp_path)
+    assert result.returncode == 2 and "--vocab-size" in result.stderr  # so little text has no 40 merges
+
+
+def test_training_reads_data_sets(tmp_path):
+    documents = [PROSE[i:i + 500] for i in range(0, 20_000, 500)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents))
+    result = cli("train", "a.jsonl", "--text-key", "body", "--vocab-size", 400, "--out", "out", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert Tokenizer.load(tmp_path / "out").hash == train_bpe(documents, 400).hash
 
 
 BAD_COMMANDS = {
@@ -508,7 +665,7 @@ BAD_COMMANDS = {
     "binary": ("train", "binary.dat", "--vocab-size", 300, "--out", "out"),
     "latin": ("train", "good.txt", "latin.txt", "--vocab-size", 300, "--out", "out"),
     "empty": ("train", "empty.txt", "--vocab-size", 300, "--out", "out"),
-    "jsonl": ("train", "data.jsonl", "--vocab-size", 300, "--out", "out"),
+    "jsonl": ("train", "data.jsonl", "--vocab-size", 300, "--out", "out", "--text-key", "body"),
     "empty folder": ("train", "folder", "--vocab-size", 300, "--out", "out"),
     "tiny vocabulary": ("train", "good.txt", "--vocab-size", 100, "--out", "out"),
     "huge vocabulary": ("train", "good.txt", "--vocab-size", 100_000, "--out", "out"),

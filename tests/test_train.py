@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_accumulation_and_processes_equal_one_big_batch(here):
 
 def test_damaged_checkpoint_is_passed_over(here, capsys):
     train.train(recipe("--tokens", "5120", "--save-every", "10"), Path("runs/a"))
-    good, bad = sorted(Path("runs/a/checkpoints").iterdir())
+    *_, good, bad = sorted(Path("runs/a/checkpoints").iterdir())
     raw = bytearray((bad / "model.pt").read_bytes())
     raw[len(raw) // 2] ^= 1
     (bad / "model.pt").write_bytes(raw)
@@ -206,6 +207,72 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     assert all(p.isfinite().all() for p in from_pretrained("runs/laptop").parameters())
     steps = len(losses(Path("runs/laptop")))
     assert newest_checkpoint("runs/laptop").name == f"step-{steps:08d}"
+
+
+def test_stages_change_context_rope_base_and_rate(here):
+    """SmolLM3's curriculum in small: the run's schedule ends with its third stage; the long ones have a rate of their own.
+    Stopped in a long stage and resumed, it ends bit for bit the same."""
+    stages = (d.Stage("base", 5120, {}), d.Stage("decay", 2560, {}),
+              d.Stage("long", 2560, {}, context=64, rope_theta=2e6, learning_rate=0.004, warmup_steps=2))
+    job = replace(recipe("--eval-every", "1000"), stages=stages, decay_share=-1, learning_rate=0.01)
+    train.train(job, Path("runs/a"))
+    rates = [entry["lr"] for entry in log_of(Path("runs/a")) if "loss" in entry]
+    assert rates[2:20] == [0.01] * 18 and rates[20:30] == pytest.approx([0.01 * (1 - i / 10) for i in range(1, 11)])
+    assert rates[30:32] == pytest.approx([0.002, 0.004], rel=0.06) and rates[39] == pytest.approx(0, abs=1e-12)
+    assert all(x >= y for x, y in zip(rates[31:], rates[32:])) and len(rates) == 40
+    model = from_pretrained("runs/a")
+    assert (model.config.rope_theta, model.config.max_position_embeddings) == (2e6, 64)
+    base = from_pretrained("runs/a/checkpoints/step-00000020")  # the ends of stages stay
+    assert (base.config.rope_theta, base.config.max_position_embeddings) == (job.model.rope_theta, 32)
+    shutil.copytree("runs/a", "runs/b")
+    for step in (40,):
+        shutil.rmtree(f"runs/b/checkpoints/step-{step:08d}")
+    train.train(train.read_recipe(Path("runs/b"))[0], Path("runs/b"), resume=True)
+    assert losses(Path("runs/b")) == losses(Path("runs/a"))
+    assert_same_state(Path("runs/a"), Path("runs/b"))
+
+
+def test_annealing_is_one_command(here):
+    """40 % of the base mixture and 60 % of the candidate, from the weights after the first stage, the rate falling to 0."""
+    train.train(replace(recipe(), stages=(d.Stage("base", 2560, {"left": 0.75, "right": 0.25}), d.Stage("decay", 1280, {}))),
+                Path("runs/a"))
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--anneal", "runs/a", "--candidate", "right",
+                           "--tokens", "5120"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000010" in done.stdout and "30% left, 70% right" in done.stdout
+    entries = [entry for entry in log_of(Path("runs/anneal-right")) if "loss" in entry]
+    assert len(entries) == 20 and entries[0]["lr"] == pytest.approx(3e-3 * 0.95) and entries[-1]["lr"] == 0
+    assert entries[0]["loss"] < losses(Path("runs/a"))[0]  # it does begin with the trained weights
+    wrong = subprocess.run([sys.executable, str(ROOT / "train.py"), "--anneal", "runs/a", "--candidate", "poems"],
+                           capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and "no source of data/tiny; take left or right" in wrong.stderr
+
+
+def test_the_smollm3_recipe_is_the_published_one():
+    """Steps and proportions of huggingface/smollm's configurations (FACTS: 4,720,000 steps, then 20,000 and 22,000)."""
+    job = train.RECIPES["smollm3"]
+    ends = np.cumsum([stage.tokens for stage in job.stages]) / job.batch_tokens
+    assert ends[2] == pytest.approx(4_720_000, rel=1e-3)
+    assert np.diff(ends)[2:] == pytest.approx([20_000, 22_000], rel=1e-3)
+    assert job.stages[2].tokens / sum(stage.tokens for stage in job.stages[:3]) == pytest.approx(522_000 / 4_720_000, abs=5e-4)
+    assert [(stage.context or job.model.max_position_embeddings, stage.rope_theta or job.model.rope_theta)
+            for stage in job.stages] == [(4096, 5e4)] * 3 + [(32768, 2e6), (65536, 5e6)]
+    code_math = [stage.mixture["code"] + stage.mixture["math"] for stage in job.stages[:3]]
+    assert code_math == sorted(code_math) and job.stages[0].mixture["multilingual"] == 0.12
+    laptop = train.RECIPES["laptop"].stages
+    assert [stage.name for stage in laptop] == [stage.name for stage in job.stages[:3]]
+    assert laptop[2].tokens / sum(stage.tokens for stage in laptop) == pytest.approx(0.2)
+
+
+@pytest.mark.cuda
+def test_loader_copies_from_pinned_memory_ahead_of_time(here):
+    job = train.set_up(replace(recipe(), device="cuda", dtype="auto"), train.World(), Path("runs/none"), False)
+    keys = [(step, 0, job.rows) for step in range(4)]
+    for now, following in zip(keys, keys[1:]):
+        got = job.loader.get(now, following)
+        expected = job.curriculum.batch(*now)
+        assert following in job.loader.ahead and all(x.is_pinned() for x in job.loader.ahead[following].result())
+        assert (got[0].cpu().numpy() == expected.tokens).all() and (got[2].cpu().numpy() == expected.cu_seqlens).all()
 
 
 @pytest.mark.parametrize("flags, words", [
