@@ -94,6 +94,8 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
     """
     parameters = count_parameters(config)["total"]
     C, M, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    if config.num_experts:  # what a token goes through
+        M = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     b, tokens, cast = compute_bytes, rows * context, compute_bytes < 4
     normed = (2 if device == "cuda" else 1) * b + (0 if device == "cuda" else 8)  # a CPU keeps norms' fp32 steps

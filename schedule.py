@@ -82,8 +82,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """
     groups = {"embedding": [], "head": [], "matrix": [], "gain": []}
     for name, parameter in model.named_parameters():  # names a shared parameter once
-        kind = "embedding" if "embed_tokens" in name else "head" if "lm_head" in name else "matrix"
-        groups[kind if parameter.ndim >= 2 else "gain"].append(parameter)
+        kind = "embedding" if "embed_" in name else "head" if "lm_head" in name else "matrix"
+        groups["gain" if parameter.ndim < 2 or "bias" in name else kind].append(parameter)
     decay = {"embedding": 0.0, "head": weight_decay, "matrix": weight_decay, "gain": weight_decay}
     return [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params]
 
@@ -121,7 +121,7 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float 
                     betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                     name: str = "adamw") -> torch.optim.Optimizer | Both:
     """torch's fused AdamW (Loshchilov and Hutter 2019) over `parameter_groups`; or, with "muon", torch's Muon (Jordan
-    et al. 2024) on the hidden matrices and AdamW on embedding, head and gains.
+    et al. 2024) on the hidden matrices and AdamW on the rest: embedding, head, gains, and experts, which are stacked.
 
     Muon with Moonlight's settings (Liu et al. 2025), which the playbook takes: updates times 0.2 sqrt(max(rows,
     columns)), so that their size, and so the rate and the decay, are AdamW's; Nesterov momentum 0.95; 5 Newton-Schulz

@@ -104,7 +104,8 @@ class Recipe:
 
 
 # Smallest first. The laptop's stages are SmolLM3's in miniature: code and math take over from prose, and the
-# learning rate decays over the last fifth of the steps, as the last stage comes. Sizes, batch and rate were picked by measuring (README).
+# learning rate decays over the last fifth of the steps, as the last stage comes. Sizes, batch and
+# rate were picked by measuring (README).
 RECIPES = {
     "laptop": Recipe(
         stages=(
@@ -586,7 +587,8 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
             if noise is not None:
                 more |= {"grad_signal": noise[0], "grad_noise": noise[1], "noise_scale_tokens": noise_scale.add(*noise)}
             log.write(step=step, tokens=step * recipe.batch_tokens, batch_tokens=batch_tokens, loss=loss, lr=rate,
-                      grad_norm=norm, stage=stage, tokens_per_second=speed, share_of_peak=share, train_seconds=seconds, **more)
+                      grad_norm=norm, stage=stage, tokens_per_second=speed, share_of_peak=share, train_seconds=seconds,
+                      **more)
             fullest = f" | fullest expert {max(uneven):.1f}x" if uneven else ""
             bar.set_postfix_str(f"{stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | {speed:,.0f} tok/s | "
                                 f"{share:.0%} of peak{fullest}", refresh=False)

@@ -64,7 +64,7 @@ def test_noise_scale_of_two_processes_averages_the_ranks(here):
 def test_batch_warmup_reads_the_same_data_in_fewer_updates(here):
     """Doubling after 4 and 8 of 20 steps: 4 + 2 + 3 updates, each with its rate times sqrt(2) more, and the mean loss of an
     update is that of all its tokens."""
-    job = recipe("--tokens", "5120", "--batch-doublings", "4,8", "--schedule", "wsd", "--decay-share", "0", "--warmup-steps", "1",
+    job = recipe("--tokens", "5120", "--batch-doublings", "4,8", "--decay-share", "0", "--warmup-steps", "1",
                  "--learning-rate", "1e-12", "--eval-every", "1000")
     train.train(job, Path("runs/warm"))
     train.train(replace(job, batch_doublings=""), Path("runs/plain"))  # at this rate the weights hardly move
@@ -118,7 +118,8 @@ def test_branches_read_the_same_tokens_and_large_ones_fall_behind(here, capsys, 
 
     monkeypatch.setattr(train, "training_step", spy)
     found = ablate.branch(Path("runs/a"), [1, 2, 16], 64 * 256, 0.01)
-    assert {k: [i for part, _ in parts for i in part] for k, parts in seen.items()} == {k: list(range(20, 84)) for k in (1, 2, 16)}
+    read = {k: [i for part, _ in parts for i in part] for k, parts in seen.items()}
+    assert read == {k: list(range(20, 84)) for k in (1, 2, 16)}
     assert [max(rate for _, rate in seen[k]) for k in (1, 2, 16)] == pytest.approx([0.01, 0.01 * math.sqrt(2), 0.04])
     assert found[16] > found[1] + 0.01
     assert re.search(r"critical batch size at step 20 of runs/a: (256|512) tokens", capsys.readouterr().out)
@@ -128,11 +129,11 @@ def test_branches_read_the_same_tokens_and_large_ones_fall_behind(here, capsys, 
 
 def test_minutes_trains_what_the_plan_says(here):
     """`train.py --minutes` takes about that long (not asserted: the host decides) with the plan's size and batch."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", "data/tiny", "--minutes", "0.05", "--device", "cpu",
-                           "--eval-tokens", "128", "--batch-tokens", "0"], capture_output=True, text=True, timeout=120)
+    run = [sys.executable, str(ROOT / "train.py"), "--data", "data/tiny", "--minutes", "0.05", "--device", "cpu",
+           "--eval-tokens", "128"]
+    done = subprocess.run([*run, "--batch-tokens", "0"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "--minutes decides --batch_tokens" in done.stderr
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--data", "data/tiny", "--minutes", "0.05", "--device", "cpu",
-                           "--eval-tokens", "128"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     planned = int(re.search(r"model +([\d,]+) parameters: ", done.stdout)[1].replace(",", ""))
     assert f"{planned:,} parameters (" in done.stdout and "Memory: " in done.stdout

@@ -111,14 +111,16 @@ def plan(*flags: str) -> dict:
 
 
 def test_family_meets_sizes_with_sane_shapes():
-    for size, vocabulary in ((1.5e5, 8192), (1e7, 8192), (1.35e8, 49152), (1e9, 49152), (3e9, 128256), (8e9, 128256), (7e10, 128256)):
+    for size, vocabulary in ((1.5e5, 8192), (1e7, 8192), (1.35e8, 49152), (1e9, 49152), (3e9, 128256), (8e9, 128256),
+                             (7e10, 128256)):
         config = cost.family(size, vocabulary, 4096)
         ratio = config.num_attention_heads / config.num_key_value_heads
         assert cost.count_parameters(config)["total"] == pytest.approx(size, rel=0.08)
         assert (2 <= ratio <= 8 or config.num_attention_heads == 1) and ratio == int(ratio)
     laptop, preset = cost.family(1_836_160, 8192, 128), PRESETS["laptop"]
-    assert all(getattr(laptop, name) == getattr(preset, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
-               "num_attention_heads", "num_key_value_heads", "head_dim", "initializer_range"))
+    assert all(getattr(laptop, name) == getattr(preset, name) for name in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "initializer_range"))
 
 
 def test_plan_of_a_budget_spends_exactly_that():
@@ -185,8 +187,8 @@ def test_published_shares_and_the_bill():
     """Shares of peak by 6N, full and causal, worked out by hand; Llama-3.1 8B is the outlier, and nothing else is off by
     more than 25 %. SmolLM3's bill: 437,760 hours, 58 % on top of the main run."""
     rows = {row["model"]: row for row in cost.published()}
-    for model, shares in {"Llama-2 7B": (39.1, 45.3, 42.2), "Llama-2 70B": (42.8, 46.2, 44.5), "Llama-3.1 8B": (13.9, 17.6, 15.8),
-                          "Llama-3.1 405B": (34.6, 37.5, 36.0), "SmolLM3 3B": (26.1, 31.2, 28.6),
+    for model, shares in {"Llama-2 7B": (39.1, 45.3, 42.2), "Llama-2 70B": (42.8, 46.2, 44.5),
+                          "Llama-3.1 8B": (13.9, 17.6, 15.8), "Llama-3.1 405B": (34.6, 37.5, 36.0), "SmolLM3 3B": (26.1, 31.2, 28.6),
                           "TinyLlama 1.1B": (51.0, 59.6, 55.3), "DeepSeek-V3": (34.6,)}.items():
         found = [100 * rows[model]["mfu"][how] for how in ("6N", "full", "causal")[:len(shares)]]
         assert found == pytest.approx(shares, abs=0.1), model

@@ -147,7 +147,8 @@ def test_loss_laws_optima_against_a_brute_force_search():
             best = sizes[np.argmin(law.E + law.A * sizes**-law.alpha + law.B * (compute / 6 / sizes) ** -law.beta)]
             parameters, tokens = law.optimum(compute)
             assert parameters == pytest.approx(best, rel=2e-3) and 6 * parameters * tokens == pytest.approx(compute)
-            assert law.tokens_for(parameters) == pytest.approx(tokens) and law.parameters_for(tokens) == pytest.approx(parameters)
+            assert law.tokens_for(parameters) == pytest.approx(tokens)
+            assert law.parameters_for(tokens) == pytest.approx(parameters)
             reached = law.tokens_to_reach(law.loss(parameters, tokens), parameters / 2)
             assert law.loss(parameters / 2, reached) == pytest.approx(law.loss(parameters, tokens))
 
