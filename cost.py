@@ -112,9 +112,9 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
             "activations": activations, "total": 12.0 * parameters + peak}
 
 
-# A CPU process holds more than tensors: measured on Linux, torch's kernels once they have run, and the holes of glibc's
+# A CPU process holds more than tensors: measured on Linux, torch's kernels beyond `find_machine`'s, and the holes of glibc's
 # heap, which keeps what is freed (`keep_freed_memory`): without it 1.0 and a slower step.
-CPU_KERNELS, CPU_HEAP = 100 * 2**20, 1.75
+CPU_KERNELS, CPU_HEAP = 50 * 2**20, 1.75
 
 
 def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
