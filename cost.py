@@ -1,65 +1,200 @@
-"""Cost: parameters, FLOPs, memory and time, predicted before a run and measured on this machine.
+"""Cost: parameters, FLOPs, memory, time, money and loss, predicted before a run and measured on this machine.
 
 Training a token takes about 6 FLOPs a parameter, 2 forward and 4 backward, so a run costs C = 6ND (playbook). That
 leaves out attention's scores, 12 L H D T more for a full square of T tokens, half of that if only the causal half
 counts, and in proportion to the documents' squared lengths if attention stays inside them. Shares of peak (MFU)
-always say which was counted. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU by 6ND.
+always say which was counted. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU by 6ND; the
+playbook's whole bill, with ablations and restarts, is 437,760: 58 % on top of the main run.
 
-    python cost.py plan smollm3-3b --tokens 11.1e12 --gpus 384     # FLOPs, memory, hours, money
-    python cost.py measure [laptop]                                # this machine's tokens/s and share of its peak
+    python cost.py plan --budget 100000                            # how big, how long, which batch and rate
+    python cost.py plan --parameters 3e9 --days 24 --gpus 384 --json --picture sizes.png
+    python cost.py plan --minutes 5                                # what this machine should train: train.py --minutes 5
+    python cost.py published                                       # predicted against published GPU-hours
+    python cost.py measure [laptop]                                # this machine's speed and memory, beside the prediction
+    python cost.py fit                                             # a scaling law of your own, in minutes
 """
 
 import argparse
 import contextlib
 import ctypes
+import json
+import math
+import os
 import platform
+import sys
 import time
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 
+import schedule
 from model import GPT, PRESETS, ModelConfig, ModelError, count_parameters, cross_entropy
+from schedule import CHINCHILLA, HOFFMANN, LAPTOP_LAW, Extrapolation, LossLaw, overtrain
 from tokenizer import Parser, UserError, run
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "B200": 2250e12,
               "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165.2e12, "3090": 71e12}
-USD_PER_GPU_HOUR = (2.2, 4.0)  # an H100, as the brief calibrates it
+MEMORY_GB = {"H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "A100": 80, "B200": 180, "L40S": 48, "L4": 24,
+             "A10G": 24, "4090": 24, "3090": 24}
+USD_PER_GPU_HOUR = {"H100": (2.2, 4.0)}  # as the brief calibrates it; of other devices with --price
+# The share of peak to plan with and its range, by 6ND, from the published runs below. Other devices: as the H100.
+MFU = {"H100": (0.30, 0.26, 0.35), "A100": (0.42, 0.39, 0.51)}
+OVERHEAD = 0.58  # ablations, restarts and evaluations on top of the main run: SmolLM3's 161,280 / 276,480 GPU-hours
 
 
-# ---- FLOPs and memory -----------------------------------------------------------------------------------------
+# ---- FLOPs ----------------------------------------------------------------------------------------------------
 
 
 def attention_flops_per_token(config: ModelConfig, length: float, counted: str = "causal") -> float:
     """FLOPs of the scores and the weighted sums for one trained token, forward and backward.
 
-    `length`: how long the attended sequence is (for packed documents sum(len^2) / sum(len)). "full" counts the
-    square, 12 L H D T (PaLM, appendix B); "causal" half of it.
+    `length`: how long the attended sequence is, the context or, with document masks, `attended_length`. "full" counts
+    the square, 12 L H D T (PaLM, appendix B); "causal" half of it.
     """
     full = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
     return full if counted == "full" else full / 2
 
 
+def attended_length(documents: list[float]) -> float:
+    """sum(len^2) / sum(len): the length whose square, token for token, costs what these packed documents' do."""
+    return sum(n * n for n in documents) / sum(documents)
+
+
 def flops_per_token(config: ModelConfig, length: float, counted: str = "causal") -> float:
-    """FLOPs to train one token: 6 x the matmul parameters, plus attention; counted "6N" is 6 x all parameters."""
+    """FLOPs to train one token: 6 x the matmul parameters, plus attention; counted "6N" is 6 x all parameters.
+
+    6N (Kaplan et al. 2020) drops attention and holds while the context is shorter than 12 widths.
+    """
     count = count_parameters(config)
     if counted == "6N":
+        schedule.check_range("6ND", length, 0, 12 * config.hidden_size, "tokens of context at this width")
         return 6 * count["active"]
     return 6 * count["matmul"] + attention_flops_per_token(config, length, counted)
 
 
-def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int = 2) -> dict[str, float]:
-    """Bytes on one device without sharding: fp32 weights, gradients and two AdamW moments; activations that eager
-    training keeps for the backward pass of `rows` sequences, estimated from the tensors each block saves."""
+def training_flops(parameters: float, tokens: float) -> float:
+    """C = 6ND (Kaplan et al. 2020; playbook): 2 FLOPs a parameter and token forward, 4 backward."""
+    return 6 * parameters * tokens
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------
+
+
+def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int = 2, device: str = "cuda",
+                    accumulates: bool = True) -> dict[str, float]:
+    """Bytes of all tensors on one unsharded device at the peak of an eager step on `rows` sequences.
+
+    Weights, gradients and AdamW's two moments are fp32. Activations: what autograd keeps of each block for the
+    backward pass, the weights cast to the compute dtype, and the logits with the fp32 log-softmax of their loss, which
+    in small models outweighs all else. `accumulates`: the gradients of earlier micro-batches are there at the peak.
+    """
     parameters = count_parameters(config)["total"]
-    C, M = config.hidden_size, config.intermediate_size
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    block = 6 * C + 3 * heads + 4 * M  # numbers a token: norms and residuals, q k v around RoPE, the SwiGLU's four
-    cast = parameters * compute_bytes if compute_bytes < 4 else 0  # the weights in the compute dtype
-    activations = rows * context * (config.num_hidden_layers * block + 3 * config.vocab_size) * compute_bytes + cast
-    state = {"weights": 4.0 * parameters, "gradients": 4.0 * parameters, "optimizer": 8.0 * parameters,
-             "activations": float(activations)}
-    return state | {"total": sum(state.values())}
+    C, M, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    if config.num_experts:  # what a token goes through
+        M = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    b, tokens, cast = compute_bytes, rows * context, compute_bytes < 4
+    normed = (2 if device == "cuda" else 1) * b + (0 if device == "cuda" else 8)  # a CPU keeps norms' fp32 steps
+    norms = 2 * C * normed + ((q + kv) * (normed - b) if config.qk_norm else 0)  # RoPE keeps its own result instead
+    block = norms + b * (2 * q + 2 * kv + 4 * M) + 4 * config.num_attention_heads
+    kept = tokens * (config.num_hidden_layers * block + C * normed) + (b * parameters if cast else 0)
+    chunk = min(512, tokens)  # rows of `cross_entropy` at a time
+    head = V * max((b + 4) * tokens + (4 * chunk if cast else 0), 4 * tokens + 8 * chunk)  # of loss, of its gradient
+    gradients = 4.0 * parameters
+    first = V * (b * tokens + (b * cast + 4) * C)  # the head's gradient comes first, while the blocks keep all
+    activations = float(kept + max(head, first if not accumulates else 0))
+    peak = gradients + activations if accumulates else max(activations, gradients + 4 * V * C)
+    return {"weights": 4.0 * parameters, "gradients": gradients, "optimizer": 8.0 * parameters,
+            "activations": activations, "total": 12.0 * parameters + peak}
+
+
+# A CPU process holds more than tensors: measured on Linux, torch's kernels beyond `find_machine`'s, and the holes of glibc's
+# heap, which keeps what is freed (`keep_freed_memory`): without it 1.0 and a slower step.
+CPU_KERNELS, CPU_HEAP = 50 * 2**20, 1.75
+
+
+def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
+                   accumulates: bool = False) -> float:
+    """Peak bytes of the training process: `before` it has a model, plus what training takes (CUDA: tensors alone)."""
+    tensors = training_memory(config, rows, context, compute_bytes, device, accumulates)["total"]
+    return tensors if device == "cuda" else before + CPU_KERNELS + CPU_HEAP * tensors
+
+
+def peak_memory(device: str = "cpu") -> float:
+    """Bytes: the most this process has held so far (CUDA: the most that tensors held); 0 where that is not told."""
+    if device == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def memory_now() -> float:
+    """Bytes this process holds; where only the peak is known, that."""
+    try:
+        return float(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory()
+
+
+SHARDING = {  # what is divided by the number of GPUs: weights, gradients, optimizer
+    "nothing sharded (DDP)": (False, False, False), "optimizer sharded (ZeRO-1)": (False, False, True),
+    "gradients too (ZeRO-2)": (False, True, True), "weights too (ZeRO-3, FSDP)": (True, True, True)}
+
+
+def smallest_sharding(config: ModelConfig, gpus: int, context: int, room: float) -> tuple[str, dict[str, float]] | None:
+    """The first of SHARDING, each also with recomputed activations last of all, with which one sequence at a time fits
+    into `room` bytes; its name and bytes a GPU by part. None: none does.
+
+    Recomputing keeps the input of each block only and does one block anew in the backward pass.
+    """
+    memory = training_memory(config, 1, context)
+    plain = memory["activations"]
+    one_block = training_memory(config.change(num_hidden_layers=1), 1, context)
+    cast = 2 * count_parameters(config)["total"]
+    recomputed = one_block["activations"] + config.num_hidden_layers * 2 * context * config.hidden_size
+    for again in (False, True):
+        for name, divided in SHARDING.items():
+            parts = zip(("weights", "gradients", "optimizer"), divided)
+            state = {part: memory[part] / (gpus if shared else 1) for part, shared in parts}
+            gathered = divided[0] and gpus > 1  # only one block's weights are whole at a time
+            activations = recomputed if again else plain - (cast * (1 - 1 / config.num_hidden_layers) if gathered else 0)
+            parts = state | {"activations": activations}
+            if sum(parts.values()) <= room:
+                return name + (", activations recomputed" if again else ""), parts | {"total": sum(parts.values())}
+    return None
+
+
+# ---- the model family -----------------------------------------------------------------------------------------
+
+
+def family(parameters: float, vocab_size: int, context: int) -> ModelConfig:
+    """The Llama-shaped model nearest to a size: MLP 3 times the width, heads of 64 (128 from a width of 2048 on), 2 to
+    8 query heads a KV head, tied embeddings; of sizes equally near the one whose width is nearest to 64 times its
+    depth. At the laptop's size and vocabulary it is the preset `laptop`."""
+    best = None
+    for width in [*range(16, 128, 16), *range(128, 1024, 64), *range(1024, 4096, 128), *range(4096, 32769, 512)]:
+        heads = max(1, round(width / (128 if width >= 2048 else 64)))
+        shared = [g for g in range(1, heads + 1) if heads % g == 0 and 2 <= heads / g <= 8] or [1] * (heads == 1)
+        if width % heads or width // heads % 2 or not shared:
+            continue
+        groups = min(shared, key=lambda g: abs(heads / g - 4))
+        block = 2 * width * width * (1 + groups / heads) + 9 * width * width + 2 * width
+        layers = max(2, min(256, round((parameters - vocab_size * width - width) / block)))
+        error = abs(math.log((vocab_size * width + width + layers * block) / parameters))
+        score = 10 * error + abs(math.log(width / layers / 64))
+        if best is None or score < best[0]:
+            best = (score, width, layers, heads, groups)
+    _, width, layers, heads, groups = best
+    return ModelConfig(vocab_size, width, 3 * width, layers, heads, groups, max_position_embeddings=context,
+                       rope_theta=1e4 if context <= 2048 else 5e4,
+                       initializer_range=0.05 * math.sqrt(128 / width) if width < 512 else 0.02)
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------
@@ -174,12 +309,12 @@ def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | N
         synchronize(device)
         start = time.perf_counter()
         try:
-            logits = model(tokens, cu_seqlens)
+            loss = cross_entropy(model(tokens, cu_seqlens), tokens)  # unnamed, the logits are freed before the backward pass
         except torch._dynamo.exc.TorchDynamoException as error:
             print(f"compile   off: it failed here ({str(error).strip().splitlines()[0][:100]})")
             model.forget_compilation()
-            logits = model(tokens, cu_seqlens)
-        (cross_entropy(logits, tokens) / tokens.numel()).backward()
+            loss = cross_entropy(model(tokens, cu_seqlens), tokens)
+        (loss / tokens.numel()).backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -190,12 +325,382 @@ def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | N
     return tokens.numel() / sorted(times[1:])[len(times[1:]) // 2]
 
 
+# ---- the plan -------------------------------------------------------------------------------------------------
+
+SMALLEST, LARGEST = 1.4e5, 1e14  # parameters that a plan may have
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a plan buys or rents."""
+
+    device: str = "H100"
+    gpus: int = 8
+    mfu: tuple[float, float, float] = MFU["H100"]  # planned, worst, best; of the dense bf16 peak, by 6ND
+    price: tuple[float, float] | None = USD_PER_GPU_HOUR["H100"]  # USD an hour of one GPU, low and high
+    overhead: float = OVERHEAD  # GPU-hours beside the main run, as a share of it
+
+    def hours(self, flops: float, mfu: float | None = None) -> float:
+        return flops / (PEAK_FLOPS[self.device] * (mfu or self.mfu[0]) * 3600)
+
+    def flops(self, hours: float) -> float:
+        return hours * 3600 * PEAK_FLOPS[self.device] * self.mfu[0]
+
+
+def derive(hardware: Hardware, law: LossLaw, parameters: float = 0, tokens: float = 0, budget: float = 0,
+           gpu_hours: float = 0, days: float = 0) -> tuple[float, float]:
+    """(parameters, tokens) from one or two of the limits, 0 meaning not given; compute-optimal in what is left free.
+
+    `budget` in USD pays for everything at the dearer price, overhead included; GPU-hours and days are the main run's.
+    """
+    hours = {}
+    if budget:
+        if hardware.price is None:
+            raise UserError(f"the price of a {hardware.device} is not known here; give --price in USD an hour")
+        hours[f"--budget {budget:g}"] = budget / hardware.price[1] / (1 + hardware.overhead)
+    if gpu_hours:
+        hours[f"--gpu-hours {gpu_hours:g}"] = gpu_hours
+    if days:
+        hours[f"--days {days:g} on {hardware.gpus:,} GPUs"] = days * 24 * hardware.gpus
+    if len(hours) > 1:
+        (one, first), (other, second), *_ = hours.items()
+        raise UserError(f"{one} is {say_hours(first)} GPU-hours of the run and {other} is {say_hours(second)}: give only "
+                        "one of them")
+    compute = hardware.flops(next(iter(hours.values()))) if hours else 0
+    if parameters and tokens:
+        needed = hardware.hours(training_flops(parameters, tokens))
+        if hours:
+            raise UserError(f"{say_number(parameters)} parameters on {say_number(tokens)} tokens take {say_hours(needed)} "
+                            f"GPU-hours, and "
+                            f"{next(iter(hours))} is {say_hours(next(iter(hours.values())))}: give at most two of the three")
+        return parameters, tokens
+    if not compute:
+        return (parameters, law.tokens_for(parameters)) if parameters else (law.parameters_for(tokens), tokens)
+    best = law.optimum(compute)
+    nearest = f"the nearest possible is {say_number(best[0])} parameters on {say_number(best[1])} tokens"
+    if best[0] < SMALLEST:
+        least = training_flops(SMALLEST, law.tokens_for(SMALLEST))
+        raise UserError(f"{next(iter(hours))} is too little for any model: the smallest, {say_number(SMALLEST)} parameters, "
+                        f"takes {hardware.hours(least):.2g} GPU-hours; plan it for this machine with --minutes")
+    if parameters and compute / 6 / parameters < parameters:
+        wanted = hardware.hours(training_flops(parameters, law.tokens_for(parameters)))
+        raise UserError(f"{say_number(parameters)} parameters would see {say_number(compute / 6 / parameters)} tokens with "
+                        f"{next(iter(hours))}, fewer than one a parameter: {nearest}, or {wanted:,.0f} GPU-hours")
+    if tokens and compute / 6 / tokens < SMALLEST:
+        raise UserError(f"{say_number(tokens)} tokens leave room for {say_number(compute / 6 / tokens)} parameters with "
+                        f"{next(iter(hours))}: {nearest}")
+    parameters = parameters or (compute / 6 / tokens if tokens else best[0])
+    return parameters, compute / 6 / parameters
+
+
+def say_number(x: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if x >= size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def say_hours(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def round_batch(tokens: float, context: int) -> int:
+    """The power of two of sequences nearest to a batch in tokens."""
+    return context * 2 ** max(0, round(math.log2(max(1.0, tokens / context))))
+
+
+def make_plan(hardware: Hardware, law: LossLaw, parameters: float, tokens: float, context: int, vocab_size: int = 0,
+              keep: str = "compute", config: ModelConfig | None = None) -> dict:
+    """Everything that follows from a size and a number of tokens. `keep`: what the nearest config of the family leaves
+    as it was given, "tokens" or, tokens bending instead, "compute"."""
+    vocab_size = vocab_size or (128_256 if parameters >= 1e9 else 49_152 if parameters >= 5e7 else 8192)
+    config = config or family(parameters, vocab_size, context)
+    count = count_parameters(config)
+    if not 0.8 < count["total"] / parameters < 1.25:
+        raise UserError(f"no model of the family with a vocabulary of {vocab_size:,} has {say_number(parameters)} "
+                        f"parameters; the nearest has {say_number(count['total'])}: give that or a smaller --vocab-size")
+    tokens = tokens if keep == "tokens" else parameters * tokens / count["active"]
+    compute = training_flops(count["active"], tokens)
+    fitted = count["non_embedding"] * 6 * tokens + attention_flops_per_token(config, context, "full") * tokens
+    batch = min(round_batch(schedule.deepseek_batch(fitted), context), round_batch(tokens / 100, context))
+    rate = schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / schedule.deepseek_batch(fitted)))
+    steps = max(1, round(tokens / batch))
+    room = 0.9e9 * MEMORY_GB[hardware.device]  # the rest: the CUDA context, the allocator's holes, communication
+    fit = smallest_sharding(config, hardware.gpus, context, room)
+    if fit is None:
+        enough = next((n for n in (2**i for i in range(1, 21)) if smallest_sharding(config, n, context, room)), None)
+        raise UserError(f"{say_number(count['total'])} parameters do not fit on {hardware.gpus} {hardware.device}(s) of "
+                        f"{MEMORY_GB[hardware.device]} GB even fully sharded; "
+                        + (f"the nearest that do are --gpus {enough}" if enough else "take a shorter --context"))
+    hours = hardware.hours(compute)
+    bill = hours * (1 + hardware.overhead)
+    return {
+        "config": asdict(config), "parameters": count["total"], "non_embedding": count["non_embedding"], "tokens": tokens,
+        "tokens_per_parameter": tokens / count["active"], "flops": compute,
+        "flops_per_token": {how: flops_per_token(config, context, how) for how in ("6N", "causal", "full")},
+        "loss": law.loss(count["active"], tokens), "optimum": law.optimum(compute), "law": law.source,
+        "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
+        "weight_decay": schedule.suggest_weight_decay(rate, steps),
+        "step_law": {"batch_tokens": schedule.step_law_batch(tokens),
+                     "learning_rate": schedule.step_law_rate(count["non_embedding"], tokens)},
+        "device": hardware.device, "gpus": hardware.gpus, "context": context, "sharding": fit[0], "memory_per_gpu": fit[1],
+        "mfu": hardware.mfu, "gpu_hours": hours,
+        "gpu_hours_range": [hardware.hours(compute, share) for share in hardware.mfu[:0:-1]],
+        "days": hours / hardware.gpus / 24, "overhead": hardware.overhead, "gpu_hours_with_overhead": bill,
+        "usd": [hours * p for p in hardware.price] if hardware.price else None,
+        "usd_with_overhead": [bill * p for p in hardware.price] if hardware.price else None,
+    }
+
+
+def halvings(law: LossLaw, plan: dict, fixed: str, count: int = 4) -> list[dict]:
+    """What each halving of the budget costs in predicted loss. `fixed`: the "parameters" or the "tokens" stay, "both"
+    shrink alike, or, "", each budget is spent at its own optimum."""
+    parameters, tokens = plan["flops"] / 6 / plan["tokens"], plan["tokens"]
+    rows = []
+    for i in range(count):
+        share = 1 / 2**i
+        shrink = {"parameters": (1, share), "tokens": (share, 1), "both": (share**0.5, share**0.5)}.get(fixed)
+        size, length = (parameters * shrink[0], tokens * shrink[1]) if shrink else law.optimum(plan["flops"] * share)
+        rows.append({"share": share, "parameters": size, "tokens": length, "loss": law.loss(size, length)})
+    return rows
+
+
+def print_plan(plan: dict, rows: list[dict], smaller: list[dict]) -> None:
+    config, each, law = ModelConfig(**plan["config"]), plan["flops_per_token"], plan["step_law"]
+    gpu, (planned, low, high), (less, more) = plan["device"], plan["mfu"], plan["gpu_hours_range"]
+    print(f"model        {plan['parameters']:,} parameters ({plan['non_embedding']:,} without embeddings): "
+          f"{config.num_hidden_layers} layers, width {config.hidden_size}, MLP {config.intermediate_size}, "
+          f"{config.num_attention_heads} query and {config.num_key_value_heads} KV heads of {config.head_dim}, vocabulary "
+          f"{config.vocab_size:,}")
+    print(f"tokens       {say_number(plan['tokens'])}, {plan['tokens_per_parameter']:,.3g} a parameter; the optimum of this "
+          f"compute is {' parameters on '.join(map(say_number, plan['optimum']))} tokens")
+    print(f"FLOPs        6ND = {plan['flops']:.3g}; a token {each['6N']:.4g} (6N), {each['causal']:.4g} (causal at "
+          f"{plan['context']:,}), {each['full']:.4g} (full)")
+    print(f"batch        {plan['batch_tokens']:,} tokens (Step Law: {law['batch_tokens']:,.0f}), {plan['steps']:,} steps")
+    print(f"rate         {plan['learning_rate']:.2g} at its peak (Step Law: {law['learning_rate']:.2g}), "
+          f"{plan['warmup_steps']:,} steps of warmup, weight decay {plan['weight_decay']:g}")
+    print(f"memory       {plan['sharding']} on {plan['gpus']:,} {gpu}(s), one sequence at a time: "
+          + ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in plan["memory_per_gpu"].items()))
+    print(f"time         {say_hours(plan['gpu_hours'])} {gpu}-hours at {planned:.0%} of peak by 6ND "
+          f"({say_hours(less)} at {high:.0%}, "
+          f"{say_hours(more)} at {low:.0%}) = {plan['days']:,.3g} days on {plan['gpus']:,} GPUs")
+    print(f"whole bill   {say_hours(plan['gpu_hours_with_overhead'])} {gpu}-hours, {plan['overhead']:.0%} more for "
+          "ablations, restarts and evaluations")
+    if plan["usd"]:
+        print("money        {:,.0f} to {:,.0f} USD the run, ".format(*plan["usd"])
+              + "{:,.0f} to {:,.0f} USD the whole bill".format(*plan["usd_with_overhead"]))
+    print(f"loss         {plan['loss']:.3f} nats a token ({plan['law']})\n")
+    print(f"{'budget':>8}{'parameters':>13}{'tokens':>10}{'loss':>8}{'worse by':>10}")
+    for row in rows:
+        print(f"{row['share']:8.3g}{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss']:8.3f}"
+              f"{row['loss'] - rows[0]['loss']:10.3f}")
+    print("\nA smaller model trained longer, at the same compute, beside the optimum:")
+    print(f"{'smaller':>8}{'parameters':>13}{'tokens':>10}{'worse by':>18}{'inference saved':>17}{'compute to match':>18}")
+    for row in smaller:
+        match = f"{row['compute_to_match']:.2f} times" if row["compute_to_match"] < 1e3 else "never"
+        print(f"{row['k']:7g}x{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss_penalty']:18.3f}"
+              f"{row['inference_saving']:17.0%}{match:>18}")
+
+
+def pyplot_or_error():
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib, or leave out --picture") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def draw_sizes(law: LossLaw, plan: dict, path: str) -> None:
+    """Loss against size at equal compute, for the plan's compute and three halvings of it."""
+    pyplot = pyplot_or_error()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for i in range(4):
+        compute = plan["flops"] / 2**i
+        best = law.optimum(compute)[0]
+        sizes = np.geomspace(best / 8, best * 8, 100)
+        axes.plot(sizes, [law.loss(n, compute / 6 / n) for n in sizes], label=f"{compute:.2g} FLOPs")
+        axes.plot(best, law.loss(best, compute / 6 / best), "k.")
+    axes.plot(plan["flops"] / 6 / plan["tokens"], plan["loss"], "r*", ms=12, label="the plan")
+    axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss", title=f"Loss at equal compute ({law.source})")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"\nThe curves are in {path}", file=sys.stderr)
+
+
+# ---- a plan for this machine ----------------------------------------------------------------------------------
+
+
+def quick_speed(config: ModelConfig, machine: Machine, rows: int, seconds: float = 0.5) -> float:
+    """Tokens/s of full training steps, document masks on."""
+    with torch.random.fork_rng(devices=[]):
+        model = GPT(config).to(machine.device)
+    model.compute_dtype = machine.dtype
+    context = config.max_position_embeddings
+    tokens = torch.zeros(rows, context, dtype=torch.int64, device=machine.device)
+    starts = torch.arange(0, rows * context + 1, max(1, context // 2), dtype=torch.int32, device=machine.device)
+    return measure_speed(model, tokens, starts, seconds, schedule.build_optimizer(model, 1e-4))
+
+
+def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens: float = 0, vocab_size: int = 8192) -> dict:
+    """What this machine should train in so many minutes: the size of the family with the lowest loss by LAPTOP_LAW for
+    the tokens that it is measured to read in that time. Batch and rate: the laptop recipe's, which were found by
+    measuring, moved along DeepSeek's exponents."""
+    context, anchor, seconds = PRESETS["laptop"].max_position_embeddings, training_flops(1_836_160, 2.7e6), 60 * minutes
+    room = torch.cuda.mem_get_info()[0] if machine.device == "cuda" else host_memory()
+
+    def attempt(config: ModelConfig) -> dict | None:
+        count = count_parameters(config)["active"]
+        if training_memory(config, 16, context, machine.dtype.itemsize, machine.device)["total"] > 0.5 * room:
+            return None
+        speed = quick_speed(config, machine, 16)
+        growth = training_flops(count, speed * seconds) / anchor
+        batch = round_batch(2048 * growth**0.3271, context)
+        return {"config": config, "parameters": count, "tokens_per_second": speed, "tokens": speed * seconds,
+                "loss": LAPTOP_LAW.loss(count, speed * seconds), "batch_tokens": batch,
+                "learning_rate": 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)}
+
+    best = None
+    for width in (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
+        layers = max(4, width // 64)
+        size = vocab_size * width + width + layers * (11.5 * width * width + 2 * width)
+        found = attempt(family(size, vocab_size, context))
+        if found is None or best is not None and found["loss"] > best["loss"] + 0.1:
+            break  # past the optimum, where every larger size is slower and worse
+        best = found if best is None or found["loss"] < best["loss"] else best
+    if best is None or best["tokens"] < 50 * best["batch_tokens"]:
+        raise UserError(f"--minutes {minutes:g} is less than 50 steps of any model here; the nearest possible is --minutes "
+                        f"{max(0.1, 50 * best['batch_tokens'] / best['tokens_per_second'] / 60) if best else 1:.1g}")
+    nearest = (f"the nearest possible in {minutes:g} minutes is {say_number(best['parameters'])} parameters on "
+               f"{say_number(best['tokens'])} tokens")
+    if parameters:
+        seen = machine.peak_flops * seconds / 6 / parameters
+        if seen < parameters:  # not even at full speed
+            raise UserError(f"{say_number(parameters)} parameters would see at most {say_number(seen)} tokens in "
+                            f"{minutes:g} minutes "
+                            f"on this machine, fewer than one a parameter: {nearest}")
+        chosen = attempt(family(parameters, vocab_size, context))
+        if chosen is None or chosen["tokens"] < parameters:
+            raise UserError(f"{say_number(parameters)} parameters are too many for {minutes:g} minutes here: {nearest}")
+        return chosen
+    if tokens:
+        speed_needed = tokens / seconds
+        if speed_needed > best["tokens_per_second"] * 20:
+            raise UserError(f"{say_number(tokens)} tokens in {minutes:g} minutes is {speed_needed:,.0f} a second: {nearest}")
+        chosen = attempt(family(max(SMALLEST, best["parameters"] * best["tokens"] / tokens), vocab_size, context))
+        if chosen is None or not 0.5 < chosen["tokens"] / tokens < 2:
+            raise UserError(f"no size reads {say_number(tokens)} tokens in {minutes:g} minutes here: {nearest}")
+        return chosen
+    return best
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory; 8 GiB where that is not told."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return 8.0 * 2**30
+
+
+def print_machine_plan(found: dict, machine: Machine, minutes: float) -> None:
+    config = found["config"]
+    print(f"machine      {machine.reason}")
+    print(f"model        {found['parameters']:,} parameters: {config.num_hidden_layers} layers, width {config.hidden_size}, "
+          f"vocabulary {config.vocab_size:,}, context {config.max_position_embeddings}")
+    print(f"tokens       {found['tokens']:,.0f} in {minutes:g} minutes at {found['tokens_per_second']:,.0f} tokens/s "
+          "(measured just now)")
+    print(f"batch        {found['batch_tokens']:,} tokens, rate {found['learning_rate']:.2g}: the laptop recipe's, moved by "
+          "DeepSeek's exponents")
+    print(f"loss         {found['loss']:.3f} bits per byte of held-out prose and code ({LAPTOP_LAW.source})")
+    print(f"train it     python train.py --minutes {minutes:g}")
+
+
+# ---- published runs -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Published:
+    """A training run whose GPU-hours are public. Sources: model cards of Llama, TinyLlama's README, SmolLM3's
+    blog post (24 days on 384 GPUs), DeepSeek-V3's report."""
+
+    active: float
+    tokens: float
+    device: str
+    hours: float
+    heads: int  # layers x query heads x head_dim, what attention's FLOPs need; 0: not worked out
+    context: int
+    why: str
+
+
+PUBLISHED = {
+    "Llama-2 7B": Published(6.738e9, 2e12, "A100", 184_320, 32 * 4096, 4096, ""),
+    "Llama-2 70B": Published(68.98e9, 2e12, "A100", 1_720_320, 80 * 8192, 4096, ""),
+    "Llama-3.1 8B": Published(8.030e9, 15e12, "H100", 1.46e6, 32 * 4096, 8192, "an outlier, its cause unpublished"),
+    "Llama-3.1 405B": Published(405.85e9, 15.6e12, "H100", 30.84e6, 126 * 16384, 8192, "large matrices reach more"),
+    "SmolLM3 3B": Published(3.075e9, 11.14e12, "H100", 221_184, 36 * 2048, 4096, "small matrices, 384 GPUs"),
+    "TinyLlama 1.1B": Published(1.100e9, 300e9, "A100", 3456, 22 * 2048, 2048, "16 GPUs: little communication"),
+    "DeepSeek-V3": Published(37e9, 14.8e12, "H800", 2.664e6, 0, 4096, "products in FP8: 17 % of that peak"),
+}
+
+
+def published() -> list[dict]:
+    """For each run and each way of counting: the share of peak that it reached, and the planner's hours over the true
+    ones, with the planner's share for the device (by 6ND)."""
+    rows = []
+    for name, run_ in PUBLISHED.items():
+        attention = 12 * run_.heads * run_.context
+        flops = {"6N": 6 * run_.active * run_.tokens}
+        if run_.heads:
+            flops |= {"full": flops["6N"] + attention * run_.tokens, "causal": flops["6N"] + attention / 2 * run_.tokens}
+        spent = run_.hours * 3600 * PEAK_FLOPS[run_.device]
+        planned = MFU.get(run_.device, MFU["H100"])[0]
+        predicted = {k: f / PEAK_FLOPS[run_.device] / planned / 3600 for k, f in flops.items()}
+        reached = {k: f / spent for k, f in flops.items()}
+        rows.append({"model": name, "device": run_.device, "hours": run_.hours, "mfu": reached,
+                     "planned_mfu": planned, "predicted": predicted,
+                     "why": run_.why})
+    return rows
+
+
+# SmolLM3's GPU-hours (playbook): the main run is booked with 30 days, of which 24 trained.
+SMOLLM3_BILL = {"main run, 384 GPUs x 30 days": 384 * 30 * 24, "pretraining ablations, 192 x 15": 192 * 15 * 24,
+                "mid-training ablations, 192 x 10": 192 * 10 * 24,
+                "restart and debugging, 384 x 3 + 192 x 4": (384 * 3 + 192 * 4) * 24}
+
+
+def print_published() -> None:
+    print(f"{'':16}{'GPU':>6}{'published':>12}   share of peak reached      predicted / published hours")
+    print(f"{'':16}{'':6}{'GPU-hours':>12}{'6N':>8}{'causal':>8}{'full':>8}{'planned':>10}{'6N':>8}{'causal':>8}{'full':>8}")
+    for row in published():
+        shares = "".join(f"{row['mfu'][k]:8.1%}" if k in row["mfu"] else f"{'-':>8}" for k in ("6N", "causal", "full"))
+        ratios = "".join(f"{row['predicted'][k] / row['hours']:8.2f}" if k in row["predicted"] else f"{'-':>8}"
+                         for k in ("6N", "causal", "full"))
+        print(f"{row['model']:16}{row['device']:>6}{row['hours']:12,.0f}{shares}{row['planned_mfu']:10.0%}{ratios}  "
+              f"{row['why']}")
+    print("""
+6N is 6 FLOPs a parameter and token; full and causal add attention's squares or their lower halves. Predicted with the
+planned share, the middle of what such runs reached by 6N: so only the spread of that column says anything, 21 % at most
+but for the outlier. The other two columns show what such a share is off if the FLOPs are counted another way.
+""")
+    total, main_run = sum(SMOLLM3_BILL.values()), next(iter(SMOLLM3_BILL.values()))
+    for name, hours in SMOLLM3_BILL.items():
+        print(f"{name:44}{hours:10,} H100-hours")
+    low, high = USD_PER_GPU_HOUR["H100"]
+    print(f"{'SmolLM3, the whole bill':44}{total:10,} H100-hours = {total * low / 1e6:.2f} to {total * high / 1e6:.2f} "
+          f"million USD; "
+          f"{(total - main_run) / main_run:.0%} on top of the main run")
+
+
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
 def positive(text: str) -> float:
-    if not 0 < (value := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not greater than 0")
+    if not 0 < (value := float(text)) < 1e30:
+        raise argparse.ArgumentTypeError(f"{text} is not greater than 0 and less than 1e30")
     return value
 
 
@@ -203,29 +708,21 @@ def positive_integer(text: str) -> int:
     return int(positive(str(int(text))))
 
 
-def plan(config: ModelConfig, tokens: float, gpus: int, mfu: float, context: int) -> None:
-    count = count_parameters(config)
-    total = 6 * count["active"] * tokens
-    hours = total / (PEAK_FLOPS["H100"] * mfu * 3600)
-    memory = training_memory(config, 1, context)
-    print(f"parameters   {count['total']:,} ({count['non_embedding']:,} without embeddings)")
-    print(f"FLOPs        6ND = {total:.3g}; a token {flops_per_token(config, context, '6N'):.4g} (6N), "
-          f"{flops_per_token(config, context):.4g} (causal attention at {context:,}), "
-          f"{flops_per_token(config, context, 'full'):.4g} (full)")
-    print("memory       " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in memory.items())
-          + f" (one sequence of {context:,} at a time, unsharded)")
-    print(f"time         {hours:,.0f} H100-hours at {mfu:.0%} of peak by 6ND = {hours / gpus / 24:,.2f} days on {gpus:,} GPUs")
-    print(f"money        {hours * USD_PER_GPU_HOUR[0]:,.0f} to {hours * USD_PER_GPU_HOUR[1]:,.0f} USD "
-          f"({USD_PER_GPU_HOUR[0]} to {USD_PER_GPU_HOUR[1]} USD an hour)")
+def price(text: str) -> tuple[float, float]:
+    """"3" or "2.2-4"."""
+    low, _, high = text.partition("-")
+    low, high = positive(low), positive(high or low)
+    return (min(low, high), max(low, high))
 
 
 def measure(config: ModelConfig, rows: int, context: int, machine: Machine, documents: int, seconds: float) -> None:
+    before = memory_now()
     torch.manual_seed(0)
     model = GPT(config).to(machine.device)
     model.compute_dtype = machine.dtype
     if machine.compile:
         model.compile_blocks()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    optimizer = schedule.build_optimizer(model, 1e-4)
     tokens = torch.randint(config.vocab_size, (rows, context), device=machine.device)
     starts = torch.arange(0, rows * context + 1, context // max(1, documents), dtype=torch.int32, device=machine.device)
     speed = measure_speed(model, tokens, starts if documents else None, seconds, optimizer)
@@ -237,18 +734,82 @@ def measure(config: ModelConfig, rows: int, context: int, machine: Machine, docu
     for counted in ("6N", "causal", "full"):
         used = speed * flops_per_token(config, length, counted)
         print(f"share        {used / machine.peak_flops:6.1%} of peak, counting {counted}")
+    predicted = process_memory(config, rows, context, machine.dtype.itemsize, machine.device, before)
+    if held := peak_memory(machine.device):
+        ratio = predicted / held - 1
+        print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f}: {ratio:+.0%}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    preset = PRESETS.get(args.preset) if args.preset else None
+    if preset and args.parameters:
+        raise UserError(f"{args.preset} has {count_parameters(preset)['total']:,} parameters; leave it or --parameters out")
+    parameters = args.parameters or (float(count_parameters(preset)["active"]) if preset else 0.0)
+    given = [flag for flag, value in (("--parameters", parameters), ("--tokens", args.tokens), ("--budget", args.budget),
+             ("--gpu-hours", args.gpu_hours), ("--days", args.days), ("--minutes", args.minutes)) if value]
+    if not 1 <= len(given) <= 2 and not (len(given) == 3 and "--minutes" not in given):
+        raise UserError("give one or two of --parameters, --tokens, --budget, --gpu-hours, --days with --gpus, --minutes, "
+                        "not " + (", ".join(given) or "none"))
+    for flag, value in (("--parameters", parameters), ("--tokens", args.tokens)):
+        if value and not SMALLEST <= value <= LARGEST * 1e4:
+            raise UserError(f"{flag} {value:g} is not between {SMALLEST:g} and {LARGEST * 1e4:g}")
+    if args.minutes:
+        if wrong := [flag for flag in given if flag not in ("--minutes", "--parameters", "--tokens")]:
+            raise UserError(f"--minutes is this machine's time and {wrong[0]} is rented: give only one of them")
+        machine = find_machine()
+        found = plan_machine(machine, args.minutes, parameters, args.tokens, args.vocab_size or 8192)
+        if args.json:
+            print(json.dumps(found | {"config": asdict(found["config"]), "machine": machine.reason}, indent=1))
+        else:
+            print_machine_plan(found, machine, args.minutes)
+        return
+    mfu = MFU.get(args.device, MFU["H100"])
+    mfu = tuple(args.mfu * share / mfu[0] for share in mfu) if args.mfu else mfu
+    hardware = Hardware(args.device, args.gpus, mfu,
+                        args.price or USD_PER_GPU_HOUR.get(args.device), args.overhead)
+    law = {"besiroglu": CHINCHILLA, "hoffmann": HOFFMANN}[args.law]
+    size, tokens = derive(hardware, law, parameters, args.tokens, args.budget, args.gpu_hours, args.days)
+    if not SMALLEST <= size <= LARGEST:
+        raise UserError(f"that would be {say_number(size)} parameters; plans go from {say_number(SMALLEST)} to "
+                        f"{say_number(LARGEST)}")
+    keep = "tokens" if args.tokens else "compute"
+    found = make_plan(hardware, law, size, tokens, args.context, args.vocab_size, keep, preset)
+    warnings.simplefilter("ignore", Extrapolation)  # said once, for the plan itself
+    fixed = "both" if parameters and args.tokens else "parameters" if parameters else "tokens" if args.tokens else ""
+    rows = halvings(law, found, fixed)
+    smaller = [overtrain(law, found["flops"], k) | {"k": k} for k in (1, 1.5, 2, 3, 4, 8)]
+    if args.picture:
+        draw_sizes(law, found, args.picture)
+    if args.json:
+        print(json.dumps(found | {"halvings": rows, "smaller": smaller}, indent=1).replace("Infinity", "null"))
+    else:
+        print_plan(found, rows, smaller)
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | measure")
-    p = commands.add_parser("plan", help="what a run would cost")
-    p.add_argument("preset", choices=PRESETS, metavar="PRESET", help=", ".join(PRESETS))
-    p.add_argument("--tokens", type=positive, required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | published | measure | fit")
+    p = commands.add_parser("plan", help="what to train: give one or two limits, the rest follows",
+                            description="Give one or two limits; the rest follows.")
+    p.add_argument("preset", nargs="?", choices=PRESETS, metavar="PRESET", help="this model's size: " + ", ".join(PRESETS))
+    p.add_argument("--parameters", type=positive, default=0)
+    p.add_argument("--tokens", type=positive, default=0)
+    p.add_argument("--budget", type=positive, default=0, metavar="USD", help="for all, with overhead, at the dearer price")
+    p.add_argument("--gpu-hours", type=positive, default=0, help="of the main run")
+    p.add_argument("--days", type=positive, default=0, help="of the main run, on --gpus")
+    p.add_argument("--minutes", type=positive, default=0, help="of training on this machine")
     p.add_argument("--gpus", type=positive_integer, default=8)
-    p.add_argument("--mfu", type=positive, default=0.3, help="share of an H100's bf16 peak, by 6ND (SmolLM3: 0.26)")
+    p.add_argument("--device", choices=PEAK_FLOPS, default="H100", metavar="GPU", help=", ".join(PEAK_FLOPS))
+    p.add_argument("--price", type=price, metavar="USD", help="of a GPU-hour, such as 3 or 2.2-4 (an H100's default)")
+    p.add_argument("--mfu", type=positive, default=0, help="share of the bf16 peak by 6ND (H100: 0.30; SmolLM3: 0.26)")
+    p.add_argument("--overhead", type=float, default=OVERHEAD, help="of the main run, for ablations and restarts")
     p.add_argument("--context", type=positive_integer, default=4096)
-    p = commands.add_parser("measure", help="this machine's training speed")
+    p.add_argument("--vocab-size", type=positive_integer, default=0, help="default: 128,256 from 1B on, 49,152 from 50M")
+    p.add_argument("--law", choices=("besiroglu", "hoffmann"), default="besiroglu", help="Chinchilla's constants")
+    p.add_argument("--json", action="store_true", help="the plan as JSON on stdout")
+    p.add_argument("--picture", metavar="FILE", help="loss against size at equal compute")
+    commands.add_parser("published", help="predicted against published GPU-hours; SmolLM3's bill")
+    p = commands.add_parser("measure", help="this machine's training speed and memory")
     p.add_argument("preset", nargs="?", choices=PRESETS, default="laptop", metavar="PRESET", help=", ".join(PRESETS))
     p.add_argument("--rows", type=positive_integer, default=16, help="sequences at a time")
     p.add_argument("--context", type=positive_integer, default=0, help="default: the preset's, at most 4096")
@@ -257,10 +818,27 @@ def main() -> None:
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     p.add_argument("--compile", default="auto", choices=("auto", "true", "false"))
+    p = commands.add_parser("fit", help="train a ladder of sizes, fit the loss law, foretell the largest")
+    p.add_argument("--tokens", type=positive, default=4e5, help="of every full rung of the ladder")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     args = parser.parse_args()
-    config = PRESETS[args.preset]
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if args.command == "plan":
-        return plan(config, args.tokens, args.gpus, args.mfu, args.context)
+        if not 0 <= args.overhead <= 100:
+            raise UserError(f"--overhead {args.overhead} is not between 0 and 100")
+        if args.mfu > 1:
+            raise UserError(f"--mfu {args.mfu:g} is more than the whole peak; give a share such as 0.3")
+        return plan(args)
+    if args.command == "published":
+        return print_published()
+    if args.command == "fit":
+        if args.tokens < 5e4:
+            raise UserError(f"--tokens {args.tokens:g} is too short to learn from; give at least 50000")
+        import ablate  # here, because what runs trainings imports this file
+
+        return ablate.fit_ladder(args.tokens, args.device, args.dtype)
+    config = PRESETS[args.preset]
     context = args.context or min(config.max_position_embeddings, 4096)
     if args.documents < 0 or args.documents and context % args.documents:
         raise UserError(f"--documents {args.documents} does not divide the context of {context} tokens")

@@ -5,6 +5,7 @@ whose decay is the last fifth, AdamW, clipping, a global batch in tokens. Withou
 and token files from the Python installation, trains on them for a few minutes and writes runs/laptop.
 
     python train.py                                     # the laptop recipe, from nothing to a sample
+    python train.py --minutes 5                         # the model that `cost.py plan --minutes 5` finds for this machine
     python train.py laptop --data data/mine --tokens 2e6
     python train.py smollm2-135m --data data/fineweb
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same, on eight GPUs
@@ -57,6 +58,8 @@ class Recipe:
     tokens: float = 0  # how long to train; 0: what the stages add up to; otherwise they shrink or grow in proportion
     batch_tokens: int = 8192  # global batch, in tokens
     micro_batch: int = 0  # sequences a process computes at once; 0: as many as fit
+    batch_doublings: str = ""  # steps at which the batch doubles and the rate grows by sqrt(2), such as 500,2000
+    optimizer: str = "adamw"  # adamw, or muon for the hidden matrices
     learning_rate: float = 3e-3  # at its peak
     schedule: str = "wsd"  # wsd, cosine or multistep
     warmup_steps: int = 50  # steps until the peak rate
@@ -73,6 +76,7 @@ class Recipe:
     document_mask: bool = True  # attention stays inside each document
     eval_every: int = 100  # steps between evaluations, each with a sample
     eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
+    noise_every: int = 0  # steps between measurements of the gradient noise scale; 0: none
     save_every: int = 500  # steps between checkpoints; the last two are kept
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: the start of a held-out document
     start: str = ""  # a run or checkpoint whose weights and moments a new run begins with
@@ -82,20 +86,27 @@ class Recipe:
     compile: str = "auto"  # true or false: torch.compile of every block
 
     def __post_init__(self):
-        for name, allowed in (("schedule", schedule_.SCHEDULES), ("decay_shape", schedule_.DECAYS),
-                              ("packing", data_.PACKINGS), ("device", DEVICES),
+        for name, allowed in (("optimizer", schedule_.OPTIMIZERS), ("schedule", schedule_.SCHEDULES),
+                              ("decay_shape", schedule_.DECAYS), ("packing", data_.PACKINGS), ("device", DEVICES),
                               ("dtype", DTYPES), ("compile", ("auto", "true", "false"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)} is not one of {', '.join(allowed)}")
         for name, least, most in (
                 ("tokens", 0, 1e18), ("batch_tokens", 1, 1e12), ("micro_batch", 0, 1e9), ("learning_rate", 1e-12, 1e30),
                 ("warmup_steps", 0, 1e12), ("decay_share", -1, 1), ("final_share", 0, 1), ("weight_decay", 0, 1e6),
-                ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("z_loss", 0, 1e6), ("eval_every", 1, 1e18),
-                ("eval_tokens", 1, 1e18), ("save_every", 1, 1e18), ("seed", 0, 2**63 - 1)):
+                ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("z_loss", 0, 1e6),
+                ("eval_every", 1, 1e18), ("eval_tokens", 1, 1e18), ("noise_every", 0, 1e18), ("save_every", 1, 1e18),
+                ("seed", 0, 2**63 - 1)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
         if -1 < self.decay_share < 0:
             raise UserError(f"--decay_share {self.decay_share} is neither a share of the steps nor -1, the last stage")
+        if not all(part.strip().isdecimal() for part in self.batch_doublings.split(",") if self.batch_doublings):
+            raise UserError(f"--batch_doublings {self.batch_doublings} is not a list of steps such as 500,2000")
+
+    def doublings(self) -> list[int]:
+        """The steps of batch_doublings."""
+        return [int(part) for part in self.batch_doublings.split(",") if part]
 
 
 # Smallest first. The laptop's stages are the first three of SmolLM3 in miniature: code and math take over from prose, and
@@ -108,7 +119,7 @@ RECIPES = {
             Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
             Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
         ),
-        batch_tokens=2048, learning_rate=3e-3, decay_share=-1, eval_every=200),
+        batch_tokens=2048, learning_rate=3e-3, decay_share=-1, eval_every=200, noise_every=10),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
         model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
         stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000, weight_decay=0.01,
@@ -359,10 +370,9 @@ def micro_batch_rows(recipe: Recipe, world: World, device: str) -> int:
             raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a process; the "
                             f"nearest that do are {' and '.join(map(str, sorted(nearest)))}")
         return recipe.micro_batch
-    room = 0.6 * torch.cuda.mem_get_info()[0] if device == "cuda" else 2**30
-    fixed, one = (cost.training_memory(recipe.model, n, context)["total"] for n in (0, 1))
-    fit = max(1, int((room - (fixed if device == "cuda" else 0)) / (one - fixed)))
-    return max(n for n in range(1, rows + 1) if rows % n == 0 and n <= fit)
+    room, part = (0.6 * torch.cuda.mem_get_info()[0], "total") if device == "cuda" else (2**30, "activations")
+    fit = (n for n in range(1, rows + 1) if rows % n == 0 and cost.training_memory(recipe.model, n, context)[part] <= room)
+    return max(fit, default=1)
 
 
 def load_data(recipe: Recipe, leader: bool) -> tuple[Tokenizer, list[dict[str, Split]]]:
@@ -401,7 +411,8 @@ def print_plan(recipe: Recipe, curriculum: Curriculum, world: World, rows: int, 
           f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} query and "
           f"{config.num_key_value_heads} KV heads, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings}")
     print(f"batch     {recipe.batch_tokens:,} tokens = {rows} sequences x {world.size} process(es) x {accumulation} "
-          f"micro-batch(es); AdamW at {recipe.learning_rate:g}, {recipe.schedule}, warmup {recipe.warmup_steps} steps")
+          f"micro-batch(es); {recipe.optimizer} at {recipe.learning_rate:g}, {recipe.schedule}, warmup {recipe.warmup_steps}"
+          " steps")
     begin = 0
     for stage, end, shares in zip(curriculum.stages, curriculum.ends, curriculum.shares):
         mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(curriculum.sources, shares) if share)
@@ -440,6 +451,7 @@ class Job:
     parallel: torch.nn.Module  # the model, or what averages its gradients over the processes
     optimizer: torch.optim.Optimizer
     first: int  # steps done before, when a run is resumed
+    memory: float  # bytes that training is predicted to need at its peak
 
 
 def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
@@ -465,6 +477,8 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
 
+    memory = cost.process_memory(recipe.model, rows, context, machine.dtype.itemsize, machine.device, cost.memory_now(),
+                                 accumulates=curriculum.rows > rows * world.size)
     torch.manual_seed(recipe.seed)
     model, first = GPT(recipe.model), 0
     model.compute_dtype = machine.dtype
@@ -474,7 +488,7 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
         model.load_state_dict(torch.load(begun / "model.pt", map_location="cpu", weights_only=True))
     model.to(machine.device)
     optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
-                                          (recipe.beta1, recipe.beta2), recipe.eps)
+                                          (recipe.beta1, recipe.beta2), recipe.eps, recipe.optimizer)
     if begun:
         optimizer.load_state_dict(torch.load(begun / "optimizer.pt", map_location="cpu", weights_only=True))
     if machine.compile:
@@ -483,8 +497,10 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     inputs, _, cu_seqlens = to_device(loader.make(0, 0, rows), machine.device)
     speed = cost.measure_speed(model, inputs, cu_seqlens if recipe.document_mask else None)
     print_plan(recipe, curriculum, world, rows, speed * world.size)
+    print(f"memory    {memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    return Job(recipe, world, machine, tokenizer, sources, curriculum, loader, rows, model, parallel, optimizer, first)
+    return Job(recipe, world, machine, tokenizer, sources, curriculum, loader, rows, model, parallel, optimizer, first,
+               memory)
 
 
 def starting_point(start: str) -> Path:
@@ -496,8 +512,9 @@ def starting_point(start: str) -> Path:
 
 
 def learning_rate(recipe: Recipe, curriculum: Curriculum, step: int) -> float:
-    """The rate at a step: that of the run's schedule, which ends with the last stage that has no rate of its own, or the
-    stage's own: warmup, then a cosine to 0 (SmolLM3's long-context stages)."""
+    """The rate of the update that begins at a step: that of the run's schedule, which ends with the last stage that has no
+    rate of its own, times the square root of how much larger the batch is by then; or the stage's own: warmup, then a
+    cosine to 0 (SmolLM3's long-context stages)."""
     ends, number = curriculum.ends, curriculum.stage(step)
     stage, begin = curriculum.stages[number], ends[number - 1] if number else 0
     if stage.learning_rate:
@@ -505,8 +522,9 @@ def learning_rate(recipe: Recipe, curriculum: Curriculum, step: int) -> float:
     last = max(i for i, stage in enumerate(curriculum.stages) if not stage.learning_rate)
     total, before = ends[last], ends[last - 1] if last else 0
     decay = total - before if recipe.decay_share == -1 else round(recipe.decay_share * total)
-    return recipe.learning_rate * schedule_.rate_share(recipe.schedule, step, total, recipe.warmup_steps, decay,
-                                                       recipe.decay_shape, recipe.final_share)
+    share = schedule_.rate_share(recipe.schedule, step, total, recipe.warmup_steps, decay, recipe.decay_shape,
+                                 recipe.final_share)
+    return recipe.learning_rate * share * math.sqrt(schedule_.batch_multiple(step, recipe.doublings()))
 
 
 def enter_stage(job: Job, step: int) -> None:
@@ -524,32 +542,41 @@ def enter_stage(job: Job, step: int) -> None:
         job.model.config = config
 
 
-def training_step(job: Job, step: int) -> tuple[float, float, float]:
-    """One update. Returns the mean loss in nats a token and the gradient norm, of the global batch, and the rate.
+def training_step(job: Job, step: int, rate: float, steps: int = 1,
+                  measure_noise: bool = False) -> tuple[float, float, tuple[float, float] | None]:
+    """One update from the batches of `steps` steps, `step` and those after it. Returns the mean loss in nats a token
+    and the gradient norm, of all of them, and the (|G|^2, tr(S)) of `NoiseScale.split` in tokens, None unless measured.
 
-    Raises UserError before the update, in every process, if one of them is not finite.
+    The small batch of the noise scale is each process's first micro-batch, before any averaging; one that is alone is
+    cut in two. Raises UserError before the update, in every process, if loss or norm is not finite.
     """
     recipe, world, device = job.recipe, job.world, job.machine.device
-    rate = learning_rate(recipe, job.curriculum, step)
     for group in job.optimizer.param_groups:
         group["lr"] = rate
-    accumulation = recipe.batch_tokens // job.model.config.max_position_embeddings // (job.rows * world.size)
-    loss = torch.zeros((), device=device)
-    for micro in range(accumulation):
-        def wanted(step: int, micro: int) -> tuple[int, int, int]:
-            return step, (micro * world.size + world.rank) * job.rows, job.rows
-
-        following = wanted(step, micro + 1) if micro + 1 < accumulation else wanted(step + 1, 0)
-        tokens, targets, cu_seqlens = job.loader.get(wanted(step, micro), following)
-        synchronize = world.size == 1 or micro == accumulation - 1
+    context, turn = job.model.config.max_position_embeddings, world.size * job.rows
+    pieces = [(at, first + world.rank * job.rows, job.rows) for at in range(step, step + steps)
+              for first in range(0, recipe.batch_tokens // context, turn)]
+    if measure_noise and len(pieces) == 1 and job.rows > 1:
+        at, first, count = pieces[0]
+        pieces = [(at, first, count // 2), (at, first + count // 2, count - count // 2)]
+    ahead = [*pieces[1:], (step + steps, world.rank * job.rows, job.rows)]  # what will be asked for next
+    loss, batch_tokens, noise = torch.zeros((), device=device), steps * recipe.batch_tokens, None
+    for number, ((at, first, count), following) in enumerate(zip(pieces, ahead)):
+        tokens, targets, cu_seqlens = job.loader.get((at, first, count), following)
+        synchronize = world.size == 1 or number == len(pieces) - 1
         with contextlib.nullcontext() if synchronize else job.parallel.no_sync():
             logits = job.parallel(tokens, cu_seqlens if recipe.document_mask else None)
-            part = cross_entropy(logits, targets) / recipe.batch_tokens  # a share of the global batch's mean
-            extra = job.model.routing_loss() / (accumulation * world.size)
+            part = cross_entropy(logits, targets) / batch_tokens  # a share of the global batch's mean
+            extra = job.model.routing_loss() / (len(pieces) * world.size)
             if recipe.z_loss:
-                extra = extra + recipe.z_loss * z_loss(logits, targets) / recipe.batch_tokens
+                extra = extra + recipe.z_loss * z_loss(logits, targets) / batch_tokens
+            del logits  # so that their memory is free in the backward pass, which keeps what it needs
             ((part + extra) * world.size).backward()  # because DDP divides by the number of processes
         loss += part.detach()
+        if measure_noise and number == 0 and len(pieces) > 1:
+            square = sum(p.grad.square().sum() for p in job.model.parameters() if p.grad is not None).item()
+            small = count * context
+            noise = world.sum(square, device=device)[0] / world.size * (batch_tokens / small / world.size) ** 2, small
     norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), recipe.clip).item()
     mean = world.sum(loss.item(), device=device)[0]
     if not (math.isfinite(mean) and math.isfinite(norm)):
@@ -559,7 +586,7 @@ def training_step(job: Job, step: int) -> tuple[float, float, float]:
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     cost.synchronize(device)
-    return mean, norm, rate
+    return mean, norm, noise and schedule_.NoiseScale.split(noise[0], norm**2, noise[1], batch_tokens)
 
 
 def evaluate(job: Job, log: Log, step: int, last: bool, train_seconds: float) -> dict[str, float]:
@@ -613,11 +640,25 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
                mininterval=0.5 if sys.stderr.isatty() else 10,
                bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
     scores, seconds = {}, log.train_seconds() if leader else 0.0
+    noise_scale = schedule_.NoiseScale()
+    for entry in log.entries if leader else ():
+        if "grad_noise" in entry:
+            noise_scale.add(entry["grad_signal"], entry["grad_noise"])
+    step = job.first
     with noted_signals() as noted, contextlib.closing(bar):
-        for step in range(job.first + 1, curriculum.steps + 1):
-            started = time.perf_counter()
-            enter_stage(job, step - 1)
-            loss, norm, rate = training_step(job, step - 1)
+        while step < curriculum.steps:
+            started, begin = time.perf_counter(), step
+            enter_stage(job, begin)
+            changes = [end for end, a, b in zip(curriculum.ends, curriculum.contexts, curriculum.contexts[1:]) if a != b]
+            step = min([begin + schedule_.batch_multiple(begin, recipe.doublings()), curriculum.steps,
+                        *(end for end in changes if end > begin)])  # no update has sequences of two contexts
+            rate = learning_rate(recipe, curriculum, begin)
+
+            def due(every: int) -> bool:
+                return step // every > begin // every  # an update can cover several steps
+
+            measured = recipe.noise_every > 0 and due(recipe.noise_every)
+            loss, norm, noise = training_step(job, begin, rate, step - begin, measured)
             uneven = job.model.balance_experts()
             elapsed = time.perf_counter() - started
             seconds += elapsed
@@ -627,21 +668,28 @@ def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, f
                 if stop:
                     break
                 continue
-            speed, stage = recipe.batch_tokens / elapsed, curriculum.stages[curriculum.stage(step - 1)].name
+            batch_tokens = (step - begin) * recipe.batch_tokens
+            speed, stage = batch_tokens / elapsed, curriculum.stages[curriculum.stage(begin)].name
             share = speed * flops / job.machine.peak_flops / world.size
-            balance = {"expert_load": uneven} if uneven else {}  # per MoE layer, the fullest expert's over the mean
-            log.write(step=step, tokens=step * recipe.batch_tokens, loss=loss, lr=rate, grad_norm=norm, stage=stage,
-                      tokens_per_second=speed, share_of_peak=share, train_seconds=seconds, **balance)
+            more = {"expert_load": uneven} if uneven else {}  # per MoE layer, the fullest expert's over the mean
+            if noise is not None:
+                more |= {"grad_signal": noise[0], "grad_noise": noise[1], "noise_scale_tokens": noise_scale.add(*noise)}
+            log.write(step=step, tokens=step * recipe.batch_tokens, batch_tokens=batch_tokens, loss=loss, lr=rate,
+                      grad_norm=norm, stage=stage, tokens_per_second=speed, share_of_peak=share, train_seconds=seconds,
+                      **more)
+            fullest = f" | fullest expert {max(uneven):.1f}x" if uneven else ""
             bar.set_postfix_str(f"{stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | {speed:,.0f} tok/s | "
-                                f"{share:.0%} of peak" + (f" | fullest expert {max(uneven):.1f}x" if uneven else ""), refresh=False)
-            bar.update()
-            if step % recipe.save_every == 0 or step in curriculum.ends or stop:
+                                f"{share:.0%} of peak{fullest}", refresh=False)
+            bar.update(step - begin)
+            if due(recipe.save_every) or any(begin < end <= step for end in curriculum.ends) or stop:
                 save_checkpoint(run_folder, step, job.model, job.optimizer, job.tokenizer, always=tuple(curriculum.ends))
             if stop and not last:
                 raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
                                   f"python train.py --resume {run_folder}")
-            if step % recipe.eval_every == 0 or last or step == 1:
+            if due(recipe.eval_every) or last or begin == 0:
                 scores = evaluate(job, log, step, last, seconds)
+    if held := cost.peak_memory(job.machine.device):
+        print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {job.memory / 2**20:,.0f}")
     if leader and log.draw(run_folder / "loss.png"):
         print(f"The curves are in {run_folder}/loss.png")
     print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')
@@ -715,6 +763,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--anneal", metavar="RUN",
                         help="test --candidate: 40 %% base mixture, 60 %% of it, from this run or checkpoint")
     parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
+    parser.add_argument("--minutes", type=float, metavar="M", help="train for so long: size, batch and rate follow")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
     comments = field_comments(ModelConfig, Recipe)
@@ -726,15 +775,16 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
          for flag, equals, value in words])
     if unknown:
-        flags = [*FLAGS, "resume", "anneal", "candidate", "name", "model"]
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], flags, 1)
+        names = [*FLAGS, "resume", "anneal", "candidate", "minutes", "name", "model"]
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1)
         raise UserError(f"there is no flag {unknown[0]}; "
                         + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
     given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
     if args.resume:
         recipe = read_recipe(Path(args.resume))[0]
         fixed = [f"--{name}" for name in given if name not in RESUMABLE]
-        fixed += [what for what, value in (("--model", args.model), ("--name", args.name), ("a recipe", args.recipe)) if value]
+        others = (("--model", args.model), ("--name", args.name), ("--minutes", args.minutes), ("a recipe", args.recipe))
+        fixed += [what for what, value in others if value]
         if fixed:
             raise UserError(f"a resumed run cannot change {' or '.join(fixed)}; leave it out or start a new run")
     elif args.anneal:
@@ -748,14 +798,36 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
             near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
             raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
         recipe = RECIPES[args.recipe]
+    if args.minutes is not None:
+        planned = {"tokens", "batch_tokens", "learning_rate", "warmup_steps", *ModelConfig.__dataclass_fields__}
+        if wrong := [f"--{name}" for name in given if name in planned] + ["--model"] * bool(args.model):
+            raise UserError(f"--minutes decides {wrong[0]}; leave one of them out")
+        if not 0 < args.minutes <= 1e6 or args.recipe != "laptop" or "RANK" in os.environ:
+            raise UserError("--minutes takes more than 0 minutes, at most 1000000, of the laptop recipe in one process; for "
+                            "others "
+                            "see `python cost.py plan`")
     model = PRESETS[args.model] if args.model else recipe.model
     if sizes := {name: given.pop(name) for name in list(given) if name in ModelConfig.__dataclass_fields__}:
         model = model.change(**sizes)
     return args, replace(recipe, model=model, **given)
 
 
+def fit_to_minutes(recipe: Recipe, minutes: float) -> Recipe:
+    """The recipe with what `cost.plan_machine` finds for so many minutes on this machine."""
+    machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
+    made = Path(recipe.data.split(",")[0]).exists()
+    vocabulary = Tokenizer.load(data_.find_tokenizer(recipe.data)).vocab_size if made else recipe.model.vocab_size
+    found = cost.plan_machine(machine, minutes, vocab_size=vocabulary)
+    cost.print_machine_plan(found, machine, minutes)
+    steps = max(1, round(found["tokens"] / found["batch_tokens"]))
+    return replace(recipe, model=found["config"], tokens=found["tokens"], batch_tokens=found["batch_tokens"],
+                   learning_rate=found["learning_rate"], warmup_steps=schedule_.suggest_warmup(steps))
+
+
 def main() -> None:
     args, recipe = parse(sys.argv[1:])
+    if args.minutes:
+        recipe = fit_to_minutes(recipe, args.minutes)
     folder = Path(args.resume) if args.resume else new_run_folder(args.name or args.recipe)
     try:
         train(recipe, folder, bool(args.resume))

@@ -1,12 +1,16 @@
 """schedule.py against hand-worked values and torch's optimizer."""
 
 import math
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
+import schedule
 from model import GPT, ModelConfig
-from schedule import build_optimizer, cosine, multistep, parameter_groups, rate_share, warmup, wsd
+from schedule import (CHINCHILLA, HOFFMANN, Extrapolation, NoiseScale, build_optimizer, cosine, multistep, parameter_groups,
+                      rate_share, warmup, wsd)
 
 
 def test_warmup_never_zero_and_ends_at_the_peak():
@@ -54,6 +58,7 @@ def test_every_parameter_in_one_group_and_the_embedding_undecayed(tied):
     assert [id(p) for p in groups["embedding"]["params"]] == [id(model.model.embed_tokens.weight)]
     assert groups["embedding"]["weight_decay"] == 0 and groups["matrix"]["weight_decay"] == 0.1
     assert groups["gain"]["weight_decay"] == 0.1  # SmolLM3 decays its norms
+    assert ("head" in groups) != tied and (tied or groups["head"]["params"][0] is model.lm_head.weight)
     assert all(p.ndim == 1 for p in groups["gain"]["params"])
 
 
@@ -68,3 +73,145 @@ def test_optimizer_step_equals_adamw_by_hand():
         decay = 0 if "embed" in name else 0.5
         expected = before[name] * (1 - 0.01 * decay) - 0.01 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_muon_orthogonalises_hidden_matrices_only():
+    """One step from nothing against the exact polar factor U V^T of the gradient: Moonlight's scale 0.2 sqrt(max(A, B)),
+    decay 0.1, singular values that five Newton-Schulz steps leave between 0.6 and 1.3. The rest moves as AdamW."""
+    model = GPT(ModelConfig(61, 16, 48, 2, 2, 1, tie_word_embeddings=False, qk_norm=True))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(model, 0.01, weight_decay=0.1, name="muon")
+    assert sorted(id(p) for g in optimizer.param_groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    model(torch.randint(61, (2, 8))).square().sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        moved = before[name] * (1 - 0.01 * (0 if "embed" in name else 0.1)) - p.detach()
+        if p.ndim == 2 and "embed" not in name and "lm_head" not in name:
+            update = moved / (0.01 * 0.2 * math.sqrt(max(p.shape)))
+            u, s, vt = torch.linalg.svd(p.grad, full_matrices=False)
+            kept = s > 0.05 * s[0]  # Newton-Schulz does not reach the smallest
+            values = torch.diagonal(u.T @ update @ vt.T)[kept]
+            assert kept.sum() >= 4 and 0.6 < values.min() and values.max() < 1.3, (name, values)
+        else:
+            torch.testing.assert_close(moved, 0.01 * p.grad / (p.grad.abs() + 1e-8), atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_laws_at_published_points():
+    """1B on 45B and SmolLM3: the playbook's sizes worked out by hand (rates, batches in tokens)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for total, parameters, tokens, deepseek, step_law in (
+                (1.236e9, 0.973e9, 45e9, (8.5e-4, 1.51e6), (1.3e-3, 0.70e6)),
+                (3.075e9, 2.812e9, 11.14e12, (3.8e-4, 12.3e6), (3.3e-3, 16e6))):
+            compute = 6 * total * tokens
+            assert schedule.deepseek_rate(compute) == pytest.approx(deepseek[0], rel=0.03)
+            assert schedule.deepseek_batch(compute) == pytest.approx(deepseek[1], rel=0.05)
+            assert schedule.step_law_rate(parameters, tokens) == pytest.approx(step_law[0], rel=0.05)
+            assert schedule.step_law_batch(tokens) == pytest.approx(step_law[1], rel=0.05)
+
+
+def test_larger_batches_want_higher_rates():
+    """Upwards; and the variance of an update, rate^2 / batch, stays. Adam's betas forget per token as before."""
+    assert schedule.scale_rate(1e-3, 4) == 2e-3 and schedule.scale_rate(1e-3, 0.25) == 5e-4
+    rate, beta1, beta2, eps = schedule.scale_adam(4, 1e-3)
+    assert (rate, eps) == (2e-3, 5e-9) and (beta1, beta2) == pytest.approx((0.6, 0.8))
+    assert schedule.decay_timescale(1e-3, 0.1) == pytest.approx(10_000)
+    assert schedule.suggest_warmup(4_720_000) == 2000 and schedule.suggest_warmup(1000) == 40
+
+
+@pytest.mark.parametrize("inside, outside", [
+    (lambda: schedule.deepseek_rate(1e18), lambda: schedule.deepseek_rate(1e23)),
+    (lambda: schedule.deepseek_batch(1e18), lambda: schedule.deepseek_batch(1e13)),
+    (lambda: schedule.step_law_rate(5e8, 1e10), lambda: schedule.step_law_rate(5e8, 1e13)),
+    (lambda: schedule.step_law_rate(5e8, 1e10), lambda: schedule.step_law_rate(5e9, 1e10)),
+    (lambda: schedule.step_law_batch(1e10), lambda: schedule.step_law_batch(1e6)),
+    (lambda: schedule.scale_rate(1e-3, 2), lambda: schedule.scale_rate(1e-3, 100)),
+    (lambda: schedule.scale_adam(4, 1e-3), lambda: schedule.scale_adam(20, 1e-3)),
+    (lambda: schedule.suggest_weight_decay(1e-3, 1e5), lambda: schedule.suggest_weight_decay(1e-3, 100)),
+    (lambda: schedule.suggest_warmup(1000), lambda: schedule.suggest_warmup(20)),
+    (lambda: CHINCHILLA.loss(1e9, 2e10), lambda: CHINCHILLA.loss(1e9, 1e13)),
+])
+def test_laws_warn_outside_their_range_only(inside, outside):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inside()
+    with pytest.warns(Extrapolation, match="holds for"):
+        outside()
+
+
+@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+def test_loss_laws_optima_against_a_brute_force_search():
+    for law in (CHINCHILLA, HOFFMANN):
+        for compute in (1e20, 5.76e23):
+            sizes = np.geomspace(1e6, 1e14, 20_001)
+            best = sizes[np.argmin(law.E + law.A * sizes**-law.alpha + law.B * (compute / 6 / sizes) ** -law.beta)]
+            parameters, tokens = law.optimum(compute)
+            assert parameters == pytest.approx(best, rel=2e-3) and 6 * parameters * tokens == pytest.approx(compute)
+            assert law.tokens_for(parameters) == pytest.approx(tokens)
+            assert law.parameters_for(tokens) == pytest.approx(parameters)
+            reached = law.tokens_to_reach(law.loss(parameters, tokens), parameters / 2)
+            assert law.loss(parameters / 2, reached) == pytest.approx(law.loss(parameters, tokens))
+
+
+def test_twenty_tokens_a_parameter_follow_from_besiroglu_alone():
+    def ratio(law, compute):
+        parameters, tokens = law.optimum(compute)
+        return tokens / parameters
+
+    assert (ratio(CHINCHILLA, 1e20), ratio(CHINCHILLA, 5.76e23)) == pytest.approx((22.9, 18.4), rel=0.01)
+    assert (ratio(HOFFMANN, 1e20), ratio(HOFFMANN, 5.76e23)) == pytest.approx((40, 93), rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+def test_overtraining_costs_loss_and_saves_inference():
+    rows = [schedule.overtrain(CHINCHILLA, 1e21, k) for k in (1, 2, 4)]
+    assert rows[0]["loss_penalty"] == 0 and rows[0]["compute_to_match"] == pytest.approx(1)
+    assert 0 < rows[1]["loss_penalty"] < rows[2]["loss_penalty"] and rows[2]["inference_saving"] == 0.75
+    assert rows[1]["parameters"] * rows[1]["tokens"] == pytest.approx(rows[0]["parameters"] * rows[0]["tokens"])
+    spent = 6 * rows[1]["parameters"] * rows[1]["tokens"] * rows[1]["compute_to_match"]
+    optimum = CHINCHILLA.loss(*CHINCHILLA.optimum(1e21))
+    assert CHINCHILLA.loss(rows[1]["parameters"], spent / 6 / rows[1]["parameters"]) == pytest.approx(optimum)
+
+
+def test_fit_finds_a_known_law():
+    law = schedule.LossLaw("", 1.5, 100, 400, 0.5, 0.4)
+    points = [(n, d, law.E + law.A * n**-law.alpha + law.B * d**-law.beta) for n in (1e5, 3e5, 1e6) for d in (1e6, 2e6, 4e6)]
+    found = schedule.fit_law(points)
+    assert (found.alpha, found.beta) == pytest.approx((0.5, 0.4)) and found.E == pytest.approx(1.5, rel=1e-3)
+
+
+def test_noise_scale_of_a_linear_regression():
+    """y = x w + noise, x normal, at distance e from the true weights: an example's gradient x (x e - noise) has mean e and
+    covariance of trace (d + 1) |e|^2 + d sigma^2, so the noise scale is known. Estimated within 15 % from 400 pairs of
+    batches."""
+    d, sigma, small, large, rng = 20, 3.0, 8, 64, np.random.default_rng(0)
+    e = rng.normal(size=d)
+    truth = ((d + 1) * (e @ e) + d * sigma**2) / (e @ e)
+    scale = NoiseScale(0.995)
+    for _ in range(400):
+        x = rng.normal(size=(large, d))
+        gradients = x * (x @ e - sigma * rng.normal(size=large))[:, None]
+        squares = [float(np.sum(gradients[:n].mean(0) ** 2)) for n in (small, large)]
+        estimate = scale.add(*NoiseScale.split(*squares, small, large))
+    assert estimate == pytest.approx(truth, rel=0.15)
+
+
+def test_critical_multiple_by_hand():
+    assert schedule.critical_multiple({1: 2.0, 2: 2.005, 4: 2.02, 8: 2.0}, 0.01) == 2  # 8 comes after a failure
+    assert schedule.critical_multiple({1: 2.0, 2: 1.98, 4: 1.995}, 0.01) == 2  # within epsilon of the best smaller one
+    assert schedule.critical_multiple({1: 2.0, 2: 1.9, 4: 1.9}, 0.01) == 4
+
+
+def test_batch_multiple_doubles_at_each_step_given():
+    assert [schedule.batch_multiple(s, [2, 5]) for s in range(7)] == [1, 1, 2, 2, 2, 4, 4]
+    assert schedule.batch_multiple(10**9, []) == 1
+
+
+def test_range_test_finds_the_valley():
+    """A loss that falls fastest at 1e-3 and turns at 1e-1."""
+    rates = [schedule.range_test_rate(i, 200, 1e-5, 1.0) for i in range(200)]
+    assert rates[0] == 1e-5 and rates[-1] == pytest.approx(1.0)
+    x = np.log10(rates)
+    losses = (8 - 4 / (1 + np.exp(-4 * (x + 3))) + 3 * np.maximum(0, x + 1)).tolist()
+    steepest, tenth = schedule.suggest_rates(rates, losses)
+    assert 5e-4 < steepest < 3e-3 and 0.5e-2 < tenth < 2e-2

@@ -1,0 +1,251 @@
+"""Ablations: short trainings that answer one question before a long one is paid for.
+
+The playbook spent 58 % of SmolLM3's main run on such trainings, each changing one thing on a small budget. Here are
+those that choose the rate, the batch and the size. Every command trains what `train.py` would train, with its flags.
+
+    python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
+    python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at a checkpoint
+    python cost.py fit                                     # a ladder of sizes and its scaling law (`fit_ladder` here)
+
+`branch` (Merrill et al. 2025): from one checkpoint, branches with k times the batch and sqrt(k) times the rate read the
+same text; the largest k whose loss stays within epsilon of all smaller ones is the critical multiple. The optimizer
+starts anew and the rate warms up again, as in the playbook. The critical batch grows during training: ask again later.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cost
+import schedule
+import train
+from model import PRESETS, ModelConfig, ModelError, count_parameters, newest_checkpoint
+from schedule import LossLaw
+from tokenizer import Parser, UserError, run
+
+
+@contextlib.contextmanager
+def quietly():
+    """Without the plans and samples that training prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def stoppable():
+    """A training that a signal has stopped stops what comes after it, too."""
+    try:
+        yield
+    except train.Interrupted as stop:
+        raise KeyboardInterrupt from stop
+
+
+def mean_score(scores: dict[str, float]) -> float:
+    """The mean bits per byte of the sources but generated math, which is learned in a jump that no law describes."""
+    return float(np.mean([score for name, score in scores.items() if name != "math"] or list(scores.values())))
+
+
+# ---- the learning-rate range test -----------------------------------------------------------------------------
+
+
+def lr_range(recipe: train.Recipe, low: float, high: float, steps: int, picture: str) -> tuple[float, float]:
+    """Trains with rates that grow from low to high by equal factors until the loss is a third above its lowest; prints
+    and draws loss against rate. Returns what `schedule.suggest_rates` makes of them."""
+    pyplot = cost.pyplot_or_error() if picture else None
+    with quietly():
+        job = train.set_up(replace(recipe, tokens=steps * recipe.batch_tokens), train.World(), Path("runs/none"), False)
+    rates, losses = [], []
+    for step in tqdm(range(job.curriculum.steps), desc="rate grows", mininterval=0.5 if sys.stderr.isatty() else 10):
+        rate = schedule.range_test_rate(step, job.curriculum.steps, low, high)
+        try:
+            loss = train.training_step(job, step, rate)[0]
+        except UserError:  # not finite: beyond here is nothing
+            break
+        job.model.balance_experts()
+        rates.append(rate)
+        losses.append(loss)
+        smooth = schedule.smoothed(losses)
+        if step > 10 and smooth[-1] > min(smooth) * 4 / 3:
+            break
+    if len(losses) < 10:
+        raise UserError(f"the loss diverged after {len(losses)} steps; begin with a --low below {low:g}")
+    steepest, tenth = schedule.suggest_rates(rates, losses)
+    peak = math.sqrt(steepest * tenth)
+    print(f"{'rate':>10}{'loss':>10}")
+    for i in range(0, len(rates), max(1, len(rates) // 20)):
+        print(f"{rates[i]:10.2e}{smooth[i]:10.3f}")
+    print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the one "
+          f"and a tenth of the other, such as {peak:.1e}"
+          + ("; the loss was still falling: go on with a higher --high" if 10 * tenth > 0.99 * rates[-1] else ""))
+    if pyplot:
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        axes.plot(rates, losses, lw=0.5, color="lightgray")
+        axes.plot(rates, smooth, label="smoothed loss")
+        axes.axvline(peak, color="tab:green", label=f"peak to try {peak:.1e}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats a token", title="Learning-rate range test")
+        axes.legend()
+        figure.savefig(picture, dpi=120)
+        pyplot.close(figure)
+        print(f"The curve is in {picture}")
+    return steepest, tenth
+
+
+# ---- the branch method ----------------------------------------------------------------------------------------
+
+
+def branch(run_folder: Path, multiples: list[int], tokens: float, epsilon: float, batch_tokens: int = 0,
+           warmup_share: float = 0.2) -> dict[int, float]:
+    """Trains a branch for each k from the newest checkpoint of a run; prints and returns their held-out losses in bits
+    per byte. `batch_tokens`: that of k = 1 (0: the run's); its rate is the run's peak, times sqrt of the batches' ratio.
+
+    All branches read the same sequences: those that come next in the run, whose last stage goes on if need be.
+    """
+    recipe = train.read_recipe(run_folder)[0]
+    checkpoint, largest = newest_checkpoint(run_folder), max(multiples)
+    step = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
+    batch = batch_tokens or recipe.batch_tokens
+    rate = schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
+    if tokens < 4 * largest * batch:
+        raise UserError(f"--tokens {tokens:g} are fewer than 4 updates of {largest} x {batch:,}; give {4 * largest * batch}")
+    losses, weights = {}, torch.load(checkpoint / "model.pt", map_location="cpu", weights_only=True)
+    context, begin = recipe.model.max_position_embeddings, step * recipe.batch_tokens
+    if batch % context:
+        raise UserError(f"--batch-tokens {batch} is not a number of sequences of {context}; take "
+                        f"{max(1, batch // context) * context}")
+    last = recipe.stages[-1]  # which goes on for as long as a branch
+    longer = replace(recipe, batch_tokens=batch, batch_doublings="", micro_batch=0, tokens=0,
+                     stages=(*recipe.stages[:-1], replace(last, tokens=last.tokens + tokens + batch)))
+    print(f"{'k':>4}{'batch':>12}{'rate':>10}{'updates':>9}{'held-out bits per byte':>24}")
+    for k in sorted(multiples):
+        with quietly():
+            job = train.set_up(longer, train.World(), Path("runs/none"), False)
+        job.model.load_state_dict(weights)
+        first, updates = round(begin / batch), int(tokens / batch / k)
+        for update in tqdm(range(updates), desc=f"k = {k}", leave=False, mininterval=0.5 if sys.stderr.isatty() else 10):
+            share = schedule.warmup(update, round(warmup_share * updates))  # the same tokens whatever k
+            train.training_step(job, first + update * k, rate * math.sqrt(k) * share, steps=k)
+            job.model.balance_experts()
+        losses[k] = mean_score({s["val"].name: train.bits_per_byte(job, s["val"], recipe.eval_tokens) for s in job.sources})
+        print(f"{k:4}{k * batch:12,}{rate * math.sqrt(k):10.2e}{updates:9,}{losses[k]:24.4f}", flush=True)
+    best = schedule.critical_multiple(losses, epsilon)
+    more = " or more: no branch lost more; add a larger one to --multiples" if best == largest else ""
+    print(f"critical batch size at step {step:,} of {run_folder}: {best * batch:,} tokens (k = {best}, epsilon "
+          f"{epsilon:g}){more}")
+    return losses
+
+
+# ---- a scaling law of your own --------------------------------------------------------------------------------
+
+# (width, share of the tokens); several lengths at two widths, so that the law sees tokens and parameters apart.
+LADDER = [(32, 0.25), (32, 0.5), (64, 0.25), (64, 0.5), (32, 1), (48, 1), (64, 1), (96, 1), (128, 1)]
+HELD_OUT = 192  # the width whose loss the law must foretell
+
+
+def ladder_config(width: int) -> ModelConfig:
+    """The laptop's shape at another width."""
+    return PRESETS["laptop"].change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
+                                    num_attention_heads=max(1, round(width / 64)),
+                                    initializer_range=0.05 * math.sqrt(128 / width))
+
+
+def fit_ladder(tokens: float, device: str, dtype: str) -> tuple[float, float]:
+    """Trains LADDER on the embedded corpus, fits the law, foretells HELD_OUT, trains it, and compares: numbers, law.json
+    and law.png in runs/ladder. Returns (predicted, measured)."""
+    points, lines, started = [], [], time.time()
+
+    def measure(width: int, share: float) -> tuple[float, float, float]:
+        recipe = replace(train.RECIPES["laptop"], model=ladder_config(width), tokens=tokens * share, eval_every=10**9,
+                         save_every=10**9, device=device, dtype=dtype)
+        with quietly(), stoppable():
+            scores = train.train(recipe, train.new_run_folder(f"ladder/width-{width}-{tokens * share:.0f}"))
+        point = (float(count_parameters(recipe.model)["total"]), tokens * share, mean_score(scores))
+        lines.append({"width": width, "parameters": point[0], "tokens": point[1], "loss": point[2]})
+        size, length = (cost.say_number(number) for number in point[:2])
+        print(f"width {width:4}{size:>8} parameters{length:>8} tokens  loss {point[2]:.4f}"
+              f"  ({time.time() - started:.0f} s so far)", flush=True)
+        return point
+
+    for width, share in LADDER:
+        points.append(measure(width, share))
+    try:
+        law = schedule.fit_law(points, "this ladder")
+    except ValueError as error:
+        raise UserError(f"{error}; give the ladder more --tokens") from None
+    parameters = float(count_parameters(ladder_config(HELD_OUT))["total"])
+    predicted = law.loss(parameters, tokens)
+    print(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f} bits a byte")
+    print(f"predicted    {predicted:.4f} for width {HELD_OUT}; training it to see", flush=True)
+    measured = measure(HELD_OUT, 1)[2]
+    print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}")
+    folder = Path("runs/ladder")
+    result = {"law": asdict(law), "runs": lines, "predicted": predicted, "measured": measured}
+    (folder / "law.json").write_text(json.dumps(result, indent=1), "utf-8")
+    with contextlib.suppress(UserError):  # a picture only where matplotlib is
+        draw_law(law, points, (parameters, tokens, measured), folder / "law.png")
+    print(f"In {folder}: law.json, and law.png where matplotlib is installed; {time.time() - started:.0f} s in all")
+    return predicted, measured
+
+
+def draw_law(law: LossLaw, points: list[tuple], held_out: tuple, path: Path) -> None:
+    pyplot = cost.pyplot_or_error()
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    sizes = np.geomspace(min(p[0] for p in points) / 1.3, held_out[0] * 1.3, 60)
+    for tokens in sorted({p[1] for p in points}):
+        curve = [law.E + law.A * n**-law.alpha + law.B * tokens**-law.beta for n in sizes]
+        line, = axes.plot(sizes, curve, label=f"law at {cost.say_number(tokens)} tokens")
+        measured = [(p[0], p[2]) for p in points if p[1] == tokens]
+        axes.plot(*zip(*measured), "o", color=line.get_color())
+    axes.plot(held_out[0], held_out[2], "r*", ms=12, label="held out of the fit")
+    axes.set(xscale="log", xlabel="parameters", ylabel="held-out bits per byte", title="A scaling law on this machine")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------
+
+
+def multiples(text: str) -> list[int]:
+    values = sorted({int(part) for part in text.split(",")})
+    if not values or values[0] != 1 or values[-1] > 2**20:
+        raise argparse.ArgumentTypeError(f"{text} does not begin with 1, such as 1,2,4,8")
+    return values
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="lr-range | branch")
+    p = commands.add_parser("lr-range", help="loss against a rate that grows; takes train.py's recipe and flags too")
+    p.add_argument("--low", type=cost.positive, default=1e-4, help="first rate (default: 1e-4)")
+    p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")
+    p.add_argument("--steps", type=cost.positive_integer, default=200)
+    p.add_argument("--picture", default="", metavar="FILE", help="draw the curve into this file")
+    p = commands.add_parser("branch", help="the critical batch size at a run's newest checkpoint")
+    p.add_argument("run", type=Path, metavar="RUN")
+    p.add_argument("--multiples", type=multiples, default=[1, 2, 4, 8], help="batches to try, in batches of the run")
+    p.add_argument("--tokens", type=cost.positive, default=2e5, help="that each branch reads")
+    p.add_argument("--batch-tokens", type=cost.positive_integer, default=0, help="of k = 1 (default: the run's)")
+    p.add_argument("--epsilon", type=cost.positive, default=0.01, help="bits per byte that a larger batch may lose")
+    args, rest = parser.parse_known_args()
+    if args.command == "branch":
+        if rest:
+            raise UserError(f"there is no flag {rest[0]}; see `python ablate.py branch --help`")
+        branch(args.run, args.multiples, args.tokens, args.epsilon, args.batch_tokens)
+        return
+    if args.low >= args.high:
+        raise UserError(f"--low {args.low:g} is not below --high {args.high:g}; give a range such as --low 1e-4 --high 1")
+    lr_range(train.parse(rest)[1], args.low, args.high, args.steps, args.picture)
+
+
+if __name__ == "__main__":
+    run(main, ModelError)
