@@ -1,6 +1,7 @@
 """cost.py against hand-worked numbers and a count of what torch executes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -79,12 +80,16 @@ def test_activation_memory_against_what_autograd_keeps(config, rows, dtype):
 
 
 def test_process_memory_within_15_percent_of_measured():
-    """The laptop recipe's step in a process of its own: the peak that the kernel reports (predicted 15 % off at most)."""
-    done = subprocess.run([sys.executable, str(ROOT / "cost.py"), "measure", "laptop", "--seconds", "2", "--documents", "4"],
-                          capture_output=True, text=True)
-    found = re.search(r"predicted ([\d,]+) MiB, measured ([\d,]+)", done.stdout)
-    predicted, measured = (int(number.replace(",", "")) for number in found.groups())
-    assert sys.platform != "linux" or predicted == pytest.approx(measured, rel=0.15)
+    """The laptop recipe's step in processes of its own: predicted against the peak that the kernel reports, the median of
+    three, because the holes in glibc's heap differ from run to run (one run in twenty held 1.4 times as much)."""
+    off = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, str(ROOT / "cost.py"), "measure", "laptop", "--seconds", "2", "--documents", "4"],
+                              capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        found = re.search(r"predicted ([\d,]+) MiB, measured ([\d,]+)", done.stdout)
+        predicted, measured = (int(number.replace(",", "")) for number in found.groups())
+        off.append(predicted / measured - 1)
+    assert sys.platform != "linux" or abs(sorted(off)[1]) < 0.15, off
 
 
 @pytest.mark.cuda
