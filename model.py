@@ -60,7 +60,7 @@ class ModelConfig:
     max_position_embeddings: int = 256  # context length trained on, in tokens
     tie_word_embeddings: bool = True  # one matrix for input embedding and output head
     rms_norm_eps: float = 1e-6  # added to the mean square before its root
-    initializer_range: float = 0.02  # standard deviation of every matrix at the start (OLMo 2); 0: 1/sqrt(hidden_size) (SmolLM2)
+    initializer_range: float = 0.02  # deviation of every matrix at the start (OLMo 2); 0: 1/sqrt(hidden_size) (SmolLM2)
     # attention
     layer_types: str = "full"  # full, sliding, chunked or linear, repeated over the layers: "sliding,full" (gpt-oss)
     sliding_window: int = 0  # tokens that a sliding layer sees, itself included
@@ -135,17 +135,20 @@ class ModelConfig:
                         "linear_key_head_dim": self.linear_key_head_dim or head_dim,
                         "linear_value_head_dim": self.linear_value_head_dim or head_dim}
         if self.num_experts:
-            derived["moe_intermediate_size"] = self.moe_intermediate_size or max(1, self.intermediate_size // self.num_experts_per_tok)
+            share = max(1, self.intermediate_size // self.num_experts_per_tok)  # together as wide as the dense MLP
+            derived["moe_intermediate_size"] = self.moe_intermediate_size or share
         for wrong, sentence in (
             (heads % groups, f"num_key_value_heads {groups} must divide num_attention_heads {heads}: take one of "
                              f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
             (not latent and not self.head_dim and self.hidden_size % heads,
              f"hidden_size {self.hidden_size} does not divide by {heads} heads: change one of them or give head_dim"),
             (self.position not in POSITIONS, f"position {self.position} is not one of {', '.join(POSITIONS)}"),
-            (self.scoring_func not in ("softmax", "sigmoid"), f"scoring_func {self.scoring_func} is neither softmax nor sigmoid"),
-            (kinds - set(LAYER_TYPES), f"layer_types {self.layer_types} may hold {', '.join(LAYER_TYPES)}, separated by commas"),
+            (self.scoring_func not in ("softmax", "sigmoid"),
+             f"scoring_func {self.scoring_func} is neither softmax nor sigmoid"),
+            (kinds - set(LAYER_TYPES),
+             f"layer_types {self.layer_types} may hold {', '.join(LAYER_TYPES)}, with commas between"),
             ("sliding" in kinds and not self.sliding_window, "sliding layers need --sliding_window, a number of tokens"),
-            ("chunked" in kinds and not self.attention_chunk_size, "chunked layers need --attention_chunk_size, a number of tokens"),
+            ("chunked" in kinds and not self.attention_chunk_size, "chunked layers need --attention_chunk_size, in tokens"),
             (unusual and ("chunked" in kinds or latent),
              f"position {self.position} goes with neither chunked layers nor kv_lora_rank; take rope"),
             (self.position == "dual_chunk" and ("sliding" in kinds or self.attention_sinks),
@@ -160,15 +163,15 @@ class ModelConfig:
             (self.num_experts % self.n_group or self.topk_group > self.n_group,
              f"n_group {self.n_group} must divide num_experts {self.num_experts} and be at least topk_group"),
             (self.num_experts and self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group,
-             f"num_experts_per_tok {self.num_experts_per_tok} is more than a token may choose from; lower it or raise num_experts"),
+             f"num_experts_per_tok {self.num_experts_per_tok} is more than a token may choose from; raise num_experts"),
         ):
             if wrong:
                 raise ModelError(sentence)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         if self.rotary_dim % 2 or not self.rotary_dim:
-            raise ModelError(f"head_dim {self.head_dim} must be even (the {self.rotary_dim} numbers of it that RoPE turns are), "
-                             "because RoPE turns pairs of numbers")
+            raise ModelError(f"head_dim {self.head_dim} must be even, and the {self.rotary_dim} numbers that RoPE turns of it "
+                             "too, because it turns pairs")
 
     @property
     def rotary_dim(self) -> int:
@@ -200,7 +203,7 @@ _DEEPSEEK = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 6
              "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
              "router_bias_update_rate": 0.001, "tie_word_embeddings": False}
 
-# Published dimensions, after the one that a laptop trains in minutes; tests/test_model.py holds the published parameter counts.
+# Published dimensions, after the one that a laptop trains in minutes; tests hold the published counts.
 PRESETS = {
     "laptop": ModelConfig(8192, 128, 384, 4, 2, 1, max_position_embeddings=128, initializer_range=0.05),
     "llama-2-7b": _llama(32, 4096, 32, 32, 11008, 32000, 1e4, 4096, rms_norm_eps=1e-5, tie_word_embeddings=False),
@@ -447,7 +450,7 @@ def chunk_starts(cu_seqlens: Tensor, tokens: int, chunk: int) -> Tensor:
 
 
 def rope_frequencies(config: ModelConfig, device="cpu") -> Tensor:
-    """RoPE (Su et al. 2021): pair i of R turned numbers turns by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2].
+    """RoPE (Su et al. 2021): pair i of R numbers turns by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2].
 
     `llama3` and `yarn` slow pairs `rope_factor` times that turn seldom in the original context, keep those that turn
     often, and blend between. Llama 3.1 blends by turns, from 1 to 4; YaRN (Peng et al. 2023) by the number of the
@@ -679,7 +682,7 @@ class LatentAttention(nn.Module):
         self.o_proj = Linear(H * self.value, C, config.attention_bias)
 
     def turn(self, x: Tensor, layout: Layout) -> Tensor:
-        """RoPE on x [B, T, heads, qk_rope_head_dim], whose pairs DeepSeek lays side by side: (x[0], x[1]), (x[2], x[3]) ..."""
+        """RoPE on x [B, T, heads, qk_rope_head_dim], whose pairs lie side by side in DeepSeek: (x[0], x[1]) ..."""
         x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
         return apply_rope(x, *layout.rope) if self.uses_rope else x
 
@@ -796,7 +799,7 @@ class GatedDeltaNet(nn.Module):
         documents = layout.documents
         y = F.silu(self.short_convolution(mixed, tail, documents))
         q, k, v = y.split([q.flatten(2).shape[-1], k.flatten(2).shape[-1], v.flatten(2).shape[-1]], -1)
-        q, k = (y.float().reshape(B, T, self.key_heads, 1, -1).expand(-1, -1, -1, self.ratio, -1).flatten(2, 3) for y in (q, k))
+        q, k = (y.float().reshape(B, T, self.key_heads, -1).repeat_interleave(self.ratio, 2) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
         if documents is None:
@@ -923,7 +926,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1)  # [N, C]
         weights, index, scores, logits = self.gate(flat)
-        counts = torch.zeros(scores.shape[-1], device=x.device).index_add(0, index.flatten(), torch.ones_like(weights).flatten())
+        counts = torch.zeros_like(scores[0]).index_add(0, index.flatten(), torch.ones_like(weights).flatten())
         if self.training:
             self.routing = (scores / scores.sum(-1, keepdim=True)).mean(0), counts, logits.logsumexp(-1).square().mean()
         y = self.experts(flat, weights, index, counts)
@@ -1016,7 +1019,8 @@ class GPT(nn.Module):
         rope = documents = chunks = None
         row = torch.arange(start, start + T, device=device)
         positions = row[None]
-        if cu_seqlens is not None and ("linear" in c.layer_types or c.position in ("learned", "alibi", "relative", "dual_chunk")):
+        by_document = "linear" in c.layer_types or c.position in ("learned", "alibi", "relative", "dual_chunk")
+        if cu_seqlens is not None and by_document:
             index = torch.arange(B * T, device=device, dtype=cu_seqlens.dtype)
             documents = torch.searchsorted(cu_seqlens, index, right=True)
             positions, documents = (index - cu_seqlens[documents - 1]).view(B, T), documents.view(B, T)
@@ -1117,8 +1121,9 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 # Only experts differ from Hugging Face's tensors (one each there, stacked here; gpt-oss interleaves gate and up), and
 # two names. Everything is strict both ways: a config that cannot be written and read back unchanged is refused.
 
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-          "head_dim", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "initializer_range", "attention_bias")
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+          "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "initializer_range",
+          "attention_bias")
 _MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 # model_type: (class, fields read and written under our names, {our name: theirs}, what the family implies,
 #              {their field: the values that this file can compute})
@@ -1128,7 +1133,8 @@ FAMILIES = {
               {"use_sliding_window": (False,)}),
     "smollm3": ("SmolLM3ForCausalLM", _SIZES, {}, {"no_rope_layer_interval": 4}, {"use_sliding_window": (False,),
                                                                                  "mlp_bias": (False,)}),
-    "gpt_oss": ("GptOssForCausalLM", (*_SIZES, "num_experts_per_tok", "sliding_window", "swiglu_limit", "router_aux_loss_coef"),
+    "gpt_oss": ("GptOssForCausalLM",
+                (*_SIZES, "num_experts_per_tok", "sliding_window", "swiglu_limit", "router_aux_loss_coef"),
                 {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"},
                 {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "swiglu_limit": 7.0, "head_dim": 64,
                  "layer_types": "sliding,full", "rms_norm_eps": 1e-5, "tie_word_embeddings": False},
@@ -1180,7 +1186,7 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     if position == "yarn":
         whole = rope.get("mscale_all_dim") or 0.0
         if rope.get("attention_factor") or rope.get("mscale") and rope["mscale"] != (whole or 1):
-            raise ModelError("config.json has YaRN with a temperature of its own (mscale, attention_factor), which model.py has not")
+            raise ModelError("config.json has YaRN with its own temperature (mscale, attention_factor), which model.py has not")
         values |= {"yarn_beta_fast": rope.get("beta_fast") or 32.0, "yarn_beta_slow": rope.get("beta_slow") or 1.0,
                    "yarn_truncate": rope.get("truncate", True), "yarn_mscale_all_dim": whole}
     share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
@@ -1213,7 +1219,8 @@ def config_to_hugging_face(config: ModelConfig) -> dict:
     architecture, names, renamed, _, _ = FAMILIES[kind]
     hf = {"model_type": kind, "architectures": [architecture], "hidden_act": "silu", "use_cache": True,
           "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    hf |= {name: getattr(config, name) for name in names} | {theirs: getattr(config, ours) for ours, theirs in renamed.items()}
+    hf |= {name: getattr(config, name) for name in names}
+    hf |= {theirs: getattr(config, ours) for ours, theirs in renamed.items()}
     hf["initializer_range"] = config.initializer_range or config.hidden_size ** -0.5
     rope = {"rope_type": {"rope": "default"}.get(config.position, config.position), "rope_theta": config.rope_theta}
     if config.position in ("llama3", "yarn"):
@@ -1252,7 +1259,8 @@ def _read_back(hf: dict, kind: str) -> ModelConfig:
     try:
         return config_from_hugging_face(hf)
     except ModelError as error:
-        raise ModelError(f"no Hugging Face architecture is {kind} with this config ({error}); keep the run's own checkpoint") from None
+        raise ModelError(f"no Hugging Face architecture is {kind} with this config ({error}); keep the run's own "
+                         "checkpoint") from None
 
 
 def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -1364,10 +1372,12 @@ def _their_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[t
     elif config.swiglu_limit:
         yield name.replace(".mlp.gate.", ".mlp.router."), tensor
     else:
-        yield (name.replace(".mlp.shared_experts.", ".mlp.shared_expert.") if "linear" in config.layer_types else name), tensor
+        qwen = "linear" in config.layer_types
+        yield name.replace(".mlp.shared_experts.", ".mlp.shared_expert.") if qwen else name, tensor
 
 
-CHAT_TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+CHAT_TEMPLATE = ("{% for message in messages %}"
+                 "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
                  "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                     "generation_config.json", "tiktoken.model")
@@ -1415,11 +1425,12 @@ def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path |
         added = json.loads((partial / "tokenizer.json").read_text("utf-8")).get("added_tokens", [])
         ids = {token["content"]: token["id"] for token in added}
         if "<|endoftext|>" in ids:  # ours: the token that opens every document also ends it
-            hf |= {"eos_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"], "pad_token_id": ids.get("<|pad|>")}
+            eos = ids["<|endoftext|>"]
+            hf |= {"eos_token_id": eos, "bos_token_id": eos, "pad_token_id": ids.get("<|pad|>")}
             (partial / "tokenizer_config.json").write_text(json.dumps({
                 "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
-                "add_bos_token": True, "pad_token": "<|pad|>" if "<|pad|>" in ids else None, "model_max_length": hf["max_position_embeddings"],
-                "chat_template": CHAT_TEMPLATE}, indent=1), "utf-8")
+                "add_bos_token": True, "pad_token": "<|pad|>" if "<|pad|>" in ids else None,
+                "model_max_length": hf["max_position_embeddings"], "chat_template": CHAT_TEMPLATE}, indent=1), "utf-8")
     (partial / "config.json").write_text(json.dumps(hf, indent=1), "utf-8")
     checked = _compare_with_transformers(model, partial)
     partial.rename(folder)
@@ -1434,15 +1445,15 @@ def _compare_with_transformers(model: GPT, folder: Path) -> str:
         return "not checked: transformers is not installed (pip install transformers)"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = next(model.parameters()).device
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=next(model.parameters()).dtype).eval().to(device)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, min(64, model.config.max_position_embeddings)), generator=generator)
-    dtype, model.compute_dtype, training = model.compute_dtype, next(model.parameters()).dtype, model.training
-    ours, expected = model.eval()(tokens.to(device)).float(), theirs(tokens.to(device)).logits.float()
+    weights, generator = next(model.parameters()), torch.Generator().manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=weights.dtype).eval().to(weights.device)
+    length = min(64, model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator).to(weights.device)
+    dtype, model.compute_dtype, training = model.compute_dtype, weights.dtype, model.training
+    ours, expected = model.eval()(tokens).float(), theirs(tokens).logits.float()
     model.train(training).compute_dtype = dtype
     worst, scale = (ours - expected).abs().max().item(), expected.abs().max().item()
-    if not worst <= (1e-3 if expected.dtype == torch.float32 == next(model.parameters()).dtype else 5e-2) * max(1.0, scale):
+    if not worst <= (1e-3 if weights.dtype == torch.float32 else 5e-2) * max(1.0, scale):
         raise ModelError(f"transformers {transformers.__version__} gives other logits for {folder} (largest difference "
                          f"{worst:.1e}); please report this")
     return f"transformers {transformers.__version__} loads it; largest difference of a logit {worst:.1e}"

@@ -22,7 +22,7 @@ def main(run: str, source: str) -> None:
     n = trained.config.max_position_embeddings
     split = data.load_source(source, Tokenizer.load(run))["val"]
     starts = [int(s) for s in split.starts]
-    long = [start for start, end in zip(starts, [*starts[1:], len(split.tokens)]) if end - start > 8 * n][:24]
+    long = [start for start, end in zip(starts, starts[1:]) if end - start > 8 * n][:24]
     rows = torch.stack([torch.as_tensor(split.tokens[start:start + 8 * n + 1].astype("int64")) for start in long])
     spans = [(0, n // 2), (n // 2, n), (n, 2 * n), (2 * n, 4 * n), (4 * n, 8 * n)]
     print(f"{len(long)} documents; nats a token at positions " + ", ".join(f"{a}-{b}" for a, b in spans))

@@ -67,7 +67,7 @@ def main() -> None:
     seconds = args.seconds or last["train_seconds"]
     tokenizer = Tokenizer.load(args.run)
     splits = load_source(Path(recipe.data) / "code", tokenizer)
-    text = tokenizer.decode(splits["train"].tokens.tolist()).replace("<|endoftext|>", "\n")
+    text = tokenizer.decode(splits["train"].tokens[:].tolist()).replace("<|endoftext|>", "\n")
     context = recipe.model.max_position_embeddings
     batches = validation_batches(splits["val"], context, 1, recipe.eval_tokens // context, context)
     held_out = "".join(tokenizer.decode(row[row >= 0].tolist()) for b in batches for row in b.targets)
