@@ -81,7 +81,7 @@ def test_activation_memory_against_what_autograd_keeps(config, rows, dtype):
 
 def test_process_memory_within_15_percent_of_measured():
     """The laptop recipe's step in processes of its own: predicted against the peak that the kernel reports, the median of
-    three, because the holes in glibc's heap differ from run to run (one run in twenty held 1.4 times as much)."""
+    three, because the holes in glibc's heap differ from run to run (one of about a dozen held 1.4 times as much)."""
     off = []
     for _ in range(3):
         done = subprocess.run([sys.executable, str(ROOT / "cost.py"), "measure", "laptop", "--seconds", "2", "--documents", "4"],
