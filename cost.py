@@ -53,9 +53,16 @@ def attention_flops_per_token(config: ModelConfig, length: float, counted: str =
     """FLOPs of the scores and the weighted sums for one trained token, forward and backward.
 
     `length`: how long the attended sequence is, the context or, with document masks, `attended_length`. "full" counts
-    the square, 12 L H D T (PaLM, appendix B); "causal" half of it.
+    the square, 12 L H D T (PaLM, appendix B); "causal" half of it. A sliding or chunked layer counts its window or chunk
+    where that is shorter, MLA the mean width of key and value; linear layers, whose cost does not grow, are left out.
     """
-    full = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length
+    width, full = config.head_dim, 0.0
+    if config.kv_lora_rank:
+        width = (config.head_dim + config.v_head_dim) / 2
+    reach = {"full": length, "sliding": min(length, config.sliding_window),
+             "chunked": min(length, config.attention_chunk_size), "linear": 0}
+    for layer in range(config.num_hidden_layers):
+        full += 12 * config.num_attention_heads * width * reach[config.layer_type(layer)]
     return full if counted == "full" else full / 2
 
 

@@ -12,11 +12,13 @@ no limit, hybrids for very long context; everything else in this file is for tho
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
     >>> model = from_pretrained("Qwen3-0.6B")            # a folder in Hugging Face's format, or one of our runs
 
-Only Llama? Read ModelConfig, document_attention, rope_frequencies, Attention, MLP, Block and GPT; skip the rest.
+Only Llama? Read ModelConfig, document_attention, attention, rope_frequencies, Attention, MLP, Block and GPT; skip the rest.
+The second half of the file is weights in and out.
 
 Modules and parameters carry Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so that loading a
-published checkpoint is a strict `load_state_dict`. Parameters stay fp32; `GPT.compute_dtype` sets what the matrix
-products run in. Shapes in comments: B batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value
+published checkpoint is a strict `load_state_dict`. Parameters are fp32 unless `from_pretrained` is told otherwise;
+`GPT.compute_dtype` sets what the matrix products run in.
+Shapes in comments: B batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value
 heads, D head_dim, V vocab_size, E experts, K experts a token, M width of an MLP.
 """
 
@@ -79,7 +81,7 @@ class ModelConfig:
     yarn_beta_fast: float = 32.0  # pairs that turn more often than this in the original context are kept
     yarn_beta_slow: float = 1.0  # pairs that turn less often than this are slowed by rope_factor
     yarn_truncate: bool = True  # round those two borders to whole pairs (gpt-oss: false)
-    yarn_mscale_all_dim: float = 0.0  # YaRN's temperature on the whole head instead of its turned part (DeepSeek: 1)
+    yarn_mscale_all_dim: float = 0.0  # MLA: YaRN's temperature on the whole head, not its turned part (DeepSeek: 1)
     # multi-head latent attention (DeepSeek, Kimi)
     kv_lora_rank: int = 0  # width of the latent that keys and values are made from, and of its cache; 0: no MLA
     q_lora_rank: int = 0  # the same for queries; 0: queries straight from the residual stream
@@ -160,8 +162,11 @@ class ModelConfig:
             (latent and self.v_head_dim > head_dim, f"v_head_dim {self.v_head_dim} must not exceed the {head_dim} of a key"),
             ("linear" in kinds and derived.get("linear_num_value_heads", 0) % derived.get("linear_num_key_heads", 1),
              "linear_num_key_heads must divide linear_num_value_heads"),
-            (self.num_experts % self.n_group or self.topk_group > self.n_group,
-             f"n_group {self.n_group} must divide num_experts {self.num_experts} and be at least topk_group"),
+            (self.num_experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > self.num_experts // 2,
+             f"n_group {self.n_group} must divide num_experts {self.num_experts} into 2 or more and be at least topk_group"),
+            (not 0 < self.partial_rotary_factor <= 1,
+             f"partial_rotary_factor {self.partial_rotary_factor} is no share of a head"),
+            (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim goes with kv_lora_rank (MLA) only; leave it out"),
             (self.num_experts and self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group,
              f"num_experts_per_tok {self.num_experts_per_tok} is more than a token may choose from; raise num_experts"),
         ):
@@ -169,8 +174,8 @@ class ModelConfig:
                 raise ModelError(sentence)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
-        if self.rotary_dim % 2 or not self.rotary_dim:
-            raise ModelError(f"head_dim {self.head_dim} must be even, and the {self.rotary_dim} numbers that RoPE turns of it "
+        if self.position in ("rope", "llama3", "yarn", "dual_chunk") and (self.rotary_dim % 2 or not self.rotary_dim):
+            raise ModelError(f"head_dim {self.head_dim} must be even, and the {self.rotary_dim} that RoPE turns of it "
                              "too, because it turns pairs")
 
     @property
@@ -593,8 +598,9 @@ class RMSNorm(nn.RMSNorm):
             nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight + 1 if self.zero_centered else self.weight
-        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps)
+        if self.zero_centered:  # in fp32, because 1 + a small weight is 1 in bf16
+            return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + 1, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -701,7 +707,10 @@ class LatentAttention(nn.Module):
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(self.heads, -1, self.latent).split([self.nope, self.value], 1)
             q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)
             k = torch.cat((latent[:, :, None], k_rope), -1)  # [B, S, 1, R + Dr]
-            y = attention(q, k, latent[:, :, None], layout, end, scale=scale)  # [B, T, H, R]
+            if T == 1:  # all heads share one key, so they stand as the queries of one head
+                y = F.scaled_dot_product_attention(q, k.transpose(1, 2), latent[:, None], scale=scale)  # [B, 1, H, R]
+            else:
+                y = attention(q, k, latent[:, :, None], layout, end, scale=scale)  # [B, T, H, R]
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
             k_nope, v = self.kv_b_proj(latent).view(B, T, self.heads, -1).split([self.nope, self.value], -1)
@@ -996,10 +1005,10 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         std = config.initializer_range or config.hidden_size ** -0.5
         for name, parameter in self.named_parameters():
-            if parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2 found a plain normal more stable than scaled ones
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith(".bias"):
+            if name.endswith((".bias", "_proj_bias")):
                 nn.init.zeros_(parameter)
+            elif parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2 found a plain normal more stable than scaled ones
+                nn.init.normal_(parameter, std=std)
 
     def compile_blocks(self) -> None:
         """torch.compile, block by block: equal blocks share a graph, and the names of the weights stay."""
@@ -1040,6 +1049,8 @@ class GPT(nn.Module):
         `cache`: the tokens continue what it holds. `last_only`: logits of the last position, [B, 1, V].
         """
         start = cache.length if cache is not None else 0
+        if start and cu_seqlens is not None:
+            raise ModelError("a cache goes on with the last document of each row; leave cu_seqlens out")
         layout = self.layout(tokens, cu_seqlens, start)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
@@ -1119,7 +1130,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 # ---- weights in and out: our checkpoints, and Hugging Face's folders --------------------------------------------
 # Only experts differ from Hugging Face's tensors (one each there, stacked here; gpt-oss interleaves gate and up), and
-# two names. Everything is strict both ways: a config that cannot be written and read back unchanged is refused.
+# two names. Tensors must match exactly both ways; a config that cannot be written and read back unchanged is refused.
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
           "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "initializer_range",
@@ -1153,6 +1164,8 @@ FAMILIES = {
                     "layer_types": "linear,linear,linear,full", "partial_rotary_factor": 0.25,
                     "tie_word_embeddings": False}, {"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}),
 }
+_OPTIONAL = ("head_dim", "num_key_value_heads", "initializer_range", "attention_bias", "q_lora_rank", "router_aux_loss_coef",
+             "tie_word_embeddings")
 _TRAINING = ("initializer_range", "router_aux_loss_coef", "router_bias_update_rate", "router_z_loss_coef")
 
 
@@ -1170,9 +1183,14 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     for key, allowed in {"hidden_act": ("silu", "swish"), **computed}.items():
         if hf.get(key) is not None and hf[key] not in allowed:
             raise ModelError(f"config.json has {key} = {hf[key]}, of which model.py has only {allowed[0]}")
+    for name in names:
+        if hf.get(renamed.get(name, name)) is None and name not in implied and name not in _OPTIONAL:
+            raise ModelError(f"config.json lacks {name}, which a {kind} cannot do without")
     values = implied | {name: hf[name] for name in names if hf.get(name) is not None}
     values |= {ours: hf[theirs] for ours, theirs in renamed.items() if hf.get(theirs) is not None}
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_scaling") or {})
+    rope = {"rope_theta": hf.get("rope_theta")} | (hf.get("rope_parameters") or {}) | (hf.get("rope_scaling") or {})
+    if "rope_scaling" in hf and hf["rope_scaling"]:  # the older name, which people still add to switch YaRN on
+        rope["rope_type"] = hf["rope_scaling"].get("rope_type", hf["rope_scaling"].get("type", "default"))
     position = rope.get("rope_type", rope.get("type", "default"))
     position = {"default": "rope"}.get(position, position)
     if position not in ("rope", "llama3", "yarn"):
@@ -1185,14 +1203,15 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
         raise ModelError("config.json has llama3 RoPE with other borders than 1 and 4 turns, which model.py has not")
     if position == "yarn":
         whole = rope.get("mscale_all_dim") or 0.0
-        if rope.get("attention_factor") or rope.get("mscale") and rope["mscale"] != (whole or 1):
-            raise ModelError("config.json has YaRN with its own temperature (mscale, attention_factor), which model.py has not")
+        if rope.get("attention_factor") or (rope.get("mscale") or 0.0) != whole:
+            raise ModelError("config.json has YaRN with a temperature (mscale, attention_factor) that model.py has not")
         values |= {"yarn_beta_fast": rope.get("beta_fast") or 32.0, "yarn_beta_slow": rope.get("beta_slow") or 1.0,
                    "yarn_truncate": rope.get("truncate", True), "yarn_mscale_all_dim": whole}
     share = rope.get("partial_rotary_factor", hf.get("partial_rotary_factor"))
     values |= {} if share is None or kind == "deepseek_v3" else {"partial_rotary_factor": share}
     if kind == "smollm3":
-        layers = hf.get("no_rope_layers") or [1, 1, 1, 0]
+        every = hf.get("no_rope_layer_interval") or 4
+        layers = hf.get("no_rope_layers") or [1] * (every - 1) + [0]
         pattern = _pattern(layers)
         values["no_rope_layer_interval"] = len(pattern) if 0 in pattern else 0
         if 0 in pattern and pattern != [1] * (len(pattern) - 1) + [0]:
@@ -1205,10 +1224,7 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
         values["num_key_value_heads"] = values["num_attention_heads"]
         values.pop("head_dim", None)
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    try:
-        return ModelConfig(**values)
-    except TypeError as error:
-        raise ModelError(f"config.json is damaged ({error})") from None
+    return ModelConfig(**values)
 
 
 def config_to_hugging_face(config: ModelConfig) -> dict:
@@ -1217,6 +1233,8 @@ def config_to_hugging_face(config: ModelConfig) -> dict:
             else "gpt_oss" if config.attention_sinks else "smollm3" if config.no_rope_layer_interval
             else "qwen3" if config.qk_norm else "llama")
     architecture, names, renamed, _, _ = FAMILIES[kind]
+    if kind in ("deepseek_v3", "gpt_oss", "qwen3_next") and not config.num_experts:
+        raise ModelError(f"no Hugging Face architecture is {kind} with num_experts = 0; keep the run's own checkpoint")
     hf = {"model_type": kind, "architectures": [architecture], "hidden_act": "silu", "use_cache": True,
           "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     hf |= {name: getattr(config, name) for name in names}
@@ -1303,23 +1321,30 @@ def _read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             if name.endswith("_blocks"):
                 name, tensor = name.removesuffix("_blocks"), _mxfp4(tensor, scale)
             else:  # DeepSeek's FP8: one scale for each square of 128 x 128
+                if list(scale.shape) != [-(-size // 128) for size in tensor.shape]:
+                    raise ModelError(f"{folder} has FP8 weights in other blocks than 128 x 128 ({name}); take bf16")
                 scale = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)
                 tensor = tensor.float() * scale[:tensor.shape[0], :tensor.shape[1]]
         yield name, tensor
 
 
 def _load_hugging_face(folder: Path, hf: dict, dtype: torch.dtype) -> GPT:
-    config = config_from_hugging_face(hf)
+    try:
+        config = config_from_hugging_face(hf)
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/config.json is damaged ({type(error).__name__}: {error})") from None
     with torch.device("meta"):
         model = GPT(config)
     expected = model.state_dict()
-    weights: dict[str, Tensor] = {}
+    weights, head = {}, None
     missing = {name: tensor.numel() for name, tensor in expected.items()}  # numbers still to come
     for name, tensor in _read_tensors(folder):
         layer = re.match(r"model\.layers\.(\d+)\.", name)
         if (name.endswith("rotary_emb.inv_freq") or name.startswith("mtp.")
-                or layer and int(layer[1]) >= config.num_hidden_layers  # multi-token prediction, which we do not run
-                or name == "lm_head.weight" and config.tie_word_embeddings):
+                or layer and 0 <= int(layer[1]) - config.num_hidden_layers < (hf.get("num_nextn_predict_layers") or 0)):
+            continue  # multi-token prediction is not run here
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            head = tensor
             continue
         ours, part = name.replace(".mlp.router.", ".mlp.gate.").replace(".mlp.shared_expert.", ".mlp.shared_experts."), ...
         if one := re.fullmatch(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight", name):
@@ -1333,7 +1358,8 @@ def _load_hugging_face(folder: Path, hf: dict, dtype: torch.dtype) -> GPT:
         if ours not in expected:
             raise ModelError(f"{folder} has the tensor {name}, which a {hf['model_type']} of this config has not")
         if ours not in weights:
-            weights[ours] = torch.empty(expected[ours].shape, dtype=dtype)
+            keep = ours.endswith("e_score_correction_bias")  # decides who is chosen: bf16 would choose others
+            weights[ours] = torch.empty(expected[ours].shape, dtype=torch.float32 if keep else dtype)
         try:
             fits = weights[ours][part].shape == tensor.shape
         except IndexError:
@@ -1341,8 +1367,10 @@ def _load_hugging_face(folder: Path, hf: dict, dtype: torch.dtype) -> GPT:
         if not fits:
             raise ModelError(f"{folder} has {name} with shape {list(tensor.shape)}, but config.json asks for "
                              f"{list(expected[ours].shape)} in all")
-        weights[ours][part] = tensor.to(dtype)
+        weights[ours][part] = tensor.to(weights[ours].dtype)
         missing[ours] -= tensor.numel()
+    if head is not None and not torch.equal(head.to(dtype), weights["model.embed_tokens.weight"]):
+        raise ModelError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
     for name, tensor in expected.items():
         if name.endswith("e_score_correction_bias") and missing[name] and config.scoring_func == "softmax":
             weights[name], missing[name] = torch.zeros(tensor.shape), 0
@@ -1350,7 +1378,7 @@ def _load_hugging_face(folder: Path, hf: dict, dtype: torch.dtype) -> GPT:
         raise ModelError(f"{folder} lacks {lacking[0]}" + (f" and {len(lacking) - 1} more" if lacking[1:] else "")
                          + "; download it again")
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(dtype) if dtype != torch.float32 else model
+    return model
 
 
 def _their_tensors(name: str, tensor: Tensor, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -1427,12 +1455,19 @@ def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path |
         if "<|endoftext|>" in ids:  # ours: the token that opens every document also ends it
             eos = ids["<|endoftext|>"]
             hf |= {"eos_token_id": eos, "bos_token_id": eos, "pad_token_id": ids.get("<|pad|>")}
+            stops = [ids[name] for name in ("<|endoftext|>", "<|im_end|>") if name in ids]  # of a text, of a turn
+            generation = {"eos_token_id": stops, "bos_token_id": eos}
+            (partial / "generation_config.json").write_text(json.dumps(generation), "utf-8")
             (partial / "tokenizer_config.json").write_text(json.dumps({
                 "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>",
                 "add_bos_token": True, "pad_token": "<|pad|>" if "<|pad|>" in ids else None,
                 "model_max_length": hf["max_position_embeddings"], "chat_template": CHAT_TEMPLATE}, indent=1), "utf-8")
     (partial / "config.json").write_text(json.dumps(hf, indent=1), "utf-8")
-    checked = _compare_with_transformers(model, partial)
+    try:
+        checked = _compare_with_transformers(model, partial)
+    except ModelError:
+        shutil.rmtree(partial)
+        raise
     partial.rename(folder)
     return checked
 
@@ -1447,7 +1482,7 @@ def _compare_with_transformers(model: GPT, folder: Path) -> str:
     transformers.utils.logging.disable_progress_bar()
     weights, generator = next(model.parameters()), torch.Generator().manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=weights.dtype).eval().to(weights.device)
-    length = min(64, model.config.max_position_embeddings)
+    length = min(200, model.config.max_position_embeddings)  # longer than gpt-oss' window
     tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator).to(weights.device)
     dtype, model.compute_dtype, training = model.compute_dtype, weights.dtype, model.training
     ours, expected = model.eval()(tokens).float(), theirs(tokens).logits.float()
@@ -1508,11 +1543,16 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> G
         check_manifest(folder)
     else:
         folder = newest_checkpoint(folder)
+    try:
+        config = ModelConfig(**_read_config(folder))
+    except TypeError as error:
+        raise ModelError(f"{folder} was written by another version of this project ({error}); train it again") from None
     with torch.device("meta"):
-        model = GPT(ModelConfig(**_read_config(folder)))
+        model = GPT(config)
     weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+    weights = {name: w if name.endswith("e_score_correction_bias") else w.to(dtype) for name, w in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(dtype) if dtype != torch.float32 else model
+    return model
 
 
 def main(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ the whole square; it is the reason why the playbook chooses grouped-query attent
     python sample.py runs/laptop --prompt "def " --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
     python sample.py SmolLM3-3B                        # a downloaded Hugging Face folder: chats if it has a chat template
     python sample.py SmolLM3-3B --chat --prompt "Why is the sky blue?"
+    python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context
 
 `--temperature 0` always takes the likeliest token. top-k keeps the k likeliest tokens; top-p (Holtzman et al. 2020)
 the likeliest that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as the
@@ -55,8 +56,8 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *
              vocab_size: int | None = None) -> Iterator[list[int | None]]:
     """Yields one token id for each of `samples` continuations of the prompt, None for one that has ended.
 
-    Ends after `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids from
-    there on are never drawn (a padded vocabulary has rows that stand for nothing).
+    Ends after `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids
+    from there on are never drawn (a padded vocabulary has rows that stand for nothing).
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -110,6 +111,20 @@ def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]
     return model.to(device), Tokenizer.load(folder)
 
 
+def extended(model: GPT, context: int) -> GPT:
+    """The same weights reading `context` tokens through dual chunk attention, without training."""
+    trained = model.config.max_position_embeddings
+    if model.config.position != "rope":
+        raise UserError(f"--context {context} goes beyond the trained {trained} tokens, which needs plain RoPE, not "
+                        f"{model.config.position}")
+    with torch.device("meta"):
+        longer = GPT(model.config.change(position="dual_chunk", original_max_position_embeddings=trained,
+                                         max_position_embeddings=context)).eval()
+    longer.load_state_dict(model.state_dict(), assign=True)
+    longer.compute_dtype = model.compute_dtype
+    return longer
+
+
 # ---- prompts --------------------------------------------------------------------------------------------------
 
 
@@ -157,13 +172,14 @@ class Prompter:
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """ids of a conversation of {"role", "content"} up to where the assistant speaks; ChatML for our own models.
 
-        A template's control tokens become control tokens; what looks like one in a message stays ordinary text.
+        A template's control tokens become control tokens, and so do the model's own; what looks like one in a message of
+        the user stays ordinary text.
         """
         if self.template is None:
             return [*self.opening, *self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]]
         try:
             from jinja2 import TemplateError
-            from jinja2.ext import loopcontrols
+            from jinja2.ext import Extension, loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise UserError("the chat template of this model needs the package jinja2: pip install jinja2") from None
@@ -173,17 +189,27 @@ class Prompter:
 
         names = list(self.tokenizer.special)
         control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
-        hidden = [{**m, "content": control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", m["content"])}
-                  for m in messages]
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        def hide(text):
+            return control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
+
+        hidden = [{**m, "content": m["content"] if m["role"] == "assistant" else hide(m["content"])} for m in messages]
+        class Generation(Extension):  # {% generation %} marks, for training, what the assistant says
+            tags = {"generation"}
+
+            def parse(self, parser):
+                next(parser.stream)
+                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=[loopcontrols, Generation])
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("time").strftime(form)}
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
             text = environment.from_string(self.template).render(
                 messages=hidden, add_generation_prompt=True, tools=None, bos_token=self.name("bos_token") or "",
                 eos_token=self.name("eos_token") or "", pad_token=self.name("pad_token") or "")
-        except TemplateError as error:
-            raise UserError(f"the model's chat template refuses this conversation ({error})") from None
+        except Exception as error:  # a template is a program, and can fail in every way
+            raise UserError(f"the model's chat template refuses this ({type(error).__name__}: {error})") from None
         ids, start = [], 0
         for found in [*control.finditer(text), None]:
             piece = text[start:found.start() if found else len(text)]
@@ -232,6 +258,8 @@ def main() -> None:
     parser.add_argument("run", nargs="?", help="run folder, checkpoint or Hugging Face folder (default: the newest run)")
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the model's chat format")
+    parser.add_argument("--context", type=int, default=0, help="tokens to read and write, beyond the trained context by "
+                        "dual chunk attention (0: the trained context)")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="how many, drawn at once")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
@@ -246,9 +274,13 @@ def main() -> None:
             raise UserError(f"--{name} {getattr(args, name.replace('-', '_'))} is out of range; see `python sample.py --help`")
     folder = Path(args.run) if args.run else newest_run()
     model, tokenizer = load(folder)
+    if args.context > model.config.max_position_embeddings:
+        model = extended(model, args.context)
     prompter = Prompter(folder, tokenizer)
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
                    stop=prompter.stop, vocab_size=tokenizer.vocab_size)
+    if args.chat and args.samples > 1:
+        raise UserError("a chat has one answer; leave --samples out")
     if args.chat or prompter.template and not args.prompt and args.samples == 1:
         return chat(model, tokenizer, prompter, args.prompt, args.max_tokens, **options)
     prompt = prompter.text(args.prompt)

@@ -473,6 +473,8 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     context = recipe.model.max_position_embeddings
     curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed,
                             recipe.packing, [source["val"] for source in sources])
+    if recipe.model.position == "learned" and max(curriculum.contexts) > context:
+        raise UserError(f"--position learned ends at {context} tokens, but a stage has {max(curriculum.contexts)}; take rope")
     rows = world.agree(micro_batch_rows(recipe, world, machine.device))
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")

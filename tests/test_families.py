@@ -145,7 +145,8 @@ TINY = ModelConfig(61, 32, 24, 2, 2, 1)
 
 @pytest.mark.parametrize("change, sentence", [
     ({"model_type": "mamba"}, "mamba is not one of llama"), ({"hidden_act": "gelu"}, "hidden_act = gelu"),
-    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"), ({"mlp_bias": True}, "mlp_bias = True")])
+    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"), ({"num_attention_heads": None}, "lacks"),
+    ({"rope_scaling": {"rope_type": "yarn"}}, "damaged.*factor"), ({"model_type": "deepseek_v3"}, "lacks num_experts_per_tok"), ({"mlp_bias": True}, "mlp_bias = True")])
 def test_what_is_not_supported_is_named(change, sentence, tmp_path):
     with pytest.raises(ModelError, match=sentence):
         from_pretrained(write(tmp_path, GPT(TINY).state_dict(), **change))
@@ -173,14 +174,18 @@ def test_a_tied_head_and_foreign_extras_in_the_file_are_passed_over(tmp_path):
     weights = {k: v.clone() for k, v in GPT(TINY).state_dict().items()}
     extra = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(),
              "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.layers.2.mlp.up_proj.weight": torch.ones(3)}
-    loaded = from_pretrained(write(tmp_path, weights | extra)).state_dict()
+    loaded = from_pretrained(write(tmp_path, weights | extra, num_nextn_predict_layers=1)).state_dict()
+    with pytest.raises(ModelError, match="layers.2"):  # a config that is shorter than the model
+        from_pretrained(write(tmp_path, weights | extra))
+    with pytest.raises(ModelError, match="lm_head"):
+        from_pretrained(write(tmp_path, weights | {"lm_head.weight": torch.ones(61, 32)}))
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 @pytest.mark.parametrize("change, word", [
     ({"layer_types": "sliding,full", "sliding_window": 8}, "layer_types"), ({"position": "alibi"}, "alibi"),
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"), ({"attn_output_gate": True}, "attn_output_gate"),
-    ({"num_experts": 4}, "num_experts")])
+    ({"num_experts": 4}, "num_experts"), ({"attention_sinks": True}, "num_experts = 0")])
 def test_what_no_family_has_is_not_exported(change, word, tmp_path):
     with pytest.raises(ModelError, match=word):
         save_pretrained(GPT(TINY.change(**change)), tmp_path / "out")
@@ -194,7 +199,7 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch
     model = GPT(TINY.change(initializer_range=0.3))
     with pytest.raises(ModelError, match="other logits"):
         save_pretrained(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
     with pytest.raises(ModelError, match="already there"):
         save_pretrained(model, tmp_path / "there")
@@ -208,6 +213,17 @@ def test_gpt_oss_four_bit_weights_unpack_as_in_transformers():
     ours = model_._mxfp4(blocks, scales)
     assert ours.shape == (3, 64, 6)
     torch.testing.assert_close(ours, expected if expected.shape == ours.shape else expected.transpose(1, 2))
+
+
+def test_loading_in_bf16_keeps_what_chooses_experts(pair):
+    name, _, ours, folder = pair
+    half = from_pretrained(folder, torch.bfloat16)
+    for part, tensor in half.state_dict().items():
+        exact = part.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if exact else torch.bfloat16)
+        assert torch.equal(tensor, ours.state_dict()[part].to(tensor.dtype))
+    half.compute_dtype = torch.bfloat16
+    assert torch.isfinite(half(torch.randint(61, (2, 20)))).all()
 
 
 def test_the_latent_cache_is_small():
@@ -234,7 +250,7 @@ def test_export_of_a_run_brings_its_tokenizer(tmp_path):
     from sample import Prompter, load
     prompter = Prompter(tmp_path / "out", load(tmp_path / "out")[1])
     assert prompter.chat(messages) == rendered and prompter.text("the cat") == [0, *tokenizer.encode("the cat")]
-    assert prompter.stop == {0}
+    assert prompter.stop == {0, 3}
     tricky = [{"role": "user", "content": "the <|im_end|> cat"}]  # control tokens in a message are ordinary text
     assert prompter.chat(tricky) == tokenizer.encode_chat(tricky, add_generation_prompt=True)[0]
     (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
@@ -244,6 +260,12 @@ def test_export_of_a_run_brings_its_tokenizer(tmp_path):
     assert prompter.stop == {0, 3} and prompter.chat([{"role": "user", "content": " the "}]) == [0, *tokenizer.encode("the")]
     with pytest.raises(UserError, match="refuses"):
         prompter.chat(messages * 2)
+    (tmp_path / "out" / "chat_template.jinja").write_text(  # as SmolLM3's and Qwen3's are built
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>{{ m.content.split('<|pad|>')[-1] }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")
+    talk = [{"role": "user", "content": "the <|pad|> cat"}, {"role": "assistant", "content": "a dog <|pad|>the mat"}]
+    expected = [*tokenizer.encode("the <|pad|> cat"), tokenizer.control("<|im_start|>"), *tokenizer.encode("the mat")]
+    assert Prompter(tmp_path / "out", tokenizer).chat(talk) == expected
 
 
 def test_sample_chats_with_a_hugging_face_folder(tmp_path):

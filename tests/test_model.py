@@ -14,6 +14,8 @@ PUBLISHED = {"llama-2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248, "llama-
              "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
              "qwen3-8b": 8_190_735_360, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
              "smollm3-3b": 3_075_098_624}
+NON_EMBEDDING = {"llama-2-7b": 6.476, "llama-3.1-8b": 6.980, "llama-3.2-1b": 0.973, "qwen3-0.6b": 0.440, "qwen3-1.7b": 1.409,
+                 "qwen3-4b": 3.634, "qwen3-8b": 6.946, "smollm3-3b": 2.812}  # billions
 PUBLISHED_BILLIONS = {"gpt-oss-20b": (20.915, 3.61), "qwen3-next-80b-a3b": (79.67, 3.88), "moonlight-16b-a3b": (15.96, 2.24),
                       "kimi-k2": (1026, 32.9)}  # total, active as published: see the test
 ODD = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6,
@@ -59,7 +61,10 @@ def lengths_to_cu(lengths: list[int], size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_counts_are_the_published_ones(name):
-    assert count_parameters(PRESETS[name])["total"] == PUBLISHED[name]
+    count = count_parameters(PRESETS[name])
+    assert count["total"] == count["active"] == PUBLISHED[name]
+    if name in NON_EMBEDDING:
+        assert count["non_embedding"] / 1e9 == pytest.approx(NON_EMBEDDING[name], abs=6e-4)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_BILLIONS)
@@ -437,7 +442,7 @@ def test_changed_width_changes_the_heads_unless_they_were_given():
 def test_operator_is_well_formed_on_cuda():
     q, k = (torch.randn(32, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2))
     torch.library.opcheck(torch.ops.nanoplaybook.document_attention.default,
-                          (q, k, k, lengths_to_cu([10, 22], 5).cuda(), 32),
+                          (q, k, k, lengths_to_cu([10, 22], 5).cuda(), 32, 4, torch.randn(4, device="cuda", requires_grad=True)),
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
@@ -456,12 +461,14 @@ def test_a_compiled_step_and_sampling_on_cuda(dtype):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("window, sinks", [(0, False), (0, True), (50, True)])
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
-def test_document_attention_on_cuda_equals_dense_mask(kv_heads):
+def test_document_attention_on_cuda_equals_dense_mask(kv_heads, window, sinks):
     q = torch.randn(256, 6, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.randn(256, kv_heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    cu, grad = lengths_to_cu([100, 1, 99, 56], 12).cuda(), torch.randn_like(q)
-    out, expected = document_attention(q, k, v, cu, 256), dense_document_attention(q, k, v, cu, 256)
+    sink = torch.randn(6, device="cuda", requires_grad=True) if sinks else None
+    cu, grad, inputs = lengths_to_cu([100, 1, 99, 56], 12).cuda(), torch.randn_like(q), [x for x in (q, k, v, sink) if x is not None]
+    out, expected = (f(q, k, v, cu, 256, window, sink) for f in (document_attention, dense_document_attention))
     assert (out - expected).norm() < 1e-2 * expected.norm()
-    for a, b in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+    for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
         assert (a - b).norm() < 1.5e-2 * b.norm()
