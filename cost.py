@@ -135,6 +135,9 @@ def peak_memory(device: str = "cpu") -> float:
     """Bytes: the most this process has held so far (CUDA: the most that tensors held); 0 where that is not told."""
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())
+    with contextlib.suppress(OSError, StopIteration):  # Linux; getrusage would begin at what the parent process held
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024.0 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     try:
         import resource
     except ImportError:  # Windows
