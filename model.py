@@ -363,15 +363,17 @@ def _document_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, 
         return torch.ops.aten._flash_attention_backward(
             grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, *no_dropout,
             **({"window_size_left": window - 1, "window_size_right": 0} if window else {}))
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    new = torch.zeros_like if window else torch.empty_like
+    dq, dk, dv = torch.empty_like(q), new(k), new(v)
+    store = Tensor.add_ if window else Tensor.copy_  # bands overlap in the keys that they see, documents do not
     groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
     for queries, keys, mask in _spans(cu_seqlens, window):
         dq_span, dk_span, dv_span = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(_grouped(x, groups, ratio) for x in (grad[queries], q[queries], k[keys], v[keys], out[queries])),
             lse[:, queries].unflatten(0, (groups, ratio)), 0.0, mask is None, attn_mask=mask)
         dq[queries] = dq_span.permute(2, 0, 1, 3).flatten(1, 2)
-        dk[keys] += dk_span.sum(1).transpose(0, 1)  # over a KV head's query heads, and over the bands that see the key
-        dv[keys] += dv_span.sum(1).transpose(0, 1)
+        store(dk[keys], dk_span.sum(1).transpose(0, 1))  # over a KV head's query heads
+        store(dv[keys], dv_span.sum(1).transpose(0, 1))
     return dq, dk, dv
 
 
