@@ -23,13 +23,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import cost
 import schedule
 import train
-from model import PRESETS, ModelConfig, ModelError, count_parameters, newest_checkpoint
+from model import PRESETS, ModelConfig, ModelError, count_parameters, from_pretrained, newest_checkpoint
 from schedule import LossLaw
 from tokenizer import Parser, UserError, run
 
@@ -67,11 +66,9 @@ def lr_range(recipe: train.Recipe, low: float, high: float, steps: int, picture:
     rates, losses = [], []
     for step in tqdm(range(job.curriculum.steps), desc="rate grows", mininterval=0.5 if sys.stderr.isatty() else 10):
         rate = schedule.range_test_rate(step, job.curriculum.steps, low, high)
-        try:
-            loss = train.training_step(job, step, rate)[0]
-        except UserError:  # not finite: beyond here is nothing
+        loss = train.training_step(job, step, rate).read()["loss"]
+        if not math.isfinite(loss):  # beyond here is nothing
             break
-        job.model.balance_experts()
         rates.append(rate)
         losses.append(loss)
         smooth = schedule.smoothed(losses)
@@ -117,7 +114,7 @@ def branch(run_folder: Path, multiples: list[int], tokens: float, epsilon: float
     rate = schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
     if tokens < 4 * largest * batch:
         raise UserError(f"--tokens {tokens:g} are fewer than 4 updates of {largest} x {batch:,}; give {4 * largest * batch}")
-    losses, weights = {}, torch.load(checkpoint / "model.pt", map_location="cpu", weights_only=True)
+    losses, weights = {}, from_pretrained(checkpoint).state_dict()
     context, begin = recipe.model.max_position_embeddings, step * recipe.batch_tokens
     if batch % context:
         raise UserError(f"--batch-tokens {batch} is not a number of sequences of {context}; take "
@@ -134,7 +131,6 @@ def branch(run_folder: Path, multiples: list[int], tokens: float, epsilon: float
         for update in tqdm(range(updates), desc=f"k = {k}", leave=False, mininterval=0.5 if sys.stderr.isatty() else 10):
             share = schedule.warmup(update, round(warmup_share * updates))  # the same tokens whatever k
             train.training_step(job, first + update * k, rate * math.sqrt(k) * share, steps=k)
-            job.model.balance_experts()
         losses[k] = mean_score({s["val"].name: train.bits_per_byte(job, s["val"], recipe.eval_tokens) for s in job.sources})
         print(f"{k:4}{k * batch:12,}{rate * math.sqrt(k):10.2e}{updates:9,}{losses[k]:24.4f}", flush=True)
     best = schedule.critical_multiple(losses, epsilon)

@@ -92,12 +92,13 @@ def training_flops(parameters: float, tokens: float) -> float:
 
 
 def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int = 2, device: str = "cuda",
-                    accumulates: bool = True) -> dict[str, float]:
+                    accumulates: bool = True, recompute: bool = False) -> dict[str, float]:
     """Bytes of all tensors on one unsharded device at the peak of an eager step on `rows` sequences.
 
     Weights, gradients and AdamW's two moments are fp32. Activations: what autograd keeps of each block for the
     backward pass, the weights cast to the compute dtype, and the logits with the fp32 log-softmax of their loss, which
     in small models outweighs all else. `accumulates`: the gradients of earlier micro-batches are there at the peak.
+    `recompute`: blocks keep their inputs alone, and one at a time is computed again (Chen et al. 2016).
     """
     parameters = count_parameters(config)["total"]
     C, M, V = config.hidden_size, config.intermediate_size, config.vocab_size
@@ -108,7 +109,8 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
     normed = (2 if device == "cuda" else 1) * b + (0 if device == "cuda" else 8)  # a CPU keeps norms' fp32 steps
     norms = 2 * C * normed + ((q + kv) * (normed - b) if config.qk_norm else 0)  # RoPE keeps its own result instead
     block = norms + b * (2 * q + 2 * kv + 4 * M) + 4 * config.num_attention_heads
-    kept = tokens * (config.num_hidden_layers * block + C * normed) + (b * parameters if cast else 0)
+    blocks = block + config.num_hidden_layers * C * b if recompute else config.num_hidden_layers * block
+    kept = tokens * (blocks + C * normed) + (b * parameters if cast else 0)
     chunk = min(512, tokens)  # rows of `cross_entropy` at a time
     head = V * max((b + 4) * tokens + (4 * chunk if cast else 0), 4 * tokens + 8 * chunk)  # of loss, of its gradient
     gradients = 4.0 * parameters
@@ -125,9 +127,9 @@ CPU_KERNELS, CPU_HEAP = 50 * 2**20, 1.75
 
 
 def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
-                   accumulates: bool = False) -> float:
+                   accumulates: bool = False, recompute: bool = False) -> float:
     """Peak bytes of the training process: `before` it has a model, plus what training takes (CUDA: tensors alone)."""
-    tensors = training_memory(config, rows, context, compute_bytes, device, accumulates)["total"]
+    tensors = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute)["total"]
     return tensors if device == "cuda" else before + CPU_KERNELS + CPU_HEAP * tensors
 
 
@@ -311,11 +313,11 @@ def _find_dtype(device: str, wanted: str) -> tuple[torch.dtype, str]:
 
 
 def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, seconds: float = 1.0,
-                  optimizer: torch.optim.Optimizer | None = None) -> float:
+                  optimizer: torch.optim.Optimizer | None = None, repeats: int = 0) -> float:
     """Tokens/s of training steps on tokens [B, T]; the weights stay as they are unless there is an optimizer.
-    The median of the steps that fit into the time, after one to warm up. Compilation that fails is switched off."""
+    The median of the steps that fit into the time (or of `repeats`), after one to warm up. Compilation that fails is switched off."""
     device, times, end = tokens.device.type, [], None
-    while end is None or time.perf_counter() < end or len(times) < 2:
+    while len(times) < (repeats or 2) or not repeats and time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
         try:

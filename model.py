@@ -22,12 +22,15 @@ Shapes in comments: B batch, T sequence, S keys, N = B*T, C hidden_size, H query
 heads, D head_dim, V vocab_size, E experts, K experts a token, M width of an MLP.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import pickle
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -38,6 +41,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 
 class ModelError(ValueError):
@@ -433,6 +437,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, end: int, window:
     Without a cache S = T = end. Picks the cheapest kernel that can do it.
     """
     T, S = q.shape[1], k.shape[1]
+    if _watched is not None and end == T:
+        _watched.append(attention_extremes(q, k, layout.cu_seqlens, window, chunk, scale or q.shape[-1] ** -0.5))
     starts = layout.chunks if chunk else layout.cu_seqlens
     if end == T and bias is None and starts is not None:
         y = document_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, T, window, sink)
@@ -443,6 +449,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, end: int, window:
     positions = torch.arange(end - S, end, device=q.device)[None]
     visible = visible_keys(positions[:, S - T:], positions, window, chunk, layout.documents if end == T else None)
     return dense_attention(q, k, v, visible, bias, sink, scale)
+
+
+_watched: list[Tensor] | None = None
+
+
+@contextlib.contextmanager
+def watch_attention() -> Iterator[list[Tensor]]:
+    """Inside, forward passes run eagerly and every softmax attention adds its `attention_extremes` to the list."""
+    global _watched
+    _watched = []
+    try:
+        yield _watched
+    finally:
+        _watched = None
+
+
+@torch.no_grad()
+def attention_extremes(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, window: int, chunk: int, scale: float) -> Tensor:
+    """[largest score, smallest and largest entropy of a head in nats], of the first row's last queries (128 at most).
+
+    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023).
+    """
+    T, ratio = q.shape[1], q.shape[2] // k.shape[2]
+    index = torch.arange(T, device=q.device)
+    documents = index * 0 if cu_seqlens is None else torch.searchsorted(cu_seqlens, index.to(cu_seqlens.dtype), right=True)
+    last = index[-128:]
+    visible = visible_keys(last[None], index[None], window, chunk)[0] & (documents[last][:, None] == documents)  # [1, t, T]
+    scores = torch.einsum("thd,shd->hts", q[0, last].float(), k[0].float().repeat_interleave(ratio, 1)) * scale
+    log_p = scores.masked_fill(~visible, -torch.inf).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).mean(-1)  # [H]
+    return torch.stack((scores.masked_fill(~visible, -torch.inf).max(), entropy.min(), entropy.max()))
 
 
 def chunk_starts(cu_seqlens: Tensor, tokens: int, chunk: int) -> Tensor:
@@ -1002,6 +1039,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
+        self.recompute = False  # blocks again in the backward pass, instead of keeping what they computed
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -1060,8 +1098,13 @@ class GPT(nn.Module):
                 raise ModelError(f"position learned ends at {self.config.max_position_embeddings} tokens; shorten the text")
             x = x + self.model.embed_positions(layout.positions)
         x = x.to(self.compute_dtype)  # [B, T, C]
-        for layer in self.model.layers:  # with a cache, whose length changes every call, past torch.compile
-            x = (layer if cache is None else layer.forward)(x, layout, cache)
+        eager = cache is not None or _watched is not None  # a cache's length changes every call: past torch.compile
+        for layer in self.model.layers:
+            call = layer._call_impl if eager else layer
+            if self.recompute and torch.is_grad_enabled():  # Chen et al. 2016
+                x = recomputed(call, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = call(x, layout, cache)
         if cache is not None:
             cache.length += tokens.shape[1]
         x = self.model.norm(x[:, -1:] if last_only else x)
@@ -1093,16 +1136,17 @@ class GPT(nn.Module):
         return total
 
     @torch.no_grad()
-    def balance_experts(self) -> list[float]:
+    def balance_experts(self, applied: Tensor | float = 1.0) -> list[Tensor]:
         """After an optimizer step: how uneven each MoE layer was, the fullest expert's load over the mean load (1: even);
-        moves the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3)."""
+        moves the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3), if it was `applied`."""
         uneven = []
         for moe in self._experts():
             if moe.load is not None:
-                moe.gate.e_score_correction_bias += self.config.router_bias_update_rate * (moe.load.mean() - moe.load).sign()
+                towards = (moe.load.mean() - moe.load).sign()
+                moe.gate.e_score_correction_bias += applied * self.config.router_bias_update_rate * towards
                 uneven.append(moe.load.max() / moe.load.mean())
                 moe.load = None
-        return torch.stack(uneven).tolist() if uneven else []
+        return uneven
 
 
 # ---- counting -------------------------------------------------------------------------------------------------
@@ -1521,6 +1565,39 @@ def newest_checkpoint(run: str | Path) -> Path:
                      "`python train.py`")
 
 
+class _TensorsOnly(pickle.Unpickler):
+    """Reads the index of a sharded checkpoint and nothing that could run code: classes that hold numbers and names."""
+
+    ALLOWED = {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("torch", "Size"), ("torch.serialization", "_get_layout"),
+               ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+               *(("torch", str(kind)[6:]) for kind in (torch.float32, torch.bfloat16, torch.float16, torch.int64)),
+               *(("torch.distributed.checkpoint.metadata", name) for name in (
+                   "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+                   "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"))}
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in self.ALLOWED:
+            raise ModelError(f"the checkpoint's index names {module}.{name}, which no tensor needs; it is not loaded")
+        return super().find_class(module, name)
+
+
+def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fills the tensors, sharded (DTensor) or whole, from what torch.distributed.checkpoint wrote, however many
+    processes wrote it."""
+    import torch.distributed.checkpoint as dcp
+
+    class Reader(dcp.FileSystemReader):
+        def read_metadata(self, *args, **kwargs):
+            with open(folder / ".metadata", "rb") as file:
+                index = _TensorsOnly(file).load()
+            index.storage_meta.load_id = self.load_id
+            return index
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a single process reads it is meant
+        dcp.load(tensors, storage_reader=Reader(folder))
+
+
 def is_hugging_face(folder: str | Path) -> bool:
     """Whether a folder holds a model in Hugging Face's format."""
     return "model_type" in _read_config(Path(folder)) if (Path(folder) / "config.json").exists() else False
@@ -1551,7 +1628,12 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> G
         raise ModelError(f"{folder} was written by another version of this project ({error}); train it again") from None
     with torch.device("meta"):
         model = GPT(config)
-    weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+    if (folder / "sharded").exists():  # written by FSDP
+        weights = {name: torch.empty_like(w, device="cpu") for name, w in model.state_dict().items()}
+        read_sharded(folder / "sharded", shards := {f"model.{name}": w for name, w in weights.items()})
+        weights = {name[6:]: w for name, w in shards.items()}
+    else:
+        weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
     weights = {name: w if name.endswith("e_score_correction_bias") else w.to(dtype) for name, w in weights.items()}
     model.load_state_dict(weights, strict=True, assign=True)
     return model

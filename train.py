@@ -16,9 +16,11 @@ A recipe is a value of the class `Recipe` below; each of its fields but `stages`
 """
 
 import argparse
+import collections
 import contextlib
 import difflib
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -26,14 +28,27 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import sys
+import tempfile
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict, set_model_state_dict,
+                                                        set_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -41,11 +56,13 @@ import cost
 import data as data_
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
-from model import GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, newest_checkpoint, z_loss
+from model import (GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, newest_checkpoint, read_sharded,
+                   watch_attention, z_loss)
 from sample import complete
 from tokenizer import Parser, Tokenizer, UserError, run
 
 DEVICES, DTYPES = ("auto", "cuda", "mps", "cpu"), ("auto", "bfloat16", "float32")
+GUARDS, TRACKERS = ("warn", "skip", "rewind"), ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -77,18 +94,30 @@ class Recipe:
     eval_every: int = 100  # steps between evaluations, each with a sample
     eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
     noise_every: int = 0  # steps between measurements of the gradient noise scale; 0: none
-    save_every: int = 500  # steps between checkpoints; the last two are kept
+    watch_every: int = 50  # steps between looks at loss by source, updates, logits, attention and slow processes; 0: none
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that stay, besides those at the end of a stage
+    keep_every: int = 0  # checkpoints of multiples of so many steps stay too; 0: none
+    async_save: bool = False  # save from a copy while training goes on
+    guard: str = "warn"  # what a loss spike leads to: warn, skip or rewind
+    rewind_tries: int = 3  # rewinds for one spike before the run gives up
+    spike_margin: int = 16  # batches passed over on either side of a spike that was rewound; twice as many in each further try
+    log: str = ""  # other trackers, separated by commas: tensorboard, wandb or trackio
     sample_prompt: str = ""  # what the sample at each evaluation continues; empty: the start of a held-out document
     start: str = ""  # a run or checkpoint whose weights and moments a new run begins with
     seed: int = 0  # of the weights and of the order of the data
     device: str = "auto"  # cuda, mps or cpu
     dtype: str = "auto"  # bfloat16 or float32, of the matrix products; weights are float32
     compile: str = "auto"  # true or false: torch.compile of every block
+    parallel: str = "auto"  # ddp, or fsdp, which shards weights, gradients and moments over the processes
+    activation_checkpointing: bool = False  # compute blocks twice instead of keeping their activations
+    deterministic: bool = False  # only deterministic kernels, slower, on CUDA (a CPU's are anyway)
 
     def __post_init__(self):
         for name, allowed in (("optimizer", schedule_.OPTIMIZERS), ("schedule", schedule_.SCHEDULES),
                               ("decay_shape", schedule_.DECAYS), ("packing", data_.PACKINGS), ("device", DEVICES),
-                              ("dtype", DTYPES), ("compile", ("auto", "true", "false"))):
+                              ("dtype", DTYPES), ("compile", ("auto", "true", "false")),
+                              ("guard", GUARDS), ("parallel", ("auto", "ddp", "fsdp"))):
             if getattr(self, name) not in allowed:
                 raise UserError(f"--{name} {getattr(self, name)} is not one of {', '.join(allowed)}")
         for name, least, most in (
@@ -96,9 +125,12 @@ class Recipe:
                 ("warmup_steps", 0, 1e12), ("decay_share", -1, 1), ("final_share", 0, 1), ("weight_decay", 0, 1e6),
                 ("beta1", 0, 0.999999), ("beta2", 0, 0.999999), ("eps", 0, 1), ("clip", 1e-12, 1e30), ("z_loss", 0, 1e6),
                 ("eval_every", 1, 1e18), ("eval_tokens", 1, 1e18), ("noise_every", 0, 1e18), ("save_every", 1, 1e18),
-                ("seed", 0, 2**63 - 1)):
+                ("watch_every", 0, 1e18), ("keep", 1, 1e9), ("keep_every", 0, 1e18), ("rewind_tries", 0, 1e9),
+                ("spike_margin", 0, 1e9), ("seed", 0, 2**63 - 1)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
+        if unknown := set(filter(None, self.log.split(","))) - set(TRACKERS):
+            raise UserError(f"--log {unknown.pop()} is not one of {', '.join(TRACKERS)}")
         if -1 < self.decay_share < 0:
             raise UserError(f"--decay_share {self.decay_share} is neither a share of the steps nor -1, the last stage")
         if not all(part.strip().isdecimal() for part in self.batch_doublings.split(",") if self.batch_doublings):
@@ -155,12 +187,14 @@ RECIPES = {
 # ---- one process or many --------------------------------------------------------------------------------------
 
 
-@dataclass
 class World:
     """This process among those that `torchrun` started; alone without it."""
 
-    rank: int = 0
-    size: int = 1
+    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+        self.rank, self.size, self.store, self.failing = rank, size, store, False
+        self.files = dist.new_group(backend="gloo") if size > 1 else None  # for saves beside training
+        if size > 1:
+            threading.Thread(target=self.leave_with_others, daemon=True).start()
 
     @classmethod
     def join(cls) -> "World":
@@ -170,8 +204,24 @@ class World:
             if (local := int(os.environ["LOCAL_RANK"])) >= torch.cuda.device_count():
                 raise UserError(f"process {local} finds {torch.cuda.device_count()} GPU(s); lower --nproc_per_node")
             torch.cuda.set_device(local)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        store, rank, size = next(dist.rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", store=store, rank=rank,
+                                world_size=size)
+        return cls(rank, size, store)
+
+    def first_to_fail(self) -> bool:
+        """Whether no other process has failed before this one, which alone then says why."""
+        self.failing = True
+        return self.size == 1 or self.store.add("failed", 1) == 1
+
+    def leave_with_others(self) -> None:
+        """Ends this process soon after another has failed: a collective with one that is gone could wait for ever."""
+        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+            while not self.store.check(["failed"]):
+                time.sleep(0.5)
+        time.sleep(1.0)
+        if not self.failing and dist.is_initialized():
+            os._exit(1)
 
     def agree(self, value):
         """The first process's value, in all of them."""
@@ -180,19 +230,25 @@ class World:
             dist.broadcast_object_list(box)
         return box[0]
 
-    def sum(self, *values: float, device: str) -> list[float]:
-        """Each value summed over the processes."""
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64 if device != "mps" else torch.float32, device=device)
-        dist.all_reduce(total)
-        return total.tolist()
+    def gather(self, value) -> list:
+        """Every process's value, in all of them."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor summed over the processes, in place; does not wait for the device."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
 
 # ---- run folders ----------------------------------------------------------------------------------------------
-# runs/NAME/: recipe.json, log.jsonl, loss.png, tokenizer.json, checkpoints/step-NNNNNNNN/ with config.json, model.pt,
-# optimizer.pt, tokenizer.json and manifest.json. A checkpoint is written beside its place and renamed, its manifest
-# of sha256 last, so that one which exists is whole; the two newest stay.
+# runs/NAME/: recipe.json, log.jsonl, loss.png, tokenizer.json, checkpoints/step-NNNNNNNN/ with config.json, guard.json,
+# tokenizer.json, manifest.json, and model.pt and optimizer.pt, or sharded/ where FSDP trains. A checkpoint is written
+# beside its place and renamed, its manifest of sha256 last, so that one which exists is whole. Nothing in it is code.
 
 
 def new_run_folder(name: str) -> Path:
@@ -204,45 +260,169 @@ def new_run_folder(name: str) -> Path:
     return folder
 
 
-def save_checkpoint(run_folder: Path, step: int, model: GPT, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer,
-                    keep: int = 2, always: tuple[int, ...] = ()) -> Path:
-    """Writes the checkpoint after `step` steps and removes all but the newest `keep` and those after `always` steps."""
-    place = run_folder / "checkpoints" / f"step-{step:08d}"
-    partial = place.with_name(place.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    torch.save(model.state_dict(), partial / "model.pt")
-    torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-    (partial / "config.json").write_text(json.dumps(asdict(model.config), indent=1), "utf-8")
-    tokenizer.save(partial)
-    files = {}
-    for path in sorted(partial.iterdir()):
+def sync_folder(folder: Path) -> None:
+    """Makes what was created or renamed in a folder survive a power cut, where the system can (not on Windows)."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def hash_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
+    """{path below root: sha256} of files that are then on the disk, not just on their way to it."""
+    found = {}
+    for path in sorted(paths):
         with open(path, "rb+") as file:
-            files[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.relative_to(root).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-    (partial / "manifest.json").write_text(json.dumps({"step": step, "files": files}, indent=1), "utf-8")
-    shutil.rmtree(place, ignore_errors=True)
-    partial.rename(place)
-    for old in sorted(place.parent.glob("step-????????"))[:-keep]:
-        if int(old.name[5:]) not in always:
-            shutil.rmtree(old)
-    return place
+    return found
 
 
-def write_recipe(folder: Path, recipe: Recipe, sources: list[Split]) -> None:
-    """recipe.json: the resolved recipe, and the sha256 of the tokens that it trains on."""
+def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    return list(getattr(optimizer, "optimizers", {"": optimizer}).values())
+
+
+def training_state(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict, dict, list]:
+    """Weights by name, moments by name and kind, and the optimizer's groups, whatever is sharded how. Moments are made where
+    there are none yet."""
+    weights, moments = get_state_dict(model, parts_of(optimizer))
+    return weights, moments["state"], moments["param_groups"]
+
+
+def flat(weights: dict, moments: dict) -> dict[str, torch.Tensor]:
+    """One dict of tensors, the form in which sharded checkpoints are written."""
+    return ({f"model.{name}": w for name, w in weights.items()}
+            | {f"optimizer.{name}.{kind}": m for name, kinds in moments.items() for kind, m in kinds.items()})
+
+
+def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) -> dict:
+    """Weights and moments of a checkpoint into model and optimizer, however many processes wrote it, FSDP or not;
+    returns what `guard.json` holds."""
+    guard = json.loads((folder / "guard.json").read_text("utf-8"))
+    weights, moments, groups = training_state(model, optimizer)
+    moments = moments if guard["count"] else {}  # before the first update there are none
+    if (folder / "sharded").exists():
+        read_sharded(folder / "sharded", flat(weights, moments))  # in place
+        options = StateDictOptions()
+    else:
+        weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+        options = StateDictOptions(full_state_dict=any(isinstance(p, DTensor) for p in model.parameters()))
+    if moments:
+        set_state_dict(model, parts_of(optimizer), model_state_dict=weights, options=options,
+                       optim_state_dict={"state": moments, "param_groups": groups})
+    else:
+        set_model_state_dict(model, weights, options=options)
+        forget_moments(optimizer)
+    return guard
+
+
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    for part in parts_of(optimizer):
+        part.state.clear()
+
+
+class Saver:
+    """Writes a job's checkpoints and removes old ones; with --async_save true beside the training, from a copy."""
+
+    def __init__(self, job: "Job", run_folder: Path):
+        self.job, self.folder = job, run_folder / "checkpoints"
+        self.pool = ThreadPoolExecutor(1) if job.recipe.async_save else None
+        self.pending: Future | None = None
+        self.sharded = any(isinstance(p, DTensor) for p in job.model.parameters())
+
+    def save(self, step: int, must: bool = False) -> str:
+        """The checkpoint after `step` steps. Returns "" or, where the disk fails, a sentence, and training goes on without
+        it; `must`: then it ends with UserError."""
+        trouble = self.finish()
+        if self.job.world.rank and not self.sharded:
+            return ""
+        weights, moments, _ = training_state(self.job.model, self.job.optimizer)
+        guard = self.job.guard.state()
+        if not self.job.guard.count:  # no update yet: what `training_state` made is not to be trained with
+            forget_moments(self.job.optimizer)
+            moments = {}
+        if self.pool and not must:
+            copies = BlockingAsyncStager(cache_staged_state_dict=False).stage({"model": weights, "optimizer": moments})
+            self.pending = self.pool.submit(self.write, step, copies["model"], copies["optimizer"], guard)
+            return trouble
+        return self.attempt(lambda: self.write(step, weights, moments, guard), must) or trouble
+
+    def finish(self) -> str:
+        """Waits for the save that is under way."""
+        pending, self.pending = self.pending, None
+        return self.attempt(pending.result, False) if pending else ""
+
+    def attempt(self, work: Callable[[], None], must: bool) -> str:
+        try:
+            work()
+            return ""
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch.save tells of a full disk by RuntimeError
+            for rest in self.folder.glob("step-*.partial"):
+                shutil.rmtree(rest, ignore_errors=True)
+            free, reason = shutil.disk_usage(self.folder).free, str(error).strip().splitlines()[0][:120]
+            sentence = (f"a checkpoint could not be written to {self.folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
+                        "the ones before it are whole; make room")
+        if must:
+            raise UserError(sentence + (f" and go on with: {self.job.command} --resume {self.folder.parent}"
+                                        if list(self.folder.glob("step-*")) else " and start again"))
+        return sentence
+
+    def write(self, step: int, weights: dict, moments: dict, guard: dict) -> None:
+        job, place = self.job, self.folder / f"step-{step:08d}"
+        partial, leader = place.with_name(place.name + ".partial"), job.world.rank == 0
+        if leader:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            (partial / "config.json").write_text(json.dumps(asdict(job.model.config), indent=1), "utf-8")
+            (partial / "guard.json").write_text(json.dumps(guard), "utf-8")
+            job.tokenizer.save(partial)
+        files = [{}]
+        if self.sharded:
+            shards, group, rank = partial / "sharded", job.world.files, job.world.rank
+            if group:
+                dist.barrier(group)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a single process writes it is meant
+                dcp.save(flat(weights, moments), checkpoint_id=shards, process_group=group)
+            mine = hash_files(shards.glob(f"__{rank}_*"), partial)
+            files = [None] * job.world.size if leader else None
+            dist.gather_object(mine, files, group=group) if group else files.__setitem__(0, mine)
+        else:
+            for name, value in (("model.pt", weights), ("optimizer.pt", moments)):
+                with open(partial / name, "wb") as file:
+                    torch.save(value, file)
+        if leader:
+            known = {name: digest for part in files for name, digest in part.items()}
+            rest = [path for path in partial.rglob("*") if path.is_file() and path.relative_to(partial).as_posix() not in known]
+            manifest = partial / "manifest.json"
+            manifest.write_text(json.dumps({"step": step, "files": known | hash_files(rest, partial)}, indent=1), "utf-8")
+            hash_files([manifest], partial)
+            sync_folder(partial)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+            sync_folder(self.folder)
+            always, every = job.keepers, job.recipe.keep_every
+            for old in sorted(self.folder.glob("step-????????"))[:-job.recipe.keep]:
+                at = int(old.name[5:])
+                if at not in always and not (every and at % every == 0):
+                    shutil.rmtree(old)
+
+
+def write_recipe(folder: Path, recipe: Recipe, sources: dict[str, str]) -> None:
+    """recipe.json: the resolved recipe, and {source: sha256 of the tokens} that it trains on."""
     partial = folder / "recipe.json.partial"
-    partial.write_text(json.dumps(asdict(recipe) | {"sources": {s.name: s.sha256 for s in sources}}, indent=1), "utf-8")
+    partial.write_text(json.dumps(asdict(recipe) | {"sources": sources}, indent=1), "utf-8")
     partial.replace(folder / "recipe.json")
 
 
-def read_recipe(folder: Path) -> tuple[Recipe, dict[str, str]]:
-    """What `write_recipe` wrote."""
+def read_recipe(folder: Path, kind: type = Recipe) -> tuple[Recipe, dict[str, str]]:
+    """What `write_recipe` wrote; `kind`: the class of the recipe."""
     try:
         saved = json.loads((folder / "recipe.json").read_text("utf-8"))
         sources = saved.pop("sources")
         saved["model"], saved["stages"] = ModelConfig(**saved["model"]), tuple(Stage(**s) for s in saved["stages"])
-        return Recipe(**saved), sources
+        return kind(**saved), sources
     except FileNotFoundError:
         raise UserError(f"{folder} is not a run; give a folder such as runs/laptop") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -252,52 +432,612 @@ def read_recipe(folder: Path) -> tuple[Recipe, dict[str, str]]:
 class Log:
     """log.jsonl: one JSON object a line; {"step", "loss", ...} of training, {"step", "val", ...} of evaluations."""
 
-    def __init__(self, folder: Path, resumed_at: int = 0):
+    def __init__(self, folder: Path, resumed_at: int | None = None, recipe: Recipe | None = None):
+        """Reads what is there; `resumed_at`: forgets what came after that step. `recipe`: also writes to its trackers."""
         self.path, self.entries = folder / "log.jsonl", []
-        if self.path.exists():  # what the run did after the checkpoint that it resumes from is done again
-            for line in self.path.read_text("utf-8").splitlines():
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    self.entries.append(json.loads(line))
-            self.entries = [entry for entry in self.entries if entry["step"] <= resumed_at]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), "utf-8")
-            partial.replace(self.path)
+        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                self.entries.append(json.loads(line))
+        if resumed_at is not None:
+            self.forget(resumed_at)
+        self.trackers = open_trackers(recipe, folder) if recipe else []
+
+    def forget(self, step: int) -> None:
+        """Drops what a run did after a checkpoint that it goes on from, but for what happened to it."""
+        self.entries = [entry for entry in self.entries if entry["step"] <= step or "event" in entry]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), "utf-8")
+        partial.replace(self.path)
 
     def write(self, **entry) -> None:
         self.entries.append(entry)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+        numbers = {f"{name}/{part}" if part else name: number for name, value in entry.items() if name != "step"
+                   for part, number in (value.items() if isinstance(value, dict) else (("", value),))
+                   if isinstance(number, (int, float))}
+        for tell, _ in self.trackers:
+            tell(entry["step"], numbers)
+
+    def close(self) -> None:
+        for _, finish in self.trackers:
+            finish()
 
     def train_seconds(self) -> float:
         """Seconds spent in training steps so far."""
-        return max((entry["train_seconds"] for entry in self.entries), default=0.0)
+        return max((entry.get("train_seconds", 0.0) for entry in self.entries), default=0.0)
 
-    def draw(self, path: Path) -> bool:
-        """The loss and held-out curves as a picture; False without matplotlib."""
+
+def open_trackers(recipe: Recipe, folder: Path) -> list[tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]]:
+    """(write the numbers of a step, finish) of each tracker that --log names."""
+    opened = []
+    for name in filter(None, recipe.log.split(",")):
         try:
-            import matplotlib
-        except ImportError:
-            return False
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+            if name == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+                writer = SummaryWriter(str(folder / "tensorboard"))
 
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-        steps = [e for e in self.entries if "loss" in e]
-        left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], lw=0.8)
-        left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
-        rate = left.twinx()
-        rate.plot([e["tokens"] for e in steps], [e["lr"] for e in steps], color="tab:gray", lw=0.8)
-        rate.set_ylabel("learning rate")
-        for stage in sorted({e["stage"] for e in steps}, key=[e["stage"] for e in steps].index):
-            left.axvline(next(e["tokens"] for e in steps if e["stage"] == stage), color="lightgray", lw=0.8, zorder=0)
-        evals = [e for e in self.entries if "val" in e]
-        for source in evals[-1]["val"] if evals else ():
-            right.plot([e["tokens"] for e in evals], [e["val"][source] for e in evals], marker=".", label=source)
-        right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte")
-        right.legend()
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
-        return True
+                def tell(step, numbers, writer=writer):
+                    for key, number in numbers.items():
+                        writer.add_scalar(key, number, step)
+                opened.append((tell, writer.close))
+            else:
+                module = importlib.import_module(name)
+                more = {"id": folder.name, "dir": str(folder), "resume": "allow"} if name == "wandb" else {"resume": "allow"}
+                module.init(project="nanoplaybook", name=folder.name, config=asdict(recipe), **more)
+                opened.append((lambda step, numbers, module=module: module.log(numbers, step=step), module.finish))
+        except ImportError:
+            raise UserError(f"--log {name} needs the package {name}: pip install {name}") from None
+    return opened
+
+
+def draw_log(run_folder: Path) -> bool:
+    """The loss and held-out curves of a run as loss.png; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    entries = Log(run_folder).entries
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    steps = [e for e in entries if "loss" in e]
+    left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], lw=0.8)
+    left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
+    rate = left.twinx()
+    rate.plot([e["tokens"] for e in steps], [e["lr"] for e in steps], color="tab:gray", lw=0.8)
+    rate.set_ylabel("learning rate")
+    for stage in sorted({e["stage"] for e in steps}, key=[e["stage"] for e in steps].index):
+        left.axvline(next(e["tokens"] for e in steps if e["stage"] == stage), color="lightgray", lw=0.8, zorder=0)
+    evals = [e for e in entries if "val" in e]
+    for source in evals[-1]["val"] if evals else ():
+        right.plot([e["tokens"] for e in evals], [e["val"][source] for e in evals], marker=".", label=source)
+    right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte")
+    right.legend()
+    figure.savefig(run_folder / "loss.png", dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+# ---- loss spikes ----------------------------------------------------------------------------------------------
+
+
+class Guard:
+    """Watches loss and gradient norm for spikes (OLMo-core's rule: more than 6 standard deviations above the mean of the
+    last 128 values, this one left out; quiet until there are 64) and does what `--guard` says:
+
+    warn    write it down: the playbook lets a run go on through spikes that it recovers from
+    skip    and do not apply this update (OLMo-core's SkipStepAdamW)
+    rewind  and, where the loss is not back within FAST updates, go back to a checkpoint from before it, pass over the
+            batches around the spike (PaLM: about 100 steps back, 200 to 500 batches), clip at half for a while; each
+            further try passes over twice as many, and after `rewind_tries` the run ends and says so
+
+    A spike is over when three losses in a row are within 2 standard deviations of where it began: `fast` in at most FAST
+    updates, `slow` in at most LOST, otherwise `not recovered`.
+    """
+
+    WINDOW, LEAST, SIGMAS, FAST, LOST = 128, 64, 6.0, 10, 256
+
+    def __init__(self, policy: str, tries: int, margin: int, device: str):
+        self.policy, self.tries, self.margin = policy, tries, margin
+        self.seen = torch.zeros(2, self.WINDOW, device=device)  # losses and norms, a ring
+        self.count = 0  # of values that went in
+        self.stopped = torch.zeros((), device=device)  # 1 after a value that is not finite: no update follows
+        self.spike: dict | None = None  # the one that is not over: where it began, and what was usual there
+        self.calm = 0  # losses in a row that are back to it
+        self.passed_over: list[list[int]] = []  # [begin, end) of steps without an update
+        self.tight_until, self.rewinds = 0, 0
+
+    def judge(self, loss: torch.Tensor, norm: torch.Tensor) -> dict[str, torch.Tensor]:
+        """On the device: whether this update is a spike, whether to apply it, and the window's mean and deviation."""
+        new = torch.stack((loss, norm))  # [2]
+        seen = self.seen[:, :min(self.count, self.WINDOW)]
+        if self.count >= self.LEAST:
+            mean, deviation = seen.mean(1), seen.std(1)
+            spike = (new > mean + self.SIGMAS * deviation).any().float()
+        else:
+            mean, deviation, spike = new, torch.zeros_like(new), torch.zeros_like(loss)
+        self.stopped = torch.maximum(self.stopped, 1 - new.isfinite().all().float())
+        self.seen[:, self.count % self.WINDOW] = new
+        self.count += 1
+        dropped = torch.maximum(self.stopped, spike) if self.policy == "skip" else self.stopped
+        return {"spike": spike, "dropped": dropped, "usual": mean[0], "spread": deviation[0]}
+
+    def follow(self, step: int, values: dict[str, float]) -> dict | None:
+        """On the host, after `judge`: the event to write down, if any; its "event" is spike, over, or rewind."""
+        event = None
+        if values["spike"] and self.spike is None:
+            self.spike = {"step": step, **{name: values[name] for name in ("loss", "grad_norm", "usual", "spread")}}
+            self.calm, event = 0, {"event": "spike", **self.spike}
+        elif self.spike:
+            begin, back = self.spike["step"], self.spike["usual"] + 2 * self.spike["spread"]
+            self.calm = self.calm + 1 if values["loss"] <= back else 0
+            if self.calm == 3 or step - begin >= self.LOST:
+                lasted = step - begin - self.calm + 1
+                kind = ("fast" if lasted <= self.FAST else "slow") if self.calm == 3 else "not recovered"
+                event, self.spike = {"event": "over", "step": step, "kind": kind, "began": begin, "lasted": lasted}, None
+            elif self.policy == "rewind" and step - begin >= self.FAST and not self.calm:
+                event = {"event": "rewind", "step": step, "began": begin}
+        return event
+
+    def after_rewind(self, event: dict, old: "Guard") -> None:
+        """What this guard, restored from the checkpoint, has to know of what came after it; raises UserError when
+        enough has been tried."""
+        near = old.passed_over and event["began"] <= old.passed_over[-1][1] + self.WINDOW  # the same trouble, not a new one
+        self.passed_over, self.rewinds = list(old.passed_over), old.rewinds + 1 if near else 1
+        if self.rewinds > self.tries:
+            raise UserError(f"step {event['step']}: the loss has not come back from the spike at step {event['began']}, and "
+                            f"{self.tries} rewinds did not help, so it is not the data; resume from an earlier checkpoint with "
+                            "a lower --learning_rate or a lower --clip")
+        margin = self.margin * 2 ** (self.rewinds - 1)
+        self.passed_over.append([event["began"] - 1 - margin, event["step"] + margin])
+        self.tight_until = event["step"] + 2 * margin + self.WINDOW
+
+    def after_gap(self, step: int) -> int:
+        """The next step at or after this one whose batch is not passed over."""
+        while gap := next((end for begin, end in self.passed_over if begin <= step < end), None):
+            step = gap
+        return step
+
+    def clip(self, step: int, clip: float) -> float:
+        return clip / 2 if step < self.tight_until else clip
+
+    def state(self) -> dict:
+        """As plain numbers, for a checkpoint."""
+        return {"seen": self.seen.tolist(), **{name: getattr(self, name) for name in self.PLAIN}}
+
+    PLAIN = ("count", "spike", "calm", "passed_over", "tight_until", "rewinds")
+
+    def restore(self, state: dict) -> None:
+        self.seen = torch.tensor(state["seen"], device=self.seen.device)
+        self.stopped = torch.zeros_like(self.stopped)
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+
+
+# ---- one update -----------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; the checkpoint is written."""
+
+
+RESUMABLE_EXIT = 75  # EX_TEMPFAIL: what a run that a signal stopped exits with, for `while [ $? = 75 ]`
+
+
+class Report:
+    """What an update found. Its numbers travel to the host while the device goes on; `read` waits for them only."""
+
+    def __init__(self, values: dict[str, torch.Tensor], parts: list[tuple[object, torch.Tensor]]):
+        self.names, self.parts = list(values), parts  # parts: each piece of the batch and its share of the loss
+        numbers = torch.stack([value.float() for value in values.values()])
+        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.there = torch.cuda.Event() if numbers.is_cuda else None
+        if self.there:
+            self.there.record()
+
+    def read(self) -> dict[str, float]:
+        if self.there:
+            self.there.synchronize()
+        return dict(zip(self.names, self.numbers.tolist()))
+
+
+class Job:
+    """Everything that a run works with. Subclasses say what a batch is, what its loss is, and how it is judged;
+    posttrain.py has more of them. Nothing of it but weights, moments and the guard changes from step to step."""
+
+    command = "python train.py"
+
+    def __init__(self, recipe: Recipe, world: World, machine: cost.Machine, tokenizer: Tokenizer):
+        self.recipe, self.world, self.machine, self.tokenizer = recipe, world, machine, tokenizer
+        self.first = 0  # steps done before, when a run is resumed
+        self.steps = 0  # of the whole run
+        self.keepers: tuple[int, ...] = ()  # steps whose checkpoints stay
+        self.names: list[str] = []  # of the sources
+        self.flops = 0.0  # a token
+        self.memory = 0.0  # bytes that training is predicted to need at its peak
+        self.fingerprint: dict[str, str] = {}  # {source: sha256} of what it trains on
+
+    def equip(self, model: GPT, begun: Path | None = None, resume: bool = False) -> None:
+        """Takes a model, on the CPU, to the device: optimizer, guard, sharding, and the state of the checkpoint `begun`."""
+        recipe, device = self.recipe, self.machine.device
+        model.compute_dtype, model.recompute = self.machine.dtype, recipe.activation_checkpointing
+        self.sharded = recipe.parallel == "fsdp" and self.world.size > 1
+        if self.sharded:  # each block moves to the device by itself, so that the whole need never fit there
+            half = self.machine.dtype != torch.float32
+            policy = MixedPrecisionPolicy(param_dtype=self.machine.dtype if half else None, reduce_dtype=torch.float32)
+            for part in (*model.model.layers, model):
+                fully_shard(part, mp_policy=policy)
+        self.model = self.parallel = model.to(device)
+        self.optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
+                                                   (recipe.beta1, recipe.beta2), recipe.eps, recipe.optimizer)
+        self.guard = Guard(recipe.guard, recipe.rewind_tries, recipe.spike_margin, device)
+        if begun:
+            guard = load_checkpoint(begun, model, self.optimizer)
+            if resume:
+                self.first = json.loads((begun / "manifest.json").read_text("utf-8"))["step"]
+                self.guard.restore(guard)
+        if self.machine.compile:
+            model.compile_blocks()
+
+    def connect(self) -> None:
+        """From here on, gradients are averaged over the processes."""
+        if self.world.size > 1 and not self.sharded:
+            self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+
+    # What a subclass has to say:
+
+    def enter(self, step: int) -> int:
+        """Prepares for the update that begins at a step; returns the step at which that update ends."""
+        return step + 1
+
+    def micro_batches(self, step: int, steps: int) -> list:
+        """This process's pieces of the batches of these steps: whatever `load` understands."""
+        raise NotImplementedError
+
+    def load(self, piece, following) -> tuple[torch.Tensor, ...]:
+        """A piece on the device; `following` will be asked for next."""
+        raise NotImplementedError
+
+    def loss(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """A piece's share of the batch's mean loss, and what is added to it for the gradient but not reported."""
+        raise NotImplementedError
+
+    def halves(self, piece) -> list:
+        """A piece cut in two, for the noise scale of a batch that is one piece."""
+        return [piece]
+
+    def watch(self, piece, first: bool, *tensors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Numbers about a piece for the log, summed over pieces and processes, the same names in all; on watched steps."""
+        return {}
+
+    def rate(self, step: int) -> float:
+        return self.recipe.learning_rate
+
+    def update(self, step: int, end: int, **options) -> Report:
+        return training_step(self, step, self.rate(step), end - step, **options)
+
+    def batch_tokens(self, step: int, end: int) -> int:
+        return (end - step) * self.recipe.batch_tokens
+
+    def describe(self, piece) -> str:
+        return str(piece)
+
+    def note(self, step: int, values: dict[str, float]) -> tuple[dict, str]:
+        """What of an update's numbers else is logged, and shown behind the progress bar."""
+        return {}, ""
+
+    def evaluate(self, step: int, last: bool) -> dict:
+        """Prints how the model does and returns it for the log; every process calls it."""
+        return {}
+
+
+def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_noise: bool = False, watched: bool = False,
+                  signals: int = 0) -> Report:
+    """One update from the batches of `steps` steps, `step` and those after it, without waiting for the device.
+
+    The report has the mean loss in nats a token and the gradient norm, over all processes, what `Guard.judge` says, and
+    the signals noted by all processes. An update whose loss or norm is not finite is not made, in no process, nor is
+    any after it. `measure_noise`: also the squared norm of a small batch's gradient, each process's first micro-batch
+    before any averaging (one that is alone is cut in two). `watched`: also what is logged now and then.
+    """
+    recipe, world, device = job.recipe, job.world, job.machine.device
+    for group in job.optimizer.param_groups:
+        group["lr"] = rate
+    pieces = job.micro_batches(step, steps)
+    if measure_noise and len(pieces) == 1:
+        pieces = job.halves(pieces[0])
+    ahead = [*pieces[1:], None]  # what will be asked for next
+    local: dict[str, torch.Tensor] = {"signals": torch.full((), float(signals), device=device)}
+    parts: list[tuple[object, torch.Tensor]] = []
+    weights = watched_weights(job.model) if watched else {}
+    data_seconds, begin = 0.0, time.perf_counter()
+    for number, (piece, following) in enumerate(zip(pieces, ahead)):
+        waited = time.perf_counter()
+        tensors = job.load(piece, following)
+        data_seconds += time.perf_counter() - waited
+        synchronize = number == len(pieces) - 1
+        if job.sharded:
+            job.model.set_requires_gradient_sync(synchronize)
+        with contextlib.nullcontext() if job.sharded or synchronize or world.size == 1 else job.parallel.no_sync():
+            part, extra = job.loss(*tensors)
+            if watched and number == 0:  # before the first wait for the others
+                cost.synchronize(device)
+                busy = [torch.full((), (time.perf_counter() - begin) * (i == world.rank), device=device)
+                        for i in range(world.size)]
+                local |= {f"seconds/{i}": seconds for i, seconds in enumerate(busy)}
+            ((part + extra) * world.size).backward()  # because DDP and FSDP divide by the number of processes
+        parts.append((piece, part.detach()))
+        if watched:
+            for name, value in job.watch(piece, number == 0, *tensors).items():
+                local[name] = local.get(name, 0) + value
+        if measure_noise and number == 0 and len(pieces) > 1:
+            local["grad_square"] = sum(p.grad.square().sum() for p in job.model.parameters() if p.grad is not None)
+            small = tensors[0].numel()
+    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.guard.clip(step, recipe.clip))
+    local |= {"loss": torch.stack([part for _, part in parts]).sum(),
+              "grad_norm": (norm.full_tensor() if isinstance(norm, DTensor) else norm) / world.size}
+    values = dict(zip(local, world.sum(torch.stack([value.float() for value in local.values()])).unbind()))
+    values |= job.guard.judge(values["loss"], values["grad_norm"])
+    if isinstance(job.optimizer, schedule_.Both):  # Muon cannot leave an update out by itself
+        if not values["dropped"].item():
+            job.optimizer.step()
+    else:
+        job.optimizer.found_inf = values["dropped"]  # on the device: 1 leaves weights and moments as they are
+        job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    for layer, uneven in enumerate(job.model.balance_experts(1 - values["dropped"])):
+        values[f"expert_load/{layer}"] = uneven
+    for name, before in weights.items():
+        change = (job.model.get_parameter(name).detach() - before).norm() / before.norm()
+        values[f"update/{name}"] = change.full_tensor() if isinstance(change, DTensor) else change
+    values["data_seconds"] = torch.full((), data_seconds, device=device)
+    if "grad_square" in values:
+        values["small_tokens"] = torch.full((), float(small), device=device)
+    return Report(values, parts)
+
+
+def watched_weights(model: GPT) -> dict[str, torch.Tensor]:
+    """Copies of some matrices, whose change an update is measured by: those of the first, middle and last block."""
+    layers = {0, len(model.model.layers) // 2, len(model.model.layers) - 1}
+    return {name: p.detach().clone() for name, p in model.named_parameters()
+            if p.ndim == 2 and (found := re.match(r"model\.layers\.(\d+)\.", name)) and int(found[1]) in layers}
+
+
+def blame(job: Job, report: Report, step: int, values: dict[str, float]) -> UserError:
+    """Why an update was not made, naming the pieces of the batch; every process calls it."""
+    bad = [f"process {job.world.rank}, {job.describe(piece)}" for piece, part in report.parts if not part.isfinite()]
+    places = [place for places in job.world.gather(bad) for place in places]
+    where = f" (in {'; '.join(places[:4])}{' and more' if len(places) > 4 else ''})" if places else ""
+    saved = sorted(path.name for path in (job.folder / "checkpoints").glob("step-????????"))
+    return UserError(f"step {step}: the loss is {values['loss']}{where} and the gradient norm {values['grad_norm']}, so this "
+                     f"update was not made and nothing was saved; the last checkpoint is {saved[-1] if saved else 'none'}: go "
+                     f"on with {job.command} --resume {job.folder} and a lower --learning_rate or --clip")
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Collects SIGINT and SIGTERM in a list instead of dying of them, so that a step is never left half done."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, lambda number, _: noted.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
+    """Trains until the end, a signal or an error; returns the last evaluation. The one loop of train.py and posttrain.py.
+
+    On CUDA a step's numbers are read while the next is computed, so that the GPU never waits for the host.
+    """
+    recipe, leader = job.recipe, job.world.rank == 0
+    job.folder, lag, log, last_scores = run_folder, 1 if job.machine.device == "cuda" else 0, None, {}
+    if leader:
+        run_folder.mkdir(parents=True, exist_ok=resume)
+        write_recipe(run_folder, recipe, job.fingerprint)
+        job.tokenizer.save(run_folder)
+        log = Log(run_folder, job.first, recipe)
+    saver, meter = Saver(job, run_folder), Meter(job, log)
+    if not resume:
+        saver.save(0, must=True)  # proves that the disk works before anything is lost
+    print(f"run       {run_folder}" + (f", continued from step {job.first:,}" if resume else "")
+          + "; Ctrl-C stops, saves, and says how to go on\n", flush=True)
+    bar = tqdm(total=job.steps, initial=job.first, disable=not leader, dynamic_ncols=True, smoothing=0.05,
+               mininterval=0.5 if sys.stderr.isatty() else 10,
+               bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
+    waiting: collections.deque[tuple[int, int, Report]] = collections.deque()
+    step, stop, rewind = job.first, False, None
+    with noted_signals() as noted, contextlib.closing(bar), contextlib.closing(meter):
+        while step < job.steps:
+            begin, step = step, min(job.steps, job.guard.after_gap(step))
+            bar.update(step - begin)
+            if step == job.steps:
+                break
+            begin, step = step, job.enter(step)
+
+            def due(every: int) -> bool:
+                return every > 0 and step // every > begin // every  # an update can cover several steps
+
+            report = job.update(begin, step, measure_noise=due(recipe.noise_every), signals=len(noted),
+                                watched=due(recipe.watch_every))
+            waiting.append((begin, step, report))
+            ends, last = any(begin < end <= step for end in job.keepers), step == job.steps
+            saves, judges = due(recipe.save_every) or ends or last, due(recipe.eval_every) or last or begin == 0
+            while len(waiting) > (0 if saves or judges or stop else lag) and not rewind:
+                at, to, report = waiting.popleft()
+                values = report.read()
+                if not math.isfinite(values["loss"] + values["grad_norm"]):
+                    saver.finish()
+                    raise blame(job, report, to, values)
+                event = job.guard.follow(to, values)
+                rewind = event if event and event["event"] == "rewind" else None
+                stop = stop or values["signals"] > 0  # the same in all processes, which leave at the same step
+                meter.count(at, to, values, event)
+                if leader:
+                    bar.set_postfix_str(meter.shown, refresh=False)
+                    bar.update(to - at)
+            if rewind:
+                waiting.clear()
+                saver.finish()
+                step, rewind = go_back(job, rewind, log), None
+                bar.n = step
+                meter.restart()
+                continue
+            if saves or stop:
+                started = time.perf_counter()
+                meter.trouble(step, saver.save(step, must=last or stop))
+                meter.lost("save_seconds", time.perf_counter() - started)
+            if stop and not last:
+                raise Interrupted(f"Stopped after step {step:,} of {job.steps:,} and saved; go on with: "
+                                  f"{job.command} --resume {run_folder}")
+            if judges:
+                started = time.perf_counter()
+                last_scores = job.evaluate(step, last)
+                if leader:
+                    log.write(step=step, tokens=step * recipe.batch_tokens, train_seconds=meter.seconds,
+                              seconds=time.perf_counter() - started, **last_scores)
+                meter.restart()
+        meter.trouble(step, saver.finish())
+    return last_scores
+
+
+def go_back(job: Job, event: dict, log: "Log | None") -> int:
+    """Rewinds a job to a checkpoint from before a spike; returns its step."""
+    old, before = job.guard, event["began"] - 1
+    found = [path for path in sorted((job.folder / "checkpoints").glob("step-????????")) if int(path.name[5:]) <= before]
+    early = [path for path in found if int(path.name[5:]) <= before - job.guard.margin]
+    whole = job.world.agree(next((path for path in reversed(early or found) if job.world.rank == 0 and not broken(path)), None))
+    if whole is None:
+        raise UserError(f"step {event['step']}: the loss has not come back from the spike at step {event['began']}, and no "
+                        f"checkpoint from before it is left; start again with a lower --save_every than {job.recipe.save_every}")
+    job.guard = Guard(old.policy, old.tries, old.margin, job.machine.device)
+    job.guard.restore(load_checkpoint(whole, job.model, job.optimizer))
+    job.guard.after_rewind(event, old)
+    begin, end = job.guard.passed_over[-1]
+    step = int(whole.name[5:])
+    tqdm.write(f"step {event['step']:,}: the loss is not back {event['step'] - event['began']} updates after the spike at step "
+               f"{event['began']:,}: back to step {step:,}; the batches of steps {max(begin, step):,} to {end:,} are passed over "
+               f"and the gradient is clipped at {job.recipe.clip / 2:g} for a while (try {job.guard.rewinds} of {old.tries})",
+               file=sys.stdout)
+    if log:
+        log.forget(step)
+        log.write(**event, to=step, passed_over=[begin, end], rewinds=job.guard.rewinds)
+    return step
+
+
+def broken(checkpoint: Path) -> str:
+    """Why a checkpoint cannot be used; "" if it can."""
+    try:
+        check_manifest(checkpoint)
+        return ""
+    except ModelError as error:
+        return str(error)
+
+
+class Meter:
+    """Turns an update's numbers into its line of the log and of the progress bar, and says what slows a run down."""
+
+    USUAL, SLOW, BEHIND = 64, 0.7, 1.3  # updates; of the usual speed; times the median process
+
+    def __init__(self, job: Job, log: "Log | None"):
+        self.job, self.log, self.shown = job, log, ""
+        self.seconds = log.train_seconds() if log else 0.0
+        self.noise, self.speeds, self.losses = schedule_.NoiseScale(), collections.deque(maxlen=self.USUAL), {}
+        self.slow = False
+        for entry in log.entries if log else ():
+            if "grad_noise" in entry:
+                self.noise.add(entry["grad_signal"], entry["grad_noise"])
+        self.restart()
+
+    def restart(self) -> None:
+        """After something that is not training."""
+        self.mark = time.perf_counter()
+
+    def lost(self, what: str, seconds: float) -> None:
+        self.losses[what] = self.losses.get(what, 0.0) + seconds
+        self.restart()
+
+    def trouble(self, step: int, sentence: str) -> None:
+        if sentence:
+            tqdm.write(f"warning   step {step:,}: {sentence}", file=sys.stderr)
+            if self.log:
+                self.log.write(step=step, event="warning", text=sentence)
+
+    def count(self, at: int, step: int, values: dict[str, float], event: dict | None) -> None:
+        job, now = self.job, time.perf_counter()
+        elapsed, self.mark = now - self.mark, now
+        self.seconds += elapsed
+        if not self.log:
+            return
+        tokens, rate = job.batch_tokens(at, step), job.rate(at)
+        speed = tokens / elapsed
+        share = speed * job.flops / job.machine.peak_flops / job.world.size
+        more, shown = job.note(at, values)
+        groups: dict[str, dict[str, float]] = {}
+        for name, value in values.items():
+            if "/" in name:
+                groups.setdefault(name.split("/", 1)[0], {})[name.split("/", 1)[1]] = value
+        if uneven := groups.get("expert_load"):  # per MoE layer, the fullest expert's over the mean
+            more["expert_load"] = list(uneven.values())
+            shown += f" | fullest expert {max(uneven.values()):.1f}x"
+        if "grad_square" in values:
+            small, large = values["small_tokens"], tokens
+            square = values["grad_square"] * (large / small) ** 2 / job.world.size ** 3
+            signal, noise = schedule_.NoiseScale.split(square, values["grad_norm"] ** 2, small, large)
+            more |= {"grad_signal": signal, "grad_noise": noise, "noise_scale_tokens": self.noise.add(signal, noise)}
+        if changed := groups.get("update"):
+            more |= {"update_to_weight": max(changed.values()), "memory": cost.peak_memory(job.machine.device)}
+        if values["dropped"]:
+            more["dropped"] = True
+        self.log.write(step=step, tokens=step * job.recipe.batch_tokens, batch_tokens=tokens, loss=values["loss"], lr=rate,
+                       grad_norm=values["grad_norm"], tokens_per_second=speed, share_of_peak=share,
+                       train_seconds=self.seconds, data_seconds=values["data_seconds"], **self.losses, **more)
+        self.losses = {}
+        if event and event["event"] != "rewind":
+            self.log.write(**event)
+            if event["event"] == "spike":
+                done = {"skip": "this update is left out", "warn": "training goes on", "rewind": "training goes on for now"}
+                what = (f"a spike: loss {event['loss']:.3f} where {event['usual']:.3f} is usual, gradient norm "
+                        f"{event['grad_norm']:.2f}; {done[job.recipe.guard]}")
+            else:
+                what = (f"not recovered {event['lasted']} updates after the spike at step {event['began']:,}: a lower rate, a "
+                        "lower --clip or --guard rewind are what helps" if event["kind"] == "not recovered" else
+                        f"recovered from the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates")
+            tqdm.write(f"step {step:,}: {what}", file=sys.stdout)
+        self.compare(step, speed, groups.get("seconds", {}))
+        stage = f"{more['stage']} | " if "stage" in more else ""
+        self.shown = (f"{stage}loss {values['loss']:.3f} | lr {rate:.1e} | grad {values['grad_norm']:.2f} | {speed:,.0f} tok/s | "
+                      f"{share:.0%} of peak{shown}")
+
+    def compare(self, step: int, speed: float, busy: dict[str, float]) -> None:
+        """Warns when a run has become slower than it was, or one process is slower than the others."""
+        self.speeds.append(speed)
+        if len(self.speeds) == self.USUAL:
+            usual, recent = (statistics.median(list(self.speeds)[part]) for part in (slice(0, -8), slice(-8, None)))
+            if recent < self.SLOW * usual and not self.slow:
+                self.trouble(step, f"{recent:,.0f} tokens/s where {usual:,.0f} were usual: look for other work on the machine, "
+                                   "heat, or a slow disk")
+            self.slow = recent < self.SLOW * usual
+        if len(busy) > 1:
+            usual = statistics.median(busy.values())
+            process, seconds = max(busy.items(), key=lambda item: item[1])
+            if seconds > self.BEHIND * usual and seconds - usual > 0.005:
+                self.trouble(step, f"process {process} took {seconds:.3f} s for a forward pass, the others {usual:.3f} s: all "
+                                   "wait for it")
+
+    def close(self) -> None:
+        if self.log:
+            self.log.close()
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------
@@ -342,12 +1082,17 @@ def bits_per_byte(job: "Job", split: Split, tokens: float) -> float:
     device, context = job.machine.device, job.model.config.max_position_embeddings
     sizes = torch.tensor(job.tokenizer.token_bytes, device=device)
     nats, size = 0.0, 0
-    for batch in data_.validation_batches(split, context, job.rows, max(1, round(tokens / context)),
-                                          job.curriculum.most_documents[context]):
+    batches = list(data_.validation_batches(split, context, job.rows, max(1, round(tokens / context)),
+                                            job.curriculum.most_documents[context]))
+    for first in range(0, len(batches), job.world.size):  # the processes take turns, all as often
+        mine = first + job.world.rank
+        batch = batches[min(mine, len(batches) - 1)]
         inputs, targets, cu_seqlens = to_device(to_host(batch, device), device)
         logits = job.model(inputs, cu_seqlens if job.recipe.document_mask else None)
-        nats += cross_entropy(logits, targets).item()
-        size += sizes[targets[targets >= 0]].sum().item()
+        if mine < len(batches):
+            nats += cross_entropy(logits, targets).item()
+            size += sizes[targets[targets >= 0]].sum().item()
+    nats, size = job.world.sum(torch.tensor([nats, size], dtype=torch.float64)).tolist()
     return nats / math.log(2) / size
 
 
@@ -403,7 +1148,8 @@ def fit_to_data(recipe: Recipe, tokenizer: Tokenizer, sources: list[Split]) -> R
                    tokens=sum(stage.tokens for stage in stages))
 
 
-def print_plan(recipe: Recipe, curriculum: Curriculum, world: World, rows: int, tokens_per_second: float) -> None:
+def print_plan(job: "Pretraining", tokens_per_second: float) -> None:
+    recipe, curriculum, world, rows = job.recipe, job.curriculum, job.world, job.rows
     config, count = recipe.model, cost.count_parameters(recipe.model)
     tokens = curriculum.steps * recipe.batch_tokens
     accumulation = curriculum.rows // (rows * world.size)
@@ -426,40 +1172,134 @@ def print_plan(recipe: Recipe, curriculum: Curriculum, world: World, rows: int, 
     flops = 6 * count["active"] * tokens
     print(f"plan      {curriculum.steps:,} steps, {tokens:,} tokens, 6ND = {flops:.2e} FLOPs, about "
           f"{tokens / tokens_per_second / 60:.1f} minutes at {tokens_per_second:,.0f} tokens/s (measured just now)")
+    print(f"peak      share of peak = tokens/s x {job.flops:,.0f} FLOPs a token (6 x {count['active']:,} parameters and causal "
+          f"attention) / {world.size} x {job.machine.peak_flops:.3g} FLOP/s")
+    print(f"memory    {job.memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------
+# ---- pretraining ----------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; the checkpoint is written."""
+class Pretraining(Job):
+    """Next-token prediction on a curriculum: its batches, its rate, its held-out text."""
+
+    def __init__(self, recipe: Recipe, world: World, machine: cost.Machine, tokenizer: Tokenizer,
+                 sources: list[dict[str, Split]]):
+        super().__init__(recipe, world, machine, tokenizer)
+        self.sources, splits = sources, [source["train"] for source in sources]
+        self.names = [split.name for split in splits]
+        self.fingerprint = {split.name: split.sha256 for split in splits}
+        context = recipe.model.max_position_embeddings
+        self.curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed,
+                                     recipe.packing, [source["val"] for source in sources])
+        self.steps, self.keepers = self.curriculum.steps, tuple(self.curriculum.ends)
+        self.rows = world.agree(micro_batch_rows(recipe, world, machine.device))  # sequences of a micro-batch
+        self.loader = Loader(self.curriculum, machine.device)
+
+    def enter(self, step: int) -> int:
+        """What changes with a stage besides the data: context, RoPE's base, and so the sequences of a micro-batch."""
+        number, base, contexts = self.curriculum.stage(step), self.recipe.model, self.curriculum.contexts
+        stage = self.curriculum.stages[number]
+        config = base.change(max_position_embeddings=contexts[number], rope_theta=stage.rope_theta or base.rope_theta)
+        if config != self.model.config:
+            if config.max_position_embeddings != self.model.config.max_position_embeddings:
+                own = config.max_position_embeddings != base.max_position_embeddings  # --micro_batch is for the model's
+                recipe = replace(self.recipe, model=config, micro_batch=0 if own else self.recipe.micro_batch)
+                self.rows = self.world.agree(micro_batch_rows(recipe, self.world, self.machine.device))
+            self.model.config = config
+        changes = [end for end, a, b in zip(self.curriculum.ends, contexts, contexts[1:]) if a != b and end > step]
+        return min([step + schedule_.batch_multiple(step, self.recipe.doublings()), self.steps, *changes])
+
+    def rate(self, step: int) -> float:
+        return learning_rate(self.recipe, self.curriculum, step)
+
+    def micro_batches(self, step: int, steps: int) -> list[tuple[int, int, int]]:
+        """(step, first sequence of its batch, sequences) of this process."""
+        self.share = 1 / (steps * self.recipe.batch_tokens)  # of a token in the update's mean loss
+        sequences, turn = self.recipe.batch_tokens // self.model.config.max_position_embeddings, self.world.size * self.rows
+        return [(at, first + self.world.rank * self.rows, self.rows) for at in range(step, step + steps)
+                for first in range(0, sequences, turn)]
+
+    def halves(self, piece: tuple[int, int, int]) -> list[tuple[int, int, int]]:
+        at, first, count = piece
+        return [(at, first, count // 2), (at, first + count // 2, count - count // 2)] if count > 1 else [piece]
+
+    def load(self, piece, following) -> tuple[torch.Tensor, ...]:
+        return self.loader.get(piece, following or (piece[0] + 1, self.world.rank * self.rows, self.rows))
+
+    def loss(self, tokens, targets, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor | float]:
+        logits = self.parallel(tokens, cu_seqlens if self.recipe.document_mask else None)
+        extra = self.model.routing_loss() * (tokens.numel() * self.share)
+        if self.recipe.z_loss:
+            extra = extra + self.recipe.z_loss * z_loss(logits, targets) * self.share
+        return cross_entropy(logits, targets) * self.share, extra
+
+    @torch.no_grad()
+    def watch(self, piece, first: bool, tokens, targets, cu_seqlens) -> dict[str, torch.Tensor]:
+        """Per source, the sums of loss and targets; of the first piece of the first process also the extremes of logits,
+        of attention scores, and of the heads' entropy. A forward pass more."""
+        with watch_attention() as extremes:
+            logits = self.model(tokens, cu_seqlens if self.recipe.document_mask else None)
+        zero = torch.zeros((), device=logits.device)
+        found = {f"{what}/{name}": zero for name in self.names for what in ("loss", "tokens")}
+        for row, source in enumerate(self.curriculum.locate(*piece)[0]):
+            name = self.names[source]
+            found[f"loss/{name}"] = found[f"loss/{name}"] + cross_entropy(logits[row:row + 1], targets[row:row + 1])
+            found[f"tokens/{name}"] = found[f"tokens/{name}"] + (targets[row] >= 0).sum()
+        mine = first and self.world.rank == 0
+        high, low = (torch.stack(extremes).amax(0), torch.stack(extremes).amin(0)) if extremes else [zero.expand(3)] * 2
+        for name, value in (("logit_max", logits.abs().max()), ("attention_score_max", high[0]),
+                            ("attention_entropy_min", low[1]), ("attention_entropy_max", high[2])):
+            found[name] = value if mine else zero
+        return found
+
+    def describe(self, piece) -> str:
+        at, first, count = piece
+        sources = sorted({self.names[source] for source in self.curriculum.locate(at, first, count)[0]})
+        return f"sequences {first} to {first + count - 1} of the batch of step {at + 1}, from {', '.join(sources)}"
+
+    def note(self, step: int, values: dict[str, float]) -> tuple[dict, str]:
+        entry = {"stage": self.curriculum.stages[self.curriculum.stage(step)].name}
+        if by_source := {name: values[f"loss/{name}"] / values[f"tokens/{name}"] for name in self.names
+                         if values.get(f"tokens/{name}")}:
+            entry["loss_by_source"] = by_source
+        return entry, ""
+
+    def evaluate(self, step: int, last: bool) -> dict:
+        """Held-out bits per byte of each source, and a sample: how the model continues the first words of a held-out
+        document, of one source in turn, at the end of each."""
+        recipe, model = self.recipe, self.model
+        scores = {source["val"].name: bits_per_byte(self, source["val"], recipe.eval_tokens) for source in self.sources}
+        turn = step // recipe.eval_every % len(self.sources)
+        shown = self.sources if last else [self.sources[turn]]
+        prompts = [self.tokenizer.decode(source["val"].tokens[1:9].tolist()) for source in shown]
+        prompts = [recipe.sample_prompt] if recipe.sample_prompt else prompts
+        length = min(96, recipe.model.max_position_embeddings // 2)
+        texts = [complete(model, self.tokenizer, prompt, length, min_p=0.05, seed=step)[0] for prompt in prompts]
+        listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        said = [f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | ") for prompt, text in zip(prompts, texts)]
+        tqdm.write("\n".join([f"step {step:,}: held-out bits per byte {listed}", *said, ""]), file=sys.stdout)
+        sys.stdout.flush()
+        return {"val": scores, "samples": [prompt + text for prompt, text in zip(prompts, texts)]}
 
 
-@dataclass
-class Job:
-    """Everything that a run works with, and nothing that a step changes but weights and optimizer."""
-
-    recipe: Recipe  # fitted to the data
-    world: World
-    machine: cost.Machine
-    tokenizer: Tokenizer
-    sources: list[dict[str, Split]]  # {"train", "val"} of each
-    curriculum: Curriculum
-    loader: Loader
-    rows: int  # sequences of a micro-batch
-    model: GPT
-    parallel: torch.nn.Module  # the model, or what averages its gradients over the processes
-    optimizer: torch.optim.Optimizer
-    first: int  # steps done before, when a run is resumed
-    memory: float  # bytes that training is predicted to need at its peak
+def choose_machine(recipe: Recipe, world: World) -> cost.Machine:
+    """The device, and what is set once for a whole process."""
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    machine = world.agree(cost.find_machine(recipe.device, recipe.dtype, recipe.compile))
+    if machine.device == "cuda":  # TensorFloat-32 for what is left in fp32, unless fp32 was asked for
+        torch.set_float32_matmul_precision("highest" if recipe.dtype == "float32" else "high")
+    print(f"machine   {machine.reason}")
+    return machine
 
 
-def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
+def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Pretraining:
     """Checks everything that can be wrong, prints the plan, and returns what is needed to train."""
     checkpoint = newest_checkpoint(run_folder) if resume else None
     micro_batch_rows(recipe, world, "cpu")  # an impossible batch is said before any work
-    machine = world.agree(cost.find_machine(recipe.device, recipe.dtype, recipe.compile))
-    print(f"machine   {machine.reason}")
+    machine = choose_machine(recipe, world)
     tokenizer, sources = load_data(recipe, True) if world.rank == 0 else (None, None)
     world.agree(None)  # the others wait until the first has made and checked the data
     if world.rank:
@@ -468,41 +1308,91 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Job:
     if resume and (Tokenizer.load(run_folder).hash != tokenizer.hash
                    or read_recipe(run_folder)[1] != {split.name: split.sha256 for split in splits}):
         raise UserError(f"{recipe.data} is not the data that {run_folder} began with; put that back or start a new run")
+    context, dtype = recipe.model.max_position_embeddings, machine.dtype.itemsize
     recipe = replace(fit_to_data(recipe, tokenizer, splits), device=machine.device, compile=str(machine.compile).lower(),
                      dtype=str(machine.dtype).removeprefix("torch."))  # a resumed run computes as it began
-    context = recipe.model.max_position_embeddings
-    curriculum = Curriculum(splits, list(recipe.stages), context, recipe.batch_tokens // context, recipe.seed,
-                            recipe.packing, [source["val"] for source in sources])
-    if recipe.model.position == "learned" and max(curriculum.contexts) > context:
-        raise UserError(f"--position learned ends at {context} tokens, but a stage has {max(curriculum.contexts)}; take rope")
-    rows = world.agree(micro_batch_rows(recipe, world, machine.device))
+    if recipe.parallel == "auto":
+        room = torch.cuda.get_device_properties(0).total_memory if machine.device == "cuda" else math.inf
+        needs = cost.training_memory(recipe.model, 1, context, dtype, recompute=recipe.activation_checkpointing)["total"]
+        recipe = replace(recipe, parallel="fsdp" if world.size > 1 and needs > 0.9 * room else "ddp")
+    if recipe.noise_every and recipe.parallel == "fsdp" and world.size > 1:
+        raise UserError("--noise_every needs whole gradients, which FSDP does not keep; leave it out or take --parallel ddp")
+    job = Pretraining(recipe, world, machine, tokenizer, sources)
+    if recipe.model.position == "learned" and max(job.curriculum.contexts) > context:
+        raise UserError(f"--position learned ends at {context} tokens, but a stage has {max(job.curriculum.contexts)}; take rope")
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
-
-    memory = cost.process_memory(recipe.model, rows, context, machine.dtype.itemsize, machine.device, cost.memory_now(),
-                                 accumulates=curriculum.rows > rows * world.size)
+    job.memory = cost.process_memory(recipe.model, job.rows, context, dtype, machine.device, cost.memory_now(),
+                                     accumulates=job.curriculum.rows > job.rows * world.size,
+                                     recompute=recipe.activation_checkpointing)
     torch.manual_seed(recipe.seed)
-    model, first = GPT(recipe.model), 0
-    model.compute_dtype = machine.dtype
-    begun = checkpoint or (starting_point(recipe.start) if recipe.start else None)
-    if begun:
-        first = json.loads((begun / "manifest.json").read_text("utf-8"))["step"] if checkpoint else 0
-        model.load_state_dict(torch.load(begun / "model.pt", map_location="cpu", weights_only=True))
-    model.to(machine.device)
-    optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
-                                          (recipe.beta1, recipe.beta2), recipe.eps, recipe.optimizer)
-    if begun:
-        optimizer.load_state_dict(torch.load(begun / "optimizer.pt", map_location="cpu", weights_only=True))
-    if machine.compile:
-        model.compile_blocks()
-    loader = Loader(curriculum, machine.device)
-    inputs, _, cu_seqlens = to_device(loader.make(0, 0, rows), machine.device)
-    speed = cost.measure_speed(model, inputs, cu_seqlens if recipe.document_mask else None)
-    print_plan(recipe, curriculum, world, rows, speed * world.size)
-    print(f"memory    {memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
-    return Job(recipe, world, machine, tokenizer, sources, curriculum, loader, rows, model, parallel, optimizer, first,
-               memory)
+    job.equip(GPT(recipe.model), checkpoint or (starting_point(recipe.start) if recipe.start else None), resume)
+    inputs, _, cu_seqlens = to_device(job.loader.make(0, 0, job.rows), machine.device)
+    speed = cost.measure_speed(job.model, inputs, cu_seqlens if recipe.document_mask else None,
+                               repeats=3 if job.sharded else 0)  # as often in every process
+    job.connect()
+    job.flops = cost.flops_per_token(recipe.model, attended_length(job))
+    print_plan(job, speed * world.size)
+    return job
+
+
+def train(recipe: Recipe, run_folder: Path, resume: bool = False, world: World | None = None) -> dict[str, float]:
+    """Runs or continues a recipe in a run folder; returns held-out bits per byte of each source at the end."""
+    job = set_up(recipe, world or World(), run_folder, resume)
+    scores = run_job(job, run_folder, resume)
+    if held := cost.peak_memory(job.machine.device):
+        print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {job.memory / 2**20:,.0f}")
+    if job.world.rank == 0 and draw_log(run_folder):
+        print(f"The curves are in {run_folder}/loss.png")
+    print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')
+    return scores.get("val", {})
+
+
+def check(recipe: Recipe, world: World) -> None:
+    """`--check`: everything that a long run could fail at in its first hours, tried in a minute; leaves nothing behind."""
+    Path("runs").mkdir(exist_ok=True)
+    folder, troubles = Path(world.agree(tempfile.mkdtemp(prefix=".check-", dir="runs") if world.rank == 0 else None)), []
+
+    def verdict(good: bool, what: str) -> None:
+        print(f"{'ok' if good else 'FAILS':9} {what}")
+        troubles.extend([] if good else [what])
+
+    try:
+        job = set_up(recipe, world, folder, False)
+        job.folder = folder
+        print()
+        verdict(True, f"data: {sum(len(s['train'].tokens) for s in job.sources):,} tokens, whole by their sha256")
+        size = 12.0 * cost.count_parameters(recipe.model)["total"]
+        free, kept = shutil.disk_usage(folder).free, recipe.keep + 1 + len(job.keepers) + (
+            job.steps // recipe.keep_every if recipe.keep_every else 0)
+        verdict(size * kept < free, f"disk: {kept} checkpoints of {size / 2**30:.2f} GiB; {free / 2**30:.1f} GiB are free")
+        room = torch.cuda.mem_get_info()[1] if job.machine.device == "cuda" else cost.host_memory()
+        verdict(job.memory < room, f"memory: {job.memory / 2**30:.2f} GiB predicted a process; {room / 2**30:.1f} GiB are there")
+        for step in range(2):
+            cost.synchronize(job.machine.device)
+            started = time.perf_counter()
+            job.enter(step)
+            values = job.update(step, step + 1).read()
+        seconds = time.perf_counter() - started
+        verdict(math.isfinite(values["loss"]), f"two steps: loss {values['loss']:.3f}, gradient norm {values['grad_norm']:.2f}, "
+                f"{seconds:.2f} s a step")
+        saver = Saver(job, folder)
+        started = time.perf_counter()
+        saver.save(2, must=True)
+        saving, before = time.perf_counter() - started, [p.detach().clone() for p in job.model.parameters()]
+        world.agree(None)
+        load_checkpoint(folder / "checkpoints/step-00000002", job.model, job.optimizer)
+        same = not broken(folder / "checkpoints/step-00000002") and all(
+            bool((a == b).all()) for a, b in zip(before, job.model.parameters()))
+        verdict(same, f"a save and a load: {saving:.2f} s to save, read back bit for bit")
+        end = datetime.now() + timedelta(seconds=job.steps * seconds + saving * job.steps / recipe.save_every)
+        print(f"{'end':9} {job.steps:,} steps would end on {end:%Y-%m-%d at %H:%M}, evaluations not counted")
+    finally:
+        world.agree(None)
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if troubles:
+        raise UserError(f"--check found what would end this run: {'; '.join(troubles)}")
 
 
 def starting_point(start: str) -> Path:
@@ -529,176 +1419,7 @@ def learning_rate(recipe: Recipe, curriculum: Curriculum, step: int) -> float:
     return recipe.learning_rate * share * math.sqrt(schedule_.batch_multiple(step, recipe.doublings()))
 
 
-def enter_stage(job: Job, step: int) -> None:
-    """What changes with a stage besides the data: context, RoPE's base, and so the sequences of a micro-batch."""
-    number = job.curriculum.stage(step)
-    stage, model = job.curriculum.stages[number], job.recipe.model
-    config = model.change(max_position_embeddings=job.curriculum.contexts[number],
-                          rope_theta=stage.rope_theta or model.rope_theta)
-    if config != job.model.config:
-        if config.max_position_embeddings != job.model.config.max_position_embeddings:
-            own = config.max_position_embeddings != model.max_position_embeddings  # --micro_batch is for the model's context
-            job.rows = job.world.agree(micro_batch_rows(
-                replace(job.recipe, model=config, micro_batch=0 if own else job.recipe.micro_batch), job.world,
-                job.machine.device))
-        job.model.config = config
-
-
-def training_step(job: Job, step: int, rate: float, steps: int = 1,
-                  measure_noise: bool = False) -> tuple[float, float, tuple[float, float] | None]:
-    """One update from the batches of `steps` steps, `step` and those after it. Returns the mean loss in nats a token
-    and the gradient norm, of all of them, and the (|G|^2, tr(S)) of `NoiseScale.split` in tokens, None unless measured.
-
-    The small batch of the noise scale is each process's first micro-batch, before any averaging; one that is alone is
-    cut in two. Raises UserError before the update, in every process, if loss or norm is not finite.
-    """
-    recipe, world, device = job.recipe, job.world, job.machine.device
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
-    context, turn = job.model.config.max_position_embeddings, world.size * job.rows
-    pieces = [(at, first + world.rank * job.rows, job.rows) for at in range(step, step + steps)
-              for first in range(0, recipe.batch_tokens // context, turn)]
-    if measure_noise and len(pieces) == 1 and job.rows > 1:
-        at, first, count = pieces[0]
-        pieces = [(at, first, count // 2), (at, first + count // 2, count - count // 2)]
-    ahead = [*pieces[1:], (step + steps, world.rank * job.rows, job.rows)]  # what will be asked for next
-    loss, batch_tokens, noise = torch.zeros((), device=device), steps * recipe.batch_tokens, None
-    for number, ((at, first, count), following) in enumerate(zip(pieces, ahead)):
-        tokens, targets, cu_seqlens = job.loader.get((at, first, count), following)
-        synchronize = world.size == 1 or number == len(pieces) - 1
-        with contextlib.nullcontext() if synchronize else job.parallel.no_sync():
-            logits = job.parallel(tokens, cu_seqlens if recipe.document_mask else None)
-            part = cross_entropy(logits, targets) / batch_tokens  # a share of the global batch's mean
-            extra = job.model.routing_loss() / (len(pieces) * world.size)
-            if recipe.z_loss:
-                extra = extra + recipe.z_loss * z_loss(logits, targets) / batch_tokens
-            del logits  # so that their memory is free in the backward pass, which keeps what it needs
-            ((part + extra) * world.size).backward()  # because DDP divides by the number of processes
-        loss += part.detach()
-        if measure_noise and number == 0 and len(pieces) > 1:
-            square = sum(p.grad.square().sum() for p in job.model.parameters() if p.grad is not None).item()
-            small = count * context
-            noise = world.sum(square, device=device)[0] / world.size * (batch_tokens / small / world.size) ** 2, small
-    norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), recipe.clip).item()
-    mean = world.sum(loss.item(), device=device)[0]
-    if not (math.isfinite(mean) and math.isfinite(norm)):
-        raise UserError(f"step {step + 1}: the loss is {mean} and the gradient norm {norm}, so this update was not made and "
-                        f"nothing was saved; resume from the last checkpoint with a --learning_rate below {rate:.1e} or a "
-                        f"--clip below {recipe.clip:g}")
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    cost.synchronize(device)
-    return mean, norm, noise and schedule_.NoiseScale.split(noise[0], norm**2, noise[1], batch_tokens)
-
-
-def evaluate(job: Job, log: Log, step: int, last: bool, train_seconds: float) -> dict[str, float]:
-    """Held-out bits per byte of each source, and a sample: how the model continues the first words of a held-out
-    document, of one source in turn, at the end of each. Printed and logged."""
-    recipe, started = job.recipe, time.perf_counter()
-    scores = {source["val"].name: bits_per_byte(job, source["val"], recipe.eval_tokens) for source in job.sources}
-    turn = step // recipe.eval_every % len(job.sources)
-    prompts = [job.tokenizer.decode(s["val"].tokens[1:9].tolist()) for s in (job.sources if last else [job.sources[turn]])]
-    prompts = [recipe.sample_prompt] if recipe.sample_prompt else prompts
-    length = min(96, recipe.model.max_position_embeddings // 2)
-    texts = [complete(job.model, job.tokenizer, prompt, length, min_p=0.05, seed=step)[0] for prompt in prompts]
-    log.write(step=step, tokens=step * recipe.batch_tokens, val=scores, samples=[p + t for p, t in zip(prompts, texts)],
-              train_seconds=train_seconds, seconds=time.perf_counter() - started)
-    listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
-    shown = [f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | ") for prompt, text in zip(prompts, texts)]
-    tqdm.write("\n".join([f"step {step:,}: held-out bits per byte {listed}", *shown, ""]), file=sys.stdout)
-    sys.stdout.flush()
-    return scores
-
-
-@contextlib.contextmanager
-def noted_signals():
-    """Collects SIGINT and SIGTERM in a list instead of dying of them, so that a step is never left half done."""
-    noted: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: noted.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def train(recipe: Recipe, run_folder: Path, resume: bool = False) -> dict[str, float]:
-    """Runs or continues a recipe in a run folder; returns held-out bits per byte of each source at the end."""
-    world = World.join()
-    if world.rank:
-        sys.stdout = open(os.devnull, "w")
-    job = set_up(recipe, world, run_folder, resume)
-    recipe, curriculum, leader = job.recipe, job.curriculum, world.rank == 0
-    if leader:
-        run_folder.mkdir(parents=True, exist_ok=resume)
-        write_recipe(run_folder, recipe, curriculum.sources)
-        job.tokenizer.save(run_folder)
-        log = Log(run_folder, job.first)
-    print(f"run       {run_folder}" + (f", continued from step {job.first:,}" if resume else "")
-          + "; Ctrl-C stops, saves, and says how to go on\n", flush=True)
-    flops = cost.flops_per_token(recipe.model, attended_length(job))
-    bar = tqdm(total=curriculum.steps, initial=job.first, disable=not leader, dynamic_ncols=True, smoothing=0.05,
-               mininterval=0.5 if sys.stderr.isatty() else 10,
-               bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
-    scores, seconds = {}, log.train_seconds() if leader else 0.0
-    noise_scale = schedule_.NoiseScale()
-    for entry in log.entries if leader else ():
-        if "grad_noise" in entry:
-            noise_scale.add(entry["grad_signal"], entry["grad_noise"])
-    step = job.first
-    with noted_signals() as noted, contextlib.closing(bar):
-        while step < curriculum.steps:
-            started, begin = time.perf_counter(), step
-            enter_stage(job, begin)
-            changes = [end for end, a, b in zip(curriculum.ends, curriculum.contexts, curriculum.contexts[1:]) if a != b]
-            step = min([begin + schedule_.batch_multiple(begin, recipe.doublings()), curriculum.steps,
-                        *(end for end in changes if end > begin)])  # no update has sequences of two contexts
-            rate = learning_rate(recipe, curriculum, begin)
-
-            def due(every: int) -> bool:
-                return step // every > begin // every  # an update can cover several steps
-
-            measured = recipe.noise_every > 0 and due(recipe.noise_every)
-            loss, norm, noise = training_step(job, begin, rate, step - begin, measured)
-            uneven = job.model.balance_experts()
-            elapsed = time.perf_counter() - started
-            seconds += elapsed
-            stop = world.sum(len(noted), device=job.machine.device)[0] > 0  # all processes leave at the same step
-            last = step == curriculum.steps
-            if not leader:
-                if stop:
-                    break
-                continue
-            batch_tokens = (step - begin) * recipe.batch_tokens
-            speed, stage = batch_tokens / elapsed, curriculum.stages[curriculum.stage(begin)].name
-            share = speed * flops / job.machine.peak_flops / world.size
-            more = {"expert_load": uneven} if uneven else {}  # per MoE layer, the fullest expert's over the mean
-            if noise is not None:
-                more |= {"grad_signal": noise[0], "grad_noise": noise[1], "noise_scale_tokens": noise_scale.add(*noise)}
-            log.write(step=step, tokens=step * recipe.batch_tokens, batch_tokens=batch_tokens, loss=loss, lr=rate,
-                      grad_norm=norm, stage=stage, tokens_per_second=speed, share_of_peak=share, train_seconds=seconds,
-                      **more)
-            fullest = f" | fullest expert {max(uneven):.1f}x" if uneven else ""
-            bar.set_postfix_str(f"{stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | {speed:,.0f} tok/s | "
-                                f"{share:.0%} of peak{fullest}", refresh=False)
-            bar.update(step - begin)
-            if due(recipe.save_every) or any(begin < end <= step for end in curriculum.ends) or stop:
-                save_checkpoint(run_folder, step, job.model, job.optimizer, job.tokenizer, always=tuple(curriculum.ends))
-            if stop and not last:
-                raise Interrupted(f"Stopped after step {step:,} of {curriculum.steps:,} and saved; go on with: "
-                                  f"python train.py --resume {run_folder}")
-            if due(recipe.eval_every) or last or begin == 0:
-                scores = evaluate(job, log, step, last, seconds)
-    if held := cost.peak_memory(job.machine.device):
-        print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {job.memory / 2**20:,.0f}")
-    if leader and log.draw(run_folder / "loss.png"):
-        print(f"The curves are in {run_folder}/loss.png")
-    print(f'Done: {run_folder}. Read more of what it writes with: python sample.py {run_folder} --prompt "def "')
-    return scores
-
-
-def attended_length(job: Job) -> float:
+def attended_length(job: Pretraining) -> float:
     """How long the piece of text is that attention works on: the context, or, with document masks,
     sum(len^2) / sum(len) over the documents' pieces in the first batch."""
     if not job.recipe.document_mask:
@@ -754,7 +1475,8 @@ def truth(text: str) -> bool:
 
 # What a resumed run may change; everything else would make the step number mean something else.
 RESUMABLE = {"micro_batch", "learning_rate", "clip", "eval_every", "eval_tokens", "save_every", "sample_prompt", "device",
-             "dtype", "compile", "data"}
+             "dtype", "compile", "data", "watch_every", "keep", "keep_every", "async_save", "guard", "rewind_tries",
+             "spike_margin", "log", "parallel", "activation_checkpointing", "deterministic"}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
@@ -766,6 +1488,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
                         help="test --candidate: 40 %% base mixture, 60 %% of it, from this run or checkpoint")
     parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
     parser.add_argument("--minutes", type=float, metavar="M", help="train for so long: size, batch and rate follow")
+    parser.add_argument("--check", action="store_true",
+                        help="try data, disk, memory, two steps, a save and a load, and say when the run would end")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
     comments = field_comments(ModelConfig, Recipe)
@@ -777,7 +1501,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
          for flag, equals, value in words])
     if unknown:
-        names = [*FLAGS, "resume", "anneal", "candidate", "minutes", "name", "model"]
+        names = [*FLAGS, "resume", "anneal", "candidate", "minutes", "check", "name", "model"]
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1)
         raise UserError(f"there is no flag {unknown[0]}; "
                         + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
@@ -826,22 +1550,42 @@ def fit_to_minutes(recipe: Recipe, minutes: float) -> Recipe:
                    learning_rate=found["learning_rate"], warmup_steps=schedule_.suggest_warmup(steps))
 
 
-def main() -> None:
+def command_line(work: Callable[[World], None]) -> None:
+    """Joins the other processes, if any, does the work, and ends all of them alike: a signal with exit status 75 after
+    saving, an error with its message said once."""
+    world = World.join()
+    if world.rank:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        work(world)
+    except Interrupted as stop:
+        if world.rank == 0:
+            print(stop, file=sys.stderr)
+        sys.exit(RESUMABLE_EXIT)
+    except BaseException as error:
+        if not world.first_to_fail():
+            os._exit(1)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same), take "
+                            "--activation_checkpointing true or a shorter --max_position_embeddings") from None
+        raise
+    finally:
+        if dist.is_initialized() and not world.failing:
+            dist.destroy_process_group()
+
+
+def start(world: World) -> None:
     args, recipe = parse(sys.argv[1:])
     if args.minutes:
         recipe = fit_to_minutes(recipe, args.minutes)
-    folder = Path(args.resume) if args.resume else new_run_folder(args.name or args.recipe)
-    try:
-        train(recipe, folder, bool(args.resume))
-    except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same) or take a "
-                        "shorter --max_position_embeddings") from None
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if args.check:
+        return check(recipe, world)
+    folder = Path(args.resume) if args.resume else world.agree(new_run_folder(args.name or args.recipe))
+    train(recipe, folder, bool(args.resume), world)
+
+
+def main() -> None:
+    command_line(start)
 
 
 if __name__ == "__main__":

@@ -112,9 +112,9 @@ def test_branches_read_the_same_tokens_and_large_ones_fall_behind(here, capsys, 
     train.train(recipe("--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000"), Path("runs/a"))
     seen, step = {}, train.training_step
 
-    def spy(job, at, rate, steps=1, measure_noise=False):
+    def spy(job, at, rate, steps=1):
         seen.setdefault(steps, []).append((range(at, at + steps), rate))
-        return step(job, at, rate, steps, measure_noise)
+        return step(job, at, rate, steps)
 
     monkeypatch.setattr(train, "training_step", spy)
     found = ablate.branch(Path("runs/a"), [1, 2, 16], 64 * 256, 0.01)

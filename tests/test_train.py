@@ -118,19 +118,18 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, at, monkeypat
     """Across stage boundaries and epochs: weights, optimizer and logged losses."""
     job = recipe("--tokens", "10240", "--eval-every", "7")
     train.train(job, Path("runs/straight"))
-    count, step = 0, torch.optim.AdamW.step
+    update = train.training_step
 
-    def interrupt(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == at:
+    def interrupt(job, step, *args, **kwargs):
+        if step == at - 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args, **kwargs)
+        return update(job, step, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    monkeypatch.setattr(train, "training_step", interrupt)
     with pytest.raises(train.Interrupted, match="--resume runs/stopped"):
         train.train(job, Path("runs/stopped"))
-    assert len(losses(Path("runs/stopped"))) == at
+    assert at <= len(losses(Path("runs/stopped"))) <= at + 1  # noted during a step, a signal is heard by all in the next
+    monkeypatch.setattr(train, "training_step", update)
     train.train(train.read_recipe(Path("runs/stopped"))[0], Path("runs/stopped"), resume=True)
     assert losses(Path("runs/stopped")) == losses(Path("runs/straight"))
     assert_same_state(Path("runs/stopped"), Path("runs/straight"))
@@ -144,7 +143,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(here):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "python train.py --resume runs/laptop" in errors and "Traceback" not in errors
+    assert process.returncode == 75 and "python train.py --resume runs/laptop" in errors and "Traceback" not in errors
     assert newest_checkpoint("runs/laptop").name == f"step-{len(losses(Path('runs/laptop'))):08d}"
 
 
