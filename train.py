@@ -752,6 +752,10 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
     local: dict[str, torch.Tensor] = {"signals": torch.full((), float(signals), device=device)}
     parts: list[tuple[object, torch.Tensor]] = []
     weights = watched_weights(job.model) if watched else {}
+    for number, piece in enumerate(pieces if watched else ()):  # before any gradient: FSDP loses those it holds in a forward
+        tensors = job.load(piece, pieces[(number + 1) % len(pieces)])
+        for name, value in job.watch(piece, number == 0, *tensors).items():
+            local[name] = local.get(name, 0) + value
     data_seconds, begin = 0.0, time.perf_counter()
     for number, (piece, following) in enumerate(zip(pieces, ahead)):
         waited = time.perf_counter()
@@ -769,9 +773,6 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
                 local |= {f"seconds/{i}": seconds for i, seconds in enumerate(busy)}
             ((part + extra) * world.size).backward()  # because DDP and FSDP divide by the number of processes
         parts.append((piece, part.detach()))
-        if watched:
-            for name, value in job.watch(piece, number == 0, *tensors).items():
-                local[name] = local.get(name, 0) + value
         if measure_noise and number == 0 and len(pieces) > 1:
             local["grad_square"] = sum(p.grad.square().sum() for p in job.model.parameters() if p.grad is not None)
             small = tensors[0].numel()
@@ -997,6 +998,7 @@ class Meter:
             more |= {"grad_signal": signal, "grad_noise": noise, "noise_scale_tokens": self.noise.add(signal, noise)}
         if changed := groups.get("update"):
             more |= {"update_to_weight": max(changed.values()), "memory": cost.peak_memory(job.machine.device)}
+            more |= {name: value for name, value in values.items() if name.startswith(("logit_", "attention_"))}
         if values["dropped"]:
             more["dropped"] = True
         self.log.write(step=step, tokens=step * job.recipe.batch_tokens, batch_tokens=tokens, loss=values["loss"], lr=rate,
