@@ -425,6 +425,7 @@ class Split:
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
     bytes: int  # of the text, UTF-8
     sha256: str  # of the tokens
+    labels: Tokens | None = None  # the tokens as targets, -100 where nothing is to be learned; None: the tokens
 
 
 def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -> dict[str, Split]:
@@ -768,7 +769,8 @@ def cut_sequences(packing: Packing, indices: np.ndarray) -> tuple[np.ndarray, np
         for begin, length in packing.pieces(int(index)):
             part = split.tokens[begin:begin + length + 1]  # the target after the last one opens the next document
             n = len(part) - 1  # less than `length` at the end of the file only
-            tokens[row, at:at + n], targets[row, at:at + n] = part[:-1], part[1:]
+            tokens[row, at:at + n] = part[:-1]
+            targets[row, at:at + n] = (part if split.labels is None else split.labels[begin:begin + length + 1])[1:]
             first, last = np.searchsorted(split.starts, [begin + 1, begin + n])
             inside += [[at], split.starts[first:last] - begin + at]
             at += length

@@ -135,11 +135,16 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read ({error}); download it again") from None
 
 
+BEGIN, END = "\ue002", "\ue003"  # around what the assistant says, in a rendered template
+
+
 class Prompter:
     """How text and chats begin and end for the model of a folder, ours or Hugging Face's."""
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer):
         self.tokenizer, folder = tokenizer, Path(folder)
+        control = map(re.escape, sorted(tokenizer.special, key=len, reverse=True))
+        self.control = re.compile("|".join(control) or "(?!)")  # the text of any control token
         self.settings: dict = {}  # tokenizer_config.json; empty for our runs
         self.template: str | None = None
         self.opening = [tokenizer.eos_id]  # our documents open with EOS
@@ -177,8 +182,51 @@ class Prompter:
         """
         if self.template is None:
             return [*self.opening, *self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]]
+        return self.encode(self.render(messages, True).replace(BEGIN, "").replace(END, ""))
+
+    def conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a whole conversation to train on; mask is 1 on what the assistant has to produce, the token that ends
+        its turn included.
+
+        With a template: what stands between its {% generation %} tags, or, without them, what a reply adds to the prompt
+        before it. Prompt and reply are encoded apart, as they are when the model answers.
+        """
+        if self.template is None:
+            ids, mask = self.tokenizer.encode_chat(messages)
+            return [*self.opening, *ids], [0] * len(self.opening) + mask
+        text = self.render(messages, False)
+        pieces = re.split(f"[{BEGIN}{END}]", text)  # in turn outside and inside
+        if len(pieces) == 1:
+            cuts = [0]
+            for i, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    before, after = self.render(messages[:i], True), self.render(messages[:i + 1], False)
+                    if not (after.startswith(before) and text.startswith(after)):
+                        raise UserError("the model's chat template changes a turn when others follow it, so that what the "
+                                        "assistant says cannot be told; put {% generation %} and {% endgeneration %} around it "
+                                        "in chat_template.jinja")
+                    ends = [m.end() for m in self.control.finditer(after, len(before))]
+                    cuts += [len(before), ends[-1] if ends else len(after)]  # white space behind the end is no reply
+            pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
+        parts = [self.encode(piece) for piece in pieces]
+        return [i for ids in parts for i in ids], [n % 2 for n, ids in enumerate(parts) for _ in ids]
+
+    def encode(self, text: str) -> list[int]:
+        """ids of what a template rendered."""
+        names, ids, start = list(self.tokenizer.special), [], 0
+        for found in [*self.control.finditer(text), None]:
+            piece = text[start:found.start() if found else len(text)]
+            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
+            if found:
+                ids.append(self.tokenizer.control(found[0]))
+                start = found.end()
+        return ids
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """The template's text, with BEGIN and END where it has {% generation %} and {% endgeneration %}, and what looks like
+        a control token in a message of the user hidden."""
         try:
-            from jinja2 import TemplateError
+            from jinja2 import TemplateError, nodes
             from jinja2.ext import Extension, loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
@@ -188,36 +236,32 @@ class Prompter:
             raise TemplateError(message)
 
         names = list(self.tokenizer.special)
-        control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
         def hide(text):
-            return control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
+            return self.control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
 
         hidden = [{**m, "content": m["content"] if m["role"] == "assistant" else hide(m["content"])} for m in messages]
+
         class Generation(Extension):  # {% generation %} marks, for training, what the assistant says
             tags = {"generation"}
 
             def parse(self, parser):
                 next(parser.stream)
-                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+                begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+                return [begin, *body, end]
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[loopcontrols, Generation])
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("time").strftime(form)}
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
-            text = environment.from_string(self.template).render(
-                messages=hidden, add_generation_prompt=True, tools=None, bos_token=self.name("bos_token") or "",
-                eos_token=self.name("eos_token") or "", pad_token=self.name("pad_token") or "")
+            return environment.from_string(self.template).render(
+                messages=hidden, add_generation_prompt=add_generation_prompt, tools=None,
+                bos_token=self.name("bos_token") or "", eos_token=self.name("eos_token") or "",
+                pad_token=self.name("pad_token") or "")
         except Exception as error:  # a template is a program, and can fail in every way
             raise UserError(f"the model's chat template refuses this ({type(error).__name__}: {error})") from None
-        ids, start = [], 0
-        for found in [*control.finditer(text), None]:
-            piece = text[start:found.start() if found else len(text)]
-            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
-            if found:
-                ids.append(self.tokenizer.control(found[0]))
-                start = found.end()
-        return ids
 
 
 def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, **options) -> str:
