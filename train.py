@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 import cost
 import data as data_
+import evals
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
 from model import (GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, newest_checkpoint, read_sharded,
@@ -1072,28 +1073,12 @@ class Loader:
         return to_device(tensors, self.device)
 
 
-@torch.no_grad()
 def bits_per_byte(job: "Job", split: Split, tokens: float) -> float:
-    """Bits that the model needs for a byte of held-out text, comparable between tokenizers.
-
-    The negative log-likelihood of every target, each document's end included, over the bytes of the targets' text,
-    for the first `tokens` tokens of the split.
-    """
-    device, context = job.machine.device, job.model.config.max_position_embeddings
-    sizes = torch.tensor(job.tokenizer.token_bytes, device=device)
-    nats, size = 0.0, 0
-    batches = list(data_.validation_batches(split, context, job.rows, max(1, round(tokens / context)),
-                                            job.curriculum.most_documents[context]))
-    for first in range(0, len(batches), job.world.size):  # the processes take turns, all as often
-        mine = first + job.world.rank
-        batch = batches[min(mine, len(batches) - 1)]
-        inputs, targets, cu_seqlens = to_device(to_host(batch, device), device)
-        logits = job.model(inputs, cu_seqlens if job.recipe.document_mask else None)
-        if mine < len(batches):
-            nats += cross_entropy(logits, targets).item()
-            size += sizes[targets[targets >= 0]].sum().item()
-    nats, size = job.world.sum(torch.tensor([nats, size], dtype=torch.float64)).tolist()
-    return nats / math.log(2) / size
+    """`evals.bits_per_byte` with the shapes and the masks of training, so that nothing is compiled anew; the processes take
+    turns."""
+    documents = job.curriculum.most_documents[job.model.config.max_position_embeddings]
+    return evals.bits_per_byte(job.model, job.tokenizer, split, tokens, job.rows, job.recipe.document_mask, documents,
+                               job.world).mean
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------
