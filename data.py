@@ -151,18 +151,18 @@ def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[tuple[str,
 EMBEDDED = {"prose": embedded_prose, "code": embedded_code, "math": generated_math}
 
 
-# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash: what an
-# evaluation asks was never stated where the model trained, so only the text in front of it can tell.
-KEYS = """anchor angle apples archive audio axis barrier basis batch block books boundary branch browser bucket buffer button
-cache canvas cards chain channel chunk client cluster coins color column command comment cookie corner counter cover cursor
-date decoder degree device dialog digits disk display distance document domain email encoder engine event factor family
-feature field filter flag flow focus fork frame fusion future grammar graph grid group guard hand handling head heading heap
-height help hook host hour image index input issue item label language""".split()
-VALUES = """layer leaf marbles mask master matrix memory menu mesh message metric month mouse network node number object option
-order origin owner package page pair parent parser pattern pencils period pickle pipe pixel place plan platform point policy
-pool port power prefix process product profile program property queue quote range rank reader record region relief report rest
-root rule runner sample schema scope screen seed series server shape shell side signal size socket source space speed square
-stack stage star stick stones stream string style symbol table""".split()
+# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash: what
+# an evaluation asks was never stated where the model trained, so only the text in front of it can tell.
+KEYS = """anchor angle apples archive audio axis barrier basis batch block books boundary branch browser bucket buffer
+button cache canvas cards chain channel chunk client cluster coins color column command comment cookie corner counter
+cover cursor date decoder degree device dialog digits disk display distance document domain email encoder engine event
+factor family feature field filter flag flow focus fork frame fusion future grammar graph grid group guard hand handling
+head heading heap height help hook host hour image index input issue item label language""".split()
+VALUES = """layer leaf marbles mask master matrix memory menu mesh message metric month mouse network node number object
+option order origin owner package page pair parent parser pattern pencils period pickle pipe pixel place plan platform
+point policy pool port power prefix process product profile program property queue quote range rank reader record region
+relief report rest root rule runner sample schema scope screen seed series server shape shell side signal size socket
+source space speed square stack stage star stick stones stream string style symbol table""".split()
 
 
 def draw_notes(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]]:
@@ -186,8 +186,8 @@ def note_question(key: str) -> str:
     return f"Question: What is the note on {key}?\nAnswer: {key}"
 
 
-def generated_recall(size: int = 6500, documents: int = 3000, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Documents of about `size` bytes: docstrings with 2 to 32 notes between their lines, then a question for each note.
+def generated_recall(size: int, documents: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between their lines, then a question for each.
     The text around held-out notes is held out as well."""
     rng = random.Random(seed)
     texts: dict[bool, list[str]] = {False: [], True: []}
@@ -195,9 +195,9 @@ def generated_recall(size: int = 6500, documents: int = 3000, seed: int = 0) -> 
         texts[uniform(key) < HELD_OUT].append(text)
     for _ in range(documents):
         held_out = rng.random() < HELD_OUT
-        pairs = draw_notes(rng, int(2 * min(16, size / 200) ** rng.random()), held_out)
+        pairs = draw_notes(rng, rng.randint(2, min(64, size // 80)), held_out)
         questions = [f"{note_question(key)} {value}.\n" for key, value in rng.sample(pairs, len(pairs))]
-        room = size - sum(map(len, questions)) - 30 * len(pairs)
+        room = size - sum(map(len, questions)) - sum(len(note(*pair)) for pair in pairs)
         yield " ".join(pairs[0]), passage(rng, texts[held_out], pairs, room) + "".join(questions)
 
 
@@ -636,6 +636,12 @@ def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float
 def prepare_embedded(out: str | Path, vocab_size: int = 4096) -> Tokenizer:
     """The embedded corpus: prose, code and math from the Python installation, with a tokenizer of their own."""
     return prepare({name: documents() for name, documents in EMBEDDED.items()}, out, vocab_size=vocab_size)
+
+
+def prepare_recall(out: str | Path, tokenizer: Tokenizer) -> None:
+    """Lookups for contexts of 128, 512 and 2048 of the embedded corpus' tokens, which have about 4 bytes here."""
+    prepare({f"recall-{n}": generated_recall(size, documents, seed=n)
+             for n, size, documents in ((128, 430, 6000), (512, 1600, 2000), (2048, 6500, 1000))}, out, tokenizer)
 
 
 # ---- packing: documents -> sequences --------------------------------------------------------------------------
