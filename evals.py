@@ -592,6 +592,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=0, help="tokens to read, beyond the trained context by --extend")
     parser.add_argument("--extend", choices=EXTENSIONS, default="dual_chunk", help="how to read beyond the trained context")
     parser.add_argument("--harness", default="", metavar="A,B", help="tasks of lm-evaluation-harness instead of ours")
+    parser.add_argument("--picture", default="", metavar="FILE", help="of the recall table (default: RUN/recall.png)")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     args = parser.parse_args()
     names, out = [name for name in args.tasks.split(",") if name], sys.stdout
@@ -644,8 +645,8 @@ def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str
         show({f"recall/{length}": Score(*np.mean([row.mean for row in cells.values()], keepdims=True),
                                         math.sqrt(sum(row.stderr**2 for row in cells.values())) / len(cells),
                                         sum(row.n for row in cells.values()), 1 / 4) for length, cells in table.items()})
-        picture = folder / "recall.png" if (folder / "log.jsonl").exists() else Path("recall.png")
-        if draw_recall(table, picture, f"{folder}, {context:,} tokens"):
+        picture = args.picture or (str(folder / "recall.png") if (folder / "log.jsonl").exists() else "")
+        if picture and draw_recall(table, Path(picture), f"{folder}, {context:,} tokens"):
             print(f"The table is drawn in {picture}")
     if "position" in names:
         show({f"nats a token/{span}": s for span, s in

@@ -130,11 +130,11 @@ def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]
     return model.to(device), Tokenizer.load(folder)
 
 
-EXTENSIONS = ("dual_chunk", "yarn")
+EXTENSIONS = ("dual_chunk", "yarn", "rope")  # rope: as it is, for comparison
 
 
 def extended(model: GPT, context: int, by: str = "dual_chunk") -> GPT:
-    """The same weights reading `context` tokens through dual chunk attention or YaRN, without training."""
+    """The same weights reading `context` tokens through dual chunk attention, YaRN or RoPE as it is, without training."""
     trained = model.config.max_position_embeddings
     if model.config.position != "rope":
         raise UserError(f"--context {context} goes beyond the trained {trained} tokens, which needs plain RoPE, not "

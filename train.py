@@ -163,7 +163,8 @@ RECIPES = {
             Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
             Stage("long-512", 0.3e6, {"recall-512": 0.6, "code": 0.2, "prose": 0.1, "math": 0.1}, context=512,
                   rope_theta=5e4),
-            Stage("long-2048", 0.4e6, {"recall-2048": 0.6, "code": 0.3, "prose": 0.1}, context=2048, rope_theta=2e5),
+            Stage("long-2048", 0.4e6, {"recall-2048": 0.5, "code": 0.3, "prose": 0.1, "math": 0.1}, context=2048,
+                  rope_theta=2e5),
         ),
         batch_tokens=2048, learning_rate=3e-3, warmup_steps=30, decay_share=0.3, packing="best-fit", eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
@@ -1482,9 +1483,8 @@ def truth(text: str) -> bool:
 
 # What a resumed run may change; everything else would make the step number mean something else.
 RESUMABLE = {"micro_batch", "learning_rate", "clip", "eval_every", "eval_tokens", "eval_tasks", "save_every",
-             "sample_prompt", "device",
-             "dtype", "compile", "data", "watch_every", "keep", "keep_every", "async_save", "guard", "rewind_tries",
-             "spike_margin", "log", "parallel", "activation_checkpointing", "deterministic"}
+             "sample_prompt", "device", "dtype", "compile", "data", "watch_every", "keep", "keep_every", "async_save",
+             "guard", "rewind_tries", "spike_margin", "log", "parallel", "activation_checkpointing", "deterministic"}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
