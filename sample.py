@@ -7,7 +7,7 @@ the whole square; it is the reason why the playbook chooses grouped-query attent
     python sample.py runs/laptop --prompt "def " --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
     python sample.py SmolLM3-3B                        # a downloaded Hugging Face folder: chats if it has a chat template
     python sample.py SmolLM3-3B --chat --prompt "Why is the sky blue?"
-    python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context
+    python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context (--extend yarn)
 
 `--temperature 0` always takes the likeliest token. top-k keeps the k likeliest tokens; top-p (Holtzman et al. 2020)
 the likeliest that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as the
@@ -51,21 +51,23 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *, temperature: float = 0.8,
-             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, stop: int | Iterable[int] = (),
-             vocab_size: int | None = None) -> Iterator[list[int | None]]:
+def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, samples: int = 1, *,
+             temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
+             stop: int | Iterable[int] = (), vocab_size: int | None = None) -> Iterator[list[int | None]]:
     """Yields one token id for each of `samples` continuations of the prompt, None for one that has ended.
 
-    Ends after `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids
-    from there on are never drawn (a padded vocabulary has rows that stand for nothing).
+    Several prompts of one length are continued together, the samples of one before those of the next. Ends after
+    `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids from
+    there on are never drawn (a padded vocabulary has rows that stand for nothing).
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(len(prompt) + max_tokens)
-    tokens = torch.tensor([prompt] * samples, device=device)  # [samples, T], then [samples, 1]
-    running, stops = [True] * samples, {stop} if isinstance(stop, int) else set(stop)
+    prompts = torch.atleast_2d(torch.tensor(prompt, device=device))  # [prompts, T]
+    cache = KVCache(prompts.shape[1] + max_tokens)
+    tokens = prompts.repeat_interleave(samples, 0)  # [rows, T], then [rows, 1]; rows = prompts * samples
+    running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):
-        logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [samples, V]
+        logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True)
         else:
@@ -78,20 +80,37 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *
         yield [id if alive else None for alive, id in zip(running, ids)]
 
 
-def continue_all(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, samples: int, **options) -> list[str]:
-    """Several continuations of prompt ids as text, drawn at once."""
-    ids: list[list[int]] = [[] for _ in range(samples)]
-    for step in generate(model, prompt, max_tokens, samples, **options):
-        for sample, id in zip(ids, step):
-            if id is not None:
-                sample.append(id)
-    return [tokenizer.decode(sample) for sample in ids]
+def continue_all(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int = 1, *, seed: int = 0,
+                 at_once: int = 128, **options) -> list[list[list[int]]]:
+    """ids [prompts][samples][at most max_tokens] that continue each prompt; the stop token is not among them, so one
+    that is shorter has stopped by itself.
+
+    Prompts of one length are drawn together, about `at_once` sequences at a time. Padding to a common length would need
+    a mask in every kind of attention; grouping needs nothing.
+    """
+    made: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(i)
+    count, batch = max(1, at_once // samples), 0
+    for group in groups.values():
+        for first in range(0, len(group), count):
+            chosen = group[first:first + count]
+            rows = [ids for i in chosen for ids in made[i]]
+            for step in generate(model, [prompts[i] for i in chosen], max_tokens, samples, seed=seed + 1_000_003 * batch,
+                                 **options):
+                for ids, id in zip(rows, step):
+                    if id is not None:
+                        ids.append(id)
+            batch += 1
+    return made
 
 
 def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, samples: int = 1, **options) -> list[str]:
     """The continuations of a prompt as text; a document's opening EOS stands before the prompt."""
-    return continue_all(model, tokenizer, [tokenizer.eos_id, *tokenizer.encode(prompt)], max_tokens, samples,
+    made = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(prompt)]], max_tokens, samples,
                         stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
+    return [tokenizer.decode(ids) for ids in made[0]]
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -111,15 +130,18 @@ def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]
     return model.to(device), Tokenizer.load(folder)
 
 
-def extended(model: GPT, context: int) -> GPT:
-    """The same weights reading `context` tokens through dual chunk attention, without training."""
+EXTENSIONS = ("dual_chunk", "yarn", "rope")  # rope: as it is, for comparison
+
+
+def extended(model: GPT, context: int, by: str = "dual_chunk") -> GPT:
+    """The same weights reading `context` tokens through dual chunk attention, YaRN or RoPE as it is, without training."""
     trained = model.config.max_position_embeddings
     if model.config.position != "rope":
         raise UserError(f"--context {context} goes beyond the trained {trained} tokens, which needs plain RoPE, not "
                         f"{model.config.position}")
     with torch.device("meta"):
-        longer = GPT(model.config.change(position="dual_chunk", original_max_position_embeddings=trained,
-                                         max_position_embeddings=context)).eval()
+        longer = GPT(model.config.change(position=by, original_max_position_embeddings=trained,
+                                         rope_factor=context / trained, max_position_embeddings=context)).eval()
     longer.load_state_dict(model.state_dict(), assign=True)
     longer.compute_dtype = model.compute_dtype
     return longer
@@ -303,7 +325,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the model's chat format")
     parser.add_argument("--context", type=int, default=0, help="tokens to read and write, beyond the trained context by "
-                        "dual chunk attention (0: the trained context)")
+                        "--extend (0: the trained context)")
+    parser.add_argument("--extend", choices=EXTENSIONS, default="dual_chunk", help="how to read beyond the trained context")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="how many, drawn at once")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
@@ -319,7 +342,7 @@ def main() -> None:
     folder = Path(args.run) if args.run else newest_run()
     model, tokenizer = load(folder)
     if args.context > model.config.max_position_embeddings:
-        model = extended(model, args.context)
+        model = extended(model, args.context, args.extend)
     prompter = Prompter(folder, tokenizer)
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
                    stop=prompter.stop, vocab_size=tokenizer.vocab_size)
@@ -336,7 +359,8 @@ def main() -> None:
         print(args.prompt, end="", flush=True)
         texts = [speak(model, tokenizer, prompt, min(args.max_tokens, room), **options)]
     else:
-        texts = continue_all(model, tokenizer, prompt, min(args.max_tokens, room), args.samples, **options)
+        made = continue_all(model, [prompt], min(args.max_tokens, room), args.samples, at_once=args.samples, **options)
+        texts = [tokenizer.decode(ids) for ids in made[0]]
         for number, text in enumerate(texts, start=1):
             print(f"--- {number}\n{args.prompt}{text}")
     if args.max_tokens > room and max(len(tokenizer.encode(text)) for text in texts) >= room:
