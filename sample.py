@@ -50,6 +50,17 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits
 
 
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row of probabilities [B, V] -> [B, 1]: where the sum from the left passes a random number.
+
+    One random number a row; torch.multinomial draws one a token, which took most of the time of a small model.
+    """
+    sums = probabilities.cumsum(-1)
+    height = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    last = sums.argmax(-1, keepdim=True)  # where the whole is reached: rounding must not lead beyond
+    return torch.minimum(torch.searchsorted(sums, height, right=True), last)
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, samples: int = 1, *,
              temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
@@ -72,7 +83,7 @@ def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, s
             tokens = logits.argmax(-1, keepdim=True)
         else:
             probabilities = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
-            tokens = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = draw(probabilities, generator)
         ids = tokens[:, 0].tolist()
         running = [alive and id not in stops for alive, id in zip(running, ids)]
         if not any(running):
@@ -171,8 +182,8 @@ class Prompter:
         self.template: str | None = None
         self.opening = [tokenizer.eos_id]  # our documents open with EOS
         self.stop = {tokenizer.eos_id} | {id for name, id in tokenizer.special.items() if name == "<|im_end|>"}
-        if not is_hugging_face(folder):
-            return
+        if not is_hugging_face(folder) and not (folder / "tokenizer_config.json").exists():
+            return  # a run of ours that did not begin from such a folder
         self.settings = _read_json(folder / "tokenizer_config.json")
         if (folder / "chat_template.jinja").exists():
             self.template = (folder / "chat_template.jinja").read_text("utf-8")

@@ -673,6 +673,7 @@ class Job:
         self.flops = 0.0  # a token
         self.memory = 0.0  # bytes that training is predicted to need at its peak
         self.fingerprint: dict[str, str] = {}  # {source: sha256} of what it trains on
+        self.found: dict[str, torch.Tensor] = {}  # what the last `loss` found besides; summed over pieces and processes
 
     def equip(self, model: GPT, begun: Path | None = None, resume: bool = False) -> None:
         """Takes a model, on the CPU, to the device: optimizer, guard, sharding, and the state of the checkpoint `begun`."""
@@ -702,6 +703,9 @@ class Job:
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     # What a subclass has to say:
+
+    def begin(self, log: "Log | None", resume: bool) -> None:
+        """What is to be done once in a run folder before the first update; every process calls it, the first with the log."""
 
     def enter(self, step: int) -> int:
         """Prepares for the update that begins at a step; returns the step at which that update ends."""
@@ -777,6 +781,8 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
             job.model.set_requires_gradient_sync(synchronize)
         with contextlib.nullcontext() if job.sharded or synchronize or world.size == 1 else job.parallel.no_sync():
             part, extra = job.loss(*tensors)
+            for name, value in job.found.items():
+                local[name] = local.get(name, 0) + value
             if watched and number == 0:  # before the first wait for the others
                 cost.synchronize(device)
                 busy = [torch.full((), (time.perf_counter() - begin) * (i == world.rank), device=device)
@@ -862,6 +868,7 @@ def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
         write_recipe(run_folder, recipe, job.fingerprint)
         job.tokenizer.save(run_folder)
         log = Log(run_folder, job.first, recipe)
+    job.begin(log, resume)
     saver, meter = Saver(job, run_folder), Meter(job, log)
     if not resume:
         saver.save(0, must=True)  # proves that the disk works before anything is lost
@@ -1487,8 +1494,26 @@ RESUMABLE = {"micro_batch", "learning_rate", "clip", "eval_every", "eval_tokens"
              "guard", "rewind_tries", "spike_margin", "log", "parallel", "activation_checkpointing", "deterministic"}
 
 
+def read_flags(parser: Parser, argv: list[str], flags: dict[str, type],
+               comments: dict[str, str]) -> tuple[argparse.Namespace, dict]:
+    """The command line with a flag for each of `flags` besides the parser's own, and those of them that were given. Dashes
+    and underscores are the same."""
+    for name, kind in flags.items():
+        parser.add_argument(f"--{name}", type=truth if kind is bool else kind, metavar=kind.__name__, default=None,
+                            help=comments[name].replace("%", "%%"))
+    words = [word.partition("=") for word in argv]
+    args, unknown = parser.parse_known_args(
+        [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
+         for flag, equals, value in words])
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], vars(args), 1)
+        raise UserError(f"there is no flag {unknown[0]}; "
+                        + (f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"))
+    return args, {name: value for name in flags if (value := getattr(args, name)) is not None}
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
-    """The command line, and the recipe that it names with the flags applied. Dashes and underscores are the same."""
+    """The command line, and the recipe that it names with the flags applied."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
@@ -1500,20 +1525,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
                         help="try data, disk, memory, two steps, a save and a load, and say when the run would end")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
-    comments = field_comments(ModelConfig, Recipe)
-    for name, kind in FLAGS.items():
-        parser.add_argument(f"--{name}", type=truth if kind is bool else kind, metavar=kind.__name__, default=None,
-                            help=comments[name].replace("%", "%%"))
-    words = [word.partition("=") for word in argv]
-    args, unknown = parser.parse_known_args(
-        [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
-         for flag, equals, value in words])
-    if unknown:
-        names = [*FLAGS, "resume", "anneal", "candidate", "minutes", "check", "name", "model"]
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1)
-        raise UserError(f"there is no flag {unknown[0]}; "
-                        + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
-    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    args, given = read_flags(parser, argv, FLAGS, field_comments(ModelConfig, Recipe))
     if args.resume:
         recipe = read_recipe(Path(args.resume))[0]
         fixed = [f"--{name}" for name in given if name not in RESUMABLE]
