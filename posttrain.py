@@ -371,20 +371,15 @@ def merge(folders: list[str], weights: list[float]) -> GPT:
     return merged
 
 
-def write_merged(model: GPT, first: str, out: Path) -> None:
-    """The merged model as a folder like the first one's: Hugging Face's format, or a checkpoint."""
-    if out.exists():
-        raise UserError(f"{out} is already there; give a new folder with --out")
-    if is_hugging_face(first):
-        print(save_pretrained(model, out, tokenizer_from=first))
-        return
+def write_checkpoint(model: GPT, tokenizer: Tokenizer, out: Path, format_of: Path) -> None:
+    """Weights alone as a checkpoint folder, with the chat format of the folder `format_of`."""
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch.save(model.state_dict(), partial / "model.pt")
     (partial / "config.json").write_text(json.dumps(asdict(model.config), indent=1), "utf-8")
-    Tokenizer.load(first).save(partial)
-    copy_chat_format(Path(first), partial)
+    tokenizer.save(partial)
+    copy_chat_format(format_of, partial)
     files = train.hash_files(partial.iterdir(), partial)
     (partial / "manifest.json").write_text(json.dumps({"step": 0, "files": files}, indent=1), "utf-8")
     partial.rename(out)
@@ -541,7 +536,7 @@ class PostJob(train.Job):
         plain = step == 0 and self.recipe.method == "sft"
         found = {kind: self.judge(rows, plain) for kind, rows in self.tests.items()}
         if "arithmetic" in self.tests:
-            found["arithmetic, sampled"] = self.judge(self.tests["arithmetic"], plain, samples=2, seed=1,
+            found["arithmetic, sampled"] = self.judge(self.tests["arithmetic"], plain, seed=1,
                                                       temperature=self.recipe.temperature)
         return found
 
@@ -972,7 +967,14 @@ def merge_command(args: argparse.Namespace) -> None:
     if len(args.runs) < 2 or not args.out or len(weights) != len(args.runs) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
                         "python posttrain.py merge A B --weights .9 .1 --out DIR")
-    write_merged(merge(args.runs, weights), args.runs[0], Path(args.out))
+    first, out = Path(args.runs[0]), Path(args.out)
+    if out.exists():
+        raise UserError(f"{out} is already there; give a new folder with --out")
+    model = merge(args.runs, weights)
+    if is_hugging_face(first):
+        print(save_pretrained(model, out, tokenizer_from=first))
+    else:
+        write_checkpoint(model, Tokenizer.load(first), out, first)
     print(f"{args.out}: " + " + ".join(f"{w:g} {run}" for w, run in zip(weights, args.runs))
           + f"; ask it with: python sample.py {args.out} --chat")
 

@@ -3,6 +3,11 @@
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,9 @@ import torch
 
 import data as d
 import posttrain as p
-from model import GPT, ModelConfig, cross_entropy
+import train
+from conftest import ROOT
+from model import GPT, ModelConfig, cross_entropy, from_pretrained, newest_checkpoint
 from sample import Prompter
 from tokenizer import HELD_OUT, Tokenizer, UserError, train_bpe, uniform
 
@@ -249,3 +256,140 @@ def test_preferences_with_the_prompt_in_front_of_both_answers():
             {"prompt": prompt, "chosen": prompt + chosen, "rejected": rejected}]
     for row in rows:
         assert p.parse_row(row, "dpo") == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder with a tiny model in `base`, data for each method, and a reward that likes the letter a."""
+    monkeypatch.chdir(tmp_path)
+    p.write_checkpoint(tiny(TOKENIZER.vocab_size), TOKENIZER, tmp_path / "base", tmp_path)
+    words = ["seven", "a small number", "the sum", "two and two", "the answer", "numbers"]
+    rows = [{"prompt": f"What is {i} and {i * i}?", "chosen": words[i % 6], "rejected": words[i % 5] + "?"} for i in range(60)]
+    talks = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]} for r in rows]
+    for name, lines in (("sft", talks), ("pairs", rows), ("ask", [{"prompt": r["prompt"]} for r in rows])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "r.py").write_text("def score(problem, answer):\n    return min(1, answer.count('a') / 3)\n")
+    return tmp_path
+
+
+FLAGS = {"sft": ["--data", "sft.jsonl", "--batch-tokens", "128", "--optimizer", "adamw"],
+         "apo": ["--data", "pairs.jsonl", "--pairs", "8"],
+         "grpo": ["--data", "ask.jsonl", "--reward", "r.py:score", "--prompts", "4", "--samples", "4", "--max-tokens", "6",
+                  "--steps", "8", "--updates", "2", "--kl", "0.1", "--overlong", "3"]}
+
+
+def recipe(method: str, *more: str) -> p.PostRecipe:
+    return p.parse([method, "base", *FLAGS[method], "--learning-rate", "1e-3", "--warmup-steps", "1", "--device", "cpu",
+                    "--dtype", "float32", "--micro-batch", "2", *more])[1]
+
+
+def state(folder: Path) -> list[torch.Tensor]:
+    last = newest_checkpoint(folder)
+    trees = [torch.load(last / name, weights_only=True) for name in ("model.pt", "optimizer.pt")]
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+
+
+def logged(folder: Path, key: str) -> list:
+    return [e[key] for line in (folder / "log.jsonl").read_text().splitlines() if key in (e := json.loads(line))]
+
+
+@pytest.mark.parametrize("method", list(FLAGS))
+def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monkeypatch):
+    """Weights, moments and losses; and the reference is computed once, also where a run is resumed."""
+    calls, original = [], p.Preferences.logprobs
+    monkeypatch.setattr(p.Preferences, "logprobs", lambda self, pairs, model: (
+        calls.append(torch.is_grad_enabled()), original(self, pairs, model))[1])
+    p.post_train(recipe(method), Path("runs/straight"), False, train.World())
+    straight = calls.count(False)
+    count, step = 0, torch.optim.AdamW.step
+
+    def interrupt(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
+    with pytest.raises(train.Interrupted, match="python posttrain.py --resume runs/stopped"):
+        p.post_train(recipe(method), Path("runs/stopped"), False, train.World())
+    calls.clear()
+    saved = p.parse(["--resume", "runs/stopped"])[1]
+    p.post_train(saved, Path("runs/stopped"), True, train.World())
+    assert logged(Path("runs/stopped"), "loss") == logged(Path("runs/straight"), "loss")
+    assert all(torch.equal(a, b) for a, b in zip(state(Path("runs/stopped")), state(Path("runs/straight")), strict=True))
+    if method == "apo":
+        assert 0 < calls.count(False) < straight  # only the held-out pairs, not the reference
+        assert logged(Path("runs/straight"), "accuracy")[-1] > 0.8 > 0.2 > logged(Path("runs/straight"), "accuracy")[0]
+        assert logged(Path("runs/straight"), "margin")[0] == 0 < logged(Path("runs/straight"), "margin")[-1]
+    if method == "grpo":
+        assert {"reward", "length", "penalty", "kl"} <= set(json.loads(
+            (Path("runs/straight") / "log.jsonl").read_text().splitlines()[1]))
+
+
+def test_pieces_and_one_big_batch_train_the_same(here):
+    for method in FLAGS:
+        for size in ("1", "2"):
+            p.post_train(replace(recipe(method), micro_batch=int(size)), Path(f"runs/{method}-{size}"), False, train.World())
+        one, two = (logged(Path(f"runs/{method}-{size}"), "loss") for size in ("1", "2"))
+        assert one[:4] == pytest.approx(two[:4], abs=2e-5)
+
+
+def test_grpo_learns_what_is_rewarded(here):
+    p.post_train(recipe("grpo", "--steps", "30", "--prompts", "8", "--samples", "8", "--kl", "0", "--overlong", "0",
+                        "--learning-rate", "5e-3"), Path("runs/a"), False, train.World())
+    rewards = logged(Path("runs/a"), "reward")
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
+
+
+def command(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_merge_loads_and_refuses_other_configs(here):
+    other = tiny(TOKENIZER.vocab_size)
+    p.write_checkpoint(other, TOKENIZER, here / "other", here)
+    done = command("posttrain.py", "merge", "base", "other", "--weights", ".9", ".1", "--out", "merged")
+    assert done.returncode == 0, done.stderr
+    merged, base = from_pretrained("merged"), from_pretrained("base")
+    for (name, w), a, b in zip(merged.named_parameters(), base.parameters(), other.parameters()):
+        torch.testing.assert_close(w, 0.9 * a + 0.1 * b, msg=name)
+    soup = p.merge(["base", "other"], [0.5, 0.5])
+    torch.testing.assert_close(soup.model.norm.weight, (base.model.norm.weight + other.model.norm.weight) / 2)
+    said = command("sample.py", "merged", "--chat", "--prompt", "hi", "--max-tokens", "3")
+    assert said.returncode == 0, said.stderr
+    p.write_checkpoint(tiny(TOKENIZER.vocab_size, rope_theta=5e4), TOKENIZER, here / "theta", here)
+    with pytest.raises(UserError, match="rope_theta"):
+        p.merge(["base", "theta"], [0.5, 0.5])
+
+
+def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
+    pytest.importorskip("safetensors"), pytest.importorskip("jinja2")
+    from model import save_pretrained
+    save_pretrained(from_pretrained("base"), "hf", tokenizer_from="base")
+    template = ("{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
+                "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
+    (here / "hf/chat_template.jinja").write_text(template)
+    p.post_train(replace(p.parse(["sft", "hf", *FLAGS["sft"], "--device", "cpu"])[1], dtype="float32"), Path("runs/hf-sft"),
+                 False, train.World())
+    prompter = Prompter("runs/hf-sft", Tokenizer.load("runs/hf-sft"))
+    assert prompter.template == template and TOKENIZER.control("<|im_end|>") in prompter.stop
+    assert prompter.chat(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]
+    assert command("sample.py", "runs/hf-sft", "--chat", "--prompt", "hi", "--max-tokens", "3").returncode == 0
+
+
+@pytest.mark.parametrize("words, said", [
+    (["sft", "absent"], "absent"), (["sft"], "give a method and a model"), (["sft", "base", "--beta", "x"], "--beta"),
+    (["sft", "base", "--learning-rat", "1"], "--learning_rate"), (["grpo", "base", "--data", "ask.jsonl"], "--reward"),
+    (["sft", "base", "--data", "bad.jsonl"], "bad.jsonl line 2"), (["merge", "base", "--out", "m"], "merge A B"),
+    (["grpo", "base", "--data", "ask.jsonl", "--reward", "boom.py:score", "--max-tokens", "4"], "no idea")])
+def test_bad_input_is_one_sentence(here, words, said):
+    (here / "bad.jsonl").write_text(json.dumps({"messages": TALK}) + "\nnot json\n")
+    (here / "boom.py").write_text("def score(problem, answer):\n    raise RuntimeError('no idea')\n")
+    done = command("posttrain.py", *words)
+    lines = [line for line in done.stderr.splitlines() if "steps [" not in line]
+    assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr
