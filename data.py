@@ -151,6 +151,66 @@ def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[tuple[str,
 EMBEDDED = {"prose": embedded_prose, "code": embedded_code, "math": generated_math}
 
 
+# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash: what
+# an evaluation asks was never stated where the model trained, so only the text in front of it can tell.
+KEYS = """anchor angle apples archive audio axis barrier basis batch block books boundary branch browser bucket buffer
+button cache canvas cards chain channel chunk client cluster coins color column command comment cookie corner counter
+cover cursor date decoder degree device dialog digits disk display distance document domain email encoder engine event
+factor family feature field filter flag flow focus fork frame fusion future grammar graph grid group guard hand handling
+head heading heap height help hook host hour image index input issue item label language""".split()
+VALUES = """layer leaf marbles mask master matrix memory menu mesh message metric month mouse network node number object
+option order origin owner package page pair parent parser pattern pencils period pickle pipe pixel place plan platform
+point policy pool port power prefix process product profile program property queue quote range rank reader record region
+relief report rest root rule runner sample schema scope screen seed series server shape shell side signal size socket
+source space speed square stack stage star stick stones stream string style symbol table""".split()
+
+
+def draw_notes(rng: random.Random, count: int, held_out: bool) -> list[tuple[str, str]]:
+    """(key, value) pairs, all held out or none, no key twice."""
+    pairs: dict[str, str] = {}
+    while len(pairs) < count:
+        key, value = rng.choice(KEYS), rng.choice(VALUES)
+        if key not in pairs and (uniform(f"{key} {value}") < HELD_OUT) == held_out:
+            pairs[key] = value
+    return list(pairs.items())
+
+
+def note(key: str, value: str) -> str:
+    """The value follows its key at once: a small model learns to look that up (an induction head) in 150 steps, but not in
+    400 where a word stands between."""
+    return f"Note: {key} {value}.\n"
+
+
+def note_question(key: str) -> str:
+    """Ends where the value is due, after its key as in the note; in the form of the math source's problems."""
+    return f"Question: What is the note on {key}?\nAnswer: {key}"
+
+
+def generated_recall(size: int, documents: int, seed: int = 0) -> Iterator[tuple[str, str]]:
+    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between their lines, then a question for each.
+    The text around held-out notes is held out as well."""
+    rng = random.Random(seed)
+    texts: dict[bool, list[str]] = {False: [], True: []}
+    for key, text in embedded_prose():
+        texts[uniform(key) < HELD_OUT].append(text)
+    for _ in range(documents):
+        held_out = rng.random() < HELD_OUT
+        pairs = draw_notes(rng, rng.randint(2, min(64, size // 80)), held_out)
+        questions = [f"{note_question(key)} {value}.\n" for key, value in rng.sample(pairs, len(pairs))]
+        room = size - sum(map(len, questions)) - sum(len(note(*pair)) for pair in pairs)
+        yield " ".join(pairs[0]), passage(rng, texts[held_out], pairs, room) + "".join(questions)
+
+
+def passage(rng: random.Random, texts: list[str], pairs: list[tuple[str, str]], size: int) -> str:
+    """About `size` bytes of the texts, drawn at random, with notes between their lines."""
+    lines: list[str] = []
+    while (room := size - sum(map(len, lines))) > 0:
+        lines += [line + "\n" for line in rng.choice(texts)[:room].splitlines()]
+    for pair in pairs:
+        lines.insert(rng.randrange(len(lines) + 1), note(*pair))
+    return "".join(lines)
+
+
 class Listed:
     """(key, text) pairs in memory, with the interface of tokenizer.Source. The key decides what is held out."""
 
@@ -425,6 +485,7 @@ class Split:
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
     bytes: int  # of the text, UTF-8
     sha256: str  # of the tokens
+    labels: Tokens | None = None  # the tokens as targets, -100 where nothing is to be learned; None: the tokens
 
 
 def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -> dict[str, Split]:
@@ -576,6 +637,12 @@ def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float
 def prepare_embedded(out: str | Path, vocab_size: int = 4096) -> Tokenizer:
     """The embedded corpus: prose, code and math from the Python installation, with a tokenizer of their own."""
     return prepare({name: documents() for name, documents in EMBEDDED.items()}, out, vocab_size=vocab_size)
+
+
+def prepare_recall(out: str | Path, tokenizer: Tokenizer) -> None:
+    """Lookups for contexts of 128, 512 and 2048 of the embedded corpus' tokens, which have about 4 bytes here."""
+    prepare({f"recall-{n}": generated_recall(size, documents, seed=n)
+             for n, size, documents in ((128, 430, 6000), (512, 1600, 2000), (2048, 6500, 1000))}, out, tokenizer)
 
 
 # ---- packing: documents -> sequences --------------------------------------------------------------------------
@@ -768,7 +835,8 @@ def cut_sequences(packing: Packing, indices: np.ndarray) -> tuple[np.ndarray, np
         for begin, length in packing.pieces(int(index)):
             part = split.tokens[begin:begin + length + 1]  # the target after the last one opens the next document
             n = len(part) - 1  # less than `length` at the end of the file only
-            tokens[row, at:at + n], targets[row, at:at + n] = part[:-1], part[1:]
+            tokens[row, at:at + n] = part[:-1]
+            targets[row, at:at + n] = (part if split.labels is None else split.labels[begin:begin + length + 1])[1:]
             first, last = np.searchsorted(split.starts, [begin + 1, begin + n])
             inside += [[at], split.starts[first:last] - begin + at]
             at += length

@@ -7,7 +7,7 @@ the whole square; it is the reason why the playbook chooses grouped-query attent
     python sample.py runs/laptop --prompt "def " --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
     python sample.py SmolLM3-3B                        # a downloaded Hugging Face folder: chats if it has a chat template
     python sample.py SmolLM3-3B --chat --prompt "Why is the sky blue?"
-    python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context
+    python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context (--extend yarn)
 
 `--temperature 0` always takes the likeliest token. top-k keeps the k likeliest tokens; top-p (Holtzman et al. 2020)
 the likeliest that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as the
@@ -50,27 +50,40 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits
 
 
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row of probabilities [B, V] -> [B, 1]: where the sum from the left passes a random number.
+
+    One random number a row; torch.multinomial draws one a token, which took most of the time of a small model.
+    """
+    sums = probabilities.cumsum(-1)
+    height = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    last = sums.argmax(-1, keepdim=True)  # where the whole is reached: rounding must not lead beyond
+    return torch.minimum(torch.searchsorted(sums, height, right=True), last)
+
+
 @torch.inference_mode()
-def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *, temperature: float = 0.8,
-             top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0, stop: int | Iterable[int] = (),
-             vocab_size: int | None = None) -> Iterator[list[int | None]]:
+def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, samples: int = 1, *,
+             temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
+             stop: int | Iterable[int] = (), vocab_size: int | None = None) -> Iterator[list[int | None]]:
     """Yields one token id for each of `samples` continuations of the prompt, None for one that has ended.
 
-    Ends after `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids
-    from there on are never drawn (a padded vocabulary has rows that stand for nothing).
+    Several prompts of one length are continued together, the samples of one before those of the next. Ends after
+    `max_tokens`, or when every sample has produced `stop` (one of them), which is not yielded. `vocab_size`: ids from
+    there on are never drawn (a padded vocabulary has rows that stand for nothing).
     """
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    cache = KVCache(len(prompt) + max_tokens)
-    tokens = torch.tensor([prompt] * samples, device=device)  # [samples, T], then [samples, 1]
-    running, stops = [True] * samples, {stop} if isinstance(stop, int) else set(stop)
+    prompts = torch.atleast_2d(torch.tensor(prompt, device=device))  # [prompts, T]
+    cache = KVCache(prompts.shape[1] + max_tokens)
+    tokens = prompts.repeat_interleave(samples, 0)  # [rows, T], then [rows, 1]; rows = prompts * samples
+    running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):
-        logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [samples, V]
+        logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
         if temperature == 0:
             tokens = logits.argmax(-1, keepdim=True)
         else:
             probabilities = filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1)
-            tokens = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = draw(probabilities, generator)
         ids = tokens[:, 0].tolist()
         running = [alive and id not in stops for alive, id in zip(running, ids)]
         if not any(running):
@@ -78,20 +91,37 @@ def generate(model: GPT, prompt: list[int], max_tokens: int, samples: int = 1, *
         yield [id if alive else None for alive, id in zip(running, ids)]
 
 
-def continue_all(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, samples: int, **options) -> list[str]:
-    """Several continuations of prompt ids as text, drawn at once."""
-    ids: list[list[int]] = [[] for _ in range(samples)]
-    for step in generate(model, prompt, max_tokens, samples, **options):
-        for sample, id in zip(ids, step):
-            if id is not None:
-                sample.append(id)
-    return [tokenizer.decode(sample) for sample in ids]
+def continue_all(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int = 1, *, seed: int = 0,
+                 at_once: int = 128, **options) -> list[list[list[int]]]:
+    """ids [prompts][samples][at most max_tokens] that continue each prompt; the stop token is not among them, so one
+    that is shorter has stopped by itself.
+
+    Prompts of one length are drawn together, about `at_once` sequences at a time. Padding to a common length would need
+    a mask in every kind of attention; grouping needs nothing.
+    """
+    made: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
+    groups: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(len(prompt), []).append(i)
+    count, batch = max(1, at_once // samples), 0
+    for group in groups.values():
+        for first in range(0, len(group), count):
+            chosen = group[first:first + count]
+            rows = [ids for i in chosen for ids in made[i]]
+            for step in generate(model, [prompts[i] for i in chosen], max_tokens, samples, seed=seed + 1_000_003 * batch,
+                                 **options):
+                for ids, id in zip(rows, step):
+                    if id is not None:
+                        ids.append(id)
+            batch += 1
+    return made
 
 
 def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, samples: int = 1, **options) -> list[str]:
     """The continuations of a prompt as text; a document's opening EOS stands before the prompt."""
-    return continue_all(model, tokenizer, [tokenizer.eos_id, *tokenizer.encode(prompt)], max_tokens, samples,
+    made = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(prompt)]], max_tokens, samples,
                         stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
+    return [tokenizer.decode(ids) for ids in made[0]]
 
 
 def newest_run(root: str | Path = "runs") -> Path:
@@ -111,15 +141,18 @@ def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]
     return model.to(device), Tokenizer.load(folder)
 
 
-def extended(model: GPT, context: int) -> GPT:
-    """The same weights reading `context` tokens through dual chunk attention, without training."""
+EXTENSIONS = ("dual_chunk", "yarn", "rope")  # rope: as it is, for comparison
+
+
+def extended(model: GPT, context: int, by: str = "dual_chunk") -> GPT:
+    """The same weights reading `context` tokens through dual chunk attention, YaRN or RoPE as it is, without training."""
     trained = model.config.max_position_embeddings
     if model.config.position != "rope":
         raise UserError(f"--context {context} goes beyond the trained {trained} tokens, which needs plain RoPE, not "
                         f"{model.config.position}")
     with torch.device("meta"):
-        longer = GPT(model.config.change(position="dual_chunk", original_max_position_embeddings=trained,
-                                         max_position_embeddings=context)).eval()
+        longer = GPT(model.config.change(position=by, original_max_position_embeddings=trained,
+                                         rope_factor=context / trained, max_position_embeddings=context)).eval()
     longer.load_state_dict(model.state_dict(), assign=True)
     longer.compute_dtype = model.compute_dtype
     return longer
@@ -135,17 +168,22 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read ({error}); download it again") from None
 
 
+BEGIN, END = "\ue002", "\ue003"  # around what the assistant says, in a rendered template
+
+
 class Prompter:
     """How text and chats begin and end for the model of a folder, ours or Hugging Face's."""
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer):
         self.tokenizer, folder = tokenizer, Path(folder)
+        control = map(re.escape, sorted(tokenizer.special, key=len, reverse=True))
+        self.control = re.compile("|".join(control) or "(?!)")  # the text of any control token
         self.settings: dict = {}  # tokenizer_config.json; empty for our runs
         self.template: str | None = None
         self.opening = [tokenizer.eos_id]  # our documents open with EOS
         self.stop = {tokenizer.eos_id} | {id for name, id in tokenizer.special.items() if name == "<|im_end|>"}
-        if not is_hugging_face(folder):
-            return
+        if not is_hugging_face(folder) and not (folder / "tokenizer_config.json").exists():
+            return  # a run of ours that did not begin from such a folder
         self.settings = _read_json(folder / "tokenizer_config.json")
         if (folder / "chat_template.jinja").exists():
             self.template = (folder / "chat_template.jinja").read_text("utf-8")
@@ -177,8 +215,51 @@ class Prompter:
         """
         if self.template is None:
             return [*self.opening, *self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]]
+        return self.encode(self.render(messages, True).replace(BEGIN, "").replace(END, ""))
+
+    def conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a whole conversation to train on; mask is 1 on what the assistant has to produce, the token that ends
+        its turn included.
+
+        With a template: what stands between its {% generation %} tags, or, without them, what a reply adds to the prompt
+        before it. Prompt and reply are encoded apart, as they are when the model answers.
+        """
+        if self.template is None:
+            ids, mask = self.tokenizer.encode_chat(messages)
+            return [*self.opening, *ids], [0] * len(self.opening) + mask
+        text = self.render(messages, False)
+        pieces = re.split(f"[{BEGIN}{END}]", text)  # in turn outside and inside
+        if len(pieces) == 1:
+            cuts = [0]
+            for i, message in enumerate(messages):
+                if message["role"] == "assistant":
+                    before, after = self.render(messages[:i], True), self.render(messages[:i + 1], False)
+                    if not (after.startswith(before) and text.startswith(after)):
+                        raise UserError("the model's chat template changes a turn when others follow it, so that what the "
+                                        "assistant says cannot be told; put {% generation %} and {% endgeneration %} around it "
+                                        "in chat_template.jinja")
+                    ends = [m.end() for m in self.control.finditer(after, len(before))]
+                    cuts += [len(before), ends[-1] if ends else len(after)]  # white space behind the end is no reply
+            pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
+        parts = [self.encode(piece) for piece in pieces]
+        return [i for ids in parts for i in ids], [n % 2 for n, ids in enumerate(parts) for _ in ids]
+
+    def encode(self, text: str) -> list[int]:
+        """ids of what a template rendered."""
+        names, ids, start = list(self.tokenizer.special), [], 0
+        for found in [*self.control.finditer(text), None]:
+            piece = text[start:found.start() if found else len(text)]
+            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
+            if found:
+                ids.append(self.tokenizer.control(found[0]))
+                start = found.end()
+        return ids
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        """The template's text, with BEGIN and END where it has {% generation %} and {% endgeneration %}, and what looks like
+        a control token in a message of the user hidden."""
         try:
-            from jinja2 import TemplateError
+            from jinja2 import TemplateError, nodes
             from jinja2.ext import Extension, loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
@@ -188,36 +269,32 @@ class Prompter:
             raise TemplateError(message)
 
         names = list(self.tokenizer.special)
-        control = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
         def hide(text):
-            return control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
+            return self.control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
 
         hidden = [{**m, "content": m["content"] if m["role"] == "assistant" else hide(m["content"])} for m in messages]
+
         class Generation(Extension):  # {% generation %} marks, for training, what the assistant says
             tags = {"generation"}
 
             def parse(self, parser):
                 next(parser.stream)
-                return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+                begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
+                return [begin, *body, end]
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=[loopcontrols, Generation])
         environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("time").strftime(form)}
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         try:
-            text = environment.from_string(self.template).render(
-                messages=hidden, add_generation_prompt=True, tools=None, bos_token=self.name("bos_token") or "",
-                eos_token=self.name("eos_token") or "", pad_token=self.name("pad_token") or "")
+            return environment.from_string(self.template).render(
+                messages=hidden, add_generation_prompt=add_generation_prompt, tools=None,
+                bos_token=self.name("bos_token") or "", eos_token=self.name("eos_token") or "",
+                pad_token=self.name("pad_token") or "")
         except Exception as error:  # a template is a program, and can fail in every way
             raise UserError(f"the model's chat template refuses this ({type(error).__name__}: {error})") from None
-        ids, start = [], 0
-        for found in [*control.finditer(text), None]:
-            piece = text[start:found.start() if found else len(text)]
-            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
-            if found:
-                ids.append(self.tokenizer.control(found[0]))
-                start = found.end()
-        return ids
 
 
 def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, **options) -> str:
@@ -259,7 +336,8 @@ def main() -> None:
     parser.add_argument("--prompt", default="", help="text to continue")
     parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the model's chat format")
     parser.add_argument("--context", type=int, default=0, help="tokens to read and write, beyond the trained context by "
-                        "dual chunk attention (0: the trained context)")
+                        "--extend (0: the trained context)")
+    parser.add_argument("--extend", choices=EXTENSIONS, default="dual_chunk", help="how to read beyond the trained context")
     parser.add_argument("--max-tokens", type=int, default=200)
     parser.add_argument("--samples", type=int, default=1, help="how many, drawn at once")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
@@ -275,7 +353,7 @@ def main() -> None:
     folder = Path(args.run) if args.run else newest_run()
     model, tokenizer = load(folder)
     if args.context > model.config.max_position_embeddings:
-        model = extended(model, args.context)
+        model = extended(model, args.context, args.extend)
     prompter = Prompter(folder, tokenizer)
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
                    stop=prompter.stop, vocab_size=tokenizer.vocab_size)
@@ -292,7 +370,8 @@ def main() -> None:
         print(args.prompt, end="", flush=True)
         texts = [speak(model, tokenizer, prompt, min(args.max_tokens, room), **options)]
     else:
-        texts = continue_all(model, tokenizer, prompt, min(args.max_tokens, room), args.samples, **options)
+        made = continue_all(model, [prompt], min(args.max_tokens, room), args.samples, at_once=args.samples, **options)
+        texts = [tokenizer.decode(ids) for ids in made[0]]
         for number, text in enumerate(texts, start=1):
             print(f"--- {number}\n{args.prompt}{text}")
     if args.max_tokens > room and max(len(tokenizer.encode(text)) for text in texts) >= room:

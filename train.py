@@ -54,6 +54,7 @@ from tqdm import tqdm
 
 import cost
 import data as data_
+import evals
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
 from model import (GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, newest_checkpoint, read_sharded,
@@ -93,6 +94,7 @@ class Recipe:
     document_mask: bool = True  # attention stays inside each document
     eval_every: int = 100  # steps between evaluations, each with a sample
     eval_tokens: int = 32_768  # held-out tokens of each source in an evaluation, always the same ones
+    eval_tasks: str = ""  # tasks of evals.py in each evaluation, such as arithmetic,continuation
     noise_every: int = 0  # steps between measurements of the gradient noise scale; 0: none
     watch_every: int = 50  # steps between looks at loss by source, updates, logits, attention and slow processes; 0: none
     save_every: int = 500  # steps between checkpoints
@@ -152,6 +154,19 @@ RECIPES = {
             Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
         ),
         batch_tokens=2048, learning_rate=3e-3, decay_share=-1, eval_every=200, noise_every=10),
+    # SmolLM3's long-context stages in miniature, from the finished laptop run: context times 4 twice, with a larger RoPE
+    # base each time, on long documents and lookups. Looking up is learned at 128 tokens and then stretched: a run that
+    # begins at 512 did not learn it from as many tokens (README). Whole documents, so that no question loses its notes.
+    "laptop-long": Recipe(
+        data="data/laptop,data/recall", start="runs/laptop",
+        stages=(
+            Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
+            Stage("long-512", 0.3e6, {"recall-512": 0.6, "code": 0.2, "prose": 0.1, "math": 0.1}, context=512,
+                  rope_theta=5e4),
+            Stage("long-2048", 0.4e6, {"recall-2048": 0.5, "code": 0.3, "prose": 0.1, "math": 0.1}, context=2048,
+                  rope_theta=2e5),
+        ),
+        batch_tokens=2048, learning_rate=3e-3, warmup_steps=30, decay_share=0.3, packing="best-fit", eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
         model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
         stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000, weight_decay=0.01,
@@ -658,6 +673,7 @@ class Job:
         self.flops = 0.0  # a token
         self.memory = 0.0  # bytes that training is predicted to need at its peak
         self.fingerprint: dict[str, str] = {}  # {source: sha256} of what it trains on
+        self.found: dict[str, torch.Tensor] = {}  # what the last `loss` found besides; summed over pieces and processes
 
     def equip(self, model: GPT, begun: Path | None = None, resume: bool = False) -> None:
         """Takes a model, on the CPU, to the device: optimizer, guard, sharding, and the state of the checkpoint `begun`."""
@@ -687,6 +703,9 @@ class Job:
             self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
 
     # What a subclass has to say:
+
+    def begin(self, log: "Log | None", resume: bool) -> None:
+        """What is to be done once in a run folder before the first update; every process calls it, the first with the log."""
 
     def enter(self, step: int) -> int:
         """Prepares for the update that begins at a step; returns the step at which that update ends."""
@@ -766,6 +785,8 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
             job.model.set_requires_gradient_sync(synchronize)
         with contextlib.nullcontext() if job.sharded or synchronize or world.size == 1 else job.parallel.no_sync():
             part, extra = job.loss(*tensors)
+            for name, value in job.found.items():
+                local[name] = local.get(name, 0) + value
             if watched and number == 0:  # before the first wait for the others
                 cost.synchronize(device)
                 busy = [torch.full((), (time.perf_counter() - begin) * (i == world.rank), device=device)
@@ -848,6 +869,7 @@ def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
         write_recipe(run_folder, recipe, job.fingerprint)
         job.tokenizer.save(run_folder)
         log = Log(run_folder, job.first, recipe)
+    job.begin(log, resume)
     saver, meter = Saver(job, run_folder), Meter(job, log)
     if not resume:
         saver.save(0, must=True)  # proves that the disk works before anything is lost
@@ -1074,28 +1096,12 @@ class Loader:
         return to_device(tensors, self.device)
 
 
-@torch.no_grad()
 def bits_per_byte(job: "Job", split: Split, tokens: float) -> float:
-    """Bits that the model needs for a byte of held-out text, comparable between tokenizers.
-
-    The negative log-likelihood of every target, each document's end included, over the bytes of the targets' text,
-    for the first `tokens` tokens of the split.
-    """
-    device, context = job.machine.device, job.model.config.max_position_embeddings
-    sizes = torch.tensor(job.tokenizer.token_bytes, device=device)
-    nats, size = 0.0, 0
-    batches = list(data_.validation_batches(split, context, job.rows, max(1, round(tokens / context)),
-                                            job.curriculum.most_documents[context]))
-    for first in range(0, len(batches), job.world.size):  # the processes take turns, all as often
-        mine = first + job.world.rank
-        batch = batches[min(mine, len(batches) - 1)]
-        inputs, targets, cu_seqlens = to_device(to_host(batch, device), device)
-        logits = job.model(inputs, cu_seqlens if job.recipe.document_mask else None)
-        if mine < len(batches):
-            nats += cross_entropy(logits, targets).item()
-            size += sizes[targets[targets >= 0]].sum().item()
-    nats, size = job.world.sum(torch.tensor([nats, size], dtype=torch.float64)).tolist()
-    return nats / math.log(2) / size
+    """`evals.bits_per_byte` with the shapes and the masks of training, so that nothing is compiled anew; the processes take
+    turns."""
+    documents = job.curriculum.most_documents[job.model.config.max_position_embeddings]
+    return evals.bits_per_byte(job.model, job.tokenizer, split, tokens, job.rows, job.recipe.document_mask, documents,
+                               job.world).mean
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------
@@ -1129,6 +1135,9 @@ def load_data(recipe: Recipe, leader: bool) -> tuple[Tokenizer, list[dict[str, S
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
         data_.prepare_embedded(recipe.data, recipe.model.vocab_size)
     tokenizer = Tokenizer.load(data_.find_tokenizer(recipe.data))
+    if leader and "data/recall" in recipe.data.split(",") and not Path("data/recall").exists():
+        print("data      data/recall is not there yet: writing documents with notes to look up, encoding")
+        data_.prepare_recall("data/recall", tokenizer)
     return tokenizer, [data_.load_source(folder, tokenizer, verify=leader) for folder in data_.source_folders(recipe.data)]
 
 
@@ -1268,21 +1277,25 @@ class Pretraining(Job):
         return entry, ""
 
     def evaluate(self, step: int, last: bool) -> dict:
-        """Held-out bits per byte of each source, and a sample: how the model continues the first words of a held-out
-        document, of one source in turn, at the end of each."""
+        """Held-out bits per byte of each source, the scores of eval_tasks, and a sample: how the model continues the first
+        words of a held-out document, of one source in turn, at the end of each."""
         recipe, model = self.recipe, self.model
         scores = {source["val"].name: bits_per_byte(self, source["val"], recipe.eval_tokens) for source in self.sources}
+        tasks = evals.tasks_of(recipe.eval_tasks, recipe.data) if recipe.eval_tasks else []
+        tasks = evals.evaluate(model, self.tokenizer, tasks)
         turn = step // recipe.eval_every % len(self.sources)
         shown = self.sources if last else [self.sources[turn]]
         prompts = [self.tokenizer.decode(source["val"].tokens[1:9].tolist()) for source in shown]
         prompts = [recipe.sample_prompt] if recipe.sample_prompt else prompts
         length = min(96, recipe.model.max_position_embeddings // 2)
         texts = [complete(model, self.tokenizer, prompt, length, min_p=0.05, seed=step)[0] for prompt in prompts]
-        listed = ", ".join(f"{name} {score:.3f}" for name, score in scores.items())
+        listed = ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()),
+                            *(f"{name} {score.mean:.3f} ± {score.stderr:.3f}" for name, score in tasks.items())])
         said = [f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | ") for prompt, text in zip(prompts, texts)]
         tqdm.write("\n".join([f"step {step:,}: held-out bits per byte {listed}", *said, ""]), file=sys.stdout)
         sys.stdout.flush()
-        return {"val": scores, "samples": [prompt + text for prompt, text in zip(prompts, texts)]}
+        found = {"val": scores, "samples": [prompt + text for prompt, text in zip(prompts, texts)]}
+        return found | ({"tasks": tasks} if tasks else {})
 
 
 def choose_machine(recipe: Recipe, world: World) -> cost.Machine:
@@ -1322,6 +1335,8 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Pret
     job = Pretraining(recipe, world, machine, tokenizer, sources)
     if recipe.model.position == "learned" and max(job.curriculum.contexts) > context:
         raise UserError(f"--position learned ends at {context} tokens, but a stage has {max(job.curriculum.contexts)}; take rope")
+    if recipe.eval_tasks:
+        evals.tasks_of(recipe.eval_tasks, recipe.data)  # what is wrong with them is said now
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
     job.memory = cost.process_memory(recipe.model, job.rows, context, dtype, machine.device, cost.memory_now(),
@@ -1476,13 +1491,31 @@ def truth(text: str) -> bool:
 
 
 # What a resumed run may change; everything else would make the step number mean something else.
-RESUMABLE = {"micro_batch", "learning_rate", "clip", "eval_every", "eval_tokens", "save_every", "sample_prompt", "device",
-             "dtype", "compile", "data", "watch_every", "keep", "keep_every", "async_save", "guard", "rewind_tries",
-             "spike_margin", "log", "parallel", "activation_checkpointing", "deterministic"}
+RESUMABLE = {"micro_batch", "learning_rate", "clip", "eval_every", "eval_tokens", "eval_tasks", "save_every",
+             "sample_prompt", "device", "dtype", "compile", "data", "watch_every", "keep", "keep_every", "async_save",
+             "guard", "rewind_tries", "spike_margin", "log", "parallel", "activation_checkpointing", "deterministic"}
+
+
+def read_flags(parser: Parser, argv: list[str], flags: dict[str, type],
+               comments: dict[str, str]) -> tuple[argparse.Namespace, dict]:
+    """The command line with a flag for each of `flags` besides the parser's own, and those of them that were given. Dashes
+    and underscores are the same."""
+    for name, kind in flags.items():
+        parser.add_argument(f"--{name}", type=truth if kind is bool else kind, metavar=kind.__name__, default=None,
+                            help=comments[name].replace("%", "%%"))
+    words = [word.partition("=") for word in argv]
+    args, unknown = parser.parse_known_args(
+        [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
+         for flag, equals, value in words])
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], vars(args), 1)
+        raise UserError(f"there is no flag {unknown[0]}; "
+                        + (f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"))
+    return args, {name: value for name in flags if (value := getattr(args, name)) is not None}
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
-    """The command line, and the recipe that it names with the flags applied. Dashes and underscores are the same."""
+    """The command line, and the recipe that it names with the flags applied."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
@@ -1494,20 +1527,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
                         help="try data, disk, memory, two steps, a save and a load, and say when the run would end")
     parser.add_argument("--name", metavar="NAME", help="of the run folder below runs/ (default: the recipe's)")
     parser.add_argument("--model", choices=PRESETS, metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
-    comments = field_comments(ModelConfig, Recipe)
-    for name, kind in FLAGS.items():
-        parser.add_argument(f"--{name}", type=truth if kind is bool else kind, metavar=kind.__name__, default=None,
-                            help=comments[name].replace("%", "%%"))
-    words = [word.partition("=") for word in argv]
-    args, unknown = parser.parse_known_args(
-        [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
-         for flag, equals, value in words])
-    if unknown:
-        names = [*FLAGS, "resume", "anneal", "candidate", "minutes", "check", "name", "model"]
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], names, 1)
-        raise UserError(f"there is no flag {unknown[0]}; "
-                        + (f"did you mean --{near[0]}?" if near else "see `python train.py --help`"))
-    given = {name: value for name in FLAGS if (value := getattr(args, name)) is not None}
+    args, given = read_flags(parser, argv, FLAGS, field_comments(ModelConfig, Recipe))
     if args.resume:
         recipe = read_recipe(Path(args.resume))[0]
         fixed = [f"--{name}" for name in given if name not in RESUMABLE]
