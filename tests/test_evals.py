@@ -134,7 +134,9 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
                 nats[row] -= logits[i, target].item()
                 size[row] += TOKENIZER.token_bytes[target]
     scores = [evals.bits_per_byte(model, TOKENIZER, split, 64 * count, rows) for rows in (1, 5, 12)]
-    for score in scores:
+    again = evals.encoded("it", [TOKENIZER.decode(split.tokens[a + 1:b].tolist())
+                                 for a, b in zip(split.starts, split.starts[1:])], TOKENIZER)  # what another tokenizer gets
+    for score in [*scores, evals.bits_per_byte(model, TOKENIZER, again, 64 * count)]:
         assert score.mean == pytest.approx(sum(nats) / math.log(2) / sum(size), rel=1e-5)
         assert score == pytest.approx(scores[0], rel=1e-5, nan_ok=True)
     left = [(sum(nats) - a) / math.log(2) / (sum(size) - b) for a, b in zip(nats, size)]
@@ -237,8 +239,8 @@ def test_loss_by_position_by_hand():
     assert found["64-127"].mean == pytest.approx(np.mean([e[64:] for e in expected]), rel=1e-5)
 
 
-@pytest.mark.parametrize("line", ["{", '{"context": "a", "choices": ["b", "c"], "answer": 2}', '{"context": "a", "choices": ["b"]}',
-                                  '{"context": "a", "choices": "bc", "answer": 0}', "[]",
+@pytest.mark.parametrize("line", ["{", '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+                                  '{"context": "a", "choices": ["b"]}', '{"context": "a", "choices": "bc", "answer": 0}', "[]",
                                   '{"context": "a", "choices": ["b", " "], "answer": 0}'])
 def test_malformed_questions_name_file_and_line(tmp_path, line):
     good = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 1})
@@ -251,7 +253,8 @@ def test_malformed_questions_name_file_and_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("flags, words", [(["runs/none"], "does not exist"), (["a", "b"], "one model at a time"),
-                                          (["criteria", "runs/none"], "0 checkpoint(s)"), (["x", "--limit", "0"], "--limit")])
+                                          (["criteria", "runs/none"], "0 checkpoint(s)"),
+                                          (["x", "--limit", "0"], "--limit")])
 def test_bad_input_is_one_sentence(tmp_path, flags, words):
     done = subprocess.run([sys.executable, str(ROOT / "evals.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
@@ -295,5 +298,6 @@ metric_list:
 """)
     scores = evals.harness(model, TOKENIZER, prompter, ["my"], bootstrap_iters=0,
                            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
-    ours = evals.evaluate(model, TOKENIZER, [Task("my", [Example(q["q"], tuple(q["choices"]), q["gold"]) for q in questions])])
+    examples = [Example(q["q"], tuple(q["choices"]), q["gold"]) for q in questions]
+    ours = evals.evaluate(model, TOKENIZER, [Task("my", examples)])
     assert scores["my/acc_norm"].mean == pytest.approx(ours["my"].mean) and scores["my/acc_norm"].n == 9
