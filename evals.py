@@ -38,7 +38,7 @@ import data as data_
 from data import HELD_OUT, Split
 from model import GPT, ModelError, cross_entropy
 from sample import EXTENSIONS, Prompter, continue_all, extended, load
-from tokenizer import Parser, Tokenizer, UserError, run, uniform
+from tokenizer import Parser, Tokenizer, UserError, run, uniform, utf8
 
 LOGITS = 2**26  # computed at once: 256 MiB in fp32
 
@@ -163,11 +163,11 @@ class Task:
 def read_task(path: str | Path, kind: str = "cloze") -> Task:
     """A task from lines of {"context": text, "choices": [text, text, ...], "answer": number of the right one, from 0}."""
     examples = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line.decode("utf-8"))
             context, choices, answer = entry["context"], entry["choices"], entry["answer"]
             if not (isinstance(context, str) and isinstance(choices, list) and len(choices) > 1 and
                     all(isinstance(c, str) and c.strip() for c in choices) and type(answer) is int
@@ -311,6 +311,13 @@ def held_out_texts(data: str, documents: int = 400) -> dict[str, list[str]]:
         spans = list(zip(split.starts, split.starts[1:]))[:0 if split.name.startswith("recall") else documents]
         texts[split.name] = [tokenizer.decode(split.tokens[a + 1:b].tolist()) for a, b in spans]
     return texts
+
+
+def encoded(name: str, texts: list[str], tokenizer: Tokenizer) -> Split:
+    """Documents as a split, for a tokenizer that the data was not prepared with."""
+    ids = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in texts]
+    tokens = np.concatenate([np.array(i, np.uint32) for i in ids])
+    return Split(name, data_.Tokens([tokens]), np.cumsum([0, *map(len, ids)]), sum(map(len, map(utf8, texts))), "")
 
 
 @functools.lru_cache
@@ -476,15 +483,18 @@ def run_scores(folder: Path, names: list[str], limit: int) -> dict[str, dict[int
     scores: dict[str, dict[int, Score]] = {}
     if (folder / "log.jsonl").exists():
         for line in (folder / "log.jsonl").read_text("utf-8").splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the last line of a killed run may be torn
+                continue
             for name, score in entry.get("tasks", {}).items():
                 scores.setdefault(name, {})[entry["step"]] = Score(*score)
     scores = {name: found for name, found in scores.items() if len(found) > 2 and (not names or name in names)}
     if not scores:
         checkpoints = sorted(folder.glob("checkpoints/step-????????"))
         if len(checkpoints) < 3:
-            raise UserError(f"{folder} has {len(checkpoints)} checkpoint(s) and no scores in its log, and criteria need three;"
-                            " train with --eval_tasks arithmetic,carry,continuation")
+            raise UserError(f"{folder} has {len(checkpoints)} checkpoint(s) and no scores in its log, and criteria need "
+                            "three; train with --eval_tasks arithmetic,carry,continuation")
         texts = held_out_texts(data_of(folder))
         tasks = find_tasks(names or list(BUILT_IN), texts, limit)
         for checkpoint in tqdm(checkpoints, desc="checkpoints", leave=False, disable=None):
@@ -628,11 +638,14 @@ def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str
         return scores
     data = args.data or data_of(folder)
     names = names or ["bpb", *BUILT_IN]
-    if "bpb" in names and tokenizer.hash == Tokenizer.load(data_.find_tokenizer(data)).hash:
-        for source in data_.source_folders(data):
-            split = data_.load_source(source, tokenizer, verify=False)["val"]
-            show({f"bits per byte/{split.name}": bits_per_byte(model, tokenizer, split, args.tokens)})
     texts = held_out_texts(data)
+    if "bpb" in names:
+        if tokenizer.hash == Tokenizer.load(data_.find_tokenizer(data)).hash:
+            splits = [data_.load_source(s, tokenizer, verify=False)["val"] for s in data_.source_folders(data)]
+        else:
+            splits = [encoded(name, documents, tokenizer) for name, documents in texts.items() if documents]
+        for split in splits:
+            show({f"bits per byte/{split.name}": bits_per_byte(model, tokenizer, split, args.tokens)})
     for task in find_tasks([name for name in names if name not in REPORTS], texts, args.limit):
         show(evaluate(model, tokenizer, [task], prompter.opening, args.limit))
     if "recall" in names:

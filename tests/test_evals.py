@@ -68,7 +68,7 @@ def test_a_likelihood_does_not_depend_on_the_batch(monkeypatch):
 
 
 def test_what_is_too_long_loses_its_beginning():
-    model, ids = small(), [random.Random(3).randrange(290) for _ in range(90)]
+    model, ids = small(), random.Random(3).choices(range(290), k=90)
     (score, _), = evals.log_likelihoods(model, [(ids[:85], ids[85:])])
     assert score == pytest.approx(alone(model, ids[90 - 65:85], ids[85:])[0], abs=1e-4)
     with pytest.raises(UserError, match="nothing to score"):
@@ -134,7 +134,9 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
                 nats[row] -= logits[i, target].item()
                 size[row] += TOKENIZER.token_bytes[target]
     scores = [evals.bits_per_byte(model, TOKENIZER, split, 64 * count, rows) for rows in (1, 5, 12)]
-    for score in scores:
+    again = evals.encoded("it", [TOKENIZER.decode(split.tokens[a + 1:b].tolist())
+                                 for a, b in zip(split.starts, split.starts[1:])], TOKENIZER)  # what another tokenizer gets
+    for score in [*scores, evals.bits_per_byte(model, TOKENIZER, again, 64 * count)]:
         assert score.mean == pytest.approx(sum(nats) / math.log(2) / sum(size), rel=1e-5)
         assert score == pytest.approx(scores[0], rel=1e-5, nan_ok=True)
     left = [(sum(nats) - a) / math.log(2) / (sum(size) - b) for a, b in zip(nats, size)]
@@ -145,7 +147,8 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
 def test_criteria_by_hand():
     assert evals.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(1 - 6 * 2 / (4 * 15))  # 1 - 6 sum d^2 / n(n^2-1)
     assert evals.spearman([1, 2, 3], [3, 2, 1]) == -1 and math.isnan(evals.spearman([1, 2], [5, 5]))
-    assert evals.spearman([1, 2, 3], [1, 1, 2]) == pytest.approx(math.sqrt(3) / 2)  # ranks 0.5, 0.5, 2
+    assert evals.spearman([1, 2, 3], [1, 1, 2]) == pytest.approx(math.sqrt(3) / 2)
+    assert evals.ranks([3, 1, 3]).tolist() == [1.5, 0, 1.5]
     assert evals.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx((5 - 1) / 6)
     run = {1: Score(0.25, 0.02, 100, 0.25), 2: Score(0.4, 0.02, 100, 0.25), 3: Score(0.5, 0.02, 100, 0.25)}
     alone = evals.criteria([run])
@@ -237,8 +240,8 @@ def test_loss_by_position_by_hand():
     assert found["64-127"].mean == pytest.approx(np.mean([e[64:] for e in expected]), rel=1e-5)
 
 
-@pytest.mark.parametrize("line", ["{", '{"context": "a", "choices": ["b", "c"], "answer": 2}', '{"context": "a", "choices": ["b"]}',
-                                  '{"context": "a", "choices": "bc", "answer": 0}', "[]",
+@pytest.mark.parametrize("line", ["{", '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+                                  '{"context": "a", "choices": ["b"]}', '{"context": "a", "choices": "bc", "answer": 0}', "[]",
                                   '{"context": "a", "choices": ["b", " "], "answer": 0}'])
 def test_malformed_questions_name_file_and_line(tmp_path, line):
     good = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 1})
@@ -251,7 +254,8 @@ def test_malformed_questions_name_file_and_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("flags, words", [(["runs/none"], "does not exist"), (["a", "b"], "one model at a time"),
-                                          (["criteria", "runs/none"], "0 checkpoint(s)"), (["x", "--limit", "0"], "--limit")])
+                                          (["criteria", "runs/none"], "0 checkpoint(s)"),
+                                          (["x", "--limit", "0"], "--limit")])
 def test_bad_input_is_one_sentence(tmp_path, flags, words):
     done = subprocess.run([sys.executable, str(ROOT / "evals.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
@@ -295,5 +299,6 @@ metric_list:
 """)
     scores = evals.harness(model, TOKENIZER, prompter, ["my"], bootstrap_iters=0,
                            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
-    ours = evals.evaluate(model, TOKENIZER, [Task("my", [Example(q["q"], tuple(q["choices"]), q["gold"]) for q in questions])])
+    examples = [Example(q["q"], tuple(q["choices"]), q["gold"]) for q in questions]
+    ours = evals.evaluate(model, TOKENIZER, [Task("my", examples)])
     assert scores["my/acc_norm"].mean == pytest.approx(ours["my"].mean) and scores["my/acc_norm"].n == 9

@@ -101,6 +101,20 @@ def test_a_run_from_text_to_sample(here):
     assert (here / "runs/laptop-2").is_dir() and log_of(folder) == log and again.returncode == 0
 
 
+def test_tasks_are_scored_during_training(here):
+    """--eval_tasks: in the log, with errors and chance, and `evals.py criteria` reads them from there."""
+    question = json.dumps({"context": "ab", "choices": ["cd", "ef", "gh"], "answer": 0})
+    (here / "my.jsonl").write_text(f"{question}\n" * 6)
+    done = command("--tokens", "1024", "--eval-every", "2", "--eval-tasks", "my.jsonl")
+    assert done.returncode == 0, done.stderr
+    found = [entry["tasks"] for entry in log_of(here / "runs/laptop") if "tasks" in entry]
+    assert len(found) == 3 and all(list(tasks) == ["my.jsonl"] and tasks["my.jsonl"][2:] == [6, 1 / 3] for tasks in found)
+    told = subprocess.run([sys.executable, str(ROOT / "evals.py"), "criteria", "runs/laptop"], capture_output=True, text=True)
+    assert told.returncode == 0 and "1, 2, 4: no early signal" in told.stdout
+    done = command("--eval-tasks", "mine.jsonl")
+    assert done.returncode == 2 and "there is no task mine.jsonl" in done.stderr and not (here / "runs/laptop-2").exists()
+
+
 def test_bits_per_byte_by_hand(here):
     """A model of equal logits needs log2(vocabulary) bits a target, EOS included."""
     tokenizer = Tokenizer.load("data/tiny")
