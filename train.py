@@ -208,8 +208,9 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
         self.rank, self.size, self.store, self.failing = rank, size, store, False
         self.files = dist.new_group(backend="gloo") if size > 1 else None  # for saves beside training
+        self.over, self.watcher = threading.Event(), threading.Thread(target=self.leave_with_others, daemon=True)
         if size > 1:
-            threading.Thread(target=self.leave_with_others, daemon=True).start()
+            self.watcher.start()
 
     @classmethod
     def join(cls) -> "World":
@@ -231,12 +232,20 @@ class World:
 
     def leave_with_others(self) -> None:
         """Ends this process soon after another has failed: a collective with one that is gone could wait for ever."""
-        with contextlib.suppress(RuntimeError):  # the store went with the process that held it
-            while not self.store.check(["failed"]):
-                time.sleep(0.5)
-        time.sleep(1.0)
-        if not self.failing and dist.is_initialized():
-            os._exit(1)
+        while not self.over.wait(0.5):
+            with contextlib.suppress(RuntimeError):  # the store went with the process that held it
+                if not self.store.check(["failed"]):
+                    continue
+            if not self.over.wait(1.0) and not self.failing:
+                os._exit(1)
+
+    def leave(self) -> None:
+        """Together with the others, at the end."""
+        if self.size > 1:
+            self.over.set()
+            self.watcher.join()
+            dist.barrier()
+            dist.destroy_process_group()
 
     def agree(self, value):
         """The first process's value, in all of them."""
@@ -1592,8 +1601,8 @@ def command_line(work: Callable[[World], None]) -> None:
                             "--activation_checkpointing true or a shorter --max_position_embeddings") from None
         raise
     finally:
-        if dist.is_initialized() and not world.failing:
-            dist.destroy_process_group()
+        if not world.failing:
+            world.leave()
 
 
 def start(world: World) -> None:
