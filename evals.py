@@ -39,7 +39,7 @@ from model import GPT, ModelError, cross_entropy
 from sample import EXTENSIONS, Prompter, continue_all, extended, load
 from tokenizer import Parser, Tokenizer, UserError, run, uniform, utf8
 
-LOGITS = 2**26  # computed at once: 256 MiB in fp32
+LOGITS = {"cpu": 2**24, "cuda": 2**28, "mps": 2**26}  # computed at once; 2^24 are 64 MiB in fp32
 
 
 class Score(NamedTuple):
@@ -86,7 +86,7 @@ def log_likelihoods(model: GPT, pairs: list[tuple[list[int], list[int]]]) -> lis
     for i, r in enumerate(row):
         rows[r].append(i)
     scores: list[tuple[float, bool]] = [(0.0, False)] * len(ids)
-    at_once = max(1, LOGITS // (width * model.config.vocab_size))
+    at_once = max(1, LOGITS[device.type] // (width * model.config.vocab_size))
     for first in tqdm(range(0, len(rows), at_once), desc="scoring", leave=False, delay=2, disable=None):
         chosen = rows[first:first + at_once]
         tokens, starts, spans = np.zeros((len(chosen), width), np.int64), [], []
