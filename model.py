@@ -1595,7 +1595,10 @@ def read_sharded(folder: Path, tensors: dict[str, Tensor]) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a single process reads it is meant
-        dcp.load(tensors, storage_reader=Reader(folder))
+        try:
+            dcp.load(tensors, storage_reader=Reader(folder))
+        except dcp.CheckpointException as error:
+            raise ModelError(f"{folder} is not loaded ({str(error).strip().splitlines()[-1][:300]})") from None
 
 
 def is_hugging_face(folder: str | Path) -> bool:

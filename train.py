@@ -1340,7 +1340,8 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Pret
         needs = cost.training_memory(recipe.model, 1, context, dtype, recompute=recipe.activation_checkpointing)["total"]
         recipe = replace(recipe, parallel="fsdp" if world.size > 1 and needs > 0.9 * room else "ddp")
     if recipe.noise_every and recipe.parallel == "fsdp" and world.size > 1:
-        raise UserError("--noise_every needs whole gradients, which FSDP does not keep; leave it out or take --parallel ddp")
+        print("noise     its scale is not measured: FSDP keeps no whole gradients")
+        recipe = replace(recipe, noise_every=0)
     job = Pretraining(recipe, world, machine, tokenizer, sources)
     if recipe.model.position == "learned" and max(job.curriculum.contexts) > context:
         raise UserError(f"--position learned ends at {context} tokens, but a stage has {max(job.curriculum.contexts)}; take rope")
@@ -1595,6 +1596,7 @@ def command_line(work: Callable[[World], None]) -> None:
         sys.exit(RESUMABLE_EXIT)
     except BaseException as error:
         if not world.first_to_fail():
+            time.sleep(1.0)  # until the first has said why: torchrun ends all when one ends
             os._exit(1)
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same), take "
