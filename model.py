@@ -1613,6 +1613,17 @@ def _read_config(folder: Path) -> dict:
         raise ModelError(f"{folder}/config.json cannot be read ({error})") from None
 
 
+def load_config(folder: str | Path) -> ModelConfig:
+    """The config of a folder in Hugging Face's format or of one of our checkpoint folders."""
+    saved = _read_config(Path(folder))
+    if is_hugging_face(folder):
+        return config_from_hugging_face(saved)
+    try:
+        return ModelConfig(**saved)
+    except TypeError as error:
+        raise ModelError(f"{folder} was written by another version of this project ({error}); train it again") from None
+
+
 def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
     checkpoint folder, on the CPU."""
@@ -1625,12 +1636,8 @@ def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> G
         check_manifest(folder)
     else:
         folder = newest_checkpoint(folder)
-    try:
-        config = ModelConfig(**_read_config(folder))
-    except TypeError as error:
-        raise ModelError(f"{folder} was written by another version of this project ({error}); train it again") from None
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(load_config(folder))
     if (folder / "sharded").exists():  # written by FSDP
         weights = {name: torch.empty_like(w, device="cpu") for name, w in model.state_dict().items()}
         read_sharded(folder / "sharded", shards := {f"model.{name}": w for name, w in weights.items()})

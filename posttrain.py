@@ -50,7 +50,7 @@ import schedule as schedule_
 import train
 from data import Split, Tokens
 from evals import Score, generation_accuracy
-from model import (GPT, ModelError, cross_entropy, from_pretrained, is_hugging_face, newest_checkpoint,
+from model import (GPT, ModelError, cross_entropy, from_pretrained, is_hugging_face, load_config, newest_checkpoint,
                    save_pretrained)
 from sample import Prompter, continue_all
 from tokenizer import HELD_OUT, Parser, Tokenizer, UserError, opened, run, uniform, utf8
@@ -280,8 +280,8 @@ NORMALIZATIONS = ("grpo", "dapo", "dr_grpo")
 def advantages(rewards: Tensor, normalization: str) -> Tensor:
     """Rewards [groups, samples] to how much better each sample is than its group.
 
-    GRPO (Shao et al. 2024) and DAPO divide by the group's standard deviation, which gives questions that are nearly always or
-    nearly never answered more weight; Dr. GRPO (Liu et al. 2025) does not.
+    GRPO (Shao et al. 2024) and DAPO divide by the group's standard deviation, which gives more weight to questions that are
+    nearly always or nearly never answered; Dr. GRPO (Liu et al. 2025) does not.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred if normalization == "dr_grpo" else centred / (rewards.std(1, keepdim=True) + 1e-4)
@@ -290,7 +290,7 @@ def advantages(rewards: Tensor, normalization: str) -> Tensor:
 def token_weights(mask: Tensor, normalization: str, samples: int, tokens: int, longest: int) -> Tensor:
     """What each sampled token counts in the loss: mask [B, T] of the tokens, of `samples` with `tokens` in all.
 
-    grpo: the mean of the samples' means, in which a token of a long answer counts less, so that long wrong answers are cheap;
+    grpo: the mean of the samples' means, in which a token of a long answer counts less: long wrong answers are cheap;
     dapo: the mean over all tokens; dr_grpo: the sum over a constant, the only one without a bias by length.
     """
     share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
@@ -327,8 +327,8 @@ def load_reward(where: str) -> Callable[[dict, str], float]:
         spec.loader.exec_module(module)
         return getattr(module, name)
     except Exception as error:  # whatever a user's file may do
-        raise UserError(f"--reward {where} cannot be loaded ({type(error).__name__}: {error}); give FILE.py:FUNCTION, such as "
-                        "my_reward.py:score with def score(problem, answer)") from None
+        raise UserError(f"--reward {where} cannot be loaded ({type(error).__name__}: {error}); give FILE.py:FUNCTION, such "
+                        "as my_reward.py:score with def score(problem, answer)") from None
 
 
 def reward_of(reward: Callable[[dict, str], float], problem: dict, answer: str) -> float:
@@ -350,8 +350,8 @@ def reward_of(reward: Callable[[dict, str], float], problem: dict, answer: str) 
 def merge(folders: list[str], weights: list[float]) -> GPT:
     """The weighted mean of models (a soup with equal weights; Wortsman et al. 2022), parameter by parameter, in fp32.
 
-    SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back long-context
-    recall. One model is in memory besides the sum. Integers and buffers come from the first.
+    SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall in
+    long context. One model is in memory besides the sum.
     """
     merged = from_pretrained(folders[0])
     hashes = {Tokenizer.load(folder).hash for folder in folders}
@@ -429,8 +429,8 @@ class PostRecipe(train.Recipe):
                 raise UserError(f"--{name} {getattr(self, name)} is not one of {', '.join(allowed)}")
         for name, least, most in (
                 ("epochs", 1e-9, 1e6), ("context", 0, 2**30), ("problems", 100, 10**9), ("eval_problems", 2, 5000),
-                ("pairs", 1, 10**9), ("beta", 1e-9, 1e9), ("prompts", 1, 10**9), ("samples", 2, 10**6), ("updates", 1, 10**6),
-                ("max_tokens", 1, 2**30), ("temperature", 1e-6, 1e6), ("clip_low", 0, 1), ("clip_high", 0, 1e6),
+                ("pairs", 1, 10**9), ("beta", 1e-9, 1e9), ("prompts", 1, 10**9), ("samples", 2, 10**6),
+                ("updates", 1, 10**6), ("max_tokens", 1, 2**30), ("temperature", 1e-6, 1e6), ("clip_low", 0, 1), ("clip_high", 0, 1e6),
                 ("kl", 0, 1e6), ("overlong", 0, 2**30)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
@@ -499,8 +499,9 @@ class PostJob(train.Job):
 
     def rate(self, step: int) -> float:
         r = self.recipe
-        return r.learning_rate * schedule_.rate_share(r.schedule, step, self.steps, r.warmup_steps,
-                                                      round(max(0.0, r.decay_share) * self.steps), r.decay_shape, r.final_share)
+        decay = round(max(0.0, r.decay_share) * self.steps)
+        return r.learning_rate * schedule_.rate_share(r.schedule, step, self.steps, r.warmup_steps, decay, r.decay_shape,
+                                                      r.final_share)
 
     def encode(self, messages: list[dict]) -> tuple[list[int], list[int]]:
         ids, mask = self.prompter.conversation(messages)
@@ -553,8 +554,8 @@ class PostJob(train.Job):
         for name, now in found.items():
             line = f"  {name:20} {now.mean:.3f} ± {now.stderr:.3f}   n {now.n:,}"
             if step and (then := self.before.get(name)):
-                spread = math.hypot(now.stderr, then.stderr) or math.nan
-                line += f"   before {then.mean:.3f} ± {then.stderr:.3f}: {(now.mean - then.mean) / spread:+.1f} standard errors"
+                change = (now.mean - then.mean) / (math.hypot(now.stderr, then.stderr) or math.nan)
+                line += f"   before {then.mean:.3f} ± {then.stderr:.3f}: {change:+.1f} standard errors"
             lines.append(line)
         if not step and self.recipe.method == "sft" and self.tests:
             lines.append("  (before: as text to continue, 'Question: ... Answer:', the form of the pre-training data)")
@@ -596,8 +597,8 @@ class SFT(PostJob):
             made = [fit_conversations((self.encode(conversation(row)) for row in tqdm(side, name, leave=False, delay=1)),
                                       self.context, recipe.too_long, name) for side in sides]
             if not all(made):
-                raise UserError(f"{name} has no conversation that fits {self.context} tokens; take --too-long cut or a larger "
-                                "--context")
+                raise UserError(f"{name} has no conversation that fits {self.context} tokens; take --too-long cut or a "
+                                "larger --context")
             self.splits[name] = [conversation_split(name, side, tokenizer) for side in made]
         train_splits = [split for split, _ in self.splits.values()]
         tokens = recipe.epochs * sum(len(split.tokens) for split in train_splits)
@@ -638,7 +639,8 @@ class SFT(PostJob):
         """Mean loss of each held-out conversation's trained tokens."""
         losses = []
         for begin, end in zip(split.starts, split.starts[1:]):
-            tokens, labels = (torch.from_numpy(x[begin:end])[None].to(self.machine.device) for x in (split.tokens, split.labels))
+            tokens, labels = (torch.from_numpy(x[begin:end])[None].to(self.machine.device)
+                              for x in (split.tokens, split.labels))
             losses.append(cross_entropy(self.model(tokens[:, :-1]), labels[:, 1:]).item() / (labels >= 0).sum().item())
         return losses
 
@@ -648,7 +650,7 @@ class SFT(PostJob):
 
 def conversation(row: dict) -> list[dict]:
     """The messages of a jsonl row, or of a built-in problem with its reply."""
-    return row.get("messages") or [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["reply"]}]
+    return row.get("messages") or turns(row["prompt"], "user") + turns(row["reply"], "assistant")
 
 
 class Preferences(PostJob):
@@ -664,7 +666,7 @@ class Preferences(PostJob):
             self.fingerprint = {"pairs": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
 
     def begin(self, log: train.Log | None, resume: bool) -> None:
-        """Makes the built-in pairs, the reference and the number of steps; a resumed run finds the first two in its folder."""
+        """Makes the built-in pairs, the reference and the number of steps; a resumed run has the first two in its folder."""
         file, world = self.folder / "pairs.jsonl", self.world
         if self.sides is None:
             if log and not file.exists():
@@ -680,10 +682,11 @@ class Preferences(PostJob):
         if lost := counts - len(self.pairs) - len(self.held):
             print(f"long      {lost:,} of {counts:,} pairs have more than {self.context} tokens and are left out")
         if not self.pairs or not self.held:
-            raise UserError(f"there is no pair of at most {self.context} tokens left; take --too-long cut or a larger --context")
+            raise UserError(f"no pair of at most {self.context} tokens is left; take --too-long cut or a larger --context")
         self.steps = max(1, round(self.recipe.epochs * len(self.pairs) / self.recipe.pairs))
         self.length = sum(len(ids) for pair in self.pairs for ids, _ in pair) / len(self.pairs) / 2
-        print(f"data      {len(self.pairs):,} pairs and {len(self.held):,} held out, {self.steps:,} steps of {self.recipe.pairs}")
+        print(f"data      {len(self.pairs):,} pairs and {len(self.held):,} held out, {self.steps:,} steps of "
+              f"{self.recipe.pairs}")
         self.reference = self.reference_logprobs(self.folder / "reference.pt")
         super().begin(log, resume)
 
@@ -695,8 +698,9 @@ class Preferences(PostJob):
         made, found = self.answers(prompts, self.recipe.samples, self.recipe.temperature, self.recipe.seed,
                                    self.prompter.stop), []
         for row, ids in zip(rows, made):
-            texts = list(dict.fromkeys(self.tokenizer.decode(sample) for sample in ids if len(sample) < self.recipe.max_tokens))
-            right, wrong = ([t for t in texts if t and correct(row, t) == value] for value in (1.0, 0.0))
+            ended = (self.tokenizer.decode(sample) for sample in ids if 0 < len(sample) < self.recipe.max_tokens)
+            texts = list(dict.fromkeys(ended))
+            right, wrong = ([text for text in texts if correct(row, text) == value] for value in (1.0, 0.0))
             found += [{"prompt": row["prompt"], "chosen": a, "rejected": b} for a, b in zip(right, wrong)]
         return found
 
@@ -804,8 +808,8 @@ class GRPO(PostJob):
         if self.reference_model:
             self.reference_model.compute_dtype = machine.dtype
         self.length = float(np.mean([len(i) for i in self.ask])) + recipe.max_tokens / 2
-        print(f"data      {len(self.problems):,} problems; {self.steps} steps of {recipe.prompts} prompts with {recipe.samples} "
-              "answers each")
+        print(f"data      {len(self.problems):,} problems; {self.steps} steps of {recipe.prompts} prompts with "
+              f"{recipe.samples} answers each")
 
     def roll_out(self, step: int) -> None:
         """This process's samples of a step: `sampled`, (ids, mask) of each; `advantage` [samples]; what is logged."""
@@ -949,12 +953,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
     start = args.runs[0]
     if not is_hugging_face(start):
         start = str(train.starting_point(start))  # a checkpoint: what the run does later changes nothing here
-    with torch.device("meta"):
-        config = from_pretrained(start).config
+    config = load_config(start)
     context = given.get("context") or min(config.max_position_embeddings, 8192)
     if context > config.max_position_embeddings:
-        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {args.runs[0]} was trained "
-                        "on; stretch it first by a stage of train.py")
+        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {args.runs[0]} was "
+                        "trained on; stretch it first by a stage of train.py")
     recipe = RECIPES[args.method]
     if cost.count_parameters(config)["total"] > 5e7:
         recipe = replace(recipe, **AT_SCALE[args.method])
@@ -963,8 +966,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
 
 
 def merge_command(args: argparse.Namespace) -> None:
-    weights = args.weights or [1 / len(args.runs)] * len(args.runs)
-    if len(args.runs) < 2 or not args.out or len(weights) != len(args.runs) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
+    weights = args.weights or [1 / max(1, len(args.runs))] * len(args.runs)
+    whole = len(weights) == len(args.runs) and math.isclose(sum(weights), 1, abs_tol=1e-6)
+    if len(args.runs) < 2 or not args.out or not whole:
         raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
                         "python posttrain.py merge A B --weights .9 .1 --out DIR")
     first, out = Path(args.runs[0]), Path(args.out)

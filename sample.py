@@ -218,8 +218,8 @@ class Prompter:
         return self.encode(self.render(messages, True).replace(BEGIN, "").replace(END, ""))
 
     def conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        """(ids, mask) of a whole conversation to train on; mask is 1 on what the assistant has to produce, the token that ends
-        its turn included.
+        """(ids, mask) of a whole conversation to train on; mask is 1 on what the assistant has to produce, the token that
+        ends its turn included.
 
         With a template: what stands between its {% generation %} tags, or, without them, what a reply adds to the prompt
         before it. Prompt and reply are encoded apart, as they are when the model answers.
@@ -236,8 +236,8 @@ class Prompter:
                     before, after = self.render(messages[:i], True), self.render(messages[:i + 1], False)
                     if not (after.startswith(before) and text.startswith(after)):
                         raise UserError("the model's chat template changes a turn when others follow it, so that what the "
-                                        "assistant says cannot be told; put {% generation %} and {% endgeneration %} around it "
-                                        "in chat_template.jinja")
+                                        "assistant says cannot be told; put {% generation %} and {% endgeneration %} around "
+                                        "it in chat_template.jinja")
                     ends = [m.end() for m in self.control.finditer(after, len(before))]
                     cuts += [len(before), ends[-1] if ends else len(after)]  # white space behind the end is no reply
             pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]

@@ -267,8 +267,9 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     p.write_checkpoint(tiny(TOKENIZER.vocab_size), TOKENIZER, tmp_path / "base", tmp_path)
     words = ["seven", "a small number", "the sum", "two and two", "the answer", "numbers"]
-    rows = [{"prompt": f"What is {i} and {i * i}?", "chosen": words[i % 6], "rejected": words[i % 5] + "?"} for i in range(60)]
-    talks = [{"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["chosen"]}]} for r in rows]
+    rows = [{"prompt": f"What is {i} and {i * i}?", "chosen": words[i % 6], "rejected": words[i % 5] + "?"}
+            for i in range(60)]
+    talks = [{"messages": p.turns(r["prompt"], "user") + p.turns(r["chosen"], "assistant")} for r in rows]
     for name, lines in (("sft", talks), ("pairs", rows), ("ask", [{"prompt": r["prompt"]} for r in rows])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "r.py").write_text("def score(problem, answer):\n    return min(1, answer.count('a') / 3)\n")
