@@ -593,7 +593,7 @@ class Guard:
         event = None
         if values["spike"] and self.spike is None:
             self.spike = {"step": step, **{name: values[name] for name in ("loss", "grad_norm", "usual", "spread")}}
-            self.calm, event = 0, {"event": "spike", **self.spike}
+            self.calm, event = 0, {"event": "spike", "step": step, "spike": dict(self.spike)}
         elif self.spike:
             begin, back = self.spike["step"], self.spike["usual"] + 2 * self.spike["spread"]
             self.calm = self.calm + 1 if values["loss"] <= back else 0
@@ -979,7 +979,7 @@ def broken(checkpoint: Path) -> str:
 class Meter:
     """Turns an update's numbers into its line of the log and of the progress bar, and says what slows a run down."""
 
-    USUAL, SLOW, BEHIND = 64, 0.7, 1.3  # updates; of the usual speed; times the median process
+    USUAL, SLOW, BEHIND = 64, 0.5, 1.3  # updates; of the usual speed; times the median process
 
     def __init__(self, job: Job, log: "Log | None"):
         self.job, self.log, self.shown = job, log, ""
@@ -1040,8 +1040,9 @@ class Meter:
             self.log.write(**event)
             if event["event"] == "spike":
                 done = {"skip": "this update is left out", "warn": "training goes on", "rewind": "training goes on for now"}
-                what = (f"a spike: loss {event['loss']:.3f} where {event['usual']:.3f} is usual, gradient norm "
-                        f"{event['grad_norm']:.2f}; {done[job.recipe.guard]}")
+                seen = event["spike"]
+                what = (f"a spike: loss {seen['loss']:.3f} where {seen['usual']:.3f} is usual, gradient norm "
+                        f"{seen['grad_norm']:.2f}; {done[job.recipe.guard]}")
             else:
                 what = (f"not recovered {event['lasted']} updates after the spike at step {event['began']:,}: a lower rate, a "
                         "lower --clip or --guard rewind are what helps" if event["kind"] == "not recovered" else

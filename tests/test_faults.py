@@ -1,0 +1,251 @@
+"""What a run of weeks meets: kills, signals, full disks, NaN, spikes, and another number of processes."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+from model import GPT, ModelError, from_pretrained, newest_checkpoint, read_sharded
+from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
+from tokenizer import UserError
+
+
+def torchrun(port: int, *flags: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
+                           str(ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+
+
+def same_weights(a: str, b: str) -> None:
+    x, y = (from_pretrained(folder).state_dict() for folder in (a, b))
+    assert x.keys() == y.keys()
+    for name in x:
+        torch.testing.assert_close(x[name], y[name], atol=1e-5, rtol=1e-5)
+
+
+def test_sharded_training_equals_one_process_and_each_resumes_the_other(here):
+    """FSDP on two processes, stopped halfway, goes on as one process, and the reverse: losses and weights within 1e-5."""
+    flags = ["--tokens", "5120", "--save-every", "10"]
+    train.train(recipe(*flags), Path("runs/one"))
+    done = torchrun(29531, *TINY, *flags, "--parallel", "fsdp", "--name", "two")
+    assert done.returncode == 0, done.stderr
+    assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), abs=1e-5)
+    same_weights("runs/one", "runs/two")
+    assert list(Path("runs/two/checkpoints/step-00000020/sharded").glob("__1_*"))
+    for source, copy in (("one", "one-cut"), ("two", "two-cut")):
+        shutil.copytree(f"runs/{source}", f"runs/{copy}")
+        shutil.rmtree(f"runs/{copy}/checkpoints/step-00000020")
+    train.train(train.read_recipe(Path("runs/two-cut"))[0], Path("runs/two-cut"), resume=True)
+    done = torchrun(29532, "--resume", "runs/one-cut", "--parallel", "fsdp")
+    assert done.returncode == 0, done.stderr
+    for copy in ("one-cut", "two-cut"):
+        assert losses(Path(f"runs/{copy}")) == pytest.approx(losses(Path("runs/one")), abs=1e-5)
+        same_weights("runs/one", f"runs/{copy}")
+
+
+def test_a_checkpoints_index_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ModelError, match="not loaded"):
+        read_sharded(tmp_path, {"x": torch.zeros(1)})
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_saves_and_ends_both(here, number):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={29540 + number}",
+         str(ROOT / "train.py"), *TINY, "--tokens", "1e7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log, end = Path("runs/laptop/log.jsonl"), time.time() + 60
+    while time.time() < end and not (log.exists() and len(losses(log.parent)) > 3):
+        time.sleep(0.1)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(children[-1], number)
+    _, errors = process.communicate(timeout=60)
+    assert "exitcode  : 75" in errors and errors.count("python train.py --resume runs/laptop") == 1, errors
+    assert newest_checkpoint("runs/laptop").name == f"step-{len(losses(Path('runs/laptop'))):08d}"
+
+
+def test_nan_in_one_process_stops_both_before_the_update(here):
+    """Process 1 gets NaN in its loss at step 7: both end, nothing is saved, and the message names step and sequences."""
+    Path("poison.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+loss = train.Pretraining.loss
+def poisoned(job, *tensors):
+    part, extra = loss(job, *tensors)
+    return part * float("nan") if job.world.rank == 1 and job.guard.count == 6 else part, extra
+train.Pretraining.loss = poisoned
+train.run(train.main)
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561",
+                           "poison.py", *TINY, "--tokens", "25600", "--save-every", "5"], capture_output=True, text=True,
+                          timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    said = [line for line in done.stderr.splitlines() if "the loss is nan" in line]
+    assert done.returncode and len(said) == 1, done.stderr
+    assert "step 7:" in said[0] and "process 1, sequences 4 to 7" in said[0] and "step-00000005" in said[0]
+    assert newest_checkpoint("runs/laptop").name == "step-00000005" and len(losses(Path("runs/laptop"))) == 6
+
+
+def test_nan_leaves_weights_and_moments_as_they_are(here):
+    job = train.set_up(recipe(), train.World(), Path("runs/none"), False)
+    job.update(0, 1)
+    before = [p.clone() for p in job.model.parameters()]
+    loss, job.loss = job.loss, lambda *tensors: (loss := train.Pretraining.loss(job, *tensors))[:0] + (loss[0] * np.nan, 0.0)
+    job.update(1, 2)
+    job.loss = loss
+    job.update(2, 3)  # nor does any update after it
+    assert all(torch.equal(a, b) for a, b in zip(before, job.model.parameters()))
+    assert {float(s["step"]) for s in job.optimizer.state.values()} == {1.0}
+
+
+def test_nothing_in_an_update_waits_for_the_device(here):
+    """`.item()` and its like: none in an update, and one read of the report; the watched steps may."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        waits = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.waits += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default,
+                                       torch.ops.aten.nonzero.default)
+            return function(*args, **(kwargs or {}))
+
+    job = train.set_up(recipe("--guard", "skip", "--num-experts", "4"), train.World(), Path("runs/none"), False)
+    job.update(0, 1)
+    with Count() as count:
+        job.update(1, 2, measure_noise=True)
+    assert count.waits == 0
+
+
+def test_a_full_disk_during_a_save_loses_nothing(here):
+    """A limit on the size of files breaks the writing of optimizer.pt (a real short write): the run says so, goes on, and
+    the checkpoint before it stays."""
+    code = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import resource, train
+save, write = train.Saver.save, train.Saver.write
+def limited(self, step, *args):
+    if 0 < step < 20:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30000, resource.RLIM_INFINITY))
+    try:
+        return write(self, step, *args)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+train.Saver.write = limited
+train.run(train.main)
+"""
+    Path("full.py").write_text(code)
+    done = subprocess.run([sys.executable, "full.py", *TINY, "--tokens", "5120", "--save-every", "10", "--keep", "9"],
+                          capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in Path("runs/laptop/checkpoints").iterdir()) == ["step-00000000", "step-00000020"]
+    assert any(entry.get("event") == "warning" for entry in log_of(Path("runs/laptop")))
+
+
+def test_saving_beside_training_writes_the_same(here):
+    train.train(recipe("--tokens", "2560", "--save-every", "2", "--keep", "9"), Path("runs/a"))
+    train.train(recipe("--tokens", "2560", "--save-every", "2", "--keep", "9", "--async-save", "true"), Path("runs/b"))
+    names = [p.name for p in sorted(Path("runs/a/checkpoints").iterdir())]
+    assert names == [p.name for p in sorted(Path("runs/b/checkpoints").iterdir())] and len(names) >= 6
+    for name in names:
+        a, b = (from_pretrained(f"runs/{run}/checkpoints/{name}").state_dict() for run in "ab")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert_same_state(Path("runs/a"), Path("runs/b"))
+
+
+def test_guard_by_hand():
+    """Quiet for 64 values; then one above mean + 6 deviations of the window is a spike, one below is none."""
+    guard = train.Guard("skip", 3, 4, "cpu")
+    values = [1.0, 2.0] * 40
+    for value in values:
+        judged = guard.judge(torch.tensor(value), torch.tensor(1.0 + value))
+        assert not judged["spike"]
+    high = np.mean(values) + 6 * np.std(values, ddof=1)
+    saved = guard.state()
+    for value, spike in ((high - 0.01, 0), (high + 0.01, 1)):
+        guard.restore(json.loads(json.dumps(saved)))
+        judged = guard.judge(torch.tensor(value), torch.tensor(2.0))
+        assert judged["spike"] == judged["dropped"] == spike
+    guard.restore(saved)
+    assert guard.judge(torch.tensor(1.0), torch.tensor(100.0))["spike"]  # the gradient norm counts as well
+    events = [guard.follow(step, {"loss": loss, "grad_norm": 1.0, "usual": 1.5, "spread": 0.1, "spike": step == 90})
+              for step, loss in enumerate([9.0] * 5 + [1.5] * 3, start=90)]
+    assert [event and event["event"] for event in events] == ["spike"] + [None] * 6 + ["over"]
+    assert events[-1]["kind"] == "fast" and events[-1]["lasted"] == 5
+
+
+def poisoned(monkeypatch, begin: int, end: int) -> None:
+    """Random tokens in the batches of steps [begin, end)."""
+    batch = train.Curriculum.batch
+
+    def spoiled(self, step, *args):
+        made = batch(self, step, *args)
+        if begin <= step < end:
+            noise = np.random.default_rng(step)
+            made = replace(made, tokens=noise.integers(0, 256, made.tokens.shape),
+                           targets=noise.integers(0, 256, made.targets.shape))
+        return made
+    monkeypatch.setattr(train.Curriculum, "batch", spoiled)
+
+
+def test_rewinding_past_poisoned_batches(here, monkeypatch, capsys):
+    """A run with 24 batches of noise goes back to before them, passes over them, and ends near the clean run."""
+    flags = ["--tokens", "76800", "--learning-rate", "0.02", "--save-every", "20", "--eval-every", "1000", "--keep", "9",
+             "--schedule", "wsd", "--decay-share", "0", "--eval-tokens", "2000"]
+    clean = train.train(recipe(*flags), Path("runs/clean"))
+    poisoned(monkeypatch, 260, 284)
+    good = train.train(recipe(*flags, "--guard", "rewind", "--spike-margin", "8"), Path("runs/rewind"))
+    said = capsys.readouterr().out
+    assert "back to step" in said and "passed over" in said
+    assert np.mean(list(good.values())) < 1.1 * np.mean(list(clean.values()))
+    events = [entry for entry in log_of(Path("runs/rewind")) if "event" in entry]
+    assert [e["event"] for e in events][:2] == ["spike", "rewind"]
+
+
+def test_check_tries_everything_and_leaves_nothing(here):
+    done = command("--check", "--tokens", "25600")
+    assert done.returncode == 0, done.stderr
+    for word in ("data:", "disk:", "memory:", "two steps:", "a save and a load:", "would end on"):
+        assert word in done.stdout
+    assert "FAILS" not in done.stdout and not list(Path("runs").iterdir())
+
+
+def test_recomputed_activations_give_the_same_gradients(here):
+    gradients = []
+    for recompute in ("false", "true"):
+        job = train.set_up(recipe("--activation-checkpointing", recompute, "--num-experts", "4"), train.World(),
+                           Path("runs/none"), False)
+        (piece,) = job.micro_batches(0, 1)
+        part, extra = job.loss(*job.load(piece, None))
+        (part + extra).backward()
+        gradients.append([p.grad for p in job.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_trackers_get_the_numbers(here, monkeypatch):
+    told = []
+    fake = type("wandb", (), {"init": staticmethod(lambda **k: told.append(k)), "finish": staticmethod(lambda: told.append("end")),
+                              "log": staticmethod(lambda numbers, step: told.append((step, numbers)))})
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    train.train(recipe("--tokens", "512", "--log", "wandb"), Path("runs/a"))
+    assert told[0]["name"] == "a" and told[-1] == "end" and any(step == 2 and "val/left" in n for step, n in told[1:-1])
+    with pytest.raises(UserError, match="tensorboard, wandb"):
+        recipe("--log", "excel")
