@@ -1555,7 +1555,7 @@ def check_manifest(checkpoint: Path) -> None:
 
 def newest_checkpoint(run: str | Path) -> Path:
     """The last checkpoint of a run folder that is whole; a damaged one is named on stderr and passed over."""
-    for checkpoint in sorted(Path(run).glob("checkpoints/step-*"), reverse=True):
+    for checkpoint in sorted(Path(run).glob("checkpoints/step-????????"), reverse=True):
         try:
             check_manifest(checkpoint)
             return checkpoint

@@ -126,7 +126,7 @@ def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, sam
 
 def newest_run(root: str | Path = "runs") -> Path:
     """The run folder whose checkpoint was written last."""
-    checkpoints = [p for p in Path(root).glob("*/checkpoints/step-*") if (p / "manifest.json").exists()]
+    checkpoints = [p for p in Path(root).glob("*/checkpoints/step-????????") if (p / "manifest.json").exists()]
     if not checkpoints:
         raise UserError(f"there is no trained model in {root}/; run `python train.py` first")
     return max(checkpoints, key=lambda p: (p / "manifest.json").stat().st_mtime).parent.parent

@@ -389,14 +389,15 @@ class Saver:
                         "the ones before it are whole; make room")
         if must:
             raise UserError(sentence + (f" and go on with: {self.job.command} --resume {self.folder.parent}"
-                                        if list(self.folder.glob("step-*")) else " and start again"))
+                                        if list(self.folder.glob("step-????????")) else " and start again"))
         return sentence
 
     def write(self, step: int, weights: dict, moments: dict, guard: dict) -> None:
         job, place = self.job, self.folder / f"step-{step:08d}"
         partial, leader = place.with_name(place.name + ".partial"), job.world.rank == 0
         if leader:
-            shutil.rmtree(partial, ignore_errors=True)
+            for rest in self.folder.glob("step-*.partial"):  # of a process that was killed
+                shutil.rmtree(rest, ignore_errors=True)
             partial.mkdir(parents=True)
             (partial / "config.json").write_text(json.dumps(asdict(job.model.config), indent=1), "utf-8")
             (partial / "guard.json").write_text(json.dumps(guard), "utf-8")
@@ -474,6 +475,8 @@ class Log:
         partial.replace(self.path)
 
     def write(self, **entry) -> None:
+        if "event" in entry and entry in self.entries:
+            return  # a resumed run meets again what it met before
         self.entries.append(entry)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

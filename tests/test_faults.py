@@ -66,6 +66,76 @@ def test_a_checkpoints_index_cannot_run_code(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+KILLED = """
+import os, random, shutil, signal, sys, threading, time
+sys.path.insert(0, {root!r})
+import torch, train
+from pathlib import Path
+from tqdm import tqdm
+
+random.seed(1)
+flags, folder = {flags!r}, Path("runs/killed")
+log = folder / "log.jsonl"
+
+def live(operations):
+    # A run that dies with the given number of operations on files of its folder: open, rename, remove, mkdir.
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # the default one is shared by forks, and would stay locked when its holder dies
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    left = [operations]
+    def watch(event, arguments):
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and "killed" in str(arguments[0]):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+    begun = list((folder / "checkpoints").glob("step-????????"))
+    if not begun and folder.exists():
+        shutil.rmtree(folder)  # killed before the first checkpoint: the user starts again
+    train.train(train.read_recipe(folder)[0] if begun else train.parse(flags)[1], folder, bool(begun))
+    os._exit(0)
+
+kills, inside = 0, 0
+while True:
+    at_random = kills % 2
+    child = os.fork()
+    if not child:
+        try:
+            live(10**9 if at_random or kills >= 20 else random.randrange(1, 40))
+        finally:
+            os._exit(1)
+    if at_random and kills < 20:
+        lines = (log.read_text().count("\\n") if log.exists() else 0) + random.randrange(8)
+        while not (log.exists() and log.read_text().count("\\n") > lines):  # a moment in its training, not in its start
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.04))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        kills += 1
+        inside += bool(list((folder / "checkpoints").glob("*.partial")))
+        continue
+    print(status, kills, inside)
+    break
+"""
+
+
+def test_twenty_kills_and_the_run_ends_bit_for_bit_the_same(here):
+    """SIGKILL at 20 random moments of one run, half of them at an operation on its files: each time it goes on from what is
+    whole, and it ends with the weights, moments and losses of a run that nothing happened to."""
+    flags = [*TINY, "--tokens", "40960", "--save-every", "3", "--eval-every", "50"]
+    Path("killed.py").write_text(KILLED.format(root=str(ROOT), flags=flags))
+    Path("straight.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport torch, train\n"
+                                   f"torch.set_num_threads(1); train.train(train.parse({flags!r})[1], train.Path('runs/straight'))")
+    for script in ("straight.py", "killed.py"):
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    status, kills, inside = map(int, done.stdout.split())
+    assert status == 0 and kills == 20 and inside >= 3, done.stdout
+    assert losses(Path("runs/killed")) == losses(Path("runs/straight")) and len(losses(Path("runs/killed"))) == 160
+    assert_same_state(Path("runs/killed"), Path("runs/straight"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(here, number):
     process = subprocess.Popen(
