@@ -5,6 +5,7 @@ those that choose the rate, the batch and the size. Every command trains what `t
 
     python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
     python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at a checkpoint
+    python ablate.py spikes laptop                         # what a stretch of broken data costs, and what a guard saves
     python cost.py fit                                     # a ladder of sizes and its scaling law (`fit_ladder` here)
 
 `branch` (Merrill et al. 2025): from one checkpoint, branches with k times the batch and sqrt(k) times the rate read the
@@ -17,12 +18,14 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import cost
@@ -140,6 +143,67 @@ def branch(run_folder: Path, multiples: list[int], tokens: float, epsilon: float
     return losses
 
 
+# ---- what a loss spike costs ----------------------------------------------------------------------------------
+
+
+class Poisoned(train.Pretraining):
+    """Pretraining whose batches of the steps `poison` hold random tokens, as from a broken shard."""
+
+    def __init__(self, poison: range, *parts):
+        super().__init__(*parts)
+        self.poison = poison
+
+    def load(self, piece, following) -> tuple[torch.Tensor, ...]:
+        tokens, targets, cu_seqlens = super().load(piece, following)
+        if piece[0] in self.poison:
+            generator = torch.Generator().manual_seed(sum(piece))
+            tokens, targets = torch.randint(self.model.config.vocab_size, (2, *tokens.shape), generator=generator).to(
+                tokens.device)
+        return tokens, targets, cu_seqlens
+
+
+def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.075) -> dict[str, float]:
+    """Trains on clean data; then twice from before `begin` (of the steps) on with `share` of the batches poisoned: nothing
+    done about it, and with `--guard rewind`. Prints and returns the mean held-out bits per byte of each."""
+    root = train.new_run_folder("spikes")
+    steps = round((recipe.tokens or sum(stage.tokens for stage in recipe.stages)) / recipe.batch_tokens)
+    poison, every = range(round(begin * steps), round((begin + share) * steps)), max(1, steps // 20)
+    recipe = replace(recipe, save_every=every, keep=20, eval_every=10**9)
+    scores = {}
+    for name, guard in (("clean", "warn"), ("poisoned", "warn"), ("rewind", "rewind")):
+        folder = root / name
+        if name != "clean":  # the same until the poison
+            early = [path for path in sorted((root / "clean/checkpoints").glob("step-????????"))
+                     if int(path.name[5:]) < poison[0] - recipe.spike_margin]
+            if not early:
+                raise UserError(f"{steps} steps are too few for this; give --tokens of {200 * recipe.batch_tokens} or more")
+            shutil.copytree(early[-1], folder / "checkpoints" / early[-1].name)
+            for file in ("recipe.json", "tokenizer.json"):
+                shutil.copy(root / "clean" / file, folder)
+            recipe = replace(train.read_recipe(folder)[0], guard=guard)
+        with quietly(), stoppable():
+            scores[name] = mean_score(train.train(recipe, folder, name != "clean", kind=lambda *parts: Poisoned(
+                poison if name != "clean" else range(0), *parts)))
+        log = train.Log(folder).entries
+        rewinds = [f"{e['step']} -> {e['to']}" for e in log if e.get("event") == "rewind"]
+        print(f"{name:10} {scores[name]:.4f} bits per byte, {scores[name] / scores['clean'] - 1:+.1%}"
+              + (f"; poison in steps {poison[0] + 1} to {poison[-1] + 1}" if name != "clean" else "")
+              + (f"; went back {', '.join(rewinds)}" if rewinds else ""), flush=True)
+    with contextlib.suppress(UserError):  # a picture only where matplotlib is
+        pyplot = cost.pyplot_or_error()
+        figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+        for name in scores:
+            points = [(e["step"], e["loss"]) for e in train.Log(root / name).entries if "loss" in e]
+            axes.plot(*zip(*points), lw=0.8, label=f"{name}: {scores[name]:.3f} bits per byte")
+        axes.axvspan(poison[0], poison[-1], color="mistyrose", zorder=0)
+        axes.set(xlabel="step", ylabel="loss, nats a token", title="A stretch of broken data")
+        axes.legend()
+        figure.savefig(root / "spikes.png", dpi=120)
+        pyplot.close(figure)
+    print(f"The runs are in {root}, and spikes.png where matplotlib is installed")
+    return scores
+
+
 # ---- a scaling law of your own --------------------------------------------------------------------------------
 
 # (width, share of the tokens); several lengths at two widths, so that the law sees tokens and parameters apart.
@@ -220,7 +284,7 @@ def multiples(text: str) -> list[int]:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="lr-range | branch")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="lr-range | branch | spikes")
     p = commands.add_parser("lr-range", help="loss against a rate that grows; takes train.py's recipe and flags too")
     p.add_argument("--low", type=cost.positive, default=1e-4, help="first rate (default: 1e-4)")
     p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")
@@ -232,7 +296,11 @@ def main() -> None:
     p.add_argument("--tokens", type=cost.positive, default=2e5, help="that each branch reads")
     p.add_argument("--batch-tokens", type=cost.positive_integer, default=0, help="of k = 1 (default: the run's)")
     p.add_argument("--epsilon", type=cost.positive, default=0.01, help="bits per byte that a larger batch may lose")
+    commands.add_parser("spikes", help="poisons batches of a run, with and without a guard; takes train.py's flags")
     args, rest = parser.parse_known_args()
+    if args.command == "spikes":
+        spikes(train.parse(rest)[1])
+        return
     if args.command == "branch":
         if rest:
             raise UserError(f"there is no flag {rest[0]}; see `python ablate.py branch --help`")

@@ -1323,7 +1323,8 @@ def choose_machine(recipe: Recipe, world: World) -> cost.Machine:
     return machine
 
 
-def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Pretraining:
+def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool,
+           kind: Callable[..., Pretraining] = Pretraining) -> Pretraining:
     """Checks everything that can be wrong, prints the plan, and returns what is needed to train."""
     checkpoint = newest_checkpoint(run_folder) if resume else None
     micro_batch_rows(recipe, world, "cpu")  # an impossible batch is said before any work
@@ -1346,7 +1347,7 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Pret
     if recipe.noise_every and recipe.parallel == "fsdp" and world.size > 1:
         print("noise     its scale is not measured: FSDP keeps no whole gradients")
         recipe = replace(recipe, noise_every=0)
-    job = Pretraining(recipe, world, machine, tokenizer, sources)
+    job = kind(recipe, world, machine, tokenizer, sources)
     if recipe.model.position == "learned" and max(job.curriculum.contexts) > context:
         raise UserError(f"--position learned ends at {context} tokens, but a stage has {max(job.curriculum.contexts)}; take rope")
     if recipe.eval_tasks:
@@ -1367,9 +1368,10 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool) -> Pret
     return job
 
 
-def train(recipe: Recipe, run_folder: Path, resume: bool = False, world: World | None = None) -> dict[str, float]:
+def train(recipe: Recipe, run_folder: Path, resume: bool = False, world: World | None = None,
+          kind: Callable[..., Pretraining] = Pretraining) -> dict[str, float]:
     """Runs or continues a recipe in a run folder; returns held-out bits per byte of each source at the end."""
-    job = set_up(recipe, world or World(), run_folder, resume)
+    job = set_up(recipe, world or World(), run_folder, resume, kind)
     scores = run_job(job, run_folder, resume)
     if held := cost.peak_memory(job.machine.device):
         print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {job.memory / 2**20:,.0f}")

@@ -8,16 +8,16 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import ablate
 import train
 from conftest import ROOT
-from model import GPT, ModelError, from_pretrained, newest_checkpoint, read_sharded
+from model import ModelError, from_pretrained, newest_checkpoint, read_sharded
 from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
 from tokenizer import UserError
 
@@ -262,32 +262,15 @@ def test_guard_by_hand():
     assert events[-1]["kind"] == "fast" and events[-1]["lasted"] == 5
 
 
-def poisoned(monkeypatch, begin: int, end: int) -> None:
-    """Random tokens in the batches of steps [begin, end)."""
-    batch = train.Curriculum.batch
-
-    def spoiled(self, step, *args):
-        made = batch(self, step, *args)
-        if begin <= step < end:
-            noise = np.random.default_rng(step)
-            made = replace(made, tokens=noise.integers(0, 256, made.tokens.shape),
-                           targets=noise.integers(0, 256, made.targets.shape))
-        return made
-    monkeypatch.setattr(train.Curriculum, "batch", spoiled)
-
-
-def test_rewinding_past_poisoned_batches(here, monkeypatch, capsys):
-    """A run with 24 batches of noise goes back to before them, passes over them, and ends near the clean run."""
-    flags = ["--tokens", "76800", "--learning-rate", "0.02", "--save-every", "20", "--eval-every", "1000", "--keep", "9",
-             "--schedule", "wsd", "--decay-share", "0", "--eval-tokens", "2000"]
-    clean = train.train(recipe(*flags), Path("runs/clean"))
-    poisoned(monkeypatch, 260, 284)
-    good = train.train(recipe(*flags, "--guard", "rewind", "--spike-margin", "8"), Path("runs/rewind"))
-    said = capsys.readouterr().out
-    assert "back to step" in said and "passed over" in said
-    assert np.mean(list(good.values())) < 1.1 * np.mean(list(clean.values()))
-    events = [entry for entry in log_of(Path("runs/rewind")) if "event" in entry]
-    assert "rewind" in [e["event"] for e in events]
+def test_rewinding_past_poisoned_batches(here, capsys):
+    """60 of 800 batches are noise. With nothing done the run ends worse; one that goes back and passes over them ends within
+    1 % of the clean run."""
+    scores = ablate.spikes(recipe("--tokens", str(800 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"))
+    assert scores["poisoned"] > 1.03 * scores["clean"] and scores["rewind"] < 1.01 * scores["clean"]
+    log = log_of(Path("runs/spikes/rewind"))
+    went_back = [entry for entry in log if entry.get("event") == "rewind"]
+    passed = {step for entry in went_back for step in range(*entry["passed_over"])}
+    assert went_back and not passed & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 600}
 
 
 def test_check_tries_everything_and_leaves_nothing(here):
