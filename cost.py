@@ -317,16 +317,21 @@ def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | N
     """Tokens/s of training steps on tokens [B, T]; the weights stay as they are unless there is an optimizer.
     The median of the steps that fit into the time (or of `repeats`), after one to warm up. Compilation that fails is switched off."""
     device, times, end = tokens.device.type, [], None
+
+    def forward_and_backward() -> None:
+        (cross_entropy(model(tokens, cu_seqlens), tokens) / tokens.numel()).backward()  # unnamed, the logits are freed early
+
     while len(times) < (repeats or 2) or not repeats and time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
         try:
-            loss = cross_entropy(model(tokens, cu_seqlens), tokens)  # unnamed, the logits are freed before the backward pass
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"compile   off: it failed here ({str(error).strip().splitlines()[0][:100]})")
-            model.forget_compilation()
-            loss = cross_entropy(model(tokens, cu_seqlens), tokens)
-        (loss / tokens.numel()).backward()
+            forward_and_backward()
+        except Exception as error:  # a compiler fails in many ways; what else is wrong comes again without it
+            if not model.forget_compilation():
+                raise
+            print(f"compile   off: it failed here ({(str(error).strip() or repr(error)).splitlines()[0][:100]})")
+            model.zero_grad(set_to_none=True)
+            forward_and_backward()
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

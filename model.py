@@ -1055,10 +1055,12 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             layer.compile(fullgraph=True)
 
-    def forget_compilation(self) -> None:
-        """Back to eager blocks, where a machine turns out to have no compiler."""
+    def forget_compilation(self) -> bool:
+        """Back to eager blocks, where a machine turns out to have no compiler; whether they were compiled."""
+        compiled = any(layer._compiled_call_impl for layer in self.model.layers)
         for layer in self.model.layers:
             layer._compiled_call_impl = None
+        return compiled
 
     def layout(self, tokens: Tensor, cu_seqlens: Tensor | None, start: int) -> Layout:
         """Where tokens [B, T] stand that follow `start` others."""

@@ -1532,7 +1532,8 @@ def read_flags(parser: Parser, argv: list[str], flags: dict[str, type],
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     """The command line, and the recipe that it names with the flags applied."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="python train.py [RECIPE] [--FLAG VALUE ...]")
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--anneal", metavar="RUN",

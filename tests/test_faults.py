@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 import ablate
 import train
 from conftest import ROOT
-from model import ModelError, from_pretrained, newest_checkpoint, read_sharded
+from model import GPT, ModelError, from_pretrained, newest_checkpoint, read_sharded
 from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
 from tokenizer import UserError
 
@@ -271,6 +272,52 @@ def test_rewinding_past_poisoned_batches(here, capsys):
     went_back = [entry for entry in log if entry.get("event") == "rewind"]
     passed = {step for entry in went_back for step in range(*entry["passed_over"])}
     assert went_back and not passed & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 600}
+
+
+@pytest.mark.parametrize("part", ["fw_compiler", "bw_compiler"])
+def test_a_compiler_that_fails_is_left_out(here, monkeypatch, capsys, part):
+    def fails(*_):
+        raise RuntimeError("no C++ compiler was found")
+
+    backend = aot_autograd(**{"fw_compiler": lambda graph, _: graph, "bw_compiler": lambda graph, _: graph, part: fails})
+    monkeypatch.setattr(GPT, "compile_blocks", lambda self: [layer.compile(backend=backend) for layer in self.model.layers])
+    train.train(recipe("--tokens", "512", "--compile", "true"), Path("runs/eager"))
+    train.train(recipe("--tokens", "512"), Path("runs/plain"))
+    assert capsys.readouterr().out.count("compile   off: it failed here") == 1
+    assert losses(Path("runs/eager")) == losses(Path("runs/plain"))
+
+
+def test_one_process_that_dies_takes_the_other_with_it(here):
+    """Process 1 raises, as from a broken disk, while process 0 waits for it in a collective: both end at once, and only the
+    true reason is said."""
+    Path("broken.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+load = train.Pretraining.load
+def breaks(job, piece, following):
+    if job.world.rank == 1 and job.guard.count == 5:
+        raise train.UserError("the disk of process 1 is gone")
+    return load(job, piece, following)
+train.Pretraining.load = breaks
+train.run(train.main)
+""")
+    begin = time.time()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571",
+                           "broken.py", *TINY, "--tokens", "1e7"], capture_output=True, text=True,
+                          timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode and done.stderr.count("the disk of process 1 is gone") == 1, done.stderr
+    assert "Connection closed" not in done.stderr and time.time() - begin < 60
+
+
+def test_slow_processes_and_slow_stretches_are_reported(here, capsys):
+    """By hand: half the usual speed for 8 updates, said once; a process at 1.5 times the others' forward pass."""
+    meter = train.Meter(train.set_up(recipe(), train.World(), Path("runs/none"), False), None)
+    capsys.readouterr()
+    for speed in [100.0] * 70 + [60.0] * 20 + [40.0] * 10:
+        meter.compare(1, speed, {})
+    assert capsys.readouterr().err.count("40 tokens/s where 100 were usual") == 1
+    meter.compare(1, 100.0, {"0": 0.1, "1": 0.1, "2": 0.15})
+    assert "process 2 took 0.150 s for a forward pass, the others 0.100 s" in capsys.readouterr().err
 
 
 def test_check_tries_everything_and_leaves_nothing(here):
