@@ -162,7 +162,7 @@ class Poisoned(train.Pretraining):
         return tokens, targets, cu_seqlens
 
 
-def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.075) -> dict[str, float]:
+def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.04) -> dict[str, float]:
     """Trains on clean data; then twice from before `begin` (of the steps) on with `share` of the batches poisoned: nothing
     done about it, and with `--guard rewind`. Prints and returns the mean held-out bits per byte of each."""
     root = train.new_run_folder("spikes")

@@ -960,6 +960,9 @@ def go_back(job: Job, event: dict, log: "Log | None") -> int:
     job.guard.after_rewind(event, old)
     begin, end = job.guard.passed_over[-1]
     step = int(whole.name[5:])
+    for later in (job.folder / "checkpoints").glob("step-????????"):  # what is undone must not be resumed
+        if job.world.rank == 0 and int(later.name[5:]) > step:
+            shutil.rmtree(later)
     tqdm.write(f"step {event['step']:,}: the loss is not back {event['step'] - event['began']} updates after the spike at step "
                f"{event['began']:,}: back to step {step:,}; the batches of steps {max(begin, step):,} to {end:,} are passed over "
                f"and the gradient is clipped at {job.recipe.clip / 2:g} for a while (try {job.guard.rewinds} of {old.tries})",

@@ -263,11 +263,19 @@ def test_guard_by_hand():
     assert events[-1]["kind"] == "fast" and events[-1]["lasted"] == 5
 
 
-def test_rewinding_past_poisoned_batches(here, capsys):
-    """60 of 800 batches are noise. With nothing done the run ends worse; one that goes back and passes over them ends within
-    1 % of the clean run."""
+def test_rewinding_past_poisoned_batches(here, monkeypatch):
+    """32 of 800 batches are noise. With nothing done the run ends worse; one that goes back and passes over them ends within
+    1 % of the clean run. What it undid is not left for --resume to find."""
+    back, go_back = [], train.go_back
+
+    def watched(job, *args):
+        back.append((go_back(job, *args), newest_checkpoint(job.folder).name))
+        return back[-1][0]
+
+    monkeypatch.setattr(train, "go_back", watched)
     scores = ablate.spikes(recipe("--tokens", str(800 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"))
-    assert scores["poisoned"] > 1.03 * scores["clean"] and scores["rewind"] < 1.01 * scores["clean"]
+    assert scores["poisoned"] > 1.02 * scores["clean"] and scores["rewind"] < 1.01 * scores["clean"], scores
+    assert back and all(name == f"step-{step:08d}" for step, name in back)
     log = log_of(Path("runs/spikes/rewind"))
     went_back = [entry for entry in log if entry.get("event") == "rewind"]
     passed = {step for entry in went_back for step in range(*entry["passed_over"])}
