@@ -18,7 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 import ablate
 import train
 from conftest import ROOT
-from model import GPT, ModelError, from_pretrained, newest_checkpoint, read_sharded
+from model import GPT, ModelError, attention_extremes, from_pretrained, newest_checkpoint, read_sharded
 from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
 from tokenizer import UserError
 
@@ -280,6 +280,42 @@ def test_rewinding_past_poisoned_batches(here, monkeypatch):
     went_back = [entry for entry in log if entry.get("event") == "rewind"]
     passed = {step for entry in went_back for step in range(*entry["passed_over"])}
     assert went_back and not passed & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 600}
+
+
+def test_watched_numbers_by_hand(here):
+    """Loss by source adds up to the loss; update-to-weight is what two checkpoints differ by; logits are the model's."""
+    train.train(recipe("--tokens", "1024", "--watch-every", "1", "--save-every", "1", "--keep", "9"), Path("runs/a"))
+    entry = next(e for e in log_of(Path("runs/a")) if e.get("step") == 3 and "loss" in e)
+    job = train.set_up(train.read_recipe(Path("runs/a"))[0], train.World(), Path("runs/none"), False)
+    before, after = (from_pretrained(f"runs/a/checkpoints/step-0000000{n}").state_dict() for n in (2, 3))
+    job.model.load_state_dict(before)
+    tokens, targets, cu_seqlens = job.load((2, 0, 8), None)
+    logits = job.model(tokens, cu_seqlens)
+    assert entry["logit_max"] == pytest.approx(float(logits.detach().abs().max()), rel=1e-5)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    sources = job.curriculum.locate(2, 0, 8)[0]
+    for number, name in enumerate(job.names):
+        mine = [row for row in range(8) if sources[row] == number]
+        assert entry["loss_by_source"][name] == pytest.approx(float(losses[mine].mean().detach()), rel=1e-5)
+    changed = [float((after[n] - w).norm() / w.norm()) for n, w in before.items() if "layers" in n and w.ndim == 2]
+    assert entry["update_to_weight"] == pytest.approx(max(changed), rel=1e-4)
+    assert 0 <= entry["attention_entropy_min"] <= entry["attention_entropy_max"] < np.log(32) and entry["memory"] > 1e6
+
+
+def test_attention_extremes_by_brute_force():
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 24, heads, 8, generator=generator) for heads in (4, 2))
+    starts, window, scale = torch.tensor([0, 10, 24], dtype=torch.int32), 6, 0.4
+    scores, entropies = [], torch.zeros(4, 24)
+    for head in range(4):
+        for at in range(24):
+            begin = max(0 if at < 10 else 10, at - window + 1)
+            row = scale * q[0, at, head] @ k[0, begin:at + 1, head // 2].T
+            scores.append(float(row.max()))
+            entropies[head, at] = torch.distributions.Categorical(logits=row).entropy()
+    mean = entropies.mean(1)
+    expected = torch.tensor([max(scores), mean.min(), mean.max()])
+    torch.testing.assert_close(attention_extremes(q, k, starts, window, 0, scale), expected)
 
 
 @pytest.mark.parametrize("part", ["fw_compiler", "bw_compiler"])
