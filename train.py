@@ -392,33 +392,50 @@ class Saver:
                                         if list(self.folder.glob("step-????????")) else " and start again"))
         return sentence
 
+    def all_do(self, work: Callable[[], dict]) -> list[dict]:
+        """Every writing process's result of its own work; fails in all of them where it fails in one, so that none waits."""
+        try:
+            found = work()
+        except (OSError, RuntimeError) as error:
+            found = error
+        if self.sharded and self.job.world.files:
+            all_found = [None] * self.job.world.size
+            dist.all_gather_object(all_found, found if isinstance(found, dict) else str(found), group=self.job.world.files)
+        else:
+            all_found = [found]
+        for result in all_found:
+            if not isinstance(result, dict):
+                raise OSError(str(result))
+        return all_found
+
     def write(self, step: int, weights: dict, moments: dict, guard: dict) -> None:
         job, place = self.job, self.folder / f"step-{step:08d}"
         partial, leader = place.with_name(place.name + ".partial"), job.world.rank == 0
-        if leader:
-            for rest in self.folder.glob("step-*.partial"):  # of a process that was killed
-                shutil.rmtree(rest, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / "config.json").write_text(json.dumps(asdict(job.model.config), indent=1), "utf-8")
-            (partial / "guard.json").write_text(json.dumps(guard), "utf-8")
-            job.tokenizer.save(partial)
-        files = [{}]
+        shards = partial / "sharded"
+
+        def prepare() -> dict:
+            if leader:
+                for rest in self.folder.glob("step-*.partial"):  # of a process that was killed
+                    shutil.rmtree(rest, ignore_errors=True)
+                partial.mkdir(parents=True)
+                (partial / "config.json").write_text(json.dumps(asdict(job.model.config), indent=1), "utf-8")
+                (partial / "guard.json").write_text(json.dumps(guard), "utf-8")
+                job.tokenizer.save(partial)
+            return {}
+
+        self.all_do(prepare)
         if self.sharded:
-            shards, group, rank = partial / "sharded", job.world.files, job.world.rank
-            if group:
-                dist.barrier(group)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that a single process writes it is meant
-                dcp.save(flat(weights, moments), checkpoint_id=shards, process_group=group)
-            mine = hash_files(shards.glob(f"__{rank}_*"), partial)
-            files = [None] * job.world.size if leader else None
-            dist.gather_object(mine, files, group=group) if group else files.__setitem__(0, mine)
+                dcp.save(flat(weights, moments), checkpoint_id=shards, process_group=job.world.files)
         else:
             for name, value in (("model.pt", weights), ("optimizer.pt", moments)):
                 with open(partial / name, "wb") as file:
                     torch.save(value, file)
+        known = {}  # {file: sha256}; every process hashes what it wrote
+        for part in self.all_do(lambda: hash_files(shards.glob(f"__{job.world.rank}_*"), partial)):
+            known |= part
         if leader:
-            known = {name: digest for part in files for name, digest in part.items()}
             rest = [path for path in partial.rglob("*") if path.is_file() and path.relative_to(partial).as_posix() not in known]
             manifest = partial / "manifest.json"
             manifest.write_text(json.dumps({"step": step, "files": known | hash_files(rest, partial)}, indent=1), "utf-8")
@@ -1006,10 +1023,9 @@ class Meter:
         self.restart()
 
     def trouble(self, step: int, sentence: str) -> None:
-        if sentence:
+        if sentence and self.log:
             tqdm.write(f"warning   step {step:,}: {sentence}", file=sys.stderr)
-            if self.log:
-                self.log.write(step=step, event="warning", text=sentence)
+            self.log.write(step=step, event="warning", text=sentence)
 
     def count(self, at: int, step: int, values: dict[str, float], event: dict | None) -> None:
         job, now = self.job, time.perf_counter()

@@ -231,6 +231,27 @@ train.run(train.main)
     assert any(entry.get("event") == "warning" for entry in log_of(Path("runs/laptop")))
 
 
+def test_a_disk_that_fails_one_of_two_sharding_processes_stops_neither(here):
+    Path("full.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import train
+hash_files = train.hash_files
+def fails(paths, root):
+    if "00000010" in root.name and (train.dist.get_rank() == 1):
+        raise OSError("no space left")
+    return hash_files(paths, root)
+train.hash_files = fails
+train.run(train.main)
+""")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29581",
+                           "full.py", *TINY, "--tokens", "5120", "--save-every", "10", "--keep", "9", "--parallel", "fsdp"],
+                          capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("could not be written") == 1 and "no space left" in done.stderr
+    assert {"step-00000000", "step-00000020"} <= {p.name for p in Path("runs/laptop/checkpoints").iterdir()}
+    assert not Path("runs/laptop/checkpoints/step-00000010").exists() and len(losses(Path("runs/laptop"))) == 20
+
+
 def test_saving_beside_training_writes_the_same(here):
     train.train(recipe("--tokens", "2560", "--save-every", "2", "--keep", "9"), Path("runs/a"))
     train.train(recipe("--tokens", "2560", "--save-every", "2", "--keep", "9", "--async-save", "true"), Path("runs/b"))
@@ -355,7 +376,7 @@ train.run(train.main)
 
 def test_slow_processes_and_slow_stretches_are_reported(here, capsys):
     """By hand: half the usual speed for 8 updates, said once; a process at 1.5 times the others' forward pass."""
-    meter = train.Meter(train.set_up(recipe(), train.World(), Path("runs/none"), False), None)
+    meter = train.Meter(train.set_up(recipe(), train.World(), Path("runs/none"), False), train.Log(Path(".")))
     capsys.readouterr()
     for speed in [100.0] * 70 + [60.0] * 20 + [40.0] * 10:
         meter.compare(1, speed, {})
