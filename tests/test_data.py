@@ -1,6 +1,7 @@
 """data.py: token files and their errors, packing, order, mixtures."""
 
 import gzip
+import importlib.util
 import json
 import os
 import random
@@ -226,6 +227,16 @@ def test_a_monstrous_line_is_left_out_and_counted(tmp_path, capsys, monkeypatch)
     source = Source(tmp_path / "a.jsonl")
     assert [document.text for document in source.read()] == ["one", "two"]
     assert source.dropped == {"documents over 32 MB": 1} and "left out" in capsys.readouterr().err
+    arrow = pytest.importorskip("pyarrow.parquet")
+    table = pytest.importorskip("pyarrow").table({"text": ["one", "x" * 5500, None, "two"]})
+    (tmp_path / "hub").mkdir()
+    for file in ("a.parquet", "hub/train.parquet"):
+        arrow.write_table(table, tmp_path / file)
+    places = [tmp_path / "a.parquet"] + [f"hf:{tmp_path}/hub"] * bool(importlib.util.find_spec("datasets"))
+    for where in places:
+        source = Source(where)
+        assert [document.text for document in source.read()] == ["one", "", "two"]
+        assert source.dropped == {"documents over 32 MB": 1}
 
 
 # ---- what is dropped
