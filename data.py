@@ -20,6 +20,7 @@ language reference (prose), the standard library's modules (code), and generated
 """
 
 import argparse
+import bisect
 import contextlib
 import hashlib
 import importlib.util
@@ -458,17 +459,17 @@ class Tokens:
     """The tokens of several files on end, memory-mapped: len(), an index, a slice."""
 
     def __init__(self, parts: list[np.ndarray]):
-        self.parts = [part for part in parts if len(part)]
-        self.ends = np.cumsum([len(part) for part in self.parts])
+        self.parts = [np.asarray(part) for part in parts if len(part)]  # a memmap's own slices are slow
+        self.ends = np.cumsum([len(part) for part in self.parts]).tolist()
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def __getitem__(self, at: int | slice):
         if not isinstance(at, slice):
             return self[range(len(self))[at]:][0] if at == -1 else self[at:at + 1][0]
         begin, end, _ = at.indices(len(self))
-        first, last = np.searchsorted(self.ends, [begin, max(begin, end - 1)], side="right").clip(max=len(self.parts) - 1)
+        first, last = (min(bisect.bisect_right(self.ends, i), len(self.parts) - 1) for i in (begin, max(begin, end - 1)))
         parts = []
         for i in range(first, last + 1):
             offset = self.ends[i] - len(self.parts[i])

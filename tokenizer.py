@@ -629,10 +629,11 @@ class Source:
 
     def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
         """Text of at most max_bytes: the same share from the start of each file, nothing that is held out."""
+        dropped = Counter()  # its own: what is left out counts when all is read
         for name, file in self.files.items():
             left = max_bytes * (file.stat().st_size / self.size if self.size else 1)
             part = copy.copy(self)
-            part.files = {name: file}
+            part.files, part.dropped = {name: file}, dropped
             for document in part.read():
                 if document.held >= held_out:
                     text = document.text[:max(1, int(left))]

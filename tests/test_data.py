@@ -227,6 +227,7 @@ def test_a_monstrous_line_is_left_out_and_counted(tmp_path, capsys, monkeypatch)
     source = Source(tmp_path / "a.jsonl")
     assert [document.text for document in source.read()] == ["one", "two"]
     assert source.dropped == {"documents over 32 MB": 1} and "left out" in capsys.readouterr().err
+    assert list(source.sample(1e6)) == ["one", "two"] and source.dropped["documents over 32 MB"] == 1
     arrow = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"text": ["one", "x" * 5500, None, "two"]})
     (tmp_path / "hub").mkdir()
