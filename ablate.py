@@ -31,7 +31,7 @@ from tqdm import tqdm
 import cost
 import schedule
 import train
-from model import PRESETS, ModelConfig, ModelError, count_parameters, from_pretrained, newest_checkpoint
+from model import PRESETS, ModelError, count_parameters, from_pretrained
 from schedule import LossLaw
 from tokenizer import Parser, UserError, run
 
@@ -57,13 +57,18 @@ def mean_score(scores: dict[str, float]) -> float:
     return float(np.mean([score for name, score in scores.items() if name != "math"] or list(scores.values())))
 
 
+def held_out_score(job: train.Pretraining) -> float:
+    """`mean_score` of a job's model as it is now."""
+    return mean_score({s["val"].name: train.bits_per_byte(job, s["val"], job.recipe.eval_tokens) for s in job.sources})
+
+
 # ---- the learning-rate range test -----------------------------------------------------------------------------
 
 
 def lr_range(recipe: train.Recipe, low: float, high: float, steps: int, picture: str) -> tuple[float, float]:
     """Trains with rates that grow from low to high by equal factors until the loss is a third above its lowest; prints
     and draws loss against rate. Returns what `schedule.suggest_rates` makes of them."""
-    pyplot = cost.pyplot_or_error() if picture else None
+    pyplot = cost.pyplot_or_error(picture) if picture else None
     with quietly():
         job = train.set_up(replace(recipe, tokens=steps * recipe.batch_tokens), train.World(), Path("runs/none"), False)
     rates, losses = [], []
@@ -103,22 +108,24 @@ def lr_range(recipe: train.Recipe, low: float, high: float, steps: int, picture:
 # ---- the branch method ----------------------------------------------------------------------------------------
 
 
-def branch(run_folder: Path, multiples: list[int], tokens: float, epsilon: float, batch_tokens: int = 0,
+def branch(begin: Path, multiples: list[int], tokens: float, epsilon: float, batch_tokens: int = 0,
            warmup_share: float = 0.2) -> dict[int, float]:
-    """Trains a branch for each k from the newest checkpoint of a run; prints and returns their held-out losses in bits
-    per byte. `batch_tokens`: that of k = 1 (0: the run's); its rate is the run's peak, times sqrt of the batches' ratio.
+    """Trains a branch for each k from a checkpoint, or the newest of a run; prints and returns their held-out losses in
+    bits per byte. `batch_tokens`: that of k = 1 (0: the run's); its rate is the run's peak, times sqrt of the batches'
+    ratio.
 
     All branches read the same sequences: those that come next in the run, whose last stage goes on if need be.
     """
-    recipe = train.read_recipe(run_folder)[0]
-    checkpoint, largest = newest_checkpoint(run_folder), max(multiples)
+    alone = begin.parent.name == "checkpoints"  # RUN/checkpoints/step-00001055
+    recipe = train.read_recipe(begin.parent.parent if alone else begin)[0]
+    checkpoint, largest = train.starting_point(str(begin)), max(multiples)
     step = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
     batch = batch_tokens or recipe.batch_tokens
     rate = schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
     if tokens < 4 * largest * batch:
         raise UserError(f"--tokens {tokens:g} are fewer than 4 updates of {largest} x {batch:,}; give {4 * largest * batch}")
     losses, weights = {}, from_pretrained(checkpoint).state_dict()
-    context, begin = recipe.model.max_position_embeddings, step * recipe.batch_tokens
+    context, first = recipe.model.max_position_embeddings, round(step * recipe.batch_tokens / batch)
     if batch % context:
         raise UserError(f"--batch-tokens {batch} is not a number of sequences of {context}; take "
                         f"{max(1, batch // context) * context}")
@@ -130,15 +137,15 @@ def branch(run_folder: Path, multiples: list[int], tokens: float, epsilon: float
         with quietly():
             job = train.set_up(longer, train.World(), Path("runs/none"), False)
         job.model.load_state_dict(weights)
-        first, updates = round(begin / batch), int(tokens / batch / k)
+        updates = int(tokens / batch / k)
         for update in tqdm(range(updates), desc=f"k = {k}", leave=False, mininterval=0.5 if sys.stderr.isatty() else 10):
             share = schedule.warmup(update, round(warmup_share * updates))  # the same tokens whatever k
             train.training_step(job, first + update * k, rate * math.sqrt(k) * share, steps=k)
-        losses[k] = mean_score({s["val"].name: train.bits_per_byte(job, s["val"], recipe.eval_tokens) for s in job.sources})
+        losses[k] = held_out_score(job)
         print(f"{k:4}{k * batch:12,}{rate * math.sqrt(k):10.2e}{updates:9,}{losses[k]:24.4f}", flush=True)
     best = schedule.critical_multiple(losses, epsilon)
     more = " or more: no branch lost more; add a larger one to --multiples" if best == largest else ""
-    print(f"critical batch size at step {step:,} of {run_folder}: {best * batch:,} tokens (k = {best}, epsilon "
+    print(f"critical batch size at step {step:,} of {begin}: {best * batch:,} tokens (k = {best}, epsilon "
           f"{epsilon:g}){more}")
     return losses
 
@@ -207,51 +214,62 @@ def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.04) -> dic
 # ---- a scaling law of your own --------------------------------------------------------------------------------
 
 # (width, share of the tokens); several lengths at two widths, so that the law sees tokens and parameters apart.
-LADDER = [(32, 0.25), (32, 0.5), (64, 0.25), (64, 0.5), (32, 1), (48, 1), (64, 1), (96, 1), (128, 1)]
+LADDER = [(32, 0.25), (64, 0.25), (32, 0.5), (64, 0.5), (32, 1), (48, 1), (64, 1), (96, 1), (128, 1)]
 HELD_OUT = 192  # the width whose loss the law must foretell
 
 
-def ladder_config(width: int) -> ModelConfig:
-    """The laptop's shape at another width."""
-    return PRESETS["laptop"].change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
-                                    num_attention_heads=max(1, round(width / 64)),
-                                    initializer_range=0.05 * math.sqrt(128 / width))
+def rung(width: int, tokens: float, device: str, dtype: str) -> train.Recipe:
+    """The laptop recipe at another width and length."""
+    model = PRESETS["laptop"].change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
+                                     num_attention_heads=max(1, round(width / 64)),
+                                     initializer_range=0.05 * math.sqrt(128 / width))
+    recipe = train.RECIPES["laptop"]
+    return replace(recipe, model=model, tokens=tokens, device=device, dtype=dtype,
+                   warmup_steps=math.ceil(0.04 * tokens / recipe.batch_tokens))
 
 
 def fit_ladder(tokens: float, device: str, dtype: str) -> tuple[float, float]:
     """Trains LADDER on the embedded corpus, fits the law, foretells HELD_OUT, trains it, and compares: numbers, law.json
     and law.png in runs/ladder. Returns (predicted, measured)."""
-    points, lines, started = [], [], time.time()
+    rungs, points, started = [*LADDER, (HELD_OUT, 1)], [], time.time()
+    flops = [cost.training_flops(count_parameters(rung(width, 1, device, dtype).model)["total"], tokens * share)
+             for width, share in rungs]
+    bar = tqdm(total=sum(flops), unit="FLOP", unit_scale=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 10)
 
-    def measure(width: int, share: float) -> tuple[float, float, float]:
-        recipe = replace(train.RECIPES["laptop"], model=ladder_config(width), tokens=tokens * share, eval_every=10**9,
-                         save_every=10**9, device=device, dtype=dtype)
-        with quietly(), stoppable():
-            scores = train.train(recipe, train.new_run_folder(f"ladder/width-{width}-{tokens * share:.0f}"))
-        point = (float(count_parameters(recipe.model)["total"]), tokens * share, mean_score(scores))
-        lines.append({"width": width, "parameters": point[0], "tokens": point[1], "loss": point[2]})
-        size, length = (cost.say_number(number) for number in point[:2])
-        print(f"width {width:4}{size:>8} parameters{length:>8} tokens  loss {point[2]:.4f}"
-              f"  ({time.time() - started:.0f} s so far)", flush=True)
-        return point
+    def say(text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
-    for width, share in LADDER:
-        points.append(measure(width, share))
-    try:
-        law = schedule.fit_law(points, "this ladder")
-    except ValueError as error:
-        raise UserError(f"{error}; give the ladder more --tokens") from None
-    parameters = float(count_parameters(ladder_config(HELD_OUT))["total"])
-    predicted = law.loss(parameters, tokens)
-    print(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f} bits a byte")
-    print(f"predicted    {predicted:.4f} for width {HELD_OUT}; training it to see", flush=True)
-    measured = measure(HELD_OUT, 1)[2]
+    for (width, share), work in zip(rungs, flops):
+        with quietly():
+            job = train.set_up(rung(width, tokens * share, device, dtype), train.World(), Path("runs/none"), False)
+        size = float(count_parameters(job.recipe.model)["total"])
+        if width == HELD_OUT:
+            try:
+                law = schedule.fit_law(points, "this ladder")
+            except ValueError as error:
+                raise UserError(f"{error}; give the ladder more --tokens") from None
+            predicted = law.loss(size, tokens)
+            say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f} bits a "
+                "byte")
+            say(f"predicted    {predicted:.4f} for width {HELD_OUT}; training it to see")
+        for step in range(job.steps):
+            train.training_step(job, step, job.rate(step))
+            bar.update(work / job.steps)
+        points.append((size, tokens * share, held_out_score(job)))
+        say(f"width {width:4}{cost.say_number(size):>8} parameters{cost.say_number(tokens * share):>8} tokens  loss "
+            f"{points[-1][2]:.4f}  ({time.time() - started:.0f} s so far)")
+    bar.close()
+    *points, held_out = points
+    measured = held_out[2]
     print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}")
-    folder = Path("runs/ladder")
-    result = {"law": asdict(law), "runs": lines, "predicted": predicted, "measured": measured}
-    (folder / "law.json").write_text(json.dumps(result, indent=1), "utf-8")
+    folder = train.new_run_folder("ladder")
+    folder.mkdir(parents=True)
+    runs = [dict(zip(("parameters", "tokens", "loss"), point)) for point in (*points, held_out)]
+    (folder / "law.json").write_text(json.dumps(
+        {"law": asdict(law), "runs": runs, "predicted": predicted, "measured": measured}, indent=1), "utf-8")
     with contextlib.suppress(UserError):  # a picture only where matplotlib is
-        draw_law(law, points, (parameters, tokens, measured), folder / "law.png")
+        draw_law(law, points, held_out, folder / "law.png")
     print(f"In {folder}: law.json, and law.png where matplotlib is installed; {time.time() - started:.0f} s in all")
     return predicted, measured
 
@@ -290,8 +308,8 @@ def main() -> None:
     p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")
     p.add_argument("--steps", type=cost.positive_integer, default=200)
     p.add_argument("--picture", default="", metavar="FILE", help="draw the curve into this file")
-    p = commands.add_parser("branch", help="the critical batch size at a run's newest checkpoint")
-    p.add_argument("run", type=Path, metavar="RUN")
+    p = commands.add_parser("branch", help="the critical batch size at a checkpoint")
+    p.add_argument("run", type=Path, metavar="RUN", help="a run, or one checkpoint: RUN/checkpoints/step-00001055")
     p.add_argument("--multiples", type=multiples, default=[1, 2, 4, 8], help="batches to try, in batches of the run")
     p.add_argument("--tokens", type=cost.positive, default=2e5, help="that each branch reads")
     p.add_argument("--batch-tokens", type=cost.positive_integer, default=0, help="of k = 1 (default: the run's)")

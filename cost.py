@@ -315,7 +315,8 @@ def _find_dtype(device: str, wanted: str) -> tuple[torch.dtype, str]:
 def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, seconds: float = 1.0,
                   optimizer: torch.optim.Optimizer | None = None, repeats: int = 0) -> float:
     """Tokens/s of training steps on tokens [B, T]; the weights stay as they are unless there is an optimizer.
-    The median of the steps that fit into the time (or of `repeats`), after one to warm up. Compilation that fails is switched off."""
+    The median of the steps that fit into the time (or of `repeats`), after one to warm up. Compilation that fails is
+    switched off."""
     device, times, end = tokens.device.type, [], None
 
     def forward_and_backward() -> None:
@@ -381,15 +382,15 @@ def derive(hardware: Hardware, law: LossLaw, parameters: float = 0, tokens: floa
         hours[f"--days {days:g} on {hardware.gpus:,} GPUs"] = days * 24 * hardware.gpus
     if len(hours) > 1:
         (one, first), (other, second), *_ = hours.items()
-        raise UserError(f"{one} is {say_hours(first)} GPU-hours of the run and {other} is {say_hours(second)}: give only "
+        raise UserError(f"{one} is {say_amount(first)} GPU-hours of the run and {other} is {say_amount(second)}: give only "
                         "one of them")
     compute = hardware.flops(next(iter(hours.values()))) if hours else 0
     if parameters and tokens:
         needed = hardware.hours(training_flops(parameters, tokens))
         if hours:
-            raise UserError(f"{say_number(parameters)} parameters on {say_number(tokens)} tokens take {say_hours(needed)} "
+            raise UserError(f"{say_number(parameters)} parameters on {say_number(tokens)} tokens take {say_amount(needed)} "
                             f"GPU-hours, and "
-                            f"{next(iter(hours))} is {say_hours(next(iter(hours.values())))}: give at most two of the three")
+                            f"{next(iter(hours))} is {say_amount(next(iter(hours.values())))}: give two of the three")
         return parameters, tokens
     if not compute:
         return (parameters, law.tokens_for(parameters)) if parameters else (law.parameters_for(tokens), tokens)
@@ -418,13 +419,13 @@ def say_number(x: float) -> str:
     return f"{x:.3g}"
 
 
-def say_hours(x: float) -> str:
+def say_amount(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def round_batch(tokens: float, context: int) -> int:
-    """The power of two of sequences nearest to a batch in tokens."""
-    return context * 2 ** max(0, round(math.log2(max(1.0, tokens / context))))
+def round_batch(tokens: float, unit: int) -> int:
+    """The batch nearest to one in tokens that is a power of two of units: a sequence, or a sequence on every GPU."""
+    return unit * 2 ** max(0, round(math.log2(max(1.0, tokens / unit))))
 
 
 def make_plan(hardware: Hardware, law: LossLaw, parameters: float, tokens: float, context: int, vocab_size: int = 0,
@@ -432,17 +433,24 @@ def make_plan(hardware: Hardware, law: LossLaw, parameters: float, tokens: float
     """Everything that follows from a size and a number of tokens. `keep`: what the nearest config of the family leaves
     as it was given, "tokens" or, tokens bending instead, "compute"."""
     vocab_size = vocab_size or (128_256 if parameters >= 1e9 else 49_152 if parameters >= 5e7 else 8192)
-    config = config or family(parameters, vocab_size, context)
+    asked, config = config, config or family(parameters, vocab_size, context)
     count = count_parameters(config)
-    if not 0.8 < count["total"] / parameters < 1.25:
+    if not asked and not 0.8 < count["total"] / parameters < 1.25:
         raise UserError(f"no model of the family with a vocabulary of {vocab_size:,} has {say_number(parameters)} "
                         f"parameters; the nearest has {say_number(count['total'])}: give that or a smaller --vocab-size")
     tokens = tokens if keep == "tokens" else parameters * tokens / count["active"]
     compute = training_flops(count["active"], tokens)
-    fitted = count["non_embedding"] * 6 * tokens + attention_flops_per_token(config, context, "full") * tokens
-    batch = min(round_batch(schedule.deepseek_batch(fitted), context), round_batch(tokens / 100, context))
-    rate = schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / schedule.deepseek_batch(fitted)))
+    blocks = count["active"] - count["embedding"]  # what the laws of rate and batch count
+    fitted = (6 * blocks + attention_flops_per_token(config, context, "full")) * tokens
+    wanted, unit = schedule.deepseek_batch(fitted), context * hardware.gpus  # every GPU takes a sequence at least
+    batch = min(round_batch(wanted, unit), round_batch(tokens / 100, unit))
+    rate = schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / wanted))
     steps = max(1, round(tokens / batch))
+    if config.num_experts:
+        warnings.warn("the loss is foretold as a dense model's of the active parameters", Extrapolation)
+    if batch > 2 * min(wanted, tokens / 100):
+        warnings.warn(f"{hardware.gpus:,} GPUs make a batch of {say_number(batch)} tokens with a sequence each, "
+                      f"{batch / min(wanted, tokens / 100):.2g} times what pays: take fewer --gpus", Extrapolation)
     room = 0.9e9 * MEMORY_GB[hardware.device]  # the rest: the CUDA context, the allocator's holes, communication
     fit = smallest_sharding(config, hardware.gpus, context, room)
     if fit is None:
@@ -460,7 +468,7 @@ def make_plan(hardware: Hardware, law: LossLaw, parameters: float, tokens: float
         "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
         "weight_decay": schedule.suggest_weight_decay(rate, steps),
         "step_law": {"batch_tokens": schedule.step_law_batch(tokens),
-                     "learning_rate": schedule.step_law_rate(count["non_embedding"], tokens)},
+                     "learning_rate": schedule.step_law_rate(blocks, tokens)},
         "device": hardware.device, "gpus": hardware.gpus, "context": context, "sharding": fit[0], "memory_per_gpu": fit[1],
         "mfu": hardware.mfu, "gpu_hours": hours,
         "gpu_hours_range": [hardware.hours(compute, share) for share in hardware.mfu[:0:-1]],
@@ -483,7 +491,17 @@ def halvings(law: LossLaw, plan: dict, fixed: str, count: int = 4) -> list[dict]
     return rows
 
 
-def print_plan(plan: dict, rows: list[dict], smaller: list[dict]) -> None:
+def print_halvings(what: str, plan: dict) -> None:
+    """The warnings of a plan, and what half of `what`, and half of that, would lead to."""
+    for warning in plan["warnings"]:
+        print(f"warning      {warning}")
+    print(f"\n{what:>8}{'parameters':>13}{'tokens':>10}{'loss':>8}{'worse by':>10}")
+    for row in plan["halvings"]:
+        print(f"{row['share']:8.3g}{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss']:8.3f}"
+              f"{row['loss'] - plan['halvings'][0]['loss']:10.3f}")
+
+
+def print_plan(plan: dict) -> None:
     config, each, law = ModelConfig(**plan["config"]), plan["flops_per_token"], plan["step_law"]
     gpu, (planned, low, high), (less, more) = plan["device"], plan["mfu"], plan["gpu_hours_range"]
     print(f"model        {plan['parameters']:,} parameters ({plan['non_embedding']:,} without embeddings): "
@@ -499,28 +517,26 @@ def print_plan(plan: dict, rows: list[dict], smaller: list[dict]) -> None:
           f"{plan['warmup_steps']:,} steps of warmup, weight decay {plan['weight_decay']:g}")
     print(f"memory       {plan['sharding']} on {plan['gpus']:,} {gpu}(s), one sequence at a time: "
           + ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in plan["memory_per_gpu"].items()))
-    print(f"time         {say_hours(plan['gpu_hours'])} {gpu}-hours at {planned:.0%} of peak by 6ND "
-          f"({say_hours(less)} at {high:.0%}, "
-          f"{say_hours(more)} at {low:.0%}) = {plan['days']:,.3g} days on {plan['gpus']:,} GPUs")
-    print(f"whole bill   {say_hours(plan['gpu_hours_with_overhead'])} {gpu}-hours, {plan['overhead']:.0%} more for "
+    print(f"time         {say_amount(plan['gpu_hours'])} {gpu}-hours at {planned:.0%} of peak by 6ND "
+          f"({say_amount(less)} at {high:.0%}, "
+          f"{say_amount(more)} at {low:.0%}) = {plan['days']:,.3g} days on {plan['gpus']:,} GPUs")
+    print(f"whole bill   {say_amount(plan['gpu_hours_with_overhead'])} {gpu}-hours, {plan['overhead']:.0%} more for "
           "ablations, restarts and evaluations")
     if plan["usd"]:
-        print("money        {:,.0f} to {:,.0f} USD the run, ".format(*plan["usd"])
-              + "{:,.0f} to {:,.0f} USD the whole bill".format(*plan["usd_with_overhead"]))
-    print(f"loss         {plan['loss']:.3f} nats a token ({plan['law']})\n")
-    print(f"{'budget':>8}{'parameters':>13}{'tokens':>10}{'loss':>8}{'worse by':>10}")
-    for row in rows:
-        print(f"{row['share']:8.3g}{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss']:8.3f}"
-              f"{row['loss'] - rows[0]['loss']:10.3f}")
+        print("money        {} to {} USD the run, ".format(*map(say_amount, plan["usd"]))
+              + "{} to {} USD the whole bill".format(*map(say_amount, plan["usd_with_overhead"])))
+    print(f"loss         {plan['loss']:.3f} nats a token ({plan['law']})")
+    print_halvings("budget", plan)
     print("\nA smaller model trained longer, at the same compute, beside the optimum:")
     print(f"{'smaller':>8}{'parameters':>13}{'tokens':>10}{'worse by':>18}{'inference saved':>17}{'compute to match':>18}")
-    for row in smaller:
+    for row in plan["smaller"]:
         match = f"{row['compute_to_match']:.2f} times" if row["compute_to_match"] < 1e3 else "never"
         print(f"{row['k']:7g}x{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss_penalty']:18.3f}"
               f"{row['inference_saving']:17.0%}{match:>18}")
 
 
-def pyplot_or_error():
+def pyplot_or_error(path: str | Path = ""):
+    """matplotlib's pyplot, if it is there and can write such a file: said before any work."""
     try:
         import matplotlib
     except ImportError:
@@ -528,25 +544,43 @@ def pyplot_or_error():
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    kinds = pyplot.figure().canvas.get_supported_filetypes()
+    pyplot.close()
+    if path and (Path(path).suffix[1:].lower() not in kinds or not Path(path).parent.is_dir()):
+        raise UserError(f"--picture {path} cannot be written; give a name in a folder that exists, such as curve.png")
     return pyplot
 
 
-def draw_sizes(law: LossLaw, plan: dict, path: str) -> None:
-    """Loss against size at equal compute, for the plan's compute and three halvings of it."""
-    pyplot = pyplot_or_error()
+def draw_sizes(curves: dict[str, list[tuple[float, float]]], chosen: tuple[float, float], what: str, path: str) -> None:
+    """Loss against size: a curve of (parameters, loss) for each budget, its lowest point marked, and the plan's."""
+    pyplot = pyplot_or_error(path)
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for i in range(4):
-        compute = plan["flops"] / 2**i
-        best = law.optimum(compute)[0]
-        sizes = np.geomspace(best / 8, best * 8, 100)
-        axes.plot(sizes, [law.loss(n, compute / 6 / n) for n in sizes], label=f"{compute:.2g} FLOPs")
-        axes.plot(best, law.loss(best, compute / 6 / best), "k.")
-    axes.plot(plan["flops"] / 6 / plan["tokens"], plan["loss"], "r*", ms=12, label="the plan")
-    axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss", title=f"Loss at equal compute ({law.source})")
+    for name, points in curves.items():
+        axes.plot(*zip(*points), label=name)
+        axes.plot(*min(points, key=lambda point: point[1]), "k.")
+    axes.plot(*chosen, "r*", ms=12, label="the plan")
+    axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss", title=what)
     axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    print(f"\nThe curves are in {path}", file=sys.stderr)
+    print(f"The curves are in {path}", file=sys.stderr)
+
+
+def equal_compute(law: LossLaw, plan: dict) -> dict[str, list[tuple[float, float]]]:
+    """`draw_sizes`' curves for the plan's compute and three halvings of it."""
+    budgets = [plan["flops"] / 2**i for i in range(4)]
+    around = np.geomspace(1 / 8, 8, 101)  # times the best size
+    return {f"{compute:.2g} FLOPs": [(n, law.loss(n, compute / 6 / n)) for n in law.optimum(compute)[0] * around]
+            for compute in budgets}
+
+
+def equal_time(plan: dict, minutes: float) -> dict[str, list[tuple[float, float]]]:
+    """`draw_sizes`' curves for the sizes that a plan for this machine measured, for its minutes and three halvings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Extrapolation)
+        return {f"{share * minutes:g} minutes": [
+            (size["parameters"], LAPTOP_LAW.loss(size["parameters"], size["tokens_per_second"] * 60 * share * minutes))
+            for size in plan["sizes"]] for share in (1, 1 / 2, 1 / 4, 1 / 8)}
 
 
 # ---- a plan for this machine ----------------------------------------------------------------------------------
@@ -566,53 +600,65 @@ def quick_speed(config: ModelConfig, machine: Machine, rows: int, seconds: float
 def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens: float = 0, vocab_size: int = 8192) -> dict:
     """What this machine should train in so many minutes: the size of the family with the lowest loss by LAPTOP_LAW for
     the tokens that it is measured to read in that time. Batch and rate: the laptop recipe's, which were found by
-    measuring, moved along DeepSeek's exponents."""
+    measuring, moved along DeepSeek's exponents. `sizes`: all that were measured; `halvings`: the best of them in less time
+    (of a size or length that was asked for: that size)."""
     context, anchor, seconds = PRESETS["laptop"].max_position_embeddings, training_flops(1_836_160, 2.7e6), 60 * minutes
-    room = torch.cuda.mem_get_info()[0] if machine.device == "cuda" else host_memory()
+    room, sizes = torch.cuda.mem_get_info()[0] if machine.device == "cuda" else host_memory(), []
 
     def attempt(config: ModelConfig) -> dict | None:
-        count = count_parameters(config)["active"]
+        """Its speed, and what it would read and lose; None: it does not fit."""
         if training_memory(config, 16, context, machine.dtype.itemsize, machine.device)["total"] > 0.5 * room:
             return None
-        speed = quick_speed(config, machine, 16)
-        growth = training_flops(count, speed * seconds) / anchor
-        batch = round_batch(2048 * growth**0.3271, context)
-        return {"config": config, "parameters": count, "tokens_per_second": speed, "tokens": speed * seconds,
-                "loss": LAPTOP_LAW.loss(count, speed * seconds), "batch_tokens": batch,
-                "learning_rate": 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)}
+        count, speed = count_parameters(config)["active"], quick_speed(config, machine, 16)
+        return {"config": config, "parameters": count, "tokens_per_second": speed} | outcome(count, speed * seconds)
 
-    best = None
+    def outcome(count: float, length: float) -> dict:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Extrapolation)  # what is chosen is checked at the end
+            return {"parameters": count, "tokens": length, "loss": LAPTOP_LAW.loss(count, length)}
+
     for width in (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
         layers = max(4, width // 64)
         size = vocab_size * width + width + layers * (11.5 * width * width + 2 * width)
         found = attempt(family(size, vocab_size, context))
-        if found is None or best is not None and found["loss"] > best["loss"] + 0.1:
+        if found is None or sizes and found["loss"] > min(other["loss"] for other in sizes) + 0.1:
             break  # past the optimum, where every larger size is slower and worse
-        best = found if best is None or found["loss"] < best["loss"] else best
-    if best is None or best["tokens"] < 50 * best["batch_tokens"]:
+        sizes.append(found)
+    best = min(sizes, key=lambda found: found["loss"])
+    steps = best["tokens"] / 2048  # of the smallest batch that is planned
+    if steps < 50:
         raise UserError(f"--minutes {minutes:g} is less than 50 steps of any model here; the nearest possible is --minutes "
-                        f"{max(0.1, 50 * best['batch_tokens'] / best['tokens_per_second'] / 60) if best else 1:.1g}")
+                        f"{max(0.1, 50 / steps * minutes):.1g}")
     nearest = (f"the nearest possible in {minutes:g} minutes is {say_number(best['parameters'])} parameters on "
                f"{say_number(best['tokens'])} tokens")
+    chosen = best
     if parameters:
         seen = machine.peak_flops * seconds / 6 / parameters
         if seen < parameters:  # not even at full speed
             raise UserError(f"{say_number(parameters)} parameters would see at most {say_number(seen)} tokens in "
-                            f"{minutes:g} minutes "
-                            f"on this machine, fewer than one a parameter: {nearest}")
+                            f"{minutes:g} minutes on this machine, fewer than one a parameter: {nearest}")
         chosen = attempt(family(parameters, vocab_size, context))
         if chosen is None or chosen["tokens"] < parameters:
             raise UserError(f"{say_number(parameters)} parameters are too many for {minutes:g} minutes here: {nearest}")
-        return chosen
-    if tokens:
-        speed_needed = tokens / seconds
-        if speed_needed > best["tokens_per_second"] * 20:
-            raise UserError(f"{say_number(tokens)} tokens in {minutes:g} minutes is {speed_needed:,.0f} a second: {nearest}")
+    elif tokens:
+        if tokens > best["tokens"] * 20:
+            raise UserError(f"{say_number(tokens)} tokens in {minutes:g} minutes is {tokens / seconds:,.0f} a second: "
+                            + nearest)
         chosen = attempt(family(max(SMALLEST, best["parameters"] * best["tokens"] / tokens), vocab_size, context))
         if chosen is None or not 0.5 < chosen["tokens"] / tokens < 2:
             raise UserError(f"no size reads {say_number(tokens)} tokens in {minutes:g} minutes here: {nearest}")
-        return chosen
-    return best
+    growth = training_flops(chosen["parameters"], chosen["tokens"]) / anchor
+    batch = round_batch(2048 * growth**0.3271, context)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LAPTOP_LAW.loss(chosen["parameters"], chosen["tokens"])
+    of = [chosen] if parameters or tokens else sizes
+    rows = [min((outcome(size["parameters"], size["tokens"] * share) for size in of), key=lambda row: row["loss"])
+            | {"share": share} for share in (1, 1 / 2, 1 / 4, 1 / 8)]
+    rate = 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)
+    return chosen | {"batch_tokens": batch, "learning_rate": rate, "halvings": rows,
+                     "warnings": [str(w.message) for w in caught],
+                     "sizes": [{name: size[name] for name in ("parameters", "tokens_per_second")} for size in sizes]}
 
 
 def host_memory() -> float:
@@ -633,7 +679,8 @@ def print_machine_plan(found: dict, machine: Machine, minutes: float) -> None:
     print(f"batch        {found['batch_tokens']:,} tokens, rate {found['learning_rate']:.2g}: the laptop recipe's, moved by "
           "DeepSeek's exponents")
     print(f"loss         {found['loss']:.3f} bits per byte of held-out prose and code ({LAPTOP_LAW.source})")
-    print(f"train it     python train.py --minutes {minutes:g}")
+    print_halvings("of time", found)
+    print(f"\ntrain it with python train.py --minutes {minutes:g}")
 
 
 # ---- published runs -------------------------------------------------------------------------------------------
@@ -757,7 +804,13 @@ def measure(config: ModelConfig, rows: int, context: int, machine: Machine, docu
         print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f}: {ratio:+.0%}")
 
 
+# Flags of `plan` that say what is rented, and their defaults.
+RENTED = {"gpus": 8, "device": "H100", "price": None, "mfu": 0, "overhead": OVERHEAD, "context": 4096, "law": "besiroglu"}
+
+
 def plan(args: argparse.Namespace) -> None:
+    if args.picture:
+        pyplot_or_error(args.picture)
     preset = PRESETS.get(args.preset) if args.preset else None
     if preset and args.parameters:
         raise UserError(f"{args.preset} has {count_parameters(preset)['total']:,} parameters; leave it or --parameters out")
@@ -773,15 +826,20 @@ def plan(args: argparse.Namespace) -> None:
     if args.minutes:
         if wrong := [flag for flag in given if flag not in ("--minutes", "--parameters", "--tokens")]:
             raise UserError(f"--minutes is this machine's time and {wrong[0]} is rented: give only one of them")
+        if wrong := [name for name, default in RENTED.items() if getattr(args, name.replace("-", "_")) != default]:
+            raise UserError(f"--{wrong[0]} is of rented GPUs and --minutes is this machine's time: leave one of them out")
         machine = find_machine()
         found = plan_machine(machine, args.minutes, parameters, args.tokens, args.vocab_size or 8192)
+        if args.picture:
+            draw_sizes(equal_time(found, args.minutes), (found["parameters"], found["loss"]),
+                       "Bits per byte after equal time on this machine", args.picture)
         if args.json:
             print(json.dumps(found | {"config": asdict(found["config"]), "machine": machine.reason}, indent=1))
         else:
             print_machine_plan(found, machine, args.minutes)
         return
     mfu = MFU.get(args.device, MFU["H100"])
-    mfu = tuple(args.mfu * share / mfu[0] for share in mfu) if args.mfu else mfu
+    mfu = tuple(min(1.0, args.mfu * share / mfu[0]) for share in mfu) if args.mfu else mfu
     hardware = Hardware(args.device, args.gpus, mfu,
                         args.price or USD_PER_GPU_HOUR.get(args.device), args.overhead)
     law = {"besiroglu": CHINCHILLA, "hoffmann": HOFFMANN}[args.law]
@@ -790,17 +848,21 @@ def plan(args: argparse.Namespace) -> None:
         raise UserError(f"that would be {say_number(size)} parameters; plans go from {say_number(SMALLEST)} to "
                         f"{say_number(LARGEST)}")
     keep = "tokens" if args.tokens else "compute"
-    found = make_plan(hardware, law, size, tokens, args.context, args.vocab_size, keep, preset)
-    warnings.simplefilter("ignore", Extrapolation)  # said once, for the plan itself
     fixed = "both" if parameters and args.tokens else "parameters" if parameters else "tokens" if args.tokens else ""
-    rows = halvings(law, found, fixed)
-    smaller = [overtrain(law, found["flops"], k) | {"k": k} for k in (1, 1.5, 2, 3, 4, 8)]
-    if args.picture:
-        draw_sizes(law, found, args.picture)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = make_plan(hardware, law, size, tokens, args.context, args.vocab_size, keep, preset)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Extrapolation)  # said for the plan itself
+        found |= {"warnings": list(dict.fromkeys(str(w.message) for w in caught)), "halvings": halvings(law, found, fixed),
+                  "smaller": [overtrain(law, found["flops"], k) | {"k": k} for k in (1, 1.5, 2, 3, 4, 8)]}
+        if args.picture:
+            draw_sizes(equal_compute(law, found), (found["flops"] / 6 / found["tokens"], found["loss"]),
+                       f"Loss at equal compute ({law.source})", args.picture)
     if args.json:
-        print(json.dumps(found | {"halvings": rows, "smaller": smaller}, indent=1).replace("Infinity", "null"))
+        print(json.dumps(found, indent=1).replace("Infinity", "null"))
     else:
-        print_plan(found, rows, smaller)
+        print_plan(found)
 
 
 def main() -> None:
@@ -815,14 +877,14 @@ def main() -> None:
     p.add_argument("--gpu-hours", type=positive, default=0, help="of the main run")
     p.add_argument("--days", type=positive, default=0, help="of the main run, on --gpus")
     p.add_argument("--minutes", type=positive, default=0, help="of training on this machine")
-    p.add_argument("--gpus", type=positive_integer, default=8)
-    p.add_argument("--device", choices=PEAK_FLOPS, default="H100", metavar="GPU", help=", ".join(PEAK_FLOPS))
+    p.add_argument("--gpus", type=positive_integer, default=RENTED["gpus"])
+    p.add_argument("--device", choices=PEAK_FLOPS, default=RENTED["device"], metavar="GPU", help=", ".join(PEAK_FLOPS))
     p.add_argument("--price", type=price, metavar="USD", help="of a GPU-hour, such as 3 or 2.2-4 (an H100's default)")
     p.add_argument("--mfu", type=positive, default=0, help="share of the bf16 peak by 6ND (H100: 0.30; SmolLM3: 0.26)")
-    p.add_argument("--overhead", type=float, default=OVERHEAD, help="of the main run, for ablations and restarts")
-    p.add_argument("--context", type=positive_integer, default=4096)
+    p.add_argument("--overhead", type=float, default=RENTED["overhead"], help="of the main run, for ablations and restarts")
+    p.add_argument("--context", type=positive_integer, default=RENTED["context"])
     p.add_argument("--vocab-size", type=positive_integer, default=0, help="default: 128,256 from 1B on, 49,152 from 50M")
-    p.add_argument("--law", choices=("besiroglu", "hoffmann"), default="besiroglu", help="Chinchilla's constants")
+    p.add_argument("--law", choices=("besiroglu", "hoffmann"), default=RENTED["law"], help="Chinchilla's constants")
     p.add_argument("--json", action="store_true", help="the plan as JSON on stdout")
     p.add_argument("--picture", metavar="FILE", help="loss against size at equal compute")
     commands.add_parser("published", help="predicted against published GPU-hours; SmolLM3's bill")
@@ -850,8 +912,8 @@ def main() -> None:
     if args.command == "published":
         return print_published()
     if args.command == "fit":
-        if args.tokens < 5e4:
-            raise UserError(f"--tokens {args.tokens:g} is too short to learn from; give at least 50000")
+        if args.tokens < 1e5:
+            raise UserError(f"--tokens {args.tokens:g} is too short to learn from; give at least 100000")
         import ablate  # here, because what runs trainings imports this file
 
         return ablate.fit_ladder(args.tokens, args.device, args.dtype)

@@ -373,7 +373,7 @@ def print_shapes(total: int = 40, warm: int = 4) -> None:
 
 
 def print_laws(parameters: float, tokens: float) -> None:
-    """What each law says, with a * where it is outside its range."""
+    """What each law says, and where it is outside its range; DeepSeek's take 6ND here, attention's FLOPs left out."""
     compute = 6 * parameters * tokens
     rows = [("DeepSeek's rate", deepseek_rate, (compute,), "{:.2g}"),
             ("Step Law's rate", step_law_rate, (parameters, tokens), "{:.2g}"),
@@ -385,14 +385,18 @@ def print_laws(parameters: float, tokens: float) -> None:
             warnings.simplefilter("always")
             value = law(*arguments)
         print(f"{name:18} {form.format(value):>20}" + "".join(f"\n    outside its range: {w.message}" for w in caught))
+    rate, beta1, beta2, eps = scale_adam(4, 1.0)
+    print(f"4 times the batch: {rate:g} times the rate, betas 0.9 and 0.95 -> {beta1:.2g} and {beta2:.2g}, eps 1e-8 -> "
+          f"{eps:.0e}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parameters", nargs="?", type=float, default=1e9, help="without embeddings")
     parser.add_argument("tokens", nargs="?", type=float, default=45e9)
+    parser.error = lambda message: parser.exit(2, f"error: {message}; see `python schedule.py --help`\n")
     args = parser.parse_args()
     if not (1 <= args.parameters <= 1e15 and 1 <= args.tokens <= 1e18):
-        parser.exit(2, "error: parameters and tokens must lie between 1 and 1e15 and 1 and 1e18\n")
+        parser.error("parameters must lie between 1 and 1e15, tokens between 1 and 1e18")
     print_shapes()
     print_laws(args.parameters, args.tokens)

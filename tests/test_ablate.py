@@ -125,6 +125,29 @@ def test_branches_read_the_same_tokens_and_large_ones_fall_behind(here, capsys, 
     assert re.search(r"critical batch size at step 20 of runs/a: (256|512) tokens", capsys.readouterr().out)
     with pytest.raises(UserError, match="give 4096"):
         ablate.branch(Path("runs/a"), [1, 4], 1000, 0.01)
+    seen.clear()
+    early = next(path for path in sorted(Path("runs/a/checkpoints").iterdir()) if path.name != "step-00000000")
+    ablate.branch(early, [1], 4 * 256, 0.01)  # from a checkpoint in the middle
+    assert seen[1][0][0].start == int(early.name[5:])
+
+
+def test_ladder_foretells_its_largest(here, capsys, monkeypatch):
+    """Three sizes, three lengths: every rung is trained to its end with its own tokens, and the law that is fitted to them,
+    not to the largest, says what the largest loses (within 10 %, after 40 steps)."""
+    monkeypatch.setitem(train.RECIPES, "laptop", replace(recipe(), learning_rate=0.01, eval_tokens=4096))
+    monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
+    monkeypatch.setattr(ablate, "HELD_OUT", 48)
+    predicted, measured = ablate.fit_ladder(10_240, "cpu", "float32")
+    found = json.loads(Path("runs/ladder/law.json").read_text())
+    assert [run["tokens"] for run in found["runs"]] == [2560, 5120, 5120, 10240, 10240, 10240, 10240]
+    assert found["runs"][-1]["loss"] == measured and predicted == pytest.approx(measured, rel=0.10)
+    law, size = found["law"], found["runs"][-1]["parameters"]
+    assert predicted == pytest.approx(law["E"] + law["A"] * size**-law["alpha"] + law["B"] * 10_240**-law["beta"])
+    again = train.set_up(ablate.rung(16, 2560, "cpu", "float32"), train.World(), Path("runs/none"), False)
+    for step in range(10):
+        train.training_step(again, step, again.rate(step))
+    assert found["runs"][0]["loss"] == pytest.approx(ablate.held_out_score(again))
+    assert "off by" in capsys.readouterr().out
 
 
 def test_minutes_trains_what_the_plan_says(here):

@@ -110,6 +110,16 @@ def test_laws_at_published_points():
             assert schedule.step_law_batch(tokens) == pytest.approx(step_law[1], rel=0.05)
 
 
+@pytest.mark.parametrize("layers, width, rate, batch", [(30, 4096, 4.2e-4, 2304 * 4096), (95, 8192, 3.2e-4, 4608 * 4096)])
+def test_deepseek_trained_by_its_law(layers, width, rate, batch):
+    """DeepSeek LLM 7B and 67B, 2T tokens of 4096: their rates and batches, from C = (72 L d^2 + 12 L d T) D (its section 3).
+    Their batches are rounded to hundreds of sequences."""
+    compute = (72 * layers * width**2 + 12 * layers * width * 4096) * 2e12
+    with pytest.warns(Extrapolation):
+        assert schedule.deepseek_rate(compute) == pytest.approx(rate, rel=0.03)
+        assert schedule.deepseek_batch(compute) == pytest.approx(batch, rel=0.10)
+
+
 def test_larger_batches_want_higher_rates():
     """Upwards; and the variance of an update, rate^2 / batch, stays. Adam's betas forget per token as before."""
     assert schedule.scale_rate(1e-3, 4) == 2e-3 and schedule.scale_rate(1e-3, 0.25) == 5e-4
@@ -151,6 +161,14 @@ def test_loss_laws_optima_against_a_brute_force_search():
             assert law.parameters_for(tokens) == pytest.approx(parameters)
             reached = law.tokens_to_reach(law.loss(parameters, tokens), parameters / 2)
             assert law.loss(parameters / 2, reached) == pytest.approx(law.loss(parameters, tokens))
+
+
+@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+def test_losses_of_chinchilla_itself():
+    """70B parameters, 1.4T tokens, worked out by hand: 1.69 + 0.0835 + 0.1632 by Hoffmann, 1.8172 + 0.0815 + 0.0752 by
+    Besiroglu."""
+    assert HOFFMANN.loss(70e9, 1.4e12) == pytest.approx(1.9367, abs=2e-4)
+    assert CHINCHILLA.loss(70e9, 1.4e12) == pytest.approx(1.9739, abs=2e-4)
 
 
 def test_twenty_tokens_a_parameter_follow_from_besiroglu_alone():
