@@ -100,7 +100,8 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
     in small models outweighs all else. `accumulates`: the gradients of earlier micro-batches are there at the peak.
     `recompute`: blocks keep their inputs alone, and one at a time is computed again (Chen et al. 2016).
     """
-    parameters = count_parameters(config)["total"]
+    count = count_parameters(config)
+    parameters = count["total"]
     C, M, V = config.hidden_size, config.intermediate_size, config.vocab_size
     if config.num_experts:  # what a token goes through
         M = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
@@ -110,7 +111,8 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
     norms = 2 * C * normed + ((q + kv) * (normed - b) if config.qk_norm else 0)  # RoPE keeps its own result instead
     block = norms + b * (2 * q + 2 * kv + 4 * M) + 4 * config.num_attention_heads
     blocks = block + config.num_hidden_layers * C * b if recompute else config.num_hidden_layers * block
-    kept = tokens * (blocks + C * normed) + (b * parameters if cast else 0)
+    whole = count["embedding"] + count["non_embedding"] / config.num_hidden_layers if recompute else parameters
+    kept = tokens * (blocks + C * normed) + (b * whole if cast else 0)
     chunk = min(512, tokens)  # rows of `cross_entropy` at a time
     head = V * max((b + 4) * tokens + (4 * chunk if cast else 0), 4 * tokens + 8 * chunk)  # of loss, of its gradient
     gradients = 4.0 * parameters
@@ -123,7 +125,7 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
 
 # A CPU process holds more than tensors: measured on Linux, torch's kernels beyond `find_machine`'s, and the holes of glibc's
 # heap, which keeps what is freed (`keep_freed_memory`): without it 1.0 and a slower step.
-CPU_KERNELS, CPU_HEAP = 50 * 2**20, 1.75
+CPU_KERNELS, CPU_HEAP = 50 * 2**20, 1.6
 
 
 def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
@@ -162,22 +164,15 @@ SHARDING = {  # what is divided by the number of GPUs: weights, gradients, optim
 
 def smallest_sharding(config: ModelConfig, gpus: int, context: int, room: float) -> tuple[str, dict[str, float]] | None:
     """The first of SHARDING, each also with recomputed activations last of all, with which one sequence at a time fits
-    into `room` bytes; its name and bytes a GPU by part. None: none does.
-
-    Recomputing keeps the input of each block only and does one block anew in the backward pass.
-    """
-    memory = training_memory(config, 1, context)
-    plain = memory["activations"]
-    one_block = training_memory(config.change(num_hidden_layers=1), 1, context)
-    cast = 2 * count_parameters(config)["total"]
-    recomputed = one_block["activations"] + config.num_hidden_layers * 2 * context * config.hidden_size
+    into `room` bytes; its name and bytes a GPU by part. None: none does."""
     for again in (False, True):
+        memory = training_memory(config, 1, context, recompute=again)
+        cast = 2 * memory["weights"] / 4 * (1 - 1 / config.num_hidden_layers)  # all blocks' weights in bf16 but one's
         for name, divided in SHARDING.items():
-            parts = zip(("weights", "gradients", "optimizer"), divided)
-            state = {part: memory[part] / (gpus if shared else 1) for part, shared in parts}
-            gathered = divided[0] and gpus > 1  # only one block's weights are whole at a time
-            activations = recomputed if again else plain - (cast * (1 - 1 / config.num_hidden_layers) if gathered else 0)
-            parts = state | {"activations": activations}
+            parts = {part: memory[part] / (gpus if shared else 1)
+                     for part, shared in zip(("weights", "gradients", "optimizer"), divided)}
+            gathered = divided[0] and gpus > 1  # only one block's weights are whole at a time, as recomputing has it anyway
+            parts["activations"] = memory["activations"] - (cast if gathered and not again else 0)
             if sum(parts.values()) <= room:
                 return name + (", activations recomputed" if again else ""), parts | {"total": sum(parts.values())}
     return None
@@ -263,6 +258,12 @@ def keep_freed_memory() -> None:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_MMAP_MAX, 0)
+
+
+def give_back_memory() -> None:
+    """The opposite, once: what earlier models left in glibc's heap is given back, and not counted as held by the next."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def find_machine(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Machine:
@@ -624,6 +625,7 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
         if found is None or sizes and found["loss"] > min(other["loss"] for other in sizes) + 0.1:
             break  # past the optimum, where every larger size is slower and worse
         sizes.append(found)
+    give_back_memory()
     best = min(sizes, key=lambda found: found["loss"])
     steps = best["tokens"] / 2048  # of the smallest batch that is planned
     if steps < 50:

@@ -1373,9 +1373,9 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool,
         evals.tasks_of(recipe.eval_tasks, recipe.data)  # what is wrong with them is said now
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
-    job.memory = cost.process_memory(recipe.model, job.rows, context, dtype, machine.device, cost.memory_now(),
-                                     accumulates=job.curriculum.rows > job.rows * world.size,
-                                     recompute=recipe.activation_checkpointing)
+    job.memory = max(cost.peak_memory(machine.device), cost.process_memory(  # the search of --minutes may have held more
+        recipe.model, job.rows, context, dtype, machine.device, cost.memory_now(),
+        accumulates=job.curriculum.rows > job.rows * world.size, recompute=recipe.activation_checkpointing))
     torch.manual_seed(recipe.seed)
     job.equip(GPT(recipe.model), checkpoint or (starting_point(recipe.start) if recipe.start else None), resume)
     inputs, _, cu_seqlens = to_device(job.loader.make(0, 0, job.rows), machine.device)

@@ -68,15 +68,15 @@ def test_attention_in_documents_goes_as_their_length():
 
 
 def test_attention_of_windows_and_latents_by_hand():
-    """Two layers, one of which sees 8 of 64 tokens; MLA with keys of 4 + 2 and values of 6 numbers; linear layers none."""
+    """Two layers, one of which sees 8 of 64 tokens; MLA with keys of 4 + 2 and values of 2 numbers; linear layers none."""
     sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     sliding = ModelConfig(**sizes, layer_types="sliding,full", sliding_window=8)
     assert cost.attention_flops_per_token(sliding, 64, "full") == 12 * 32 * (8 + 64)
     assert cost.attention_flops_per_token(sliding, 64, "causal") == 6 * 32 * (8 + 64)
     chunked = ModelConfig(**sizes, layer_types="chunked,linear", attention_chunk_size=16)
     assert cost.attention_flops_per_token(chunked, 64, "full") == 12 * 32 * 16
-    latent = ModelConfig(**sizes, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6)
-    assert cost.attention_flops_per_token(latent, 64, "full") == 2 * 12 * 4 * 6 * 64
+    latent = ModelConfig(**sizes, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=2)
+    assert cost.attention_flops_per_token(latent, 64, "full") == 2 * 12 * 4 * 4 * 64
 
 
 def test_6n_warns_where_attention_is_not_small():

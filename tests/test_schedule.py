@@ -196,6 +196,8 @@ def test_fit_finds_a_known_law():
     points = [(n, d, law.E + law.A * n**-law.alpha + law.B * d**-law.beta) for n in (1e5, 3e5, 1e6) for d in (1e6, 2e6, 4e6)]
     found = schedule.fit_law(points)
     assert (found.alpha, found.beta) == pytest.approx((0.5, 0.4)) and found.E == pytest.approx(1.5, rel=1e-3)
+    with pytest.raises(ValueError, match="no law"):  # losses that grow with size
+        schedule.fit_law([(n, d, 5 - loss) for n, d, loss in points])
 
 
 def test_noise_scale_of_a_linear_regression():
