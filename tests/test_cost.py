@@ -126,6 +126,15 @@ def test_activation_memory_against_what_autograd_keeps(config, rows, dtype):
     assert sum(sizes.values()) - before_loss == pytest.approx(4 * V * n, rel=0.02)
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_recomputing_leaves_one_block_and_the_inputs_of_all(itemsize):
+    """Against the memory of a model with a block less: 3 of 4 blocks go, weights' casts too, and 4 inputs come."""
+    config = PRESETS["laptop"]
+    four, three, again = (cost.training_memory(c, 16, 128, itemsize, "cpu", recompute=r)["activations"] for c, r in (
+        (config, False), (config.change(num_hidden_layers=3), False), (config, True)))
+    assert four - again == pytest.approx(3 * (four - three) - 4 * 16 * 128 * 128 * itemsize, rel=1e-4)
+
+
 def test_process_memory_within_15_percent_of_measured():
     """The laptop recipe's step in processes of its own: predicted against the peak that the kernel reports, the median of
     three, because the holes in glibc's heap differ from run to run (one of about a dozen held 1.4 times as much)."""
@@ -183,6 +192,12 @@ def test_plan_of_a_budget_spends_exactly_that(plan):
     assert found["tokens_per_parameter"] == pytest.approx(20, rel=0.15)
     assert found["batch_tokens"] * found["steps"] == pytest.approx(found["tokens"], rel=1e-3)
     assert found["batch_tokens"] % (8 * 4096) == 0  # a sequence on each of the 8 GPUs
+    config = ModelConfig(**found["config"])
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * 4096
+    spent = (6 * (found["parameters"] - config.vocab_size * config.hidden_size) + attention) * found["tokens"]
+    batch = 0.2920 * spent**0.3271
+    assert 2**-0.5 < found["batch_tokens"] / batch < 1  # so the rate is lowered by the square root
+    assert found["learning_rate"] == pytest.approx(0.3118 * spent**-0.125 * (found["batch_tokens"] / batch) ** 0.5, rel=1e-3)
     assert any("DeepSeek's rate holds" in warning for warning in found["warnings"])
     assert len(found["warnings"]) == len(set(found["warnings"]))
 
@@ -236,13 +251,15 @@ def test_smallest_sharding_that_fits():
     config = PRESETS["llama-3.2-1b"]
     held, n = count_parameters(config)["total"], 8
     assert "DDP" in cost.smallest_sharding(config, n, 2048, 1e12)[0]
-    room, names = 1e12, []
+    room, names, plain = 1e12, [], cost.training_memory(config, 1, 2048)["activations"]
     while found := cost.smallest_sharding(config, n, 2048, room):
         names.append(found[0])
         state = found[1]["total"] - found[1]["activations"]
         expected = {"DDP": 16, "ZeRO-1": 8 + 8 / n, "ZeRO-2": 4 + 12 / n, "ZeRO-3": 16 / n}
         assert state == pytest.approx(held * next(size for kind, size in expected.items() if kind in found[0])), found[0]
         assert found[1]["total"] <= room
+        if "recomputed" not in found[0]:  # ZeRO-3 has one of 16 blocks' bf16 weights whole at a time
+            assert plain - found[1]["activations"] == (2 * held * 15 / 16 if "ZeRO-3" in found[0] else 0)
         room = found[1]["total"] - 1
     assert [name.split("(")[1].rstrip(")") for name in names[:4]] == ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3, FSDP"]
     assert "recomputed" in names[-1] and not any("recomputed" in name for name in names[:4])
@@ -279,6 +296,10 @@ def test_pictures_of_loss_against_size(command, tmp_path):
     losses = [row["loss"] for row in found["halvings"]]
     assert losses == sorted(losses) and len(set(losses)) == 4
     assert found["tokens"] == pytest.approx(60 * found["tokens_per_second"])
+    growth = found["parameters"] * found["tokens"] / (1_836_160 * 2.7e6)  # beside the laptop recipe: 2,048 tokens, 3e-3
+    assert 2**-0.5 <= found["batch_tokens"] / (2048 * growth**0.3271) <= 2**0.5
+    assert found["learning_rate"] == pytest.approx(
+        3e-3 * growth**-0.125 * (found["batch_tokens"] / (2048 * growth**0.3271)) ** 0.5)
 
 
 def test_published_shares_and_the_bill(command):
