@@ -4,13 +4,14 @@ The playbook spent 58 % of SmolLM3's main run on such trainings, each changing o
 those that choose the rate, the batch and the size. Every command trains what `train.py` would train, with its flags.
 
     python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
-    python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at a checkpoint
+    python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at its newest checkpoint
     python ablate.py spikes laptop                         # what a stretch of broken data costs, and what a guard saves
     python cost.py fit                                     # a ladder of sizes and its scaling law (`fit_ladder` here)
 
 `branch` (Merrill et al. 2025): from one checkpoint, branches with k times the batch and sqrt(k) times the rate read the
 same text; the largest k whose loss stays within epsilon of all smaller ones is the critical multiple. The optimizer
-starts anew and the rate warms up again, as in the playbook. The critical batch grows during training: ask again later.
+starts anew and the rate warms up again, as in the playbook. The critical batch grows during training: ask again later,
+of RUN/checkpoints/step-00001055 too.
 """
 
 import argparse
@@ -294,9 +295,9 @@ def draw_law(law: LossLaw, points: list[tuple], held_out: tuple, path: Path) -> 
 
 
 def multiples(text: str) -> list[int]:
-    values = sorted({int(part) for part in text.split(",")})
-    if not values or values[0] != 1 or values[-1] > 2**20:
-        raise argparse.ArgumentTypeError(f"{text} does not begin with 1, such as 1,2,4,8")
+    values = sorted({int(part) for part in text.split(",") if part.strip().isdecimal()} - {0})
+    if values[:1] != [1] or values[-1] > 2**20 or len(values) < text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers that begins with 1, such as 1,2,4,8")
     return values
 
 
@@ -324,6 +325,8 @@ def main() -> None:
             raise UserError(f"there is no flag {rest[0]}; see `python ablate.py branch --help`")
         branch(args.run, args.multiples, args.tokens, args.epsilon, args.batch_tokens)
         return
+    if args.steps < 20:
+        raise UserError(f"--steps {args.steps} are too few to see where the loss falls; give at least 20")
     if args.low >= args.high:
         raise UserError(f"--low {args.low:g} is not below --high {args.high:g}; give a range such as --low 1e-4 --high 1")
     lr_range(train.parse(rest)[1], args.low, args.high, args.steps, args.picture)

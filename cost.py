@@ -922,7 +922,8 @@ def main() -> None:
     config = PRESETS[args.preset]
     context = args.context or min(config.max_position_embeddings, 4096)
     if args.documents < 0 or args.documents and context % args.documents:
-        raise UserError(f"--documents {args.documents} does not divide the context of {context} tokens")
+        nearest = min((n for n in range(1, context + 1) if context % n == 0), key=lambda n: abs(n - args.documents))
+        raise UserError(f"--documents {args.documents} does not divide the context of {context} tokens; take {nearest}")
     measure(config, args.rows, context, find_machine(args.device, args.dtype, args.compile), args.documents, args.seconds)
 
 

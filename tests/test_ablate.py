@@ -174,7 +174,8 @@ def test_bad_flags_are_one_sentence(here, flags, words):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["branch", "runs/none"], "not a run"), (["branch", "runs/none", "--multiples", "2,4"], "begin with 1"),
+    (["branch", "runs/none"], "not a run"), (["branch", "runs/none", "--multiples", "2,4"], "begins with 1"),
+    (["lr-range", "--steps", "3"], "at least 20"),
     (["lr-range", "--low", "1", "--high", "0.1"], "not below"), (["lr-range", "laptob"], "take laptop")])
 def test_bad_commands_are_one_sentence(here, flags, words):
     done = subprocess.run([sys.executable, str(ROOT / "ablate.py"), *flags], capture_output=True, text=True)
