@@ -618,6 +618,11 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
             warnings.simplefilter("ignore", Extrapolation)  # what is chosen is checked at the end
             return {"parameters": count, "tokens": length, "loss": LAPTOP_LAW.loss(count, length)}
 
+    def batch_and_rate(size: dict) -> tuple[int, float]:
+        growth = training_flops(size["parameters"], size["tokens"]) / anchor
+        batch = round_batch(2048 * growth**0.3271, context)
+        return batch, 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)
+
     for width in (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024):
         layers = max(4, width // 64)
         size = vocab_size * width + width + layers * (11.5 * width * width + 2 * width)
@@ -627,10 +632,10 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
         sizes.append(found)
     give_back_memory()
     best = min(sizes, key=lambda found: found["loss"])
-    steps = best["tokens"] / 2048  # of the smallest batch that is planned
+    steps = best["tokens"] / batch_and_rate(best)[0]
     if steps < 50:
         raise UserError(f"--minutes {minutes:g} is less than 50 steps of any model here; the nearest possible is --minutes "
-                        f"{max(0.1, 50 / steps * minutes):.1g}")
+                        f"{max(0.1, 60 / steps * minutes):.1g}")
     nearest = (f"the nearest possible in {minutes:g} minutes is {say_number(best['parameters'])} parameters on "
                f"{say_number(best['tokens'])} tokens")
     chosen = best
@@ -649,15 +654,13 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
         chosen = attempt(family(max(SMALLEST, best["parameters"] * best["tokens"] / tokens), vocab_size, context))
         if chosen is None or not 0.5 < chosen["tokens"] / tokens < 2:
             raise UserError(f"no size reads {say_number(tokens)} tokens in {minutes:g} minutes here: {nearest}")
-    growth = training_flops(chosen["parameters"], chosen["tokens"]) / anchor
-    batch = round_batch(2048 * growth**0.3271, context)
+    batch, rate = batch_and_rate(chosen)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         LAPTOP_LAW.loss(chosen["parameters"], chosen["tokens"])
     of = [chosen] if parameters or tokens else sizes
     rows = [min((outcome(size["parameters"], size["tokens"] * share) for size in of), key=lambda row: row["loss"])
             | {"share": share} for share in (1, 1 / 2, 1 / 4, 1 / 8)]
-    rate = 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)
     return chosen | {"batch_tokens": batch, "learning_rate": rate, "halvings": rows,
                      "warnings": [str(w.message) for w in caught],
                      "sizes": [{name: size[name] for name in ("parameters", "tokens_per_second")} for size in sizes]}
@@ -682,7 +685,7 @@ def print_machine_plan(found: dict, machine: Machine, minutes: float) -> None:
           "DeepSeek's exponents")
     print(f"loss         {found['loss']:.3f} bits per byte of held-out prose and code ({LAPTOP_LAW.source})")
     print_halvings("of time", found)
-    print(f"\ntrain it with python train.py --minutes {minutes:g}")
+    print()
 
 
 # ---- published runs -------------------------------------------------------------------------------------------
@@ -839,6 +842,8 @@ def plan(args: argparse.Namespace) -> None:
             print(json.dumps(found | {"config": asdict(found["config"]), "machine": machine.reason}, indent=1))
         else:
             print_machine_plan(found, machine, args.minutes)
+            if not parameters and not args.tokens:
+                print(f"train it with python train.py --minutes {args.minutes:g}")
         return
     mfu = MFU.get(args.device, MFU["H100"])
     mfu = tuple(min(1.0, args.mfu * share / mfu[0]) for share in mfu) if args.mfu else mfu

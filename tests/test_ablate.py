@@ -131,6 +131,7 @@ def test_branches_read_the_same_tokens_and_large_ones_fall_behind(here, capsys, 
     assert seen[1][0][0].start == int(early.name[5:])
 
 
+@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
 def test_ladder_foretells_its_largest(here, capsys, monkeypatch):
     """Three sizes, three lengths: every rung is trained to its end with its own tokens, and the law that is fitted to them,
     not to the largest, says what the largest loses (within 10 %, after 40 steps)."""
