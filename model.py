@@ -1052,8 +1052,9 @@ class GPT(nn.Module):
 
     def compile_blocks(self) -> None:
         """torch.compile, block by block: equal blocks share a graph, and the names of the weights stay."""
+        torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
         for layer in self.model.layers:
-            layer.compile(fullgraph=True)
+            layer.compile(fullgraph=True, dynamic=False)
 
     def forget_compilation(self) -> bool:
         """Back to eager blocks, where a machine turns out to have no compiler; whether they were compiled."""

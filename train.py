@@ -33,7 +33,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -45,8 +44,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict, set_model_state_dict,
-                                                        set_state_dict)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -306,11 +305,12 @@ def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
     return list(getattr(optimizer, "optimizers", {"": optimizer}).values())
 
 
-def training_state(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict, dict, list]:
-    """Weights by name, moments by name and kind, and the optimizer's groups, whatever is sharded how. Moments are made where
-    there are none yet."""
+def training_state(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """Weights by name, moments by name and kind, whatever is sharded how; no moments before the first update."""
+    if not any(part.state for part in parts_of(optimizer)):  # get_state_dict would make some, by an update at rate 0
+        return get_model_state_dict(model), {}
     weights, moments = get_state_dict(model, parts_of(optimizer))
-    return weights, moments["state"], moments["param_groups"]
+    return weights, moments["state"]
 
 
 def flat(weights: dict, moments: dict) -> dict[str, torch.Tensor]:
@@ -323,27 +323,22 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) 
     """Weights and moments of a checkpoint into model and optimizer, however many processes wrote it, FSDP or not;
     returns what `guard.json` holds."""
     guard = json.loads((folder / "guard.json").read_text("utf-8"))
-    weights, moments, groups = training_state(model, optimizer)
-    moments = moments if guard["count"] else {}  # before the first update there are none
+    weights, moments = get_state_dict(model, parts_of(optimizer))  # both made here where there are none, to be filled
     if (folder / "sharded").exists():
-        read_sharded(folder / "sharded", flat(weights, moments))  # in place
-        options = StateDictOptions()
+        read_sharded(folder / "sharded", flat(weights, moments["state"] if guard["moments"] else {}))  # in place
+        whole = False
     else:
-        weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
-        moments = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-        options = StateDictOptions(full_state_dict=any(isinstance(p, DTensor) for p in model.parameters()))
-    if moments:
-        set_state_dict(model, parts_of(optimizer), model_state_dict=weights, options=options,
-                       optim_state_dict={"state": moments, "param_groups": groups})
+        weights, moments["state"] = (torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+                                     for name in ("model.pt", "optimizer.pt"))
+        whole = any(isinstance(p, DTensor) for p in model.parameters())
+    options = StateDictOptions(full_state_dict=whole)
+    set_model_state_dict(model, weights, options=options)
+    if guard["moments"]:
+        set_optimizer_state_dict(model, parts_of(optimizer), moments, options=options)
     else:
-        set_model_state_dict(model, weights, options=options)
-        forget_moments(optimizer)
+        for part in parts_of(optimizer):
+            part.state.clear()
     return guard
-
-
-def forget_moments(optimizer: torch.optim.Optimizer) -> None:
-    for part in parts_of(optimizer):
-        part.state.clear()
 
 
 class Saver:
@@ -353,24 +348,21 @@ class Saver:
         self.job, self.folder = job, run_folder / "checkpoints"
         self.pool = ThreadPoolExecutor(1) if job.recipe.async_save else None
         self.pending: Future | None = None
-        self.sharded = any(isinstance(p, DTensor) for p in job.model.parameters())
 
     def save(self, step: int, must: bool = False) -> str:
         """The checkpoint after `step` steps. Returns "" or, where the disk fails, a sentence, and training goes on without
         it; `must`: then it ends with UserError."""
-        trouble = self.finish()
-        if self.job.world.rank and not self.sharded:
+        job, trouble = self.job, self.finish()
+        if job.world.rank and not job.sharded:
             return ""
-        weights, moments, _ = training_state(self.job.model, self.job.optimizer)
-        guard = self.job.guard.state()
-        if not self.job.guard.count:  # no update yet: what `training_state` made is not to be trained with
-            forget_moments(self.job.optimizer)
-            moments = {}
+        weights, moments = training_state(job.model, job.optimizer)
+        small = {"config.json": asdict(job.model.config),  # as they are now: training goes on while a thread writes them
+                 "guard.json": job.guard.state() | {"step": step, "moments": bool(moments)}}
         if self.pool and not must:
             copies = BlockingAsyncStager(cache_staged_state_dict=False).stage({"model": weights, "optimizer": moments})
-            self.pending = self.pool.submit(self.write, step, copies["model"], copies["optimizer"], guard)
+            self.pending = self.pool.submit(self.write, step, copies["model"], copies["optimizer"], small)
             return trouble
-        return self.attempt(lambda: self.write(step, weights, moments, guard), must) or trouble
+        return self.attempt(lambda: self.write(step, weights, moments, small), must) or trouble
 
     def finish(self) -> str:
         """Waits for the save that is under way."""
@@ -382,9 +374,8 @@ class Saver:
             work()
             return ""
         except (OSError, RuntimeError, CheckpointException) as error:  # torch.save tells of a full disk by RuntimeError
-            for rest in self.folder.glob("step-*.partial"):
-                shutil.rmtree(rest, ignore_errors=True)
-            free, reason = shutil.disk_usage(self.folder).free, str(error).strip().splitlines()[0][:120]
+            self.sweep()
+            free, reason = shutil.disk_usage(self.folder.parent).free, str(error).strip().splitlines()[0][:120]
             sentence = (f"a checkpoint could not be written to {self.folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
                         "the ones before it are whole; make room")
         if must:
@@ -392,70 +383,84 @@ class Saver:
                                         if list(self.folder.glob("step-????????")) else " and start again"))
         return sentence
 
-    def all_do(self, work: Callable[[], dict]) -> list[dict]:
-        """Every writing process's result of its own work; fails in all of them where it fails in one, so that none waits."""
-        try:
-            found = work()
-        except (OSError, RuntimeError) as error:
-            found = error
-        if self.sharded and self.job.world.files:
-            all_found = [None] * self.job.world.size
-            dist.all_gather_object(all_found, found if isinstance(found, dict) else str(found), group=self.job.world.files)
-        else:
-            all_found = [found]
-        for result in all_found:
-            if not isinstance(result, dict):
-                raise OSError(str(result))
-        return all_found
+    def sweep(self) -> None:
+        for rest in self.folder.glob("step-*.partial"):  # of a save that failed, or of a process that was killed
+            shutil.rmtree(rest, ignore_errors=True)
 
-    def write(self, step: int, weights: dict, moments: dict, guard: dict) -> None:
+    def all_do(self, work: Callable[[], dict]) -> dict:
+        """What every writing process finds, together; fails in all of them where it fails in one, so that none waits."""
+        try:
+            found = [work()]
+        except OSError as error:
+            found = [str(error)]
+        if self.job.sharded:
+            mine, found = found[0], [None] * self.job.world.size
+            dist.all_gather_object(found, mine, group=self.job.world.files)
+        if errors := [one for one in found if isinstance(one, str)]:
+            raise OSError(errors[0])
+        return {name: value for one in found for name, value in one.items()}
+
+    def write(self, step: int, weights: dict, moments: dict, small: dict[str, dict]) -> None:
         job, place = self.job, self.folder / f"step-{step:08d}"
         partial, leader = place.with_name(place.name + ".partial"), job.world.rank == 0
         shards = partial / "sharded"
 
         def prepare() -> dict:
             if leader:
-                for rest in self.folder.glob("step-*.partial"):  # of a process that was killed
-                    shutil.rmtree(rest, ignore_errors=True)
-                partial.mkdir(parents=True)
-                (partial / "config.json").write_text(json.dumps(asdict(job.model.config), indent=1), "utf-8")
-                (partial / "guard.json").write_text(json.dumps(guard), "utf-8")
+                self.sweep()
+                shards.mkdir(parents=True) if job.sharded else partial.mkdir(parents=True)
+                for name, content in small.items():
+                    (partial / name).write_text(json.dumps(content, indent=1), "utf-8")
                 job.tokenizer.save(partial)
             return {}
 
+        def publish() -> dict:
+            if leader:
+                rest = [path for path in partial.rglob("*")
+                        if path.is_file() and path.relative_to(partial).as_posix() not in hashes]
+                write_whole(partial / "manifest.json", {"step": step, "files": hashes | hash_files(rest, partial)})
+                if job.sharded:
+                    sync_folder(shards)
+                shutil.rmtree(place, ignore_errors=True)  # a damaged one
+                partial.rename(place)
+                sync_folder(self.folder)
+                self.rotate(step)
+            return {}
+
         self.all_do(prepare)
-        if self.sharded:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a single process writes it is meant
-                dcp.save(flat(weights, moments), checkpoint_id=shards, process_group=job.world.files)
+        if job.sharded:
+            dcp.save(flat(weights, moments), checkpoint_id=shards, process_group=job.world.files)
         else:
-            for name, value in (("model.pt", weights), ("optimizer.pt", moments)):
-                with open(partial / name, "wb") as file:
-                    torch.save(value, file)
-        known = {}  # {file: sha256}; every process hashes what it wrote
-        for part in self.all_do(lambda: hash_files(shards.glob(f"__{job.world.rank}_*"), partial)):
-            known |= part
-        if leader:
-            rest = [path for path in partial.rglob("*") if path.is_file() and path.relative_to(partial).as_posix() not in known]
-            manifest = partial / "manifest.json"
-            manifest.write_text(json.dumps({"step": step, "files": known | hash_files(rest, partial)}, indent=1), "utf-8")
-            hash_files([manifest], partial)
-            sync_folder(partial)
-            shutil.rmtree(place, ignore_errors=True)
-            partial.rename(place)
-            sync_folder(self.folder)
-            always, every = job.keepers, job.recipe.keep_every
-            for old in sorted(self.folder.glob("step-????????"))[:-job.recipe.keep]:
-                at = int(old.name[5:])
-                if at not in always and not (every and at % every == 0):
-                    shutil.rmtree(old)
+            torch.save(weights, partial / "model.pt")
+            torch.save(moments, partial / "optimizer.pt")
+        hashes = self.all_do(lambda: hash_files(shards.glob(f"__{job.world.rank}_*"), partial))  # each what it wrote
+        self.all_do(publish)
+
+    def rotate(self, step: int) -> None:
+        """Removes what --keep and --keep_every do not keep; while a spike lasts, a checkpoint from before it stays."""
+        recipe, spike = self.job.recipe, self.job.guard.spike
+        found = sorted(int(path.name[5:]) for path in self.folder.glob("step-????????"))
+        before = [at for at in found if spike and at < spike["step"]]
+        stay = {*found[-recipe.keep:], *before[-1:], *self.job.keepers}
+        for at in found:
+            if at not in stay and not (recipe.keep_every and at % recipe.keep_every == 0):
+                shutil.rmtree(self.folder / f"step-{at:08d}", ignore_errors=True)
+
+
+def write_whole(path: Path, content: dict) -> None:
+    """JSON that is on the disk, whole, when it has its name."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
 
 
 def write_recipe(folder: Path, recipe: Recipe, sources: dict[str, str]) -> None:
     """recipe.json: the resolved recipe, and {source: sha256 of the tokens} that it trains on."""
-    partial = folder / "recipe.json.partial"
-    partial.write_text(json.dumps(asdict(recipe) | {"sources": sources}, indent=1), "utf-8")
-    partial.replace(folder / "recipe.json")
+    write_whole(folder / "recipe.json", asdict(recipe) | {"sources": sources})
 
 
 def read_recipe(folder: Path, kind: type = Recipe) -> tuple[Recipe, dict[str, str]]:
@@ -569,7 +574,7 @@ def draw_log(run_folder: Path) -> bool:
 
 class Guard:
     """Watches loss and gradient norm for spikes (OLMo-core's rule: more than 6 standard deviations above the mean of the
-    last 128 values, this one left out; quiet until there are 64) and does what `--guard` says:
+    last 128 values, this one left out; quiet until there are 63) and does what `--guard` says:
 
     warn    write it down: the playbook lets a run go on through spikes that it recovers from
     skip    and do not apply this update (OLMo-core's SkipStepAdamW)
@@ -581,7 +586,7 @@ class Guard:
     updates, `slow` in at most LOST, otherwise `not recovered`.
     """
 
-    WINDOW, LEAST, SIGMAS, FAST, LOST = 128, 64, 6.0, 10, 256
+    WINDOW, LEAST, SIGMAS, FAST, LOST = 128, 63, 6.0, 10, 256
 
     def __init__(self, policy: str, tries: int, margin: int, device: str):
         self.policy, self.tries, self.margin = policy, tries, margin
@@ -606,7 +611,7 @@ class Guard:
         self.seen[:, self.count % self.WINDOW] = new
         self.count += 1
         dropped = torch.maximum(self.stopped, spike) if self.policy == "skip" else self.stopped
-        return {"spike": spike, "dropped": dropped, "usual": mean[0], "spread": deviation[0]}
+        return {"spike": spike, "dropped": dropped, "stopped": self.stopped, "usual": mean[0], "spread": deviation[0]}
 
     def follow(self, step: int, values: dict[str, float]) -> dict | None:
         """On the host, after `judge`: the event to write down, if any; its "event" is spike, over, or rewind."""
@@ -676,7 +681,7 @@ class Report:
     def __init__(self, values: dict[str, torch.Tensor], parts: list[tuple[object, torch.Tensor]]):
         self.names, self.parts = list(values), parts  # parts: each piece of the batch and its share of the loss
         numbers = torch.stack([value.float() for value in values.values()])
-        self.numbers = numbers.to("cpu", non_blocking=True)
+        self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
         self.there = torch.cuda.Event() if numbers.is_cuda else None
         if self.there:
             self.there.record()
@@ -721,7 +726,7 @@ class Job:
         if begun:
             guard = load_checkpoint(begun, model, self.optimizer)
             if resume:
-                self.first = json.loads((begun / "manifest.json").read_text("utf-8"))["step"]
+                self.first = guard["step"]
                 self.guard.restore(guard)
         if self.machine.compile:
             model.compile_blocks()
@@ -891,8 +896,8 @@ def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
 
     On CUDA a step's numbers are read while the next is computed, so that the GPU never waits for the host.
     """
-    recipe, leader = job.recipe, job.world.rank == 0
-    job.folder, lag, log, last_scores = run_folder, 1 if job.machine.device == "cuda" else 0, None, {}
+    recipe, leader, log, scores = job.recipe, job.world.rank == 0, None, {}
+    job.folder, lag = run_folder, 1 if job.machine.device == "cuda" else 0
     if leader:
         run_folder.mkdir(parents=True, exist_ok=resume)
         write_recipe(run_folder, recipe, job.fingerprint)
@@ -908,59 +913,62 @@ def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
                mininterval=0.5 if sys.stderr.isatty() else 10,
                bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
     waiting: collections.deque[tuple[int, int, Report]] = collections.deque()
-    step, stop, rewind = job.first, False, None
+
+    def read(most: int) -> tuple[bool, dict | None]:
+        """Reads reports until `most` wait; whether a signal came, and the event to go back for, the same in all processes."""
+        stop = False
+        while len(waiting) > (0 if stop else most):
+            at, to, report = waiting.popleft()
+            values = report.read()
+            if values["stopped"]:
+                saver.finish()
+                raise blame(job, report, to, values)
+            event, stop = job.guard.follow(to, values), stop or values["signals"] > 0
+            meter.count(at, to, values, event)
+            bar.set_postfix_str(meter.shown, refresh=False)
+            bar.update(to - bar.n)
+            if event and event["event"] == "rewind":
+                waiting.clear()
+                return stop, event
+        return stop, None
+
+    step, stop = job.first, False
     with noted_signals() as noted, contextlib.closing(bar), contextlib.closing(meter):
         while step < job.steps:
-            begin, step = step, min(job.steps, job.guard.after_gap(step))
-            bar.update(step - begin)
-            if step == job.steps:
-                break
-            begin, step = step, job.enter(step)
+            before, begin = step, min(job.steps, job.guard.after_gap(step))
 
             def due(every: int) -> bool:
-                return every > 0 and step // every > begin // every  # an update can cover several steps
+                return every > 0 and step // every > before // every  # an update, or a gap, can cover several steps
 
-            report = job.update(begin, step, measure_noise=due(recipe.noise_every), signals=len(noted),
-                                watched=due(recipe.watch_every))
-            waiting.append((begin, step, report))
-            ends, last = any(begin < end <= step for end in job.keepers), step == job.steps
-            saves, judges = due(recipe.save_every) or ends or last, due(recipe.eval_every) or last or begin == 0
-            while len(waiting) > (0 if saves or judges or stop else lag) and not rewind:
-                at, to, report = waiting.popleft()
-                values = report.read()
-                if not math.isfinite(values["loss"] + values["grad_norm"]):
-                    saver.finish()
-                    raise blame(job, report, to, values)
-                event = job.guard.follow(to, values)
-                rewind = event if event and event["event"] == "rewind" else None
-                stop = stop or values["signals"] > 0  # the same in all processes, which leave at the same step
-                meter.count(at, to, values, event)
-                if leader:
-                    bar.set_postfix_str(meter.shown, refresh=False)
-                    bar.update(to - at)
+            step = begin
+            if begin < job.steps:
+                step = job.enter(begin)
+                waiting.append((begin, step, job.update(begin, step, measure_noise=due(recipe.noise_every),
+                                                        watched=due(recipe.watch_every), signals=len(noted))))
+            last = step == job.steps
+            judges = due(recipe.eval_every) or last or before == 0
+            saves = due(recipe.save_every) or last or any(before < end <= step for end in job.keepers)
+            heard, rewind = read(0 if saves or judges or stop else lag)
+            stop = stop or heard
             if rewind:
-                waiting.clear()
-                saver.finish()
-                step, rewind = go_back(job, rewind, log), None
-                bar.n = step
-                meter.restart()
-                continue
-            if saves or stop:
-                started = time.perf_counter()
-                meter.trouble(step, saver.save(step, must=last or stop))
-                meter.lost("save_seconds", time.perf_counter() - started)
-            if stop and not last:
-                raise Interrupted(f"Stopped after step {step:,} of {job.steps:,} and saved; go on with: "
-                                  f"{job.command} --resume {run_folder}")
-            if judges:
-                started = time.perf_counter()
-                last_scores = job.evaluate(step, last)
+                meter.trouble(step, saver.finish())
+                step = bar.n = go_back(job, rewind, log)
+            elif judges and not (stop and not last):  # before the save: a checkpoint's log is complete
+                started, scores = time.perf_counter(), job.evaluate(step, last)
                 if leader:
                     log.write(step=step, tokens=step * recipe.batch_tokens, train_seconds=meter.seconds,
-                              seconds=time.perf_counter() - started, **last_scores)
+                              seconds=time.perf_counter() - started, **scores)
+            if not rewind and (saves or stop):
+                meter.restart()
+                meter.trouble(step, saver.save(step, must=last or stop))
+                meter.lost("save_seconds")
+            if stop and not last and not rewind:
+                raise Interrupted(f"Stopped after step {step:,} of {job.steps:,} and saved; go on with: "
+                                  f"{job.command} --resume {run_folder}")
+            if judges or rewind:
                 meter.restart()
         meter.trouble(step, saver.finish())
-    return last_scores
+    return scores
 
 
 def go_back(job: Job, event: dict, log: "Log | None") -> int:
@@ -971,7 +979,7 @@ def go_back(job: Job, event: dict, log: "Log | None") -> int:
     whole = job.world.agree(next((path for path in reversed(early or found) if job.world.rank == 0 and not broken(path)), None))
     if whole is None:
         raise UserError(f"step {event['step']}: the loss has not come back from the spike at step {event['began']}, and no "
-                        f"checkpoint from before it is left; start again with a lower --save_every than {job.recipe.save_every}")
+                        f"checkpoint from before it is left; start again with a higher --keep than {job.recipe.keep}")
     job.guard = Guard(old.policy, old.tries, old.margin, job.machine.device)
     job.guard.restore(load_checkpoint(whole, job.model, job.optimizer))
     job.guard.after_rewind(event, old)
@@ -1018,8 +1026,8 @@ class Meter:
         """After something that is not training."""
         self.mark = time.perf_counter()
 
-    def lost(self, what: str, seconds: float) -> None:
-        self.losses[what] = self.losses.get(what, 0.0) + seconds
+    def lost(self, what: str) -> None:
+        self.losses[what] = self.losses.get(what, 0.0) + time.perf_counter() - self.mark
         self.restart()
 
     def trouble(self, step: int, sentence: str) -> None:
@@ -1432,6 +1440,8 @@ def check(recipe: Recipe, world: World) -> None:
         started = time.perf_counter()
         saver.save(2, must=True)
         saving, before = time.perf_counter() - started, [p.detach().clone() for p in job.model.parameters()]
+        for p in job.model.parameters():
+            p.detach().zero_()
         world.agree(None)
         load_checkpoint(folder / "checkpoints/step-00000002", job.model, job.optimizer)
         same = not broken(folder / "checkpoints/step-00000002") and all(

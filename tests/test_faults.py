@@ -56,6 +56,20 @@ def test_sharded_training_equals_one_process_and_each_resumes_the_other(here):
         same_weights("runs/one", f"runs/{copy}")
 
 
+def test_a_start_from_another_run_is_the_same_on_two_processes(here):
+    """--start takes weights and moments along, in every process: two end where one does."""
+    train.train(recipe("--tokens", "2560", "--name", "first"), Path("runs/first"))
+    train.train(recipe("--tokens", "2560", "--start", "runs/first", "--keep", "9"), Path("runs/one"))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29591", "--",
+                           str(ROOT / "train.py"), *TINY, "--tokens", "2560", "--start", "runs/first", "--name", "two"],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    same_weights("runs/one", "runs/two")
+    assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), abs=1e-5)
+    moments = torch.load("runs/one/checkpoints/step-00000000/optimizer.pt", weights_only=True)
+    assert {float(kinds["step"]) for kinds in moments.values()} == {10.0}
+
+
 def test_a_checkpoints_index_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):
@@ -252,19 +266,23 @@ train.run(train.main)
     assert not Path("runs/laptop/checkpoints/step-00000010").exists() and len(losses(Path("runs/laptop"))) == 20
 
 
-def test_saving_beside_training_writes_the_same(here):
+def test_saving_beside_training_writes_the_same(here, monkeypatch):
     train.train(recipe("--tokens", "2560", "--save-every", "2", "--keep", "9"), Path("runs/a"))
+    write = train.Saver.write
+    monkeypatch.setattr(train.Saver, "write", lambda *parts: (time.sleep(0.1), write(*parts)))  # training moves on meanwhile
     train.train(recipe("--tokens", "2560", "--save-every", "2", "--keep", "9", "--async-save", "true"), Path("runs/b"))
     names = [p.name for p in sorted(Path("runs/a/checkpoints").iterdir())]
     assert names == [p.name for p in sorted(Path("runs/b/checkpoints").iterdir())] and len(names) >= 6
     for name in names:
         a, b = (from_pretrained(f"runs/{run}/checkpoints/{name}").state_dict() for run in "ab")
         assert all(torch.equal(a[key], b[key]) for key in a)
+        for file in ("config.json", "guard.json"):
+            assert Path(f"runs/a/checkpoints/{name}/{file}").read_text() == Path(f"runs/b/checkpoints/{name}/{file}").read_text()
     assert_same_state(Path("runs/a"), Path("runs/b"))
 
 
 def test_guard_by_hand():
-    """Quiet for 64 values; then one above mean + 6 deviations of the window is a spike, one below is none."""
+    """Quiet for 63 values; then one above mean + 6 deviations of the window is a spike, one below is none."""
     guard = train.Guard("skip", 3, 4, "cpu")
     values = [1.0, 2.0] * 40
     for value in values:
