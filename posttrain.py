@@ -34,7 +34,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -49,11 +49,11 @@ import data as data_
 import schedule as schedule_
 import train
 from data import Split, Tokens
-from evals import Score, generation_accuracy
+from evals import Score
 from model import (GPT, ModelError, cross_entropy, from_pretrained, is_hugging_face, load_config, newest_checkpoint,
                    save_pretrained)
 from sample import Prompter, continue_all
-from tokenizer import HELD_OUT, Parser, Tokenizer, UserError, opened, run, uniform, utf8
+from tokenizer import HELD_OUT, Parser, Tokenizer, UserError, opened, run, uniform
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
 # {"kind", "prompt", "reply", "answer"}. What is held out is decided by the hash of the problem itself, for arithmetic the
@@ -99,18 +99,26 @@ def instructions(seed: int, held_out: bool) -> Iterator[dict]:
         yield {"kind": "instruction", "prompt": prompt, "reply": reply, "answer": reply}
 
 
+SFT_PROBLEMS = 16_000  # of arithmetic; a fifth as many of each other kind
 PROBLEMS = {"arithmetic": arithmetic, "lookup": lookups, "instruction": instructions}
 
 
-def problems(kind: str, count: int, seed: int, held_out: bool = False) -> list[dict]:
-    """`count` built-in problems; held-out ones are all different."""
-    made, seen = [], set()
+def problems(kind: str, count: int, seed: int, held_out: bool = False, without: Iterable[str] = ()) -> list[dict]:
+    """`count` built-in problems, none of the prompts `without`; held-out ones are all different."""
+    made, seen = [], set(without)
     for problem in PROBLEMS[kind](seed, held_out):
-        if not (held_out and problem["prompt"] in seen):
-            seen.add(problem["prompt"])
+        if problem["prompt"] not in seen:
             made.append(problem)
+            if held_out:
+                seen.add(problem["prompt"])
         if len(made) == count:
             return made
+
+
+def fresh_problems(count: int) -> list[dict]:
+    """Arithmetic for preferences and RL that SFT has not trained on: of what it has seen, the model knows half by heart, and
+    learning from that changes nothing on other problems."""
+    return problems("arithmetic", count, 3, without={row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)})
 
 
 def correct(problem: dict, answer: str) -> float:
@@ -250,9 +258,9 @@ def pad(sequences: list[tuple[list[int], list[int]]], device: str) -> tuple[Tens
     return tokens.to(device), targets.to(device)
 
 
-def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log p(target) in fp32, [B, T]; 0 where the target is -100."""
-    rows = (F.cross_entropy(l.float(), t, reduction="none") for l, t in zip(logits, targets))  # the fp32 copy of one row
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) in fp32, [B, T], of the policy that samples at a temperature; 0 where the target is -100."""
+    rows = (F.cross_entropy(l.float() / temperature, t, reduction="none") for l, t in zip(logits, targets))
     return -torch.stack(list(rows))
 
 
@@ -406,10 +414,11 @@ class PostRecipe(train.Recipe):
     context: int = 0  # tokens of a sequence; 0: as many as the model was trained on, at most 8192
     too_long: str = "skip"  # skip or cut conversations of more tokens
     assistant_only: bool = True  # sft: loss on what the assistant says only
-    problems: int = 16_000  # built-in: arithmetic problems; sft adds a fifth as many of each other kind
-    eval_problems: int = 500  # built-in: held-out arithmetic problems of an evaluation
+    problems: int = SFT_PROBLEMS  # built-in: arithmetic problems; sft adds a fifth as many of each other kind
+    eval_problems: int = 1000  # built-in: held-out arithmetic problems of an evaluation
     pairs: int = 32  # dpo: preferences of an update
     beta: float = 0.1  # dpo: how close to stay to the start; high is close
+    nll: float = 0.0  # dpo: weight of the chosen answer's own loss, in nats a token (Pang et al. 2024)
     prompts: int = 32  # grpo: prompts of a step
     samples: int = 8  # grpo: answers to each, which are compared with one another; dpo: drawn to find built-in pairs
     updates: int = 1  # grpo: how many updates a step's samples are divided into
@@ -430,8 +439,8 @@ class PostRecipe(train.Recipe):
         for name, least, most in (
                 ("epochs", 1e-9, 1e6), ("context", 0, 2**30), ("problems", 100, 10**9), ("eval_problems", 2, 5000),
                 ("pairs", 1, 10**9), ("beta", 1e-9, 1e9), ("prompts", 1, 10**9), ("samples", 2, 10**6),
-                ("updates", 1, 10**6), ("max_tokens", 1, 2**30), ("temperature", 1e-6, 1e6), ("clip_low", 0, 1), ("clip_high", 0, 1e6),
-                ("kl", 0, 1e6), ("overlong", 0, 2**30)):
+                ("updates", 1, 10**6), ("max_tokens", 1, 2**30), ("temperature", 1e-6, 1e6), ("clip_low", 0, 1),
+                ("clip_high", 0, 1e6), ("nll", 0, 1e6), ("kl", 0, 1e6), ("overlong", 0, 2**30)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"--{name} {getattr(self, name)} is not between {least:g} and {most:g}")
         if self.method == "grpo" and bool(self.data) != bool(self.reward):
@@ -441,13 +450,13 @@ class PostRecipe(train.Recipe):
 # For the laptop's 1.8M parameters, by measuring; AT_SCALE is what changes above 50M: SmolLM3's values, GRPO's from TRL.
 RECIPES = {
     "sft": PostRecipe(optimizer="muon", learning_rate=4e-3, batch_tokens=2048),
-    "dpo": PostRecipe(method="dpo", learning_rate=1e-4, samples=6, problems=1500, epochs=2),
-    "apo": PostRecipe(method="apo_zero", learning_rate=1e-4, samples=6, problems=1500, epochs=2),
-    "grpo": PostRecipe(method="grpo", learning_rate=1e-4, warmup_steps=5, tokens=80),
+    "dpo": PostRecipe(method="dpo", learning_rate=1e-5, nll=2.0, samples=6, problems=2500),
+    "apo": PostRecipe(method="apo_zero", learning_rate=1e-5, nll=2.0, samples=6, problems=2500),
+    "grpo": PostRecipe(method="grpo", learning_rate=5e-5, warmup_steps=5, tokens=70, problems=4000),
 }
 AT_SCALE = {
     "sft": dict(optimizer="adamw", learning_rate=2e-5, batch_tokens=2**20, clip=0.2, epochs=4),
-    "dpo": dict(learning_rate=1e-6, beta=0.1, epochs=1), "apo": dict(learning_rate=1e-6, beta=0.05, epochs=1),
+    "dpo": dict(learning_rate=1e-6, nll=0.0), "apo": dict(learning_rate=1e-6, beta=0.05, nll=0.0),
     "grpo": dict(learning_rate=1e-6, max_tokens=2500, overlong=500),
 }
 FLAGS = {name: kind for name, kind in {f.name: f.type for f in fields(PostRecipe)}.items() if name not in (
@@ -486,16 +495,12 @@ class PostJob(train.Job):
         super().__init__(recipe, world, machine, tokenizer)
         self.prompter, self.before, self.history = Prompter(recipe.start, tokenizer), {}, {}
         self.context = recipe.model.max_position_embeddings
-        fits = [n for n in range(1, 257)
-                if cost.training_memory(recipe.model, n, self.context)["activations"] <= self.room(machine.device)]
+        room, part = (0.6 * torch.cuda.mem_get_info()[0], "total") if machine.device == "cuda" else (2**30, "activations")
+        fits = [n for n in range(1, 257) if cost.training_memory(recipe.model, n, self.context)[part] <= room]
         self.rows = recipe.micro_batch or max(fits, default=1)  # sequences computed at once
         kinds = PROBLEMS if recipe.method == "sft" else ("arithmetic",)
         self.tests = {} if recipe.data else {
             kind: problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, held_out=True) for kind in kinds}
-
-    @staticmethod
-    def room(device: str) -> float:
-        return 0.5 * torch.cuda.mem_get_info()[0] if device == "cuda" else 2**30
 
     def rate(self, step: int) -> float:
         r = self.recipe
@@ -507,38 +512,38 @@ class PostJob(train.Job):
         ids, mask = self.prompter.conversation(messages)
         return (ids, mask) if self.recipe.assistant_only else (ids, [0] + [1] * (len(ids) - 1))
 
-    def answers(self, prompts: list[list[int]], samples: int, temperature: float, seed: int, stop) -> list[list[list[int]]]:
-        room = min(self.recipe.max_tokens, self.model.config.max_position_embeddings - max(map(len, prompts)))
-        if room < 1:
-            raise UserError(f"a prompt of {max(map(len, prompts)):,} tokens leaves no room to answer in the model's "
-                            f"{self.model.config.max_position_embeddings:,}; leave it out")
+    def answers(self, prompts: list[list[int]], samples: int = 1, stop=None, **options) -> list[list[list[int]]]:
+        """ids [prompts][samples][T] of what the model answers; one of `self.room(prompts)` tokens was cut off."""
         training = self.model.training
-        made = continue_all(self.model.eval(), prompts, room, samples, temperature=temperature, seed=seed, stop=stop,
-                            vocab_size=self.tokenizer.vocab_size, at_once=256)
+        made = continue_all(self.model.eval(), prompts, self.room(prompts), samples, stop=stop or self.prompter.stop,
+                            vocab_size=self.tokenizer.vocab_size, at_once=256, **options)
         self.model.train(training)
         return made
 
-    def judge(self, rows: list[dict], plain: bool = False, **options) -> Score:
-        """Mean reward of answers to problems; `plain`: as text to continue in the form of the pre-training data, for a base
-        model, which has never seen a chat."""
+    def room(self, prompts: list[list[int]]) -> int:
+        """Tokens that are left to answer any of these prompts."""
+        longest, most = max(map(len, prompts)), self.model.config.max_position_embeddings
+        if longest >= most:
+            raise UserError(f"a prompt of {longest:,} tokens leaves no room to answer in the model's {most:,}; leave it out")
+        return min(self.recipe.max_tokens, most - longest)
+
+    def judge(self, rows: list[dict], plain: bool = False, **options) -> list[float]:
+        """The rewards of one answer to each problem; `plain`: as text to continue in the form of the pre-training data, for
+        a base model, which has never seen a chat."""
         ask = [self.prompter.text(f"Question: {row['prompt']}\nAnswer:") if plain else
                self.prompter.chat(turns(row["prompt"], "user")) for row in rows]
-
-        def check(i: int, answer: str) -> float:
-            return reward_of(self.reward, rows[i], answer.split("\n")[0] if plain else answer)
-
-        return generation_accuracy(self.model, self.tokenizer, ask, check, self.recipe.max_tokens, stop=self.prompter.stop,
-                                   **options)
+        texts = [self.tokenizer.decode(ids) for ids, in self.answers(ask, **options)]
+        return [reward_of(self.reward, row, text.split("\n")[0] if plain else text) for row, text in zip(rows, texts)]
 
     reward = staticmethod(correct)
 
-    def scores(self, step: int) -> dict[str, Score]:
-        """Of the built-in problems: greedy answers, and what is drawn at --temperature, which is what RL rewards."""
+    def scores(self, step: int) -> dict[str, list[float]]:
+        """One number for each held-out example: of greedy answers, and of one drawn at --temperature, which is what RL
+        rewards."""
         plain = step == 0 and self.recipe.method == "sft"
-        found = {kind: self.judge(rows, plain) for kind, rows in self.tests.items()}
-        if "arithmetic" in self.tests:
-            found["arithmetic, sampled"] = self.judge(self.tests["arithmetic"], plain, seed=1,
-                                                      temperature=self.recipe.temperature)
+        found = {kind: self.judge(rows, plain, temperature=0.0) for kind, rows in self.tests.items()}
+        for kind in set(self.tests) & {"arithmetic", "reward"}:
+            found[f"{kind}, sampled"] = self.judge(self.tests[kind], plain, temperature=self.recipe.temperature, seed=1)
         return found
 
     @torch.no_grad()
@@ -550,31 +555,32 @@ class PostJob(train.Job):
         self.model.train()
         if step == 0:
             self.before = found
-        lines = [f"step {step:,}, held out:"]
-        for name, now in found.items():
-            line = f"  {name:20} {now.mean:.3f} ± {now.stderr:.3f}   n {now.n:,}"
-            if step and (then := self.before.get(name)):
-                change = (now.mean - then.mean) / (math.hypot(now.stderr, then.stderr) or math.nan)
-                line += f"   before {then.mean:.3f} ± {then.stderr:.3f}: {change:+.1f} standard errors"
+        lines, now = [f"step {step:,}, held out:"], {name: Score.of(values) for name, values in found.items()}
+        for name, score in now.items():
+            line = f"  {name:20} {score.mean:.3f} ± {score.stderr:.3f}   n {score.n:,}"
+            if step and name in self.before:
+                then, change = Score.of(self.before[name]), Score.of(np.subtract(found[name], self.before[name]))
+                line += (f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± {change.stderr:.3f}"
+                         + (f" ({change.mean / change.stderr:+.1f} standard errors)" if change.stderr > 0 else ""))
             lines.append(line)
-        if not step and self.recipe.method == "sft" and self.tests:
+        if step and self.before:
+            lines.append("  (± is one standard error; that of a change is paired: the same questions before and after)")
+        elif self.recipe.method == "sft" and self.tests:
             lines.append("  (before: as text to continue, 'Question: ... Answer:', the form of the pre-training data)")
         tqdm.write("\n".join(lines) + "\n", file=sys.stdout)
         sys.stdout.flush()
-        return {"val": {name: score.mean for name, score in found.items()},
-                "stderr": {name: score.stderr for name, score in found.items()}, "n": {n: s.n for n, s in found.items()}}
+        return {"val": {name: score.mean for name, score in now.items()},
+                "stderr": {name: score.stderr for name, score in now.items()}}
 
     def begin(self, log: train.Log | None, resume: bool) -> None:
         if log:
             copy_chat_format(Path(self.recipe.start), self.folder)
         if resume:
-            first = next((e for e in log.entries if e["step"] == 0 and "val" in e), None) if log else None
-            self.before = {name: Score(mean, first["stderr"][name], first["n"][name])
-                           for name, mean in first["val"].items()} if first else {}
+            self.before = next((e["before"] for e in log.entries if "before" in e), {}) if log else {}
             return
         entry = self.evaluate(0, False)
         if log:
-            log.write(step=0, tokens=0, train_seconds=0.0, **entry)
+            log.write(step=0, tokens=0, train_seconds=0.0, **entry, before=self.before)
 
     def note(self, step: int, values: dict[str, float]) -> tuple[dict, str]:
         entry = {"stage": self.recipe.method} | self.history.pop(step, {})
@@ -630,10 +636,10 @@ class SFT(PostJob):
         return cross_entropy(logits, targets) * self.share, self.model.routing_loss() * (
             tokens.numel() / self.recipe.batch_tokens)
 
-    def scores(self, step: int) -> dict[str, Score]:
+    def scores(self, step: int) -> dict[str, list[float]]:
         if self.tests:
             return super().scores(step)
-        return {f"{name}, nats a token": Score.of(self.held_out_loss(val)) for name, (_, val) in self.splits.items()}
+        return {f"{name}, nats a token": self.held_out_loss(val) for name, (_, val) in self.splits.items()}
 
     def held_out_loss(self, split: Split) -> list[float]:
         """Mean loss of each held-out conversation's trained tokens."""
@@ -654,7 +660,11 @@ def conversation(row: dict) -> list[dict]:
 
 
 class Preferences(PostJob):
-    """DPO and APO-zero: the start's log-probabilities of all answers are computed once, so no second model is kept."""
+    """DPO and APO-zero: the start's log-probabilities of all answers are computed once, so no second model is kept.
+
+    An unlikely token of a rejected answer has a far larger gradient than the likely ones of the chosen answer, so that both
+    can fall and the model with them (Ren & Sutherland 2024); --nll also trains the chosen one as SFT does.
+    """
 
     def __init__(self, recipe: PostRecipe, world: train.World, machine, tokenizer: Tokenizer):
         super().__init__(recipe, world, machine, tokenizer)
@@ -680,7 +690,8 @@ class Preferences(PostJob):
         counts = len(self.pairs) + len(self.held)
         self.pairs, self.held = ([pair for pair in side if pair] for side in (self.pairs, self.held))
         if lost := counts - len(self.pairs) - len(self.held):
-            print(f"long      {lost:,} of {counts:,} pairs have more than {self.context} tokens and are left out")
+            print(f"long      {lost:,} of {counts:,} pairs have more than {self.context} tokens and are left out"
+                  + ("; --too-long cut keeps their beginnings" if self.recipe.too_long == "skip" else ""))
         if not self.pairs or not self.held:
             raise UserError(f"no pair of at most {self.context} tokens is left; take --too-long cut or a larger --context")
         self.steps = max(1, round(self.recipe.epochs * len(self.pairs) / self.recipe.pairs))
@@ -692,13 +703,13 @@ class Preferences(PostJob):
 
     def own_pairs(self) -> list[dict]:
         """Problems of which the start answers some right and some wrong: the model's own answers, judged by the checker."""
-        rows = problems("arithmetic", self.recipe.problems, 3)
+        rows = fresh_problems(self.recipe.problems)
         prompts = [self.prompter.chat(turns(row["prompt"], "user")) for row in rows]
         print(f"pairs     drawing {self.recipe.samples} answers to each of {len(rows):,} training problems", flush=True)
-        made, found = self.answers(prompts, self.recipe.samples, self.recipe.temperature, self.recipe.seed,
-                                   self.prompter.stop), []
+        made = self.answers(prompts, self.recipe.samples, temperature=self.recipe.temperature, seed=self.recipe.seed)
+        room, found = self.room(prompts), []
         for row, ids in zip(rows, made):
-            ended = (self.tokenizer.decode(sample) for sample in ids if 0 < len(sample) < self.recipe.max_tokens)
+            ended = (self.tokenizer.decode(sample) for sample in ids if 0 < len(sample) < room)
             texts = list(dict.fromkeys(ended))
             right, wrong = ([text for text in texts if correct(row, text) == value] for value in (1.0, 0.0))
             found += [{"prompt": row["prompt"], "chosen": a, "rejected": b} for a, b in zip(right, wrong)]
@@ -726,14 +737,15 @@ class Preferences(PostJob):
         """[2, pairs and then held-out pairs] of the start, computed once and kept in the run folder."""
         everything, world = self.pairs + self.held, self.world
         if not file.exists():
-            found = torch.zeros(2, len(everything), device=self.machine.device)
+            found, times = torch.zeros(2, len(everything)), torch.zeros(len(everything))
+            found, times = found.to(self.machine.device), times.to(self.machine.device)
             self.model.eval()
             at_once = max(1, self.rows // 2)
-            mine = range(world.rank * at_once, len(everything), at_once * world.size)
-            for first in tqdm(mine, "reference", leave=False, delay=1):
-                found[:, first:first + at_once] = self.logprobs(everything[first:first + at_once], self.model)
+            for first in tqdm(range(0, len(everything), at_once * world.size), "reference", leave=False, delay=1):
+                mine = (first + world.rank * at_once + np.arange(at_once)) % len(everything)  # FSDP needs all equally often
+                found[:, mine], times[mine] = self.logprobs([everything[i] for i in mine], self.model), 1
             self.model.train()
-            found = world.sum(found).cpu()
+            found = (world.sum(found) / world.sum(times)).cpu()
             if world.rank == 0:
                 torch.save(found, file.with_suffix(".partial"))
                 file.with_suffix(".partial").replace(file)
@@ -749,8 +761,10 @@ class Preferences(PostJob):
         return [self.pairs[i] for i in piece], self.reference[:, torch.from_numpy(piece)].to(self.machine.device)
 
     def loss(self, pairs, reference) -> tuple[Tensor, Tensor | float]:
-        loss, rewards = preference_loss(self.recipe.method, self.logprobs(pairs, self.parallel), reference, self.recipe.beta)
-        share = 1 / self.recipe.pairs
+        policy, share = self.logprobs(pairs, self.parallel), 1 / self.recipe.pairs
+        loss, rewards = preference_loss(self.recipe.method, policy, reference, self.recipe.beta)
+        lengths = torch.tensor([sum(mask) for (_, mask), _ in pairs], device=policy.device)
+        loss = loss - self.recipe.nll * policy[0] / lengths
         self.found = {"accuracy": (rewards[0] > rewards[1]).sum() * share, "margin": (rewards[0] - rewards[1]).sum() * share,
                       "chosen_reward": rewards[0].sum() * share, "rejected_reward": rewards[1].sum() * share}
         return loss.sum() * share, self.model.routing_loss() * (len(pairs) * share)
@@ -758,7 +772,7 @@ class Preferences(PostJob):
     def batch_tokens(self, step: int, end: int) -> int:
         return round((end - step) * self.recipe.pairs * 2 * self.length)
 
-    def scores(self, step: int) -> dict[str, Score]:
+    def scores(self, step: int) -> dict[str, list[float]]:
         """The start's implicit rewards are 0: nothing to compare before the first update."""
         found = super().scores(step)
         if step:
@@ -770,8 +784,8 @@ class Preferences(PostJob):
                 rewards.append(preference_loss(self.recipe.method, self.logprobs(part, self.model), reference,
                                                self.recipe.beta)[1].cpu())
             chosen, rejected = torch.cat(rewards, 1)
-            found |= {"held-out pairs right": Score.of((chosen > rejected).double().numpy(), 0.5),
-                      "held-out margin": Score.of((chosen - rejected).numpy())}
+            found |= {"held-out pairs right": (chosen > rejected).double().tolist(),
+                      "held-out margin": (chosen - rejected).tolist()}
         return found
 
     def describe(self, piece) -> str:
@@ -791,16 +805,14 @@ class GRPO(PostJob):
         if recipe.data:
             rows = read_rows(recipe.data, "grpo")
             (self.problems, held), self.reward = held_out_rows(rows, recipe.data), load_reward(recipe.reward)
-            self.tests = {"reward": held[:recipe.eval_problems]}
+            self.tests = {"reward": self.askable(held)[0][:recipe.eval_problems]}
             self.fingerprint = {"problems": hashlib.sha256(json.dumps(rows).encode()).hexdigest()}
         else:
-            self.problems = problems("arithmetic", recipe.problems, 3)
+            self.problems = fresh_problems(recipe.problems)
         self.steps = round(recipe.tokens)
         # Prompts of equal length are drawn together (sample.continue_all), so neighbours by length share a step.
-        ask = [self.prompter.chat(turns(row["prompt"], "user")) for row in self.problems]
-        order = sorted(range(len(ask)), key=lambda i: (len(ask[i]), i))
-        self.problems, self.ask = [self.problems[i] for i in order], [ask[i] for i in order]
-        self.bunch = math.gcd(recipe.prompts // world.size // recipe.updates, 8)
+        self.problems, self.ask = self.askable(self.problems)
+        self.bunch = math.gcd(recipe.prompts, 8)
         last = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids, mask = self.prompter.conversation(last)
         self.end = [i for i, m in zip(ids, mask) if m][-1]  # the token that ends a turn
@@ -811,14 +823,28 @@ class GRPO(PostJob):
         print(f"data      {len(self.problems):,} problems; {self.steps} steps of {recipe.prompts} prompts with "
               f"{recipe.samples} answers each")
 
+    def askable(self, rows: list[dict]) -> tuple[list[dict], list[list[int]]]:
+        """The problems whose prompts leave room for --max-tokens, and their ids, the shortest first."""
+        found = [(row, self.prompter.chat(turns(row["prompt"], "user"))) for row in rows]
+        fits = sorted(((row, ids) for row, ids in found if len(ids) + self.recipe.max_tokens <= self.context),
+                      key=lambda pair: len(pair[1]))
+        if len(fits) < len(found):
+            print(f"long      {len(found) - len(fits):,} of {len(found):,} prompts leave fewer than --max-tokens "
+                  f"{self.recipe.max_tokens} of {self.context:,} tokens to answer and are left out")
+        if not fits:
+            raise UserError("no prompt is left; take a smaller --max-tokens")
+        return [row for row, _ in fits], [ids for _, ids in fits]
+
     def roll_out(self, step: int) -> None:
         """This process's samples of a step: `sampled`, (ids, mask) of each; `advantage` [samples]; what is logged."""
         recipe, world = self.recipe, self.world
-        bunches = shuffled(step * (recipe.prompts // self.bunch), recipe.prompts // self.bunch,
-                           max(1, len(self.problems) // self.bunch), recipe.seed)[world.rank::world.size]
-        chosen = [i % len(self.problems) for bunch in bunches for i in range(bunch * self.bunch, (bunch + 1) * self.bunch)]
+        count = recipe.prompts // self.bunch  # of bunches in a step, whichever process has which prompt
+        bunches = shuffled(step * count, count, -(-len(self.problems) // self.bunch), recipe.seed)
+        every = (bunches[:, None] * self.bunch + np.arange(self.bunch)) % len(self.problems)
+        chosen = every.reshape(recipe.updates, world.size, -1)[:, world.rank].ravel()  # of each update, its share
         seed = int(np.random.SeedSequence([recipe.seed, step, world.rank]).generate_state(1)[0])
-        made = self.answers([self.ask[i] for i in chosen], recipe.samples, recipe.temperature, seed, self.end)
+        made = self.answers([self.ask[i] for i in chosen], recipe.samples, {self.end}, temperature=recipe.temperature,
+                            seed=seed)
         rewards, self.sampled, lengths = torch.zeros(len(chosen), recipe.samples), [], []
         for row, (i, samples) in enumerate(zip(chosen, made)):
             for n, ids in enumerate(samples):
@@ -856,7 +882,7 @@ class GRPO(PostJob):
 
     def logprobs(self, piece: list[int], model) -> Tensor:
         tokens, targets = pad([self.sampled[i] for i in piece], self.machine.device)
-        return token_logprobs(model(tokens), targets)
+        return token_logprobs(model(tokens), targets, self.recipe.temperature)
 
     def micro_batches(self, step: int, steps: int) -> list[list[int]]:
         per = len(self.sampled) // self.recipe.updates
@@ -874,12 +900,12 @@ class GRPO(PostJob):
         reference = None
         if self.reference_model:
             with torch.no_grad():
-                reference = token_logprobs(self.reference_model(tokens), targets)
+                reference = token_logprobs(self.reference_model(tokens), targets, self.recipe.temperature)
         return tokens, targets, self.advantage[piece].to(self.machine.device)[:, None], old, reference
 
     def loss(self, tokens, targets, advantage, old, reference) -> tuple[Tensor, Tensor | float]:
         recipe, mask = self.recipe, (targets >= 0).float()
-        new = token_logprobs(self.parallel(tokens), targets)
+        new = token_logprobs(self.parallel(tokens), targets, recipe.temperature)
         old = new.detach() if old is None else old
         samples = recipe.prompts * recipe.samples // recipe.updates
         weights = token_weights(mask, recipe.normalization, samples, self.tokens[self.turn], recipe.max_tokens)
@@ -947,7 +973,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
     if args.method == "merge":
         return args, None
     if args.method not in RECIPES or len(args.runs) != 1:
-        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, grpo, merge)")
+        wrong = f"there is no method {args.method}; " if args.method and args.method not in RECIPES else ""
+        raise UserError(wrong + "give a method and a model, such as: python posttrain.py sft runs/laptop "
+                        "(or dpo, apo, grpo, merge)")
     if args.steps is not None and (args.method != "grpo" or args.steps < 1):
         raise UserError("--steps takes 1 or more, of grpo; sft and dpo take --epochs")
     start = args.runs[0]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -133,6 +134,15 @@ def test_preference_losses_and_gradients_equal_trls():
         found, = torch.autograd.grad(loss.sum(), policy)
         torch.testing.assert_close(found, torch.tensor(gradient, dtype=torch.float64), atol=1e-9, rtol=0)
         torch.testing.assert_close(rewards, 0.3 * (policy.detach() - reference))
+
+
+def test_nll_adds_the_chosen_answers_loss_a_token():
+    """6 nats of 3 trained tokens, twice: 4 more than DPO's loss."""
+    job = SimpleNamespace(recipe=SimpleNamespace(method="dpo", beta=0.1, nll=2.0, pairs=1), parallel=None,
+                          logprobs=lambda *_: torch.tensor([[-6.0], [-9.0]]),
+                          model=SimpleNamespace(routing_loss=lambda: 0.0))
+    loss, _ = p.Preferences.loss(job, [(([1] * 4, [0, 1, 1, 1]), ([1] * 4, [0, 1, 1, 1]))], torch.zeros(2, 1))
+    torch.testing.assert_close(loss, 4 - torch.tensor(0.3).sigmoid().log())
 
 
 def test_logprobs_of_padded_answers_equal_those_of_each_alone():
@@ -277,7 +287,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 FLAGS = {"sft": ["--data", "sft.jsonl", "--batch-tokens", "128", "--optimizer", "adamw"],
-         "apo": ["--data", "pairs.jsonl", "--pairs", "8"],
+         "apo": ["--data", "pairs.jsonl", "--pairs", "8", "--epochs", "2", "--nll", "0"],
          "grpo": ["--data", "ask.jsonl", "--reward", "r.py:score", "--prompts", "4", "--samples", "4", "--max-tokens", "6",
                   "--steps", "8", "--updates", "2", "--kl", "0.1", "--overlong", "3"]}
 
@@ -344,6 +354,64 @@ def test_grpo_learns_what_is_rewarded(here):
                         "--learning-rate", "5e-3"), Path("runs/a"), False, train.World())
     rewards = logged(Path("runs/a"), "reward")
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
+
+
+def grpo_job(here, size: int = 1, rank: int = 0, *more: str) -> p.GRPO:
+    chosen = recipe("grpo", "--prompts", "8", *more)
+    world = SimpleNamespace(size=size, rank=rank, sum=lambda tensor: tensor)
+    return p.GRPO(chosen, world, SimpleNamespace(device="cpu", dtype=torch.float32), Tokenizer.load("base"))
+
+
+def test_grpo_draws_every_problem_and_the_same_ones_in_any_number_of_processes(here):
+    def drawn(job, step):  # [updates][questions]
+        said = []
+
+        def answers(asked, samples, *stop, **options):
+            said.append([tuple(ids) for ids in asked])
+            return [[[5]] * samples] * len(asked)
+
+        job.answers = answers
+        job.roll_out(step)
+        half = len(said[0]) // 2
+        return [said[0][:half], said[0][half:]]
+
+    one, two = grpo_job(here), [grpo_job(here, 2, rank) for rank in range(2)]
+    seen = set()
+    for step in range(8):  # 64 prompts of 58 problems
+        whole, parts = drawn(one, step), [drawn(job, step) for job in two]
+        for update in range(2):
+            assert sorted(whole[update]) == sorted(parts[0][update] + parts[1][update])
+            seen |= set(whole[update])
+    assert len(seen) == len(one.problems)
+
+
+def test_grpo_leaves_out_prompts_without_room_and_counts_them(here, capsys):
+    """An answer that the context cuts short would pass for one that ended itself."""
+    job = grpo_job(here)
+    kept, ask = job.askable([{"prompt": "short"}, {"prompt": "long " * 30}])
+    assert [row["prompt"] for row in kept] == ["short"] and len(ask[0]) + 6 <= 64
+    assert "1 of 2 prompts leave fewer than --max-tokens 6" in capsys.readouterr().out
+    with pytest.raises(UserError, match="smaller --max-tokens"):
+        grpo_job(here, 1, 0, "--max-tokens", "60")
+
+
+def test_grpo_probabilities_are_those_of_the_policy_that_sampled(here):
+    job = grpo_job(here, 1, 0, "--temperature", "0.5")
+    model, (ids, mask) = tiny(TOKENIZER.vocab_size), conversations(1)[0]
+    job.sampled = [(ids, mask)]
+    logprobs = (model(torch.tensor([ids])).detach() / 0.5).log_softmax(-1)[0]
+    expected = [float(logprobs[i, ids[i + 1]]) * mask[i + 1] for i in range(len(ids) - 1)]
+    torch.testing.assert_close(job.logprobs([0], model)[0], torch.tensor(expected), atol=1e-4, rtol=1e-5)
+
+
+def test_a_change_is_judged_by_the_same_questions(here, capsys):
+    """1 of 4 questions turns from wrong to right: 0.25 with a standard error of 0.25, not that of two scores apart."""
+    job = grpo_job(here)
+    job.model = tiny(TOKENIZER.vocab_size)
+    for step, values in ((0, [1.0, 0, 0, 1]), (9, [1.0, 1, 0, 1])):
+        job.scores = lambda step: {"reward": values}
+        job.evaluate(step, True)
+    assert "before 0.500 ± 0.289   change +0.250 ± 0.250 (+1.0 standard errors)" in capsys.readouterr().out
 
 
 def command(*words: str) -> subprocess.CompletedProcess:
