@@ -450,14 +450,15 @@ class PostRecipe(train.Recipe):
 # For the laptop's 1.8M parameters, by measuring; AT_SCALE is what changes above 50M: SmolLM3's values, GRPO's from TRL.
 RECIPES = {
     "sft": PostRecipe(optimizer="muon", learning_rate=4e-3, batch_tokens=2048),
-    "dpo": PostRecipe(method="dpo", learning_rate=1e-5, nll=2.0, samples=6, problems=2500),
-    "apo": PostRecipe(method="apo_zero", learning_rate=1e-5, nll=2.0, samples=6, problems=2500),
-    "grpo": PostRecipe(method="grpo", learning_rate=5e-5, warmup_steps=5, tokens=70, problems=4000),
+    "dpo": PostRecipe(method="dpo", learning_rate=1e-5, nll=2.0, samples=6, problems=2500, epochs=4, eval_problems=3000),
+    "apo": PostRecipe(method="apo_zero", learning_rate=1e-5, nll=2.0, samples=6, problems=2500, epochs=4, eval_problems=3000),
+    "grpo": PostRecipe(method="grpo", learning_rate=1.5e-4, warmup_steps=5, tokens=40, prompts=64, problems=4000,
+                       eval_problems=3000),
 }
 AT_SCALE = {
     "sft": dict(optimizer="adamw", learning_rate=2e-5, batch_tokens=2**20, clip=0.2, epochs=4),
-    "dpo": dict(learning_rate=1e-6, nll=0.0), "apo": dict(learning_rate=1e-6, beta=0.05, nll=0.0),
-    "grpo": dict(learning_rate=1e-6, max_tokens=2500, overlong=500),
+    "dpo": dict(learning_rate=1e-6, nll=0.0, epochs=1), "apo": dict(learning_rate=1e-6, beta=0.05, nll=0.0, epochs=1),
+    "grpo": dict(learning_rate=1e-6, tokens=500, max_tokens=2500, overlong=500),
 }
 FLAGS = {name: kind for name, kind in {f.name: f.type for f in fields(PostRecipe)}.items() if name not in (
     "model", "stages", "method", "packing", "start", "batch_doublings", "noise_every", "sample_prompt", "eval_tokens",
