@@ -715,6 +715,12 @@ class Packing:
         here = slice(self.rows[row], self.rows[row + 1])
         return list(zip(self.begins[here].tolist(), self.sizes[here].tolist()))
 
+    def targets(self, row: int) -> int:
+        """How many targets of a sequence count: not padding, nor what labels leave out."""
+        end, labels = len(self.split.tokens), self.split.labels
+        spans = [(begin + 1, min(begin + length + 1, end)) for begin, length in self.pieces(row)]
+        return sum(b - a if labels is None else int((labels[a:b] >= 0).sum()) for a, b in spans)
+
     def most_documents(self) -> int:
         """An upper bound of the documents that one sequence touches."""
         if self.strategy != "concat":
@@ -927,6 +933,13 @@ class Curriculum:
                 here = (source == s) & (rank // n == epoch)
                 sequence[here] = permute(rank[here] % n, n, key=[self.seed, int(s), int(epoch)])
         return source, sequence
+
+    def targets(self, step: int) -> int:
+        """How many targets of a step's global batch count: what its mean loss is divided by, however many processes share
+        it. A mean of their means would give a token more weight where there are few."""
+        packings = self.packings[self.contexts[self.stage(step)]]
+        rows = self.batch_tokens // packings[0].context
+        return sum(packings[source].targets(int(row)) for source, row in zip(*self.locate(step, 0, rows)))
 
     def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
         """The rows first .. first + count of the global batch of a step (all without them)."""

@@ -237,12 +237,6 @@ def conversation_split(name: str, conversations: list[tuple[list[int], list[int]
                  hashlib.sha256(ids.tobytes() + labels.tobytes()).hexdigest(), Tokens([labels]))
 
 
-def trained_targets(packing: data_.Packing, row: int) -> int:
-    """How many targets of a packed row count."""
-    labels, end = packing.split.labels, len(packing.split.tokens)
-    return sum(int((labels[begin + 1:min(begin + length + 1, end)] >= 0).sum()) for begin, length in packing.pieces(row))
-
-
 def pad(sequences: list[tuple[list[int], list[int]]], device: str) -> tuple[Tensor, Tensor]:
     """(ids, mask) pairs as tokens [B, T] and targets [B, T], one sequence a row, padded on the right with -100 targets.
 
@@ -386,6 +380,7 @@ def write_checkpoint(model: GPT, tokenizer: Tokenizer, out: Path, format_of: Pat
     partial.mkdir(parents=True)
     torch.save(model.state_dict(), partial / "model.pt")
     (partial / "config.json").write_text(json.dumps(asdict(model.config), indent=1), "utf-8")
+    (partial / "guard.json").write_text(json.dumps({"step": 0, "moments": False}), "utf-8")  # so that training can start here
     tokenizer.save(partial)
     copy_chat_format(format_of, partial)
     files = train.hash_files(partial.iterdir(), partial)
@@ -621,13 +616,10 @@ class SFT(PostJob):
               + f"; {trained:,} tokens to train on, {trained / (tokens / recipe.epochs):.0%} of all")
 
     def micro_batches(self, step: int, steps: int) -> list[tuple[int, int, int]]:
-        """(step, first row, rows) of this process. A token's share of the loss is that of all trained tokens of the batch,
-        wherever they are: a mean of means would give tokens in short replies more weight."""
-        rows, packings = self.curriculum.rows, self.curriculum.packings[self.context]
-        self.share = 1 / max(1, sum(trained_targets(packings[source], int(row))
-                                    for source, row in zip(*self.curriculum.locate(step, 0, rows))))
+        """(step, first row, rows) of this process."""
+        self.share = 1 / max(1, self.curriculum.targets(step))  # of a trained token in the update's mean loss
         return [(step, first + self.world.rank * self.rows, self.rows)
-                for first in range(0, rows, self.world.size * self.rows)]
+                for first in range(0, self.curriculum.rows, self.world.size * self.rows)]
 
     def load(self, piece, following) -> tuple[Tensor, ...]:
         return self.loader.get(piece, following or (piece[0] + 1, self.world.rank * self.rows, self.rows))

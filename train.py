@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import statistics
@@ -56,8 +57,8 @@ import data as data_
 import evals
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
-from model import (GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, newest_checkpoint, read_sharded,
-                   watch_attention, z_loss)
+from model import (GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, load_config, newest_checkpoint,
+                   read_sharded, watch_attention, z_loss)
 from sample import complete
 from tokenizer import Parser, Tokenizer, UserError, run
 
@@ -323,13 +324,19 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) 
     """Weights and moments of a checkpoint into model and optimizer, however many processes wrote it, FSDP or not;
     returns what `guard.json` holds."""
     guard = json.loads((folder / "guard.json").read_text("utf-8"))
+    with torch.device("meta"):
+        other = GPT(load_config(folder))
+    if {name: w.shape for name, w in other.named_parameters()} != {name: w.shape for name, w in model.named_parameters()}:
+        raise UserError(f"{folder} is a model of other sizes than this run's; leave out the flags that change them, or give "
+                        "those that it was trained with")
     weights, moments = get_state_dict(model, parts_of(optimizer))  # both made here where there are none, to be filled
     if (folder / "sharded").exists():
         read_sharded(folder / "sharded", flat(weights, moments["state"] if guard["moments"] else {}))  # in place
         whole = False
     else:
-        weights, moments["state"] = (torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
-                                     for name in ("model.pt", "optimizer.pt"))
+        weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True, mmap=True)
+        if guard["moments"]:
+            moments["state"] = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
         whole = any(isinstance(p, DTensor) for p in model.parameters())
     options = StateDictOptions(full_state_dict=whole)
     set_model_state_dict(model, weights, options=options)
@@ -487,7 +494,7 @@ class Log:
                 self.entries.append(json.loads(line))
         if resumed_at is not None:
             self.forget(resumed_at)
-        self.trackers = open_trackers(recipe, folder) if recipe else []
+        self.trackers = open_trackers(recipe, folder, resumed_at) if recipe else []
 
     def forget(self, step: int) -> None:
         """Drops what a run did after a checkpoint that it goes on from, but for what happened to it."""
@@ -499,6 +506,7 @@ class Log:
     def write(self, **entry) -> None:
         if "event" in entry and entry in self.entries:
             return  # a resumed run meets again what it met before
+        entry = plain(entry)
         self.entries.append(entry)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -517,26 +525,41 @@ class Log:
         return max((entry.get("train_seconds", 0.0) for entry in self.entries), default=0.0)
 
 
-def open_trackers(recipe: Recipe, folder: Path) -> list[tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]]:
-    """(write the numbers of a step, finish) of each tracker that --log names."""
-    opened = []
+def plain(value):
+    """With null for what is not finite, such as a noise scale that is not known yet: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: plain(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_trackers(recipe: Recipe) -> None:
+    """Before anything is written: that what --log names is installed."""
     for name in filter(None, recipe.log.split(",")):
         try:
-            if name == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(str(folder / "tensorboard"))
-
-                def tell(step, numbers, writer=writer):
-                    for key, number in numbers.items():
-                        writer.add_scalar(key, number, step)
-                opened.append((tell, writer.close))
-            else:
-                module = importlib.import_module(name)
-                more = {"id": folder.name, "dir": str(folder), "resume": "allow"} if name == "wandb" else {"resume": "allow"}
-                module.init(project="nanoplaybook", name=folder.name, config=asdict(recipe), **more)
-                opened.append((lambda step, numbers, module=module: module.log(numbers, step=step), module.finish))
+            importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except ImportError:
             raise UserError(f"--log {name} needs the package {name}: pip install {name}") from None
+
+
+def open_trackers(recipe: Recipe, folder: Path, step: int | None) -> list[tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]]:
+    """(write the numbers of a step, finish) of each tracker that --log names; `step`: where the run is resumed."""
+    opened, known = [], folder / "tracker-id"  # another run of the same name is another one there
+    if recipe.log and not known.exists():
+        known.write_text(f"{folder.name}-{secrets.token_hex(4)}", "utf-8")
+    for name in filter(None, recipe.log.split(",")):
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+
+            def tell(step, numbers, writer=writer):
+                for key, number in numbers.items():
+                    writer.add_scalar(key, number, step)
+            opened.append((tell, writer.close))
+        else:
+            module = importlib.import_module(name)
+            more = {"id": known.read_text("utf-8"), "dir": str(folder)} if name == "wandb" else {}
+            module.init(project="nanoplaybook", name=folder.name, config=asdict(recipe), resume="allow", **more)
+            opened.append((lambda step, numbers, module=module: module.log(numbers, step=step), module.finish))
     return opened
 
 
@@ -594,7 +617,7 @@ class Guard:
         self.count = 0  # of values that went in
         self.stopped = torch.zeros((), device=device)  # 1 after a value that is not finite: no update follows
         self.spike: dict | None = None  # the one that is not over: where it began, and what was usual there
-        self.calm = 0  # losses in a row that are back to it
+        self.calm, self.since = 0, 0  # losses in a row that are back to it; updates since it began
         self.passed_over: list[list[int]] = []  # [begin, end) of steps without an update
         self.tight_until, self.rewinds = 0, 0
 
@@ -618,15 +641,16 @@ class Guard:
         event = None
         if values["spike"] and self.spike is None:
             self.spike = {"step": step, **{name: values[name] for name in ("loss", "grad_norm", "usual", "spread")}}
-            self.calm, event = 0, {"event": "spike", "step": step, "spike": dict(self.spike)}
+            self.calm, self.since, event = 0, 0, {"event": "spike", "step": step, "spike": dict(self.spike)}
         elif self.spike:
             begin, back = self.spike["step"], self.spike["usual"] + 2 * self.spike["spread"]
+            self.since += 1
             self.calm = self.calm + 1 if values["loss"] <= back else 0
-            if self.calm == 3 or step - begin >= self.LOST:
-                lasted = step - begin - self.calm + 1
+            if self.calm == 3 or self.since >= self.LOST:
+                lasted = self.since - self.calm + 1
                 kind = ("fast" if lasted <= self.FAST else "slow") if self.calm == 3 else "not recovered"
                 event, self.spike = {"event": "over", "step": step, "kind": kind, "began": begin, "lasted": lasted}, None
-            elif self.policy == "rewind" and step - begin >= self.FAST and not self.calm:
+            elif self.policy == "rewind" and self.since >= self.FAST and not self.calm:
                 event = {"event": "rewind", "step": step, "began": begin}
         return event
 
@@ -656,7 +680,7 @@ class Guard:
         """As plain numbers, for a checkpoint."""
         return {"seen": self.seen.tolist(), **{name: getattr(self, name) for name in self.PLAIN}}
 
-    PLAIN = ("count", "spike", "calm", "passed_over", "tight_until", "rewinds")
+    PLAIN = ("count", "spike", "calm", "since", "passed_over", "tight_until", "rewinds")
 
     def restore(self, state: dict) -> None:
         self.seen = torch.tensor(state["seen"], device=self.seen.device)
@@ -898,12 +922,15 @@ def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
     """
     recipe, leader, log, scores = job.recipe, job.world.rank == 0, None, {}
     job.folder, lag = run_folder, 1 if job.machine.device == "cuda" else 0
+    check_trackers(recipe)
     if leader:
         run_folder.mkdir(parents=True, exist_ok=resume)
         write_recipe(run_folder, recipe, job.fingerprint)
         job.tokenizer.save(run_folder)
         log = Log(run_folder, job.first, recipe)
     job.begin(log, resume)
+    if resume and job.first >= job.steps:
+        print(f"finished  all {job.steps:,} steps are done; a new run can begin with these weights: --start {run_folder}")
     saver, meter = Saver(job, run_folder), Meter(job, log)
     if not resume:
         saver.save(0, must=True)  # proves that the disk works before anything is lost
@@ -1266,7 +1293,10 @@ class Pretraining(Job):
 
     def micro_batches(self, step: int, steps: int) -> list[tuple[int, int, int]]:
         """(step, first sequence of its batch, sequences) of this process."""
-        self.share = 1 / (steps * self.recipe.batch_tokens)  # of a token in the update's mean loss
+        if self.recipe.packing == "concat":  # without padding: all count
+            self.share = 1 / (steps * self.recipe.batch_tokens)  # of a token in the update's mean loss
+        else:
+            self.share = 1 / sum(self.curriculum.targets(at) for at in range(step, step + steps))
         sequences, turn = self.recipe.batch_tokens // self.model.config.max_position_embeddings, self.world.size * self.rows
         return [(at, first + self.world.rank * self.rows, self.rows) for at in range(step, step + steps)
                 for first in range(0, sequences, turn)]

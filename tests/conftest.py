@@ -1,7 +1,11 @@
 """Makes the flat files importable from anywhere, and skips tests marked `cuda` where there is no GPU."""
 
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' matrices are too small to share, least of all by two processes
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is not on this disk is missing at once, not after retries
 
 import pytest
 import torch

@@ -302,6 +302,52 @@ def test_guard_by_hand():
     assert events[-1]["kind"] == "fast" and events[-1]["lasted"] == 5
 
 
+def follow(guard: train.Guard, losses: list[float]) -> list[dict]:
+    """The events of a spike that begins with the first of these losses, at step 90, where 1.5 is usual."""
+    events = [guard.follow(step, {"loss": loss, "grad_norm": 1.0, "usual": 1.5, "spread": 0.1, "spike": step == 90})
+              for step, loss in enumerate(losses, start=90)]
+    return [event for event in events if event]
+
+
+def test_how_spikes_end_by_hand():
+    """Back within 10 updates is fast, later is slow, after 256 given up."""
+    for away, kind in ((10, "fast"), (11, "slow"), (300, "not recovered")):
+        _, over = follow(train.Guard("warn", 3, 4, "cpu"), [9.0] * away + [1.5] * 3)
+        assert over["kind"] == kind and over["lasted"] == min(away, 257)
+
+
+def test_rewinds_widen_clip_tighter_and_end_by_hand():
+    """Each try passes over twice as many batches around the spike; clipped at half until 128 updates after; the third is
+    one too many, and says why."""
+    old = train.Guard("rewind", 2, 4, "cpu")
+    for margin in (4, 8):
+        new = train.Guard("rewind", 2, 4, "cpu")
+        _, event = follow(new, [9.0] * 11)
+        assert event == {"event": "rewind", "step": 100, "began": 90}
+        new.after_rewind(event, old)
+        assert new.passed_over[-1] == [89 - margin, 100 + margin]
+        assert new.after_gap(90) == 100 + margin and new.after_gap(80) == 80
+        edge = 100 + 2 * margin + 128
+        assert new.clip(edge - 1, 1.0) == 0.5 and new.clip(edge, 1.0) == 1.0
+        old = new
+    with pytest.raises(UserError, match="2 rewinds did not help"):
+        train.Guard("rewind", 2, 4, "cpu").after_rewind(event, old)
+
+
+def test_a_skipped_update_leaves_weights_and_moments(here):
+    """--guard skip: what the guard calls a spike is not applied, and the next update is."""
+    job = train.set_up(recipe("--guard", "skip"), train.World(), Path("runs/none"), False)
+    job.update(0, 1)
+    before, judge = [p.clone() for p in job.model.parameters()], job.guard.judge
+    job.guard.judge = lambda *values: judge(*values) | {"spike": torch.ones(()), "dropped": torch.ones(())}
+    job.update(1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before, job.model.parameters()))
+    job.guard.judge = judge
+    job.update(2, 3)
+    assert not any(torch.equal(a, b) for a, b in zip(before, job.model.parameters()))
+    assert {float(s["step"]) for s in job.optimizer.state.values()} == {2.0}
+
+
 def test_rewinding_past_poisoned_batches(here, monkeypatch):
     """32 of 800 batches are noise. With nothing done the run ends worse; one that goes back and passes over them ends within
     1 % of the clean run. What it undid is not left for --resume to find."""
@@ -430,5 +476,16 @@ def test_trackers_get_the_numbers(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     train.train(recipe("--tokens", "512", "--log", "wandb"), Path("runs/a"))
     assert told[0]["name"] == "a" and told[-1] == "end" and any(step == 2 and "val/left" in n for step, n in told[1:-1])
+    assert told[0]["id"].startswith("a-")
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not installed
+    with pytest.raises(UserError, match="pip install trackio"):
+        train.train(recipe("--tokens", "512", "--log", "trackio"), Path("runs/b"))
+    assert not Path("runs/b").exists()
     with pytest.raises(UserError, match="tensorboard, wandb"):
         recipe("--log", "excel")
+
+
+def test_the_log_is_json_whatever_the_numbers(tmp_path):
+    train.Log(tmp_path).write(step=1, loss=1.5, noise={"a": float("nan"), "b": float("inf")})
+    line = json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert line == {"step": 1, "loss": 1.5, "noise": {"a": None, "b": None}}

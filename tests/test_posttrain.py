@@ -89,7 +89,7 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
     assert packing.count < len(talks)
     tokens, targets, starts = d.cut_sequences(packing, np.arange(packing.count))
     trained = sum(sum(mask) for _, mask in talks)
-    assert (targets >= 0).sum() == trained == sum(p.trained_targets(packing, row) for row in range(packing.count))
+    assert (targets >= 0).sum() == trained == sum(packing.targets(row) for row in range(packing.count))
     for first, last in ((0, 1), (1, packing.count)):  # pieces with different numbers of trained tokens
         cu = d.pack_cu_seqlens(starts[first:last], 64, 64 * (last - first))
         logits = model(torch.from_numpy(tokens[first:last]), torch.from_numpy(cu))
@@ -431,6 +431,7 @@ def test_merge_loads_and_refuses_other_configs(here):
     torch.testing.assert_close(soup.model.norm.weight, (base.model.norm.weight + other.model.norm.weight) / 2)
     said = command("sample.py", "merged", "--chat", "--prompt", "hi", "--max-tokens", "3")
     assert said.returncode == 0, said.stderr
+    p.post_train(p.parse(["sft", "merged", *FLAGS["sft"], "--device", "cpu"])[1], Path("runs/more"), False, train.World())
     p.write_checkpoint(tiny(TOKENIZER.vocab_size, rope_theta=5e4), TOKENIZER, here / "theta", here)
     with pytest.raises(UserError, match="rope_theta"):
         p.merge(["base", "theta"], [0.5, 0.5])

@@ -28,7 +28,8 @@ TINY = ["--data", "data/tiny", "--hidden-size", "32", "--intermediate-size", "48
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    """A folder with data/tiny: two sources and a tokenizer."""
+    """A folder with data/tiny: two sources and a tokenizer; and data/short, whose documents fill half a row or more, so
+    that whole documents need padding and an epoch is over soon."""
     root = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     words = ["".join(rng.choice(list("abcdefgh"), rng.integers(2, 8))) for _ in range(60)]
@@ -36,6 +37,8 @@ def corpus(tmp_path_factory) -> Path:
             for name in ("left", "right")}
     tokenizer = train_bpe([t for _, t in text["left"]], 300)
     d.prepare(text, root / "data/tiny", tokenizer)
+    d.prepare({name: [(key, document[:rng.integers(36, 50)]) for key, document in documents if len(document) > 50]
+               for name, documents in text.items()}, root / "data/short", tokenizer)
     return root
 
 
@@ -127,10 +130,21 @@ def test_bits_per_byte_by_hand(here):
     assert score == pytest.approx(len(targets) * np.log2(tokenizer.vocab_size) / size)
 
 
+def test_the_loss_of_padded_rows_is_the_mean_over_their_targets(here):
+    """A model of equal logits has ln(vocabulary) nats a target, whatever share of the rows is padding."""
+    job = train.set_up(recipe("--data", "data/short", "--packing", "best-fit"), train.World(), Path("runs/none"), False)
+    job.model.model.norm.weight.data.zero_()
+    batch = job.curriculum.batch(3)
+    assert (batch.targets < 0).any() and job.curriculum.targets(3) == (batch.targets >= 0).sum()
+    assert job.update(3, 4).read()["loss"] == pytest.approx(np.log(job.tokenizer.vocab_size), rel=1e-5)
+
+
 @pytest.mark.parametrize("at", [1, 17, 37])
 def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, at, monkeypatch):
     """Across stage boundaries and epochs: weights, optimizer and logged losses."""
-    job = recipe("--tokens", "10240", "--eval-every", "7")
+    job = recipe("--data", "data/short", "--tokens", "20480", "--eval-every", "7")
+    epochs = train.set_up(job, train.World(), Path("runs/none"), False).curriculum.epochs()
+    assert max(epochs.values()) > 80 / (37 - 1), epochs  # so a source begins anew after the last of the interruptions
     train.train(job, Path("runs/straight"))
     update = train.training_step
 
@@ -147,6 +161,23 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, at, monkeypat
     train.train(train.read_recipe(Path("runs/stopped"))[0], Path("runs/stopped"), resume=True)
     assert losses(Path("runs/stopped")) == losses(Path("runs/straight"))
     assert_same_state(Path("runs/stopped"), Path("runs/straight"))
+
+
+def test_a_finished_run_says_so_and_another_begins_with_its_weights(here, capsys):
+    train.train(recipe("--tokens", "2560"), Path("runs/a"))
+    train.train(train.read_recipe(Path("runs/a"))[0], Path("runs/a"), resume=True)
+    assert "all 10 steps are done" in capsys.readouterr().out
+    done = command("--start", "runs/a", "--tokens", "512", "--hidden-size", "64")
+    assert done.returncode == 2 and "a model of other sizes" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_which_checkpoints_stay(here):
+    """The newest, the ends of stages, and multiples of --keep-every."""
+    job = recipe("--tokens", "5120", "--save-every", "2", "--keep", "1", "--keep-every", "6")
+    ends = train.set_up(job, train.World(), Path("runs/none"), False).curriculum.ends
+    train.train(job, Path("runs/a"))
+    steps = {int(path.name[5:]) for path in Path("runs/a/checkpoints").iterdir()}
+    assert steps - {0} == {6, 12, 18, 20, *ends}
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(here):
@@ -167,15 +198,19 @@ def test_evaluation_does_not_change_training(here):
     assert_same_state(Path("runs/5"), Path("runs/1000"))
 
 
-def test_accumulation_and_processes_equal_one_big_batch(here):
-    """The same global batch in one piece, in four, and on two processes: losses and weights within 1e-5."""
-    train.train(recipe("--tokens", "5120", "--micro-batch", "8"), Path("runs/whole"))
-    train.train(recipe("--tokens", "5120", "--micro-batch", "2"), Path("runs/parts"))
+@pytest.mark.parametrize("packing", ["concat", "best-fit"])
+def test_accumulation_and_processes_equal_one_big_batch(here, packing):
+    """The same global batch in one piece, in four, and on two processes, clipped at every step, with padding and without:
+    losses and weights within 1e-5."""
+    flags = ["--data", "data/short", "--tokens", "5120", "--clip", "0.1", "--packing", packing]
+    train.train(recipe(*flags, "--micro-batch", "8"), Path("runs/whole"))
+    train.train(recipe(*flags, "--micro-batch", "2"), Path("runs/parts"))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
-                           str(ROOT / "train.py"), *TINY, "--tokens", "5120", "--micro-batch", "2", "--name", "two"],
+                           str(ROOT / "train.py"), *TINY, *flags, "--micro-batch", "2", "--name", "two"],
                           capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Done") == 1
+    assert min(entry["grad_norm"] for entry in log_of(Path("runs/two")) if "grad_norm" in entry) > 0.1
     for other in ("parts", "two"):
         assert losses(Path(f"runs/{other}")) == pytest.approx(losses(Path("runs/whole")), abs=1e-5)
         for name, weight in state(Path("runs/whole"))[0].items():
