@@ -192,8 +192,7 @@ def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.04) -> dic
         with quietly(), stoppable():
             scores[name] = mean_score(train.train(recipe, folder, name != "clean", kind=lambda *parts: Poisoned(
                 poison if name != "clean" else range(0), *parts)))
-        log = train.Log(folder).entries
-        rewinds = [f"{e['step']} -> {e['to']}" for e in log if e.get("event") == "rewind"]
+        rewinds = [f"{e['step']} -> {e['to']}" for e in train.Log(folder).events if e["event"] == "rewind"]
         print(f"{name:10} {scores[name]:.4f} bits per byte, {scores[name] / scores['clean'] - 1:+.1%}"
               + (f"; poison in steps {poison[0] + 1} to {poison[-1] + 1}" if name != "clean" else "")
               + (f"; went back {', '.join(rewinds)}" if rewinds else ""), flush=True)
@@ -201,7 +200,7 @@ def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.04) -> dic
         pyplot = cost.pyplot_or_error()
         figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
         for name in scores:
-            points = [(e["step"], e["loss"]) for e in train.Log(root / name).entries if "loss" in e]
+            points = [(e["step"], e["loss"]) for e in train.Log(root / name).entries() if "loss" in e]
             axes.plot(*zip(*points), lw=0.8, label=f"{name}: {scores[name]:.3f} bits per byte")
         axes.axvspan(poison[0], poison[-1], color="mistyrose", zorder=0)
         axes.set(xlabel="step", ylabel="loss, nats a token", title="A stretch of broken data")

@@ -124,15 +124,15 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
 
 
 # A CPU process holds more than tensors: measured on Linux, torch's kernels beyond `find_machine`'s, and the holes of glibc's
-# heap, which keeps what is freed (`keep_freed_memory`): without it 1.0 and a slower step.
-CPU_KERNELS, CPU_HEAP = 50 * 2**20, 1.6
+# heap, which keeps what is freed (`keep_freed_memory`; without it 1.0 and a slower step), in bf16 and in fp32.
+CPU_KERNELS, CPU_HEAP = 50 * 2**20, {2: 1.6, 4: 1.45}
 
 
 def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
                    accumulates: bool = False, recompute: bool = False) -> float:
     """Peak bytes of the training process: `before` it has a model, plus what training takes (CUDA: tensors alone)."""
     tensors = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute)["total"]
-    return tensors if device == "cuda" else before + CPU_KERNELS + CPU_HEAP * tensors
+    return tensors if device == "cuda" else before + CPU_KERNELS + CPU_HEAP[compute_bytes] * tensors
 
 
 def peak_memory(device: str = "cpu") -> float:
@@ -304,7 +304,8 @@ def _find_dtype(device: str, wanted: str) -> tuple[torch.dtype, str]:
         return torch.float32, "float32 (the GPU has no bfloat16)"
     single = matmul_flops(device, torch.float32)
     try:
-        half = matmul_flops(device, torch.bfloat16)
+        half = matmul_flops(device, torch.bfloat16, 128, 0.01)  # emulated, a large product would take seconds
+        half = half if half < single / 10 else matmul_flops(device, torch.bfloat16)
     except (RuntimeError, TypeError):
         return torch.float32, f"float32 ({device} has no bfloat16 here)"
     speeds = f"measured {half / 1e9:.0f} GFLOP/s, float32 {single / 1e9:.0f}"

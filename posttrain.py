@@ -572,7 +572,7 @@ class PostJob(train.Job):
         if log:
             copy_chat_format(Path(self.recipe.start), self.folder)
         if resume:
-            self.before = next((e["before"] for e in log.entries if "before" in e), {}) if log else {}
+            self.before = next((e["before"] for e in log.entries() if "before" in e), {}) if log else {}
             return
         entry = self.evaluate(0, False)
         if log:
@@ -1016,5 +1016,9 @@ def begin(world: train.World) -> None:
     post_train(recipe, folder, bool(args.resume), world)
 
 
+def main() -> None:
+    train.command_line(begin)
+
+
 if __name__ == "__main__":
-    run(lambda: train.command_line(begin), ModelError)
+    run(main, ModelError)

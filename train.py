@@ -34,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta
@@ -487,27 +487,36 @@ class Log:
     """log.jsonl: one JSON object a line; {"step", "loss", ...} of training, {"step", "val", ...} of evaluations."""
 
     def __init__(self, folder: Path, resumed_at: int | None = None, recipe: Recipe | None = None):
-        """Reads what is there; `resumed_at`: forgets what came after that step. `recipe`: also writes to its trackers."""
-        self.path, self.entries = folder / "log.jsonl", []
-        for line in self.path.read_text("utf-8").splitlines() if self.path.exists() else ():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                self.entries.append(json.loads(line))
+        """Goes on with what is there; `resumed_at`: forgets what came after that step. `recipe`: also writes to its
+        trackers."""
+        self.path = folder / "log.jsonl"
         if resumed_at is not None:
             self.forget(resumed_at)
+        self.events = [entry for entry in self.entries() if "event" in entry]
         self.trackers = open_trackers(recipe, folder, resumed_at) if recipe else []
+
+    def entries(self) -> Iterator[dict]:
+        """Read from the file, which a long run makes too large to hold."""
+        with open(self.path, encoding="utf-8") if self.path.exists() else contextlib.nullcontext(()) as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                    yield json.loads(line)
 
     def forget(self, step: int) -> None:
         """Drops what a run did after a checkpoint that it goes on from, but for what happened to it."""
-        self.entries = [entry for entry in self.entries if entry["step"] <= step or "event" in entry]
         partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries), "utf-8")
+        with open(partial, "w", encoding="utf-8") as file:
+            for entry in self.entries():
+                if entry["step"] <= step or "event" in entry:
+                    file.write(json.dumps(entry) + "\n")
         partial.replace(self.path)
 
     def write(self, **entry) -> None:
-        if "event" in entry and entry in self.entries:
-            return  # a resumed run meets again what it met before
         entry = plain(entry)
-        self.entries.append(entry)
+        if "event" in entry:
+            if entry in self.events:
+                return  # a resumed run meets again what it met before
+            self.events.append(entry)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         numbers = {f"{name}/{part}" if part else name: number for name, value in entry.items() if name != "step"
@@ -519,10 +528,6 @@ class Log:
     def close(self) -> None:
         for _, finish in self.trackers:
             finish()
-
-    def train_seconds(self) -> float:
-        """Seconds spent in training steps so far."""
-        return max((entry.get("train_seconds", 0.0) for entry in self.entries), default=0.0)
 
 
 def plain(value):
@@ -572,7 +577,7 @@ def draw_log(run_folder: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = Log(run_folder).entries
+    entries = list(Log(run_folder).entries())
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     steps = [e for e in entries if "loss" in e]
     left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], lw=0.8)
@@ -1041,10 +1046,11 @@ class Meter:
 
     def __init__(self, job: Job, log: "Log | None"):
         self.job, self.log, self.shown = job, log, ""
-        self.seconds = log.train_seconds() if log else 0.0
+        self.seconds = 0.0  # spent in updates so far
         self.noise, self.speeds, self.losses = schedule_.NoiseScale(), collections.deque(maxlen=self.USUAL), {}
         self.slow = False
-        for entry in log.entries if log else ():
+        for entry in log.entries() if log else ():
+            self.seconds = entry.get("train_seconds", self.seconds)
             if "grad_noise" in entry:
                 self.noise.add(entry["grad_signal"], entry["grad_noise"])
         self.restart()

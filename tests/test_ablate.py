@@ -5,8 +5,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +13,10 @@ import torch
 
 import ablate
 import train
-from conftest import ROOT
+from conftest import TRAIN, call, torchrun
 from model import cross_entropy
 from schedule import NoiseScale
-from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe  # noqa: F401 (fixtures)
+from test_train import TINY, assert_same_state, corpus, here, log_of, losses, recipe  # noqa: F401 (fixtures)
 from tokenizer import UserError
 
 
@@ -50,9 +48,7 @@ def test_logged_noise_scale_equals_gradients_computed_apart(here):
 def test_noise_scale_of_two_processes_averages_the_ranks(here):
     """|G_small|^2 is the mean over the ranks' first micro-batches, rows 0-1 and 2-3, before their gradients are averaged."""
     flags = ["--tokens", "256", "--noise-every", "1"]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
-                           str(ROOT / "train.py"), *TINY, *flags, "--micro-batch", "2", "--name", "two"],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(TRAIN, *TINY, *flags, "--micro-batch", "2", "--name", "two")
     assert done.returncode == 0, done.stderr
     fresh = train.set_up(recipe(*flags), train.World(), Path("runs/none"), False)
     first, second, whole = (mean_square(fresh, *rows) for rows in ((0, 2), (2, 2), (0, 8)))
@@ -153,11 +149,10 @@ def test_ladder_foretells_its_largest(here, capsys, monkeypatch):
 
 def test_minutes_trains_what_the_plan_says(here):
     """`train.py --minutes` takes about that long (not asserted: the host decides) with the plan's size and batch."""
-    run = [sys.executable, str(ROOT / "train.py"), "--data", "data/tiny", "--minutes", "0.05", "--device", "cpu",
-           "--eval-tokens", "128"]
-    done = subprocess.run([*run, "--batch-tokens", "0"], capture_output=True, text=True, timeout=120)
+    run = [train.main, "--data", "data/tiny", "--minutes", "0.05", "--device", "cpu", "--eval-tokens", "128"]
+    done = call(*run, "--batch-tokens", "0")
     assert done.returncode == 2 and "--minutes decides --batch_tokens" in done.stderr
-    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    done = call(*run)
     assert done.returncode == 0, done.stderr
     planned = int(re.search(r"model +([\d,]+) parameters: ", done.stdout)[1].replace(",", ""))
     assert f"{planned:,} parameters (" in done.stdout and "Memory: " in done.stdout
@@ -170,7 +165,7 @@ def test_minutes_trains_what_the_plan_says(here):
     (["--batch-doublings", "a,b"], "list of steps such as"), (["--optimizer", "sgd"], "adamw, muon"),
     (["--minutes", "5"], "--minutes decides")])
 def test_bad_flags_are_one_sentence(here, flags, words):
-    done = command(*flags)
+    done = call(train.main, *TINY, *flags)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
@@ -179,5 +174,5 @@ def test_bad_flags_are_one_sentence(here, flags, words):
     (["lr-range", "--steps", "3"], "at least 20"),
     (["lr-range", "--low", "1", "--high", "0.1"], "not below"), (["lr-range", "laptob"], "take laptop")])
 def test_bad_commands_are_one_sentence(here, flags, words):
-    done = subprocess.run([sys.executable, str(ROOT / "ablate.py"), *flags], capture_output=True, text=True)
+    done = call(ablate.main, *flags)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

@@ -14,33 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cost
 import schedule
-from conftest import ROOT
-from model import GPT, PRESETS, ModelConfig, ModelError, count_parameters, cross_entropy
-from tokenizer import run
+from conftest import ROOT, call
+from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`python cost.py FLAGS` in this process: (exit status, stdout, stderr)."""
-    def call(*flags: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["cost.py", *flags])
-        try:
-            run(cost.main, ModelError)
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-    return call
+def command(*flags: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `python cost.py FLAGS`."""
+    done = call(cost.main, *flags)
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture
-def plan(command):
+def plan(*flags: str) -> dict:
     """What `python cost.py plan --json FLAGS` prints."""
-    def call(*flags: str) -> dict:
-        status, out, error = command("plan", "--json", *flags)
-        assert status == 0, error
-        return json.loads(out)
-    return call
+    status, out, error = command("plan", "--json", *flags)
+    assert status == 0, error
+    return json.loads(out)
 
 
 def test_flops_equal_what_torch_counts():
@@ -177,7 +165,7 @@ def test_family_meets_sizes_with_sane_shapes():
         "initializer_range"))
 
 
-def test_plan_of_a_budget_spends_exactly_that(plan):
+def test_plan_of_a_budget_spends_exactly_that():
     """100,000 USD at the dearer 4 USD an hour, ablations of 58 % included, is 15,823 hours of the main run, worth 34,810 to
     63,291 USD; between 35 and 26 % of peak they would be 13,562 to 18,257."""
     found = plan("--budget", "100000")
@@ -202,7 +190,7 @@ def test_plan_of_a_budget_spends_exactly_that(plan):
 
 @pytest.mark.parametrize("flags, best", [
     (["--budget", "100000"], lambda flops: (flops / 6 / 20) ** 0.5), (["--parameters", "1e9", "--budget", "1e4"], None)])
-def test_halvings_are_the_lowest_losses_that_are_left(plan, flags, best):
+def test_halvings_are_the_lowest_losses_that_are_left(flags, best):
     """Each row spends half of the one before, at the law's best size (a search over sizes) or at the size asked for."""
     found, law = plan(*flags), cost.CHINCHILLA
     for i, row in enumerate(found["halvings"]):
@@ -225,7 +213,7 @@ def test_halvings_are_the_lowest_losses_that_are_left(plan, flags, best):
      {"parameters": 3_075_098_624, "gpu_hours": 221_184, "days": 24}),
     (["gpt-oss-20b", "--gpu-hours", "1e5", "--gpus", "64"], {"parameters": 20.915e9, "gpu_hours": 1e5}),
 ])
-def test_plan_keeps_what_is_given(plan, flags, expected):
+def test_plan_keeps_what_is_given(flags, expected):
     found = plan(*flags)
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=0.05), name
@@ -238,7 +226,7 @@ def test_batches_are_powers_of_two_of_sequences():
     assert [cost.round_batch(tokens, 128) for tokens in (1, 128, 180, 182, 2048, 2900)] == [128, 128, 128, 256, 2048, 4096]
 
 
-def test_a_batch_has_a_sequence_for_every_gpu(plan):
+def test_a_batch_has_a_sequence_for_every_gpu():
     found = plan("--days", "1", "--gpus", "100000")
     assert found["batch_tokens"] == 100_000 * 4096 and any("take fewer --gpus" in text for text in found["warnings"])
 
@@ -277,12 +265,12 @@ def test_smallest_sharding_that_fits():
     (["--budget", "9", "--picture", "a.b"], "curve.png"),
     (["smollm3-3b", "--parameters", "1e9"], "leave it or --parameters out"),
 ])
-def test_impossible_plans_are_one_sentence_with_the_nearest_possible(command, flags, words):
+def test_impossible_plans_are_one_sentence_with_the_nearest_possible(flags, words):
     status, out, error = command("plan", *flags)
     assert status == 2 and words in error and len(error.splitlines()) == 1 and not out, error
 
 
-def test_pictures_of_loss_against_size(command, tmp_path):
+def test_pictures_of_loss_against_size(tmp_path):
     """At equal compute, and at equal time on this machine, whose table's first row is the plan."""
     pytest.importorskip("matplotlib")
     for name, flags in (("sizes.png", ["--parameters", "1e9"]), ("time.png", ["--minutes", "1", "--json"])):
@@ -300,7 +288,7 @@ def test_pictures_of_loss_against_size(command, tmp_path):
         3e-3 * growth**-0.125 * (found["batch_tokens"] / (2048 * growth**0.3271)) ** 0.5)
 
 
-def test_published_shares_and_the_bill(command):
+def test_published_shares_and_the_bill():
     """Shares of peak by 6N, full and causal, worked out by hand; Llama-3.1 8B is the outlier, and nothing else is off by
     more than 25 %. SmolLM3's bill: 437,760 hours, 58 % on top of the main run."""
     rows = {row["model"]: row for row in cost.published()}
@@ -323,7 +311,7 @@ def test_machine_is_found_and_says_why():
     assert cost.find_machine("cpu", "float32", "false").dtype == torch.float32
 
 
-def test_plan_is_a_table(command):
+def test_plan_is_a_table():
     status, out, error = command("plan", "smollm3-3b", "--tokens", "11.1e12", "--gpus", "384")
     assert status == 0 and not error and "H100-hours at 30% of peak" in out and "compute to match" in out
 
@@ -335,8 +323,8 @@ def test_measure_runs_as_a_command():
 
 
 def test_unknown_preset_is_one_sentence():
-    done = subprocess.run([sys.executable, str(ROOT / "cost.py"), "measure", "gpt9"], capture_output=True, text=True)
-    assert done.returncode == 2 and "laptop" in done.stderr and len(done.stderr.splitlines()) == 1
+    status, _, error = command("measure", "gpt9")
+    assert status == 2 and "laptop" in error and len(error.splitlines()) == 1
 
 
 def test_every_row_of_the_readme_names_code_that_exists():

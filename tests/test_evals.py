@@ -4,8 +4,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import torch
 
 import data as d
 import evals
-from conftest import ROOT
+from conftest import call
 from evals import Example, Score, Task
 from model import GPT, ModelConfig
 from sample import continue_all, generate
@@ -256,8 +254,9 @@ def test_malformed_questions_name_file_and_line(tmp_path, line):
 @pytest.mark.parametrize("flags, words", [(["runs/none"], "does not exist"), (["a", "b"], "one model at a time"),
                                           (["criteria", "runs/none"], "0 checkpoint(s)"),
                                           (["x", "--limit", "0"], "--limit")])
-def test_bad_input_is_one_sentence(tmp_path, flags, words):
-    done = subprocess.run([sys.executable, str(ROOT / "evals.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    done = call(evals.main, *flags)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
 
 

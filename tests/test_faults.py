@@ -17,16 +17,10 @@ from torch._dynamo.backends.common import aot_autograd
 
 import ablate
 import train
-from conftest import ROOT
+from conftest import ROOT, TORCHRUN, TRAIN, torchrun
 from model import GPT, ModelError, attention_extremes, from_pretrained, newest_checkpoint, read_sharded
 from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
 from tokenizer import UserError
-
-
-def torchrun(port: int, *flags: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}",
-                           str(ROOT / "train.py"), *flags], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
 def same_weights(a: str, b: str) -> None:
@@ -40,7 +34,7 @@ def test_sharded_training_equals_one_process_and_each_resumes_the_other(here):
     """FSDP on two processes, stopped halfway, goes on as one process, and the reverse: losses and weights within 1e-5."""
     flags = ["--tokens", "5120", "--save-every", "10"]
     train.train(recipe(*flags), Path("runs/one"))
-    done = torchrun(29531, *TINY, *flags, "--parallel", "fsdp", "--name", "two")
+    done = torchrun(TRAIN, *TINY, *flags, "--parallel", "fsdp", "--name", "two")
     assert done.returncode == 0, done.stderr
     assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), abs=1e-5)
     same_weights("runs/one", "runs/two")
@@ -49,7 +43,7 @@ def test_sharded_training_equals_one_process_and_each_resumes_the_other(here):
         shutil.copytree(f"runs/{source}", f"runs/{copy}")
         shutil.rmtree(f"runs/{copy}/checkpoints/step-00000020")
     train.train(train.read_recipe(Path("runs/two-cut"))[0], Path("runs/two-cut"), resume=True)
-    done = torchrun(29532, "--resume", "runs/one-cut", "--parallel", "fsdp")
+    done = torchrun(TRAIN, "--resume", "runs/one-cut", "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr
     for copy in ("one-cut", "two-cut"):
         assert losses(Path(f"runs/{copy}")) == pytest.approx(losses(Path("runs/one")), abs=1e-5)
@@ -60,9 +54,7 @@ def test_a_start_from_another_run_is_the_same_on_two_processes(here):
     """--start takes weights and moments along, in every process: two end where one does."""
     train.train(recipe("--tokens", "2560", "--name", "first"), Path("runs/first"))
     train.train(recipe("--tokens", "2560", "--start", "runs/first", "--keep", "9"), Path("runs/one"))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29591", "--",
-                           str(ROOT / "train.py"), *TINY, "--tokens", "2560", "--start", "runs/first", "--name", "two"],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun("--", TRAIN, *TINY, "--tokens", "2560", "--start", "runs/first", "--name", "two")
     assert done.returncode == 0, done.stderr
     same_weights("runs/one", "runs/two")
     assert losses(Path("runs/two")) == pytest.approx(losses(Path("runs/one")), abs=1e-5)
@@ -154,8 +146,7 @@ def test_twenty_kills_and_the_run_ends_bit_for_bit_the_same(here):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(here, number):
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={29540 + number}",
-         str(ROOT / "train.py"), *TINY, "--tokens", "1e7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [*TORCHRUN, TRAIN, *TINY, "--tokens", "1e7"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"})
     log, end = Path("runs/laptop/log.jsonl"), time.time() + 60
     while time.time() < end and not (log.exists() and len(losses(log.parent)) > 3):
@@ -179,9 +170,7 @@ def poisoned(job, *tensors):
 train.Pretraining.loss = poisoned
 train.run(train.main)
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561",
-                           "poison.py", *TINY, "--tokens", "25600", "--save-every", "5"], capture_output=True, text=True,
-                          timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun("poison.py", *TINY, "--tokens", "25600", "--save-every", "5")
     said = [line for line in done.stderr.splitlines() if "the loss is nan" in line]
     assert done.returncode and len(said) == 1, done.stderr
     assert "step 7:" in said[0] and "process 1, sequences 4 to 7" in said[0] and "step-00000005" in said[0]
@@ -257,9 +246,7 @@ def fails(paths, root):
 train.hash_files = fails
 train.run(train.main)
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29581",
-                           "full.py", *TINY, "--tokens", "5120", "--save-every", "10", "--keep", "9", "--parallel", "fsdp"],
-                          capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun("full.py", *TINY, "--tokens", "5120", "--save-every", "10", "--keep", "9", "--parallel", "fsdp")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("could not be written") == 1 and "no space left" in done.stderr
     assert {"step-00000000", "step-00000020"} <= {p.name for p in Path("runs/laptop/checkpoints").iterdir()}
@@ -431,9 +418,7 @@ train.Pretraining.load = breaks
 train.run(train.main)
 """)
     begin = time.time()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29571",
-                           "broken.py", *TINY, "--tokens", "1e7"], capture_output=True, text=True,
-                          timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun("broken.py", *TINY, "--tokens", "1e7")
     assert done.returncode and done.stderr.count("the disk of process 1 is gone") == 1, done.stderr
     assert "Connection closed" not in done.stderr and time.time() - begin < 60
 

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +15,9 @@ import torch
 
 import data as d
 import posttrain as p
+import sample
 import train
-from conftest import ROOT
+from conftest import call
 from model import GPT, ModelConfig, cross_entropy, from_pretrained, newest_checkpoint
 from sample import Prompter
 from tokenizer import HELD_OUT, Tokenizer, UserError, train_bpe, uniform
@@ -414,22 +413,17 @@ def test_a_change_is_judged_by_the_same_questions(here, capsys):
     assert "before 0.500 ± 0.289   change +0.250 ± 0.250 (+1.0 standard errors)" in capsys.readouterr().out
 
 
-def command(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(ROOT / words[0]), *words[1:]], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
 def test_merge_loads_and_refuses_other_configs(here):
     other = tiny(TOKENIZER.vocab_size)
     p.write_checkpoint(other, TOKENIZER, here / "other", here)
-    done = command("posttrain.py", "merge", "base", "other", "--weights", ".9", ".1", "--out", "merged")
+    done = call(p.main, "merge", "base", "other", "--weights", ".9", ".1", "--out", "merged")
     assert done.returncode == 0, done.stderr
     merged, base = from_pretrained("merged"), from_pretrained("base")
     for (name, w), a, b in zip(merged.named_parameters(), base.parameters(), other.parameters()):
         torch.testing.assert_close(w, 0.9 * a + 0.1 * b, msg=name)
     soup = p.merge(["base", "other"], [0.5, 0.5])
     torch.testing.assert_close(soup.model.norm.weight, (base.model.norm.weight + other.model.norm.weight) / 2)
-    said = command("sample.py", "merged", "--chat", "--prompt", "hi", "--max-tokens", "3")
+    said = call(sample.main, "merged", "--chat", "--prompt", "hi", "--max-tokens", "3")
     assert said.returncode == 0, said.stderr
     p.post_train(p.parse(["sft", "merged", *FLAGS["sft"], "--device", "cpu"])[1], Path("runs/more"), False, train.World())
     p.write_checkpoint(tiny(TOKENIZER.vocab_size, rope_theta=5e4), TOKENIZER, here / "theta", here)
@@ -449,7 +443,7 @@ def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
     prompter = Prompter("runs/hf-sft", Tokenizer.load("runs/hf-sft"))
     assert prompter.template == template and TOKENIZER.control("<|im_end|>") in prompter.stop
     assert prompter.chat(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]
-    assert command("sample.py", "runs/hf-sft", "--chat", "--prompt", "hi", "--max-tokens", "3").returncode == 0
+    assert call(sample.main, "runs/hf-sft", "--chat", "--prompt", "hi", "--max-tokens", "3").returncode == 0
 
 
 @pytest.mark.parametrize("words, said", [
@@ -460,6 +454,6 @@ def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
 def test_bad_input_is_one_sentence(here, words, said):
     (here / "bad.jsonl").write_text(json.dumps({"messages": TALK}) + "\nnot json\n")
     (here / "boom.py").write_text("def score(problem, answer):\n    raise RuntimeError('no idea')\n")
-    done = command("posttrain.py", *words)
+    done = call(p.main, *words)
     lines = [line for line in done.stderr.splitlines() if "steps [" not in line]
     assert done.returncode == 2 and len(lines) == 1 and said in lines[0], done.stderr

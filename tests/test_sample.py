@@ -1,12 +1,10 @@
 """sample.py: filters by hand, batches, streaming, bad input."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from conftest import ROOT
+import sample
+from conftest import call
 from model import GPT, ModelConfig
 from sample import filter_logits, generate
 
@@ -57,9 +55,9 @@ def test_samples_follow_the_probabilities():
 def test_a_sample_ends_at_stop_and_the_others_go_on():
     model = GPT(ModelConfig(5, 32, 32, 2, 2, 1)).eval()
     steps = list(generate(model, [1], 40, 4, stop=0, temperature=1.0))
-    for sample in zip(*steps):
-        ended = sample.index(None) if None in sample else len(sample)
-        assert 0 not in sample and all(id is None for id in sample[ended:])
+    for drawn in zip(*steps):
+        ended = drawn.index(None) if None in drawn else len(drawn)
+        assert 0 not in drawn and all(id is None for id in drawn[ended:])
     assert all(any(id is not None for id in step) for step in steps)
 
 
@@ -70,6 +68,7 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
 
 @pytest.mark.parametrize("flags, words", [([], "python train.py"), (["runs/none"], "does not exist"),
                                           (["--top-p", "7"], "--top-p 7.0")])
-def test_bad_input_is_one_sentence(tmp_path, flags, words):
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *flags], cwd=tmp_path, capture_output=True, text=True)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    done = call(sample.main, *flags)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1

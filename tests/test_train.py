@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import data as d
+import evals
 import train
-from conftest import ROOT
+from conftest import ROOT, TRAIN, call, torchrun
 from model import GPT, ModelError, from_pretrained, newest_checkpoint
 from tokenizer import Tokenizer, UserError, train_bpe
 
@@ -100,7 +101,7 @@ def test_a_run_from_text_to_sample(here):
     sampled = subprocess.run([sys.executable, str(ROOT / "sample.py"), "--prompt", "ab ", "--temperature", "0"],
                              capture_output=True, text=True)
     assert sampled.returncode == 0 and sampled.stdout.startswith("ab "), sampled.stderr
-    again = command("--tokens", "2560")  # a second run overwrites nothing
+    again = call(train.main, *TINY, "--tokens", "2560")  # a second run overwrites nothing
     assert (here / "runs/laptop-2").is_dir() and log_of(folder) == log and again.returncode == 0
 
 
@@ -108,13 +109,13 @@ def test_tasks_are_scored_during_training(here):
     """--eval_tasks: in the log, with errors and chance, and `evals.py criteria` reads them from there."""
     question = json.dumps({"context": "ab", "choices": ["cd", "ef", "gh"], "answer": 0})
     (here / "my.jsonl").write_text(f"{question}\n" * 6)
-    done = command("--tokens", "1024", "--eval-every", "2", "--eval-tasks", "my.jsonl")
+    done = call(train.main, *TINY, "--tokens", "1024", "--eval-every", "2", "--eval-tasks", "my.jsonl")
     assert done.returncode == 0, done.stderr
     found = [entry["tasks"] for entry in log_of(here / "runs/laptop") if "tasks" in entry]
     assert len(found) == 3 and all(list(tasks) == ["my.jsonl"] and tasks["my.jsonl"][2:] == [6, 1 / 3] for tasks in found)
-    told = subprocess.run([sys.executable, str(ROOT / "evals.py"), "criteria", "runs/laptop"], capture_output=True, text=True)
+    told = call(evals.main, "criteria", "runs/laptop")
     assert told.returncode == 0 and "1, 2, 4: no early signal" in told.stdout
-    done = command("--eval-tasks", "mine.jsonl")
+    done = call(train.main, *TINY, "--eval-tasks", "mine.jsonl")
     assert done.returncode == 2 and "there is no task mine.jsonl" in done.stderr and not (here / "runs/laptop-2").exists()
 
 
@@ -167,7 +168,7 @@ def test_a_finished_run_says_so_and_another_begins_with_its_weights(here, capsys
     train.train(recipe("--tokens", "2560"), Path("runs/a"))
     train.train(train.read_recipe(Path("runs/a"))[0], Path("runs/a"), resume=True)
     assert "all 10 steps are done" in capsys.readouterr().out
-    done = command("--start", "runs/a", "--tokens", "512", "--hidden-size", "64")
+    done = call(train.main, *TINY, "--start", "runs/a", "--tokens", "512", "--hidden-size", "64")
     assert done.returncode == 2 and "a model of other sizes" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -205,9 +206,7 @@ def test_accumulation_and_processes_equal_one_big_batch(here, packing):
     flags = ["--data", "data/short", "--tokens", "5120", "--clip", "0.1", "--packing", packing]
     train.train(recipe(*flags, "--micro-batch", "8"), Path("runs/whole"))
     train.train(recipe(*flags, "--micro-batch", "2"), Path("runs/parts"))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511",
-                           str(ROOT / "train.py"), *TINY, *flags, "--micro-batch", "2", "--name", "two"],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = torchrun(TRAIN, *TINY, *flags, "--micro-batch", "2", "--name", "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Done") == 1
     assert min(entry["grad_norm"] for entry in log_of(Path("runs/two")) if "grad_norm" in entry) > 0.1
@@ -231,8 +230,7 @@ def test_damaged_checkpoint_is_passed_over(here, capsys):
 
 def test_resume_refuses_other_data_and_other_sizes(here, monkeypatch):
     train.train(recipe("--tokens", "2560"), Path("runs/a"))
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--resume", "runs/a", "--hidden-size", "64"],
-                          capture_output=True, text=True)
+    done = call(train.main, "--resume", "runs/a", "--hidden-size", "64")
     assert done.returncode == 2 and "--hidden_size" in done.stderr
     text = {name: [(f"{i}", f"other text {i} of {name}") for i in range(200)] for name in ("left", "right")}
     tokenizer = Tokenizer.load("data/tiny")
@@ -341,14 +339,14 @@ def test_loader_copies_from_pinned_memory_ahead_of_time(here):
 ])
 def test_bad_input_is_one_sentence_and_nothing_is_written(here, flags, words):
     before = sorted(p for p in here.rglob("*"))
-    done = command(*flags)
+    done = call(train.main, *TINY, *flags)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert len([line for line in done.stderr.splitlines() if line.strip()]) == 1, done.stderr
     assert sorted(p for p in here.rglob("*")) == before
 
 
 def test_every_flag_has_its_help():
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
+    done = call(train.main, "--help")
     assert done.returncode == 0
     comments = train.field_comments(train.ModelConfig, train.Recipe)
     for name in train.FLAGS:
