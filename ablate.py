@@ -125,7 +125,8 @@ def branch(begin: Path, multiples: list[int], tokens: float, epsilon: float, bat
     rate = schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
     if tokens < 4 * largest * batch:
         raise UserError(f"--tokens {tokens:g} are fewer than 4 updates of {largest} x {batch:,}; give {4 * largest * batch}")
-    losses, weights = {}, from_pretrained(checkpoint).state_dict()
+    losses, weights, common = {}, from_pretrained(checkpoint).state_dict(), math.lcm(*multiples)
+    batches = int(tokens / batch) // common * common or int(tokens / batch)  # so that every k reads all of them
     context, first = recipe.model.max_position_embeddings, round(step * recipe.batch_tokens / batch)
     if batch % context:
         raise UserError(f"--batch-tokens {batch} is not a number of sequences of {context}; take "
@@ -138,7 +139,7 @@ def branch(begin: Path, multiples: list[int], tokens: float, epsilon: float, bat
         with quietly():
             job = train.set_up(longer, train.World(), Path("runs/none"), False)
         job.model.load_state_dict(weights)
-        updates = int(tokens / batch / k)
+        updates = batches // k
         for update in tqdm(range(updates), desc=f"k = {k}", leave=False, mininterval=0.5 if sys.stderr.isatty() else 10):
             share = schedule.warmup(update, round(warmup_share * updates))  # the same tokens whatever k
             train.training_step(job, first + update * k, rate * math.sqrt(k) * share, steps=k)

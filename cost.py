@@ -24,7 +24,7 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,13 +37,15 @@ from tokenizer import Parser, UserError, run
 
 # Dense bf16 peak in FLOP/s by a part of the device's name (vendors' data sheets, without sparsity).
 PEAK_FLOPS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "H800": 989.4e12, "A100": 312e12, "B200": 2250e12,
-              "L40S": 362e12, "L4": 121e12, "A10G": 70e12, "4090": 165.2e12, "3090": 71e12}
-MEMORY_GB = {"H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "A100": 80, "B200": 180, "L40S": 48, "L4": 24,
+              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "4090": 165.2e12, "3090": 71e12}
+MEMORY_GB = {"H200": 141, "H100 PCIe": 80, "H100": 80, "H800": 80, "A100": 80, "B200": 180, "L40S": 48, "L40": 48, "L4": 24,
              "A10G": 24, "4090": 24, "3090": 24}
 USD_PER_GPU_HOUR = {"H100": (2.2, 4.0)}  # as the brief calibrates it; of other devices with --price
 # The share of peak to plan with and its range, by 6ND, from the published runs below. Other devices: as the H100.
 MFU = {"H100": (0.30, 0.26, 0.35), "A100": (0.42, 0.39, 0.51)}
-OVERHEAD = 0.58  # ablations, restarts and evaluations on top of the main run: SmolLM3's 161,280 / 276,480 GPU-hours
+# Ablations and restarts on top of the main run: SmolLM3's 161,280 / 276,480 GPU-hours. Its evaluations, slightly under 10,000
+# more (4 %), are not in the playbook's bill.
+OVERHEAD = 0.58
 
 
 # ---- FLOPs ----------------------------------------------------------------------------------------------------
@@ -74,11 +76,13 @@ def attended_length(documents: list[float]) -> float:
 def flops_per_token(config: ModelConfig, length: float, counted: str = "causal") -> float:
     """FLOPs to train one token: 6 x the matmul parameters, plus attention; counted "6N" is 6 x all parameters.
 
-    6N (Kaplan et al. 2020) drops attention and holds while the context is shorter than 12 widths.
+    6N (Kaplan et al. 2020) drops attention: at a context of 2 widths the causal half adds 10 to 14 % (SmolLM3, Llama 2 7B).
     """
     count = count_parameters(config)
     if counted == "6N":
-        schedule.check_range("6ND", length, 0, 12 * config.hidden_size, "tokens of context at this width")
+        if length > 2 * config.hidden_size:
+            warnings.warn(f"6ND leaves attention out, which is not small at {length:,.0f} tokens of context, more than 2 widths",
+                          Extrapolation)
         return 6 * count["active"]
     return 6 * count["matmul"] + attention_flops_per_token(config, length, counted)
 
@@ -92,13 +96,14 @@ def training_flops(parameters: float, tokens: float) -> float:
 
 
 def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int = 2, device: str = "cuda",
-                    accumulates: bool = True, recompute: bool = False) -> dict[str, float]:
-    """Bytes of all tensors on one unsharded device at the peak of an eager step on `rows` sequences.
+                    accumulates: bool = True, recompute: bool = False, shards: int = 1) -> dict[str, float]:
+    """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences.
 
     Weights, gradients and AdamW's two moments are fp32. Activations: what autograd keeps of each block for the
     backward pass, the weights cast to the compute dtype, and the logits with the fp32 log-softmax of their loss, which
     in small models outweighs all else. `accumulates`: the gradients of earlier micro-batches are there at the peak.
-    `recompute`: blocks keep their inputs alone, and one at a time is computed again (Chen et al. 2016).
+    `recompute`: blocks keep their inputs alone, and one at a time is computed again (Chen et al. 2016). `shards`: FSDP's
+    processes, which share weights, gradients and moments and gather one block's weights at a time.
     """
     count = count_parameters(config)
     parameters = count["total"]
@@ -111,16 +116,18 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
     norms = 2 * C * normed + ((q + kv) * (normed - b) if config.qk_norm else 0)  # RoPE keeps its own result instead
     block = norms + b * (2 * q + 2 * kv + 4 * M) + 4 * config.num_attention_heads
     blocks = block + config.num_hidden_layers * C * b if recompute else config.num_hidden_layers * block
-    whole = count["embedding"] + count["non_embedding"] / config.num_hidden_layers if recompute else parameters
-    kept = tokens * (blocks + C * normed) + (b * whole if cast else 0)
+    at_once = recompute or shards > 1
+    whole = count["embedding"] + count["non_embedding"] / config.num_hidden_layers if at_once else parameters
+    kept = tokens * (blocks + C * normed) + (b * whole if cast or shards > 1 else 0)
     chunk = min(512, tokens)  # rows of `cross_entropy` at a time
     head = V * max((b + 4) * tokens + (4 * chunk if cast else 0), 4 * tokens + 8 * chunk)  # of loss, of its gradient
-    gradients = 4.0 * parameters
+    share = parameters / shards
+    gradients = 4.0 * share
     first = V * (b * tokens + (b * cast + 4) * C)  # the head's gradient comes first, while the blocks keep all
     activations = float(kept + max(head, first if not accumulates else 0))
     peak = gradients + activations if accumulates else max(activations, gradients + 4 * V * C)
-    return {"weights": 4.0 * parameters, "gradients": gradients, "optimizer": 8.0 * parameters,
-            "activations": activations, "total": 12.0 * parameters + peak}
+    return {"weights": 4.0 * share, "gradients": gradients, "optimizer": 8.0 * share,
+            "activations": activations, "total": 12.0 * share + peak}
 
 
 # A CPU process holds more than tensors: measured on Linux, torch's kernels beyond `find_machine`'s, and the holes of glibc's
@@ -129,9 +136,9 @@ CPU_KERNELS, CPU_HEAP = 50 * 2**20, {2: 1.6, 4: 1.45}
 
 
 def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
-                   accumulates: bool = False, recompute: bool = False) -> float:
+                   accumulates: bool = False, recompute: bool = False, shards: int = 1) -> float:
     """Peak bytes of the training process: `before` it has a model, plus what training takes (CUDA: tensors alone)."""
-    tensors = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute)["total"]
+    tensors = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute, shards)["total"]
     return tensors if device == "cuda" else before + CPU_KERNELS + CPU_HEAP[compute_bytes] * tensors
 
 
@@ -214,7 +221,7 @@ class Machine:
     device: str  # "cuda", "mps" or "cpu"
     dtype: torch.dtype  # of the matrix products
     compile: bool
-    peak_flops: float  # FLOP/s of large matrix products in that dtype
+    peak_flops: float  # FLOP/s of large matrix products: on CUDA the data sheet's in bf16, else measured in that dtype
     reason: str  # one line for people
 
 
@@ -347,7 +354,7 @@ def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | N
 
 # ---- the plan -------------------------------------------------------------------------------------------------
 
-SMALLEST, LARGEST = 1.4e5, 1e14  # parameters that a plan may have
+SMALLEST, LARGEST = 1.4e5, 3e12  # parameters that a plan may have: the family's ends
 
 
 @dataclass(frozen=True)
@@ -366,6 +373,12 @@ class Hardware:
     def flops(self, hours: float) -> float:
         return hours * 3600 * PEAK_FLOPS[self.device] * self.mfu[0]
 
+    def bought(self, budget: float) -> float:
+        """GPU-hours of the main run for so many USD, the overhead paid too, at the dearer price."""
+        if self.price is None:
+            raise UserError(f"the price of a {self.device} is not known here; give --price in USD an hour")
+        return budget / self.price[1] / (1 + self.overhead)
+
 
 def derive(hardware: Hardware, law: LossLaw, parameters: float = 0, tokens: float = 0, budget: float = 0,
            gpu_hours: float = 0, days: float = 0) -> tuple[float, float]:
@@ -375,9 +388,7 @@ def derive(hardware: Hardware, law: LossLaw, parameters: float = 0, tokens: floa
     """
     hours = {}
     if budget:
-        if hardware.price is None:
-            raise UserError(f"the price of a {hardware.device} is not known here; give --price in USD an hour")
-        hours[f"--budget {budget:g}"] = budget / hardware.price[1] / (1 + hardware.overhead)
+        hours[f"--budget {budget:g}"] = hardware.bought(budget)
     if gpu_hours:
         hours[f"--gpu-hours {gpu_hours:g}"] = gpu_hours
     if days:
@@ -388,6 +399,9 @@ def derive(hardware: Hardware, law: LossLaw, parameters: float = 0, tokens: floa
                         "one of them")
     compute = hardware.flops(next(iter(hours.values()))) if hours else 0
     if parameters and tokens:
+        if tokens < parameters:
+            raise UserError(f"{say_number(tokens)} tokens are fewer than one a parameter: the nearest possible is --tokens "
+                            f"{parameters:g}")
         needed = hardware.hours(training_flops(parameters, tokens))
         if hours:
             raise UserError(f"{say_number(parameters)} parameters on {say_number(tokens)} tokens take {say_amount(needed)} "
@@ -489,8 +503,12 @@ def halvings(law: LossLaw, plan: dict, fixed: str, count: int = 4) -> list[dict]
         share = 1 / 2**i
         shrink = {"parameters": (1, share), "tokens": (share, 1), "both": (share**0.5, share**0.5)}.get(fixed)
         size, length = (parameters * shrink[0], tokens * shrink[1]) if shrink else law.optimum(plan["flops"] * share)
-        rows.append({"share": share, "parameters": size, "tokens": length, "loss": law.loss(size, length)})
+        rows.append({"share": share, "parameters": size, "tokens": length, "loss": law.loss(size, length),
+                     "fitted": law.covers(size, length)})
     return rows
+
+
+OUTSIDE = {True: "", False: "  outside what the law was fitted on"}
 
 
 def print_halvings(what: str, plan: dict) -> None:
@@ -500,7 +518,7 @@ def print_halvings(what: str, plan: dict) -> None:
     print(f"\n{what:>8}{'parameters':>13}{'tokens':>10}{'loss':>8}{'worse by':>10}")
     for row in plan["halvings"]:
         print(f"{row['share']:8.3g}{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss']:8.3f}"
-              f"{row['loss'] - plan['halvings'][0]['loss']:10.3f}")
+              f"{row['loss'] - plan['halvings'][0]['loss']:10.3f}" + OUTSIDE[row["fitted"]])
 
 
 def print_plan(plan: dict) -> None:
@@ -523,8 +541,10 @@ def print_plan(plan: dict) -> None:
           f"({say_amount(less)} at {high:.0%}, "
           f"{say_amount(more)} at {low:.0%}) = {plan['days']:,.3g} days on {plan['gpus']:,} GPUs")
     print(f"whole bill   {say_amount(plan['gpu_hours_with_overhead'])} {gpu}-hours, {plan['overhead']:.0%} more for "
-          "ablations, restarts and evaluations")
-    if plan["usd"]:
+          "ablations and restarts (evaluations, 4 % of SmolLM3's main run, not counted)")
+    if not plan["usd"]:
+        print(f"money        the price of a {gpu} is not known here: give --price in USD an hour")
+    else:
         print("money        {} to {} USD the run, ".format(*map(say_amount, plan["usd"]))
               + "{} to {} USD the whole bill".format(*map(say_amount, plan["usd_with_overhead"])))
     print(f"loss         {plan['loss']:.3f} nats a token ({plan['law']})")
@@ -534,7 +554,7 @@ def print_plan(plan: dict) -> None:
     for row in plan["smaller"]:
         match = f"{row['compute_to_match']:.2f} times" if row["compute_to_match"] < 1e3 else "never"
         print(f"{row['k']:7g}x{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss_penalty']:18.3f}"
-              f"{row['inference_saving']:17.0%}{match:>18}")
+              f"{row['inference_saving']:17.0%}{match:>18}" + OUTSIDE[row["fitted"]])
 
 
 def pyplot_or_error(path: str | Path = ""):
@@ -632,11 +652,13 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
             break  # past the optimum, where every larger size is slower and worse
         sizes.append(found)
     give_back_memory()
+    if not sizes:
+        raise UserError(f"a vocabulary of {vocab_size:,} leaves no memory for any model here; take a smaller --vocab-size")
     best = min(sizes, key=lambda found: found["loss"])
     steps = best["tokens"] / batch_and_rate(best)[0]
     if steps < 50:
         raise UserError(f"--minutes {minutes:g} is less than 50 steps of any model here; the nearest possible is --minutes "
-                        f"{max(0.1, 60 / steps * minutes):.1g}")
+                        f"{math.ceil(6000 / steps * minutes) / 100:g}")
     nearest = (f"the nearest possible in {minutes:g} minutes is {say_number(best['parameters'])} parameters on "
                f"{say_number(best['tokens'])} tokens")
     chosen = best
@@ -652,9 +674,15 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
         if tokens > best["tokens"] * 20:
             raise UserError(f"{say_number(tokens)} tokens in {minutes:g} minutes is {tokens / seconds:,.0f} a second: "
                             + nearest)
-        chosen = attempt(family(max(SMALLEST, best["parameters"] * best["tokens"] / tokens), vocab_size, context))
-        if chosen is None or not 0.5 < chosen["tokens"] / tokens < 2:
-            raise UserError(f"no size reads {say_number(tokens)} tokens in {minutes:g} minutes here: {nearest}")
+        size = best["parameters"] * best["tokens"] / tokens
+        for _ in range(4):  # speed falls about as size grows, and is measured
+            chosen = attempt(family(max(SMALLEST, size), vocab_size, context))
+            if chosen is None or abs(chosen["tokens"] / tokens - 1) < 0.1:
+                break
+            size = chosen["parameters"] * chosen["tokens"] / tokens
+        if chosen is None or not 0.8 < chosen["tokens"] / tokens < 1.25:
+            raise UserError(f"no size reads just {say_number(tokens)} tokens in {minutes:g} minutes here: {nearest}")
+        chosen |= outcome(chosen["parameters"], tokens)
     batch, rate = batch_and_rate(chosen)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -662,6 +690,7 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
     of = [chosen] if parameters or tokens else sizes
     rows = [min((outcome(size["parameters"], size["tokens"] * share) for size in of), key=lambda row: row["loss"])
             | {"share": share} for share in (1, 1 / 2, 1 / 4, 1 / 8)]
+    rows = [row | {"fitted": LAPTOP_LAW.covers(row["parameters"], row["tokens"])} for row in rows]
     return chosen | {"batch_tokens": batch, "learning_rate": rate, "halvings": rows,
                      "warnings": [str(w.message) for w in caught],
                      "sizes": [{name: size[name] for name in ("parameters", "tokens_per_second")} for size in sizes]}
@@ -811,7 +840,7 @@ def measure(config: ModelConfig, rows: int, context: int, machine: Machine, docu
 
 
 # Flags of `plan` that say what is rented, and their defaults.
-RENTED = {"gpus": 8, "device": "H100", "price": None, "mfu": 0, "overhead": OVERHEAD, "context": 4096, "law": "besiroglu"}
+RENTED = {"gpus": 0, "device": "H100", "price": None, "mfu": 0, "overhead": OVERHEAD, "context": 4096, "law": "besiroglu"}
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -848,22 +877,32 @@ def plan(args: argparse.Namespace) -> None:
         return
     mfu = MFU.get(args.device, MFU["H100"])
     mfu = tuple(min(1.0, args.mfu * share / mfu[0]) for share in mfu) if args.mfu else mfu
-    hardware = Hardware(args.device, args.gpus, mfu,
+    hardware = Hardware(args.device, args.gpus or 8, mfu,
                         args.price or USD_PER_GPU_HOUR.get(args.device), args.overhead)
+    days = args.days
+    if days and not args.gpus and (args.gpu_hours or args.budget):  # then the number of GPUs is what is not given
+        hours = args.gpu_hours or hardware.bought(args.budget)
+        hardware, days = replace(hardware, gpus=max(1, math.ceil(hours / 24 / days))), 0
     law = {"besiroglu": CHINCHILLA, "hoffmann": HOFFMANN}[args.law]
-    size, tokens = derive(hardware, law, parameters, args.tokens, args.budget, args.gpu_hours, args.days)
+    size, tokens = derive(hardware, law, parameters, args.tokens, args.budget, args.gpu_hours, days)
     if not SMALLEST <= size <= LARGEST:
-        raise UserError(f"that would be {say_number(size)} parameters; plans go from {say_number(SMALLEST)} to "
-                        f"{say_number(LARGEST)}")
-    keep = "tokens" if args.tokens else "compute"
+        limit = SMALLEST if size < SMALLEST else LARGEST
+        raise UserError(f"that would be {say_number(size)} parameters: the nearest possible is {say_number(limit)} on "
+                        f"{say_number(law.tokens_for(limit))} tokens")
+    limited = args.budget or args.gpu_hours or args.days
+    keep = "tokens" if args.tokens and not limited else "compute"
     fixed = "both" if parameters and args.tokens else "parameters" if parameters else "tokens" if args.tokens else ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        if args.device not in MFU and not args.mfu:
+            warnings.warn(f"the share of peak is an H100's; give that of this {args.device} as --mfu")
         found = make_plan(hardware, law, size, tokens, args.context, args.vocab_size, keep, preset)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Extrapolation)  # said for the plan itself
         found |= {"warnings": list(dict.fromkeys(str(w.message) for w in caught)), "halvings": halvings(law, found, fixed),
                   "smaller": [overtrain(law, found["flops"], k) | {"k": k} for k in (1, 1.5, 2, 3, 4, 8)]}
+        for row in found["smaller"]:
+            row["fitted"] = law.covers(row["parameters"], row["tokens"])
         if args.picture:
             draw_sizes(equal_compute(law, found), (found["flops"] / 6 / found["tokens"], found["loss"]),
                        f"Loss at equal compute ({law.source})", args.picture)
@@ -885,7 +924,8 @@ def main() -> None:
     p.add_argument("--gpu-hours", type=positive, default=0, help="of the main run")
     p.add_argument("--days", type=positive, default=0, help="of the main run, on --gpus")
     p.add_argument("--minutes", type=positive, default=0, help="of training on this machine")
-    p.add_argument("--gpus", type=positive_integer, default=RENTED["gpus"])
+    p.add_argument("--gpus", type=positive_integer, default=RENTED["gpus"],
+                   help="default: 8, or what --days and --gpu-hours or --budget ask for")
     p.add_argument("--device", choices=PEAK_FLOPS, default=RENTED["device"], metavar="GPU", help=", ".join(PEAK_FLOPS))
     p.add_argument("--price", type=price, metavar="USD", help="of a GPU-hour, such as 3 or 2.2-4 (an H100's default)")
     p.add_argument("--mfu", type=positive, default=0, help="share of the bf16 peak by 6ND (H100: 0.30; SmolLM3: 0.26)")
@@ -920,8 +960,8 @@ def main() -> None:
     if args.command == "published":
         return print_published()
     if args.command == "fit":
-        if args.tokens < 1e5:
-            raise UserError(f"--tokens {args.tokens:g} is too short to learn from; give at least 100000")
+        if not 1e5 <= args.tokens <= 1e10:
+            raise UserError(f"--tokens {args.tokens:g} is not between 1e5, too short to learn from below, and 1e10")
         import ablate  # here, because what runs trainings imports this file
 
         return ablate.fit_ladder(args.tokens, args.device, args.dtype)

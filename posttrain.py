@@ -491,9 +491,8 @@ class PostJob(train.Job):
         super().__init__(recipe, world, machine, tokenizer)
         self.prompter, self.before, self.history = Prompter(recipe.start, tokenizer), {}, {}
         self.context = recipe.model.max_position_embeddings
-        room, part = (0.6 * torch.cuda.mem_get_info()[0], "total") if machine.device == "cuda" else (2**30, "activations")
-        fits = [n for n in range(1, 257) if cost.training_memory(recipe.model, n, self.context)[part] <= room]
-        self.rows = recipe.micro_batch or max(fits, default=1)  # sequences computed at once
+        fit = (n for n in range(1, 257) if train.fits(recipe, n, self.context, world, machine.device))
+        self.rows = recipe.micro_batch or max(fit, default=1)  # sequences computed at once
         kinds = PROBLEMS if recipe.method == "sft" else ("arithmetic",)
         self.tests = {} if recipe.data else {
             kind: problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, held_out=True) for kind in kinds}
@@ -936,7 +935,8 @@ def post_train(recipe: PostRecipe, run_folder: Path, resume: bool, world: train.
         raise UserError(f"the data is not what {run_folder} began with; put that back or start a new run")
     job.folder = run_folder
     torch.manual_seed(recipe.seed)
-    job.equip(from_pretrained(recipe.start), newest_checkpoint(run_folder) if resume else None, resume)
+    job.equip(from_pretrained(recipe.start), world.from_first(lambda: newest_checkpoint(run_folder) if resume
+                                                                else None), resume)
     job.connect()
     job.flops = cost.flops_per_token(recipe.model, getattr(job, "length", job.context))
     print(f"start     {recipe.start}: {cost.count_parameters(recipe.model)['total']:,} parameters, sequences of up to "

@@ -77,7 +77,7 @@ class Recipe:
     batch_tokens: int = 8192  # global batch, in tokens
     micro_batch: int = 0  # sequences a process computes at once; 0: as many as fit
     batch_doublings: str = ""  # steps at which the batch doubles and the rate grows by sqrt(2), such as 500,2000
-    optimizer: str = "adamw"  # adamw, or muon for the hidden matrices
+    optimizer: str = "adamw"  # adamw, or muon for the hidden matrices (which waits for the GPU once an update)
     learning_rate: float = 3e-3  # at its peak
     schedule: str = "wsd"  # wsd, cosine or multistep
     warmup_steps: int = 50  # steps until the peak rate
@@ -206,7 +206,7 @@ class World:
     """This process among those that `torchrun` started; alone without it."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
-        self.rank, self.size, self.store, self.failing = rank, size, store, False
+        self.rank, self.size, self.store, self.failing, self.waits = rank, size, store, False, 0
         self.files = dist.new_group(backend="gloo") if size > 1 else None  # for saves beside training
         self.over, self.watcher = threading.Event(), threading.Thread(target=self.leave_with_others, daemon=True)
         if size > 1:
@@ -242,9 +242,9 @@ class World:
     def leave(self) -> None:
         """Together with the others, at the end."""
         if self.size > 1:
+            dist.barrier()
             self.over.set()
             self.watcher.join()
-            dist.barrier()
             dist.destroy_process_group()
 
     def agree(self, value):
@@ -253,6 +253,20 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(box)
         return box[0]
+
+    def from_first(self, work: Callable):
+        """What `work` finds in the first process, in all of them; the others do not do it."""
+        found = work() if self.rank == 0 else None
+        self.wait_for_first()
+        return self.agree(found)
+
+    def wait_for_first(self) -> None:
+        """Until the first process is here too, whatever its work takes: collectives give up after half an hour."""
+        self.waits += 1
+        if self.size > 1 and self.rank == 0:
+            self.store.set(f"first-{self.waits}", "here")
+        while self.rank and not self.store.check([f"first-{self.waits}"]):
+            time.sleep(0.1)
 
     def gather(self, value) -> list:
         """Every process's value, in all of them."""
@@ -444,9 +458,10 @@ class Saver:
         self.all_do(publish)
 
     def rotate(self, step: int) -> None:
-        """Removes what --keep and --keep_every do not keep; while a spike lasts, a checkpoint from before it stays."""
+        """Removes what --keep and --keep_every do not keep of the checkpoints up to `step` (later ones are damaged ones that
+        a resume passed over); while a spike lasts, one from before it stays."""
         recipe, spike = self.job.recipe, self.job.guard.spike
-        found = sorted(int(path.name[5:]) for path in self.folder.glob("step-????????"))
+        found = sorted(at for path in self.folder.glob("step-????????") if (at := int(path.name[5:])) <= step)
         before = [at for at in found if spike and at < spike["step"]]
         stay = {*found[-recipe.keep:], *before[-1:], *self.job.keepers}
         for at in found:
@@ -489,7 +504,7 @@ class Log:
     def __init__(self, folder: Path, resumed_at: int | None = None, recipe: Recipe | None = None):
         """Goes on with what is there; `resumed_at`: forgets what came after that step. `recipe`: also writes to its
         trackers."""
-        self.path = folder / "log.jsonl"
+        self.path, self.torn = folder / "log.jsonl", False
         if resumed_at is not None:
             self.forget(resumed_at)
         self.events = [entry for entry in self.entries() if "event" in entry]
@@ -517,13 +532,27 @@ class Log:
             if entry in self.events:
                 return  # a resumed run meets again what it met before
             self.events.append(entry)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        self.tell_file(json.dumps(entry))
         numbers = {f"{name}/{part}" if part else name: number for name, value in entry.items() if name != "step"
                    for part, number in (value.items() if isinstance(value, dict) else (("", value),))
                    if isinstance(number, (int, float))}
-        for tell, _ in self.trackers:
-            tell(entry["step"], numbers)
+        for tracker in list(self.trackers):
+            try:
+                tracker[0](entry["step"], numbers)
+            except Exception as error:  # a service that is down must not end the run
+                self.trackers.remove(tracker)
+                tqdm.write(f"warning   a tracker of --log failed and gets no more: {error}", file=sys.stderr)
+
+    def tell_file(self, line: str) -> None:
+        """Appends a line; a full disk costs lines of the log, not the run."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write("\n" * self.torn + line + "\n")
+            self.torn = False
+        except OSError as error:
+            if not self.torn:
+                tqdm.write(f"warning   {self.path} cannot be written ({error}); training goes on without it", file=sys.stderr)
+            self.torn = True  # perhaps in the middle of a line
 
     def close(self) -> None:
         for _, finish in self.trackers:
@@ -577,19 +606,24 @@ def draw_log(run_folder: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    entries = list(Log(run_folder).entries())
+    curve, evals, begins = [], [], {}  # of a long log only what is drawn
+    for e in Log(run_folder).entries():
+        if "loss" in e:
+            curve.append((e["tokens"], e["loss"], e["lr"]))
+            begins.setdefault(e["stage"], e["tokens"])
+        elif "val" in e:
+            evals.append((e["tokens"], e["val"]))
+    tokens, losses, rates = zip(*curve) if curve else ((), (), ())
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    steps = [e for e in entries if "loss" in e]
-    left.plot([e["tokens"] for e in steps], [e["loss"] for e in steps], lw=0.8)
+    left.plot(tokens, losses, lw=0.8)
     left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
     rate = left.twinx()
-    rate.plot([e["tokens"] for e in steps], [e["lr"] for e in steps], color="tab:gray", lw=0.8)
+    rate.plot(tokens, rates, color="tab:gray", lw=0.8)
     rate.set_ylabel("learning rate")
-    for stage in sorted({e["stage"] for e in steps}, key=[e["stage"] for e in steps].index):
-        left.axvline(next(e["tokens"] for e in steps if e["stage"] == stage), color="lightgray", lw=0.8, zorder=0)
-    evals = [e for e in entries if "val" in e]
-    for source in evals[-1]["val"] if evals else ():
-        right.plot([e["tokens"] for e in evals], [e["val"][source] for e in evals], marker=".", label=source)
+    for begin in begins.values():
+        left.axvline(begin, color="lightgray", lw=0.8, zorder=0)
+    for source in evals[-1][1] if evals else ():
+        right.plot([at for at, _ in evals], [scores[source] for _, scores in evals], marker=".", label=source)
     right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte")
     right.legend()
     figure.savefig(run_folder / "loss.png", dpi=120)
@@ -666,8 +700,8 @@ class Guard:
         self.passed_over, self.rewinds = list(old.passed_over), old.rewinds + 1 if near else 1
         if self.rewinds > self.tries:
             raise UserError(f"step {event['step']}: the loss has not come back from the spike at step {event['began']}, and "
-                            f"{self.tries} rewinds did not help, so it is not the data; resume from an earlier checkpoint with "
-                            "a lower --learning_rate or a lower --clip")
+                            f"{self.tries} rewinds did not help, so it is not the data; remove the checkpoints from that step "
+                            "on and --resume with a lower --learning_rate or --clip")
         margin = self.margin * 2 ** (self.rewinds - 1)
         self.passed_over.append([event["began"] - 1 - margin, event["step"] + margin])
         self.tight_until = event["step"] + 2 * margin + self.WINDOW
@@ -838,6 +872,8 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
         tensors = job.load(piece, pieces[(number + 1) % len(pieces)])
         for name, value in job.watch(piece, number == 0, *tensors).items():
             local[name] = local.get(name, 0) + value
+    if watched:  # what was asked for before is not this step's
+        cost.synchronize(device)
     data_seconds, begin = 0.0, time.perf_counter()
     for number, (piece, following) in enumerate(zip(pieces, ahead)):
         waited = time.perf_counter()
@@ -850,7 +886,7 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
             part, extra = job.loss(*tensors)
             for name, value in job.found.items():
                 local[name] = local.get(name, 0) + value
-            if watched and number == 0:  # before the first wait for the others
+            if watched and number == 0 and not job.sharded:  # before the first wait for the others; FSDP waits all along
                 cost.synchronize(device)
                 busy = [torch.full((), (time.perf_counter() - begin) * (i == world.rank), device=device)
                         for i in range(world.size)]
@@ -1196,9 +1232,22 @@ def micro_batch_rows(recipe: Recipe, world: World, device: str) -> int:
             raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a process; the "
                             f"nearest that do are {' and '.join(map(str, sorted(nearest)))}")
         return recipe.micro_batch
-    room, part = (0.6 * torch.cuda.mem_get_info()[0], "total") if device == "cuda" else (2**30, "activations")
-    fit = (n for n in range(1, rows + 1) if rows % n == 0 and cost.training_memory(recipe.model, n, context)[part] <= room)
-    return max(fit, default=1)
+    return max((n for n in range(1, rows + 1) if rows % n == 0 and fits(recipe, n, context, world, device)), default=1)
+
+
+def fits(recipe: Recipe, rows: int, context: int, world: World, device: str) -> bool:
+    """Whether a process can compute so many sequences at once: in 60 % of the GPU's memory, weights and all; on a CPU, with
+    1 GiB of activations, past which a batch is no faster."""
+    memory = cost.training_memory(recipe.model, rows, context, 4 if recipe.dtype == "float32" else 2, device,
+                                  recompute=recipe.activation_checkpointing, shards=shards(recipe, world))
+    if device == "cuda":
+        return memory["total"] <= 0.6 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
+    return memory["activations"] <= 2**30
+
+
+def shards(recipe: Recipe, world: World) -> int:
+    """Into how many parts weights, gradients and moments are divided."""
+    return world.size if recipe.parallel == "fsdp" else 1
 
 
 def load_data(recipe: Recipe, leader: bool) -> tuple[Tokenizer, list[dict[str, Split]]]:
@@ -1389,11 +1438,12 @@ def choose_machine(recipe: Recipe, world: World) -> cost.Machine:
 def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool,
            kind: Callable[..., Pretraining] = Pretraining) -> Pretraining:
     """Checks everything that can be wrong, prints the plan, and returns what is needed to train."""
-    checkpoint = newest_checkpoint(run_folder) if resume else None
+    begun = world.from_first(lambda: newest_checkpoint(run_folder) if resume else
+                             starting_point(recipe.start) if recipe.start else None)
     micro_batch_rows(recipe, world, "cpu")  # an impossible batch is said before any work
     machine = choose_machine(recipe, world)
     tokenizer, sources = load_data(recipe, True) if world.rank == 0 else (None, None)
-    world.agree(None)  # the others wait until the first has made and checked the data
+    world.wait_for_first()  # which makes the data, or checks terabytes of it
     if world.rank:
         tokenizer, sources = load_data(recipe, False)
     splits = [source["train"] for source in sources]
@@ -1419,9 +1469,9 @@ def set_up(recipe: Recipe, world: World, run_folder: Path, resume: bool,
           + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes a token")
     job.memory = max(cost.peak_memory(machine.device), cost.process_memory(  # the search of --minutes may have held more
         recipe.model, job.rows, context, dtype, machine.device, cost.memory_now(),
-        accumulates=job.curriculum.rows > job.rows * world.size, recompute=recipe.activation_checkpointing))
+        job.curriculum.rows > job.rows * world.size, recipe.activation_checkpointing, shards(recipe, world)))
     torch.manual_seed(recipe.seed)
-    job.equip(GPT(recipe.model), checkpoint or (starting_point(recipe.start) if recipe.start else None), resume)
+    job.equip(GPT(recipe.model), begun, resume)
     inputs, _, cu_seqlens = to_device(job.loader.make(0, 0, job.rows), machine.device)
     speed = cost.measure_speed(job.model, inputs, cu_seqlens if recipe.document_mask else None,
                                repeats=3 if job.sharded else 0)  # as often in every process
@@ -1485,10 +1535,9 @@ def check(recipe: Recipe, world: World) -> None:
         verdict(same, f"a save and a load: {saving:.2f} s to save, read back bit for bit")
         end = datetime.now() + timedelta(seconds=job.steps * seconds + saving * job.steps / recipe.save_every)
         print(f"{'end':9} {job.steps:,} steps would end on {end:%Y-%m-%d at %H:%M}, evaluations not counted")
-    finally:
-        world.agree(None)
-        if world.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+        world.agree(None)  # not below: after an error the others are elsewhere
+    finally:  # by whoever is left
+        shutil.rmtree(folder, ignore_errors=True)
     if troubles:
         raise UserError(f"--check found what would end this run: {'; '.join(troubles)}")
 

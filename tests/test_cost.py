@@ -69,9 +69,9 @@ def test_attention_of_windows_and_latents_by_hand():
 
 def test_6n_warns_where_attention_is_not_small():
     config = PRESETS["laptop"]  # 128 wide
-    assert cost.flops_per_token(config, 1536, "6N") == 6 * count_parameters(config)["total"]
-    with pytest.warns(schedule.Extrapolation, match="6ND holds"):
-        cost.flops_per_token(config, 1537, "6N")
+    assert cost.flops_per_token(config, 256, "6N") == 6 * count_parameters(config)["total"]
+    with pytest.warns(schedule.Extrapolation, match="6ND leaves"):
+        cost.flops_per_token(config, 257, "6N")
 
 
 def test_attended_length_by_hand():
@@ -209,6 +209,9 @@ def test_halvings_are_the_lowest_losses_that_are_left(flags, best):
     (["--parameters", "3e9", "--tokens", "6e10"], {"parameters": 3e9, "tokens": 6e10}),
     (["--parameters", "1e9", "--gpu-hours", "2000"], {"parameters": 1e9, "gpu_hours": 2000}),
     (["--tokens", "1e11", "--days", "5"], {"tokens": 1e11, "days": 5}),
+    (["--gpu-hours", "4800", "--days", "10"], {"gpu_hours": 4800, "gpus": 20, "days": 10}),
+    (["--budget", "100000", "--days", "10"], {"gpu_hours": 15823, "gpus": 66, "days": 10}),  # 100,000 / 4 / 1.58 hours
+    (["--budget", "1000", "--price", "3", "--overhead", "0"], {"gpu_hours": 1000 / 3}),
     (["smollm3-3b", "--tokens", "11.14e12", "--gpus", "384", "--mfu", "0.261"],
      {"parameters": 3_075_098_624, "gpu_hours": 221_184, "days": 24}),
     (["gpt-oss-20b", "--gpu-hours", "1e5", "--gpus", "64"], {"parameters": 20.915e9, "gpu_hours": 1e5}),
@@ -258,6 +261,9 @@ def test_smallest_sharding_that_fits():
     (["--parameters", "70e9", "--tokens", "1.4e12", "--gpus", "1"], "nearest that do are --gpus 32"),
     (["--budget", "100", "--gpu-hours", "5"], "give only one of them"),
     (["--parameters", "1e9", "--tokens", "1e9", "--budget", "5"], "two of the three"),
+    (["--budget", "1e12"], "the nearest possible is 3T on"), (["--tokens", "1e16"], "the nearest possible is 3T on"),
+    (["--parameters", "1e9", "--tokens", "1e6"], "nearest possible is --tokens 1e+09"),
+    (["--minutes", "1", "--vocab-size", "1000000000"], "smaller --vocab-size"),
     (["--budget", "1e-9"], "too little"), (["--budget", "100", "--device", "A100"], "--price"),
     (["--minutes", "5", "--budget", "9"], "this machine's time"), (["--tokens", "-1"], "greater than 0"),
     (["--tokens", "1e13", "--gpu-hours", "1"], "leave room for"), ([], "one or two"),

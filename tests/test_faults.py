@@ -403,7 +403,8 @@ def test_a_compiler_that_fails_is_left_out(here, monkeypatch, capsys, part):
     assert losses(Path("runs/eager")) == losses(Path("runs/plain"))
 
 
-def test_one_process_that_dies_takes_the_other_with_it(here):
+@pytest.mark.parametrize("flag", ["--keep=1", "--check"])
+def test_one_process_that_dies_takes_the_other_with_it(here, flag):
     """Process 1 raises, as from a broken disk, while process 0 waits for it in a collective: both end at once, and only the
     true reason is said."""
     Path("broken.py").write_text(f"""
@@ -411,16 +412,69 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 import train
 load = train.Pretraining.load
 def breaks(job, piece, following):
-    if job.world.rank == 1 and job.guard.count == 5:
+    if job.world.rank == 1 and job.guard.count == 1:
         raise train.UserError("the disk of process 1 is gone")
     return load(job, piece, following)
 train.Pretraining.load = breaks
 train.run(train.main)
 """)
     begin = time.time()
-    done = torchrun("broken.py", *TINY, "--tokens", "1e7")
+    done = torchrun("broken.py", *TINY, "--tokens", "1e7", flag)
     assert done.returncode and done.stderr.count("the disk of process 1 is gone") == 1, done.stderr
     assert "Connection closed" not in done.stderr and time.time() - begin < 60
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_not_the_run(here, capsys):
+    """The disk is full from the second line on, in the middle of which it became so, and has room again for the fourth."""
+    log = train.Log(Path("."))
+    log.write(step=1, loss=3.0)
+    with open(log.path, "a") as file:
+        file.write('{"step": 2, "lo')
+    path, log.path = log.path, Path("/dev/full")
+    log.write(step=2, loss=2.9)
+    log.write(step=3, loss=2.8)
+    log.path = path
+    log.write(step=4, loss=2.7)
+    assert [entry["step"] for entry in log.entries()] == [1, 4]
+    assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_the_log_forgets_steps_but_not_events(here):
+    log = train.Log(Path("."))
+    for step in (1, 2, 3):
+        log.write(step=step, loss=1.0)
+        log.write(step=step, event="warning", text=f"at {step}")
+    with open(log.path, "a") as file:
+        file.write('{"step": 4, "lo')  # a killed run
+    again = train.Log(Path("."), 2)
+    again.write(step=3, event="warning", text="at 3")  # met before
+    assert [(e["step"], "event" in e) for e in again.entries()] == [(1, False), (1, True), (2, False), (2, True), (3, True)]
+
+
+def test_a_save_after_damaged_checkpoints_stays(here):
+    """Steps 15 and 20 are damaged, 10 is resumed and stopped at once: the new checkpoint must not be the one that goes."""
+    train.train(recipe("--tokens", "5120", "--save-every", "5", "--keep", "2"), Path("runs/a"))
+    shutil.copytree("runs/a/checkpoints/step-00000020", "runs/a/checkpoints/step-00000010")
+    job = train.set_up(recipe(), train.World(), Path("runs/none"), False)
+    train.Saver(job, Path("runs/a")).rotate(10)
+    assert {"10", "15", "20"} <= {path.name[-2:] for path in Path("runs/a/checkpoints").iterdir()}
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(here, capsys):
+    log = train.Log(Path("."))
+    log.trackers = [(lambda step, numbers: 1 / 0, None)]
+    log.write(step=1, loss=3.0)
+    log.write(step=2, loss=3.0)
+    assert len(list(log.entries())) == 2 and capsys.readouterr().err.count("division by zero") == 1
+
+
+def test_deterministic_trains_experts(here):
+    """Strict mode raises where a kernel has no deterministic form; everything that is used has one, on a CPU at least."""
+    try:
+        train.train(recipe("--tokens", "512", "--deterministic", "true", "--num-experts", "4"), Path("runs/a"))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_slow_processes_and_slow_stretches_are_reported(here, capsys):

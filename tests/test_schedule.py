@@ -202,22 +202,24 @@ def test_fit_finds_a_known_law():
 
 def test_noise_scale_of_a_linear_regression():
     """y = x w + noise, x normal, at distance e from the true weights: an example's gradient x (x e - noise) has mean e and
-    covariance of trace (d + 1) |e|^2 + d sigma^2, so the noise scale is known. Estimated within 15 % from 400 pairs of
-    batches."""
-    d, sigma, small, large, rng = 20, 3.0, 8, 64, np.random.default_rng(0)
-    e = rng.normal(size=d)
-    truth = ((d + 1) * (e @ e) + d * sigma**2) / (e @ e)
-    scale = NoiseScale(0.995)
-    for _ in range(400):
-        x = rng.normal(size=(large, d))
-        gradients = x * (x @ e - sigma * rng.normal(size=large))[:, None]
-        squares = [float(np.sum(gradients[:n].mean(0) ** 2)) for n in (small, large)]
-        estimate = scale.add(*NoiseScale.split(*squares, small, large))
-    assert estimate == pytest.approx(truth, rel=0.15)
+    covariance of trace (d + 1) |e|^2 + d sigma^2, so the noise scale is known. Estimated, as training does, from
+    400 pairs of batches: within 15 % on most of 20 such problems."""
+    d, sigma, small, large, off = 20, 3.0, 8, 64, []
+    for seed in range(20):
+        rng, scale = np.random.default_rng(seed), NoiseScale()
+        e = rng.normal(size=d)
+        truth = ((d + 1) * (e @ e) + d * sigma**2) / (e @ e)
+        for _ in range(400):
+            x = rng.normal(size=(large, d))
+            gradients = x * (x @ e - sigma * rng.normal(size=large))[:, None]
+            squares = [float(np.sum(gradients[:n].mean(0) ** 2)) for n in (small, large)]
+            estimate = scale.add(*NoiseScale.split(*squares, small, large))
+        off.append(estimate / truth - 1)
+    assert np.mean(np.abs(off) < 0.15) > 0.75 and abs(np.median(off)) < 0.05
 
 
 def test_critical_multiple_by_hand():
-    assert schedule.critical_multiple({1: 2.0, 2: 2.005, 4: 2.02, 8: 2.0}, 0.01) == 2  # 8 comes after a failure
+    assert schedule.critical_multiple({1: 2.0, 2: 2.005, 4: 2.02, 8: 2.0}, 0.01) == 8  # whatever 4 does
     assert schedule.critical_multiple({1: 2.0, 2: 1.98, 4: 1.995}, 0.01) == 2  # within epsilon of the best smaller one
     assert schedule.critical_multiple({1: 2.0, 2: 1.9, 4: 1.9}, 0.01) == 4
 
