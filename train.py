@@ -784,7 +784,7 @@ class Job:
                 fully_shard(part, mp_policy=policy)
         self.model = self.parallel = model.to(device)
         self.optimizer = schedule_.build_optimizer(model, recipe.learning_rate, recipe.weight_decay,
-                                                   (recipe.beta1, recipe.beta2), recipe.eps, recipe.optimizer)
+                                                   (recipe.beta1, recipe.beta2), recipe.eps, recipe.optimizer, self.machine.dtype)
         self.guard = Guard(recipe.guard, recipe.rewind_tries, recipe.spike_margin, device)
         if begun:
             guard = load_checkpoint(begun, model, self.optimizer)
