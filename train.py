@@ -532,7 +532,7 @@ class Log:
             if entry in self.events:
                 return  # a resumed run meets again what it met before
             self.events.append(entry)
-        self.tell_file(json.dumps(entry))
+        self.append(json.dumps(entry))
         numbers = {f"{name}/{part}" if part else name: number for name, value in entry.items() if name != "step"
                    for part, number in (value.items() if isinstance(value, dict) else (("", value),))
                    if isinstance(number, (int, float))}
@@ -543,7 +543,7 @@ class Log:
                 self.trackers.remove(tracker)
                 tqdm.write(f"warning   a tracker of --log failed and gets no more: {error}", file=sys.stderr)
 
-    def tell_file(self, line: str) -> None:
+    def append(self, line: str) -> None:
         """Appends a line; a full disk costs lines of the log, not the run."""
         try:
             with open(self.path, "a", encoding="utf-8") as file:
