@@ -881,7 +881,7 @@ class Curriculum:
                                 f"sequences of {length:,}; the nearest that do are {self.batch_tokens // length * length:,} and "
                                 f"{-(-self.batch_tokens // length) * length:,}")
             for split in sources:
-                if len(split.tokens) <= length:
+                if packing == "concat" and len(split.tokens) <= length:
                     raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of {length}; "
                                     "give more text or a shorter --max_position_embeddings")
         self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}

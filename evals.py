@@ -51,10 +51,14 @@ class Score(NamedTuple):
     chance: float = math.nan
 
     @classmethod
-    def of(cls, values: Iterable[float], chance: float = math.nan) -> "Score":
-        """Standard error: the sample's deviation (n - 1) over sqrt(n)."""
+    def of(cls, values: Iterable[float], chance: float = math.nan, groups: list[str] | None = None) -> "Score":
+        """Standard error: sqrt(G / (G - 1) sum over groups of (their summed deviations)^2) / n, which without `groups`
+        (every value one of its own) is the sample's deviation over sqrt(n). Questions about the same thing in other words
+        are no independent ones: `groups` names what each is about (cluster-robust errors; Miller 2024)."""
         x = np.asarray(list(values), np.float64)
-        return cls(float(x.mean()), float(x.std(ddof=1) / math.sqrt(len(x))) if len(x) > 1 else math.nan, len(x), chance)
+        sums = np.bincount(np.unique(groups, return_inverse=True)[1] if groups else np.arange(len(x)), x - x.mean())
+        error = math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(x) if len(sums) > 1 else math.nan
+        return cls(float(x.mean()), error, len(x), chance)
 
     def __str__(self) -> str:
         beside = "" if math.isnan(self.chance) else f"   chance {self.chance:.3f}"
@@ -143,6 +147,7 @@ class Example(NamedTuple):
     context: str
     choices: tuple[str, ...]
     answer: int  # which choice is right
+    about: str = ""  # examples about the same thing are one draw for the standard error; "": about their context
 
 
 @dataclass
@@ -208,9 +213,10 @@ def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[Task], opening: list[
     opening, scores = [tokenizer.eos_id] if opening is None else opening, {}
     for task in tasks:
         examples = task.examples[:limit or None]
+        groups = [e.about or e.context for e in examples]
         if task.kind == "exact":
             pairs = [encode_pair(tokenizer, opening, e.context, spaced(e.context, e.choices[e.answer])) for e in examples]
-            scores[task.name] = Score.of((exact for _, exact in log_likelihoods(model, pairs)), task.chance)
+            scores[task.name] = Score.of((exact for _, exact in log_likelihoods(model, pairs)), task.chance, groups)
             continue
         asked = [as_letters(e) for e in examples] if task.kind == "letters" else examples
         pairs = [encode_pair(tokenizer, opening, e.context, spaced(e.context, c)) for e in asked for c in e.choices]
@@ -218,7 +224,7 @@ def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[Task], opening: list[
         for e in asked:
             by_character = [next(found)[0] / len(choice.strip()) for choice in e.choices]
             right.append(float(np.argmax(by_character) == e.answer))
-        scores[task.name] = Score.of(right, task.chance)
+        scores[task.name] = Score.of(right, task.chance, groups)
     return scores
 
 
@@ -239,38 +245,38 @@ def generation_accuracy(model: GPT, tokenizer: Tokenizer, prompts: list[list[int
 # Made from a seed and from held-out documents, so that they need no network; `texts` are those documents by source.
 
 
-def shuffled(rng: random.Random, context: str, right: str, wrong: list[str]) -> Example:
+def shuffled(rng: random.Random, context: str, right: str, wrong: list[str], about: str = "") -> Example:
     choices = rng.sample([right, *wrong], 1 + len(wrong))
-    return Example(context, tuple(choices), choices.index(right))
+    return Example(context, tuple(choices), choices.index(right), about)
 
 
-def held_out_problems(kinds: str) -> Iterator[tuple[str, str]]:
-    """(question up to "Answer:", worked answer) of the math source's held-out problems, one of each kind of number."""
+def held_out_problems(kinds: str) -> Iterator[tuple[str, str, str]]:
+    """(question up to "Answer:", worked answer, the problem without its story) of the math source's held-out problems."""
     for key, problem in data_.generated_math(40_000, seed=1):
         if uniform(key) < HELD_OUT and any(sign in key for sign in kinds):
             question, _, answer = problem.rstrip("\n").partition("Answer:")
-            yield question + "Answer:", answer
+            yield question + "Answer:", answer, key
 
 
 def arithmetic(texts: dict[str, list[str]], count: int) -> list[Example]:
     """Which worked answer belongs to the question: its own, or those of three others of the same kind?"""
     rng, found = random.Random(0), list(dict.fromkeys(held_out_problems("+-*")))
-    answers = {sign: [a for q, a in found if f" {sign} " in a.split(".")[-2]] for sign in "+-*"}
+    answers = {sign: [a for q, a, _ in found if f" {sign} " in a.split(".")[-2]] for sign in "+-*"}
     examples = []
-    for question, answer in found[:count]:
+    for question, answer, key in found[:count]:
         others = answers[next(sign for sign in "+-*" if f" {sign} " in answer.split(".")[-2])]
-        examples.append(shuffled(rng, question, answer, rng.sample([a for a in others if a != answer], 3)))
+        examples.append(shuffled(rng, question, answer, rng.sample([a for a in others if a != answer], 3), key))
     return examples
 
 
 def carry(texts: dict[str, list[str]], count: int) -> list[Example]:
     """The result of a sum whose steps are written out: the right one, or one with a digit that is off by one."""
     rng, examples = random.Random(0), []
-    for question, answer in dict.fromkeys(held_out_problems("+")):
+    for question, answer, key in dict.fromkeys(held_out_problems("+")):
         steps, _, result = answer.rstrip(".").rpartition(" = ")
         if len(result) > 1 and len(examples) < count:
             near = {str(int(result) + sign * 10**i) for i in range(len(result)) for sign in (1, -1)}
-            examples.append(shuffled(rng, question + steps + " =", result, rng.sample(sorted(near), 3)))
+            examples.append(shuffled(rng, question + steps + " =", result, rng.sample(sorted(near), 3), key))
     return examples
 
 
@@ -371,6 +377,12 @@ def recall(model: GPT, tokenizer: Tokenizer, texts: dict[str, list[str]], length
     rng, opening = random.Random(0), [tokenizer.eos_id] if opening is None else opening
     lines = [tokenizer.encode(line + "\n") for source in texts.values() for text in source for line in text.split("\n")]
     longest = max(len(tokenizer.encode(f" {value}.")) for value in data_.VALUES)
+    if not lines:
+        raise UserError("recall hides its notes in held-out text, of which this data has none; name other data with --data")
+    asked = len(opening) + longest + max(len(tokenizer.encode(data_.note_question(key))) for key in data_.KEYS)
+    asked += notes * (longest + max(len(tokenizer.encode(data_.note(key, ""))) for key in data_.KEYS))
+    if not (lengths := [length for length in lengths if length > asked]):
+        raise UserError(f"recall needs a context of more than {asked} tokens with this tokenizer")
     table: dict[int, dict[float, Score]] = {}
     bar = tqdm(total=len(lengths) * len(DEPTHS), desc="recall", leave=False, delay=2, disable=None)
     for length in lengths:
@@ -544,6 +556,8 @@ def harness_model(model: GPT, tokenizer: Tokenizer, prompter: Prompter):
             for request in tqdm(requests, desc="generating", leave=False, delay=2, disable=None):
                 prompt, options = request.args
                 limit, until = options.get("max_gen_toks", 256), options.get("until") or []
+                limit = min(limit, model.config.max_position_embeddings // 2)  # the other half is for the prompt
+                until = [until] if isinstance(until, str) else until
                 ids = prompter.text(prompt)[limit - model.config.max_position_embeddings:]
                 made = continue_all(model, [ids], limit, temperature=options.get("temperature", 0.0), stop=prompter.stop,
                                     vocab_size=tokenizer.vocab_size)
@@ -564,8 +578,9 @@ def harness(model: GPT, tokenizer: Tokenizer, prompter: Prompter, tasks: list[st
     for task, metrics in found["results"].items():
         n = found["n-samples"].get(task, {}).get("effective", 0)
         for metric, value in metrics.items():
-            if metric.endswith(",none") and not metric.removesuffix(",none").endswith("_stderr"):
-                error = metrics.get(metric.removesuffix(",none") + "_stderr,none")
+            name, comma, kept = metric.partition(",")  # kept: which part of an answer counts, such as gsm8k's strict-match
+            if comma and not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr,{kept}")
                 error = error if isinstance(error, float) else math.nan
                 scores[f"{task}/{metric.removesuffix(',none')}"] = Score(value, error, n)
     return scores
@@ -616,7 +631,9 @@ def main() -> None:
     else:
         found = {name: score._asdict() for name, score in report(Path(args.run[0]), names, args).items()}
     if args.json:
-        print(json.dumps(found), file=out)
+        known = {name: {part: None if isinstance(value, float) and math.isnan(value) else value  # JSON has no NaN
+                        for part, value in about.items()} for name, about in found.items()}
+        print(json.dumps(known), file=out)
 
 
 def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str, Score]:

@@ -28,6 +28,7 @@ other way round). RL: without an overlong penalty the answers' length exploded.
 import argparse
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import random
@@ -57,7 +58,9 @@ from tokenizer import HELD_OUT, Parser, Tokenizer, UserError, opened, run, unifo
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
 # {"kind", "prompt", "reply", "answer"}. What is held out is decided by the hash of the problem itself, for arithmetic the
-# same one that the pre-training data goes by: no held-out problem was ever trained on, in any stage.
+# same one that the pre-training data goes by: no held-out sum was ever trained on, in any stage. (The functions of
+# `instructions` stand in the code that a base model reads; the orders about the held-out ones do not.) "about": what a
+# problem asks without its story, since the same sum in other words is no independent question.
 
 
 def arithmetic(seed: int, held_out: bool) -> Iterator[dict]:
@@ -65,7 +68,8 @@ def arithmetic(seed: int, held_out: bool) -> Iterator[dict]:
     for key, text in data_.generated_math(10**9, seed):
         question, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
         if (uniform(key) < HELD_OUT) == held_out and max(map(int, re.findall(r"\d+", question))) < 100:
-            yield {"kind": "arithmetic", "prompt": question, "reply": reply, "answer": re.findall(r"\d+", reply)[-1]}
+            yield {"kind": "arithmetic", "prompt": question, "reply": reply, "answer": re.findall(r"\d+", reply)[-1],
+                   "about": key}
 
 
 def lookups(seed: int, held_out: bool) -> Iterator[dict]:
@@ -78,7 +82,7 @@ def lookups(seed: int, held_out: bool) -> Iterator[dict]:
         passage = " ".join(f"{p} has {n} {t}." for p, t, n in zip(people, things, numbers))
         if (uniform(passage) < HELD_OUT) == held_out:
             yield {"kind": "lookup", "prompt": f"{passage} How many {what} does {who} have?",
-                   "reply": f"{who} has {many} {what}.", "answer": str(many)}
+                   "reply": f"{who} has {many} {what}.", "answer": str(many), "about": passage}
 
 
 FUNCTION = re.compile(r"^ *def ([a-z]\w*)\(([a-z_]\w*(?:, [a-z_]\w*){0,2})\):", re.MULTILINE)
@@ -96,7 +100,7 @@ def instructions(seed: int, held_out: bool) -> Iterator[dict]:
             (f"Write the first line of a Python function {name} with the arguments {listed}.", line),
             (f"Which arguments does this function take? {line}", listed),
             (f"What is the name of this function? {line}", name)])
-        yield {"kind": "instruction", "prompt": prompt, "reply": reply, "answer": reply}
+        yield {"kind": "instruction", "prompt": prompt, "reply": reply, "answer": reply, "about": name}
 
 
 SFT_PROBLEMS = 16_000  # of arithmetic; a fifth as many of each other kind
@@ -158,7 +162,8 @@ def parse_row(row: dict, form: str) -> dict:
             raise ValueError
         return {"messages": messages}
     if form == "grpo":
-        return row | {"prompt": turns(row["prompt"], "user")}
+        turns(row["prompt"], "user")  # checked; the reward sees the line as it is
+        return row
     chosen, rejected = turns(row["chosen"], "assistant"), turns(row["rejected"], "assistant")
     if "prompt" in row:
         prompt = turns(row["prompt"], "user")
@@ -188,14 +193,17 @@ def read_rows(files: str, form: str) -> list[dict]:
 
 
 def held_out_rows(rows: list[dict], where: str) -> tuple[list[dict], list[dict]]:
-    """(train, held out) by the hash of what is asked, so that no question is on both sides; at least one on each."""
+    """(train, held out) by the hash of what is asked, so that no question is on both sides: HELD_OUT of them, and of few at
+    least 30, or a fifth, or one."""
     def key(row):
-        return uniform(json.dumps(row["prompt"] if "prompt" in row else row["messages"][0]))
+        asked = itertools.takewhile(lambda message: message["role"] != "assistant", row.get("messages", ()))
+        return uniform(json.dumps(row["prompt"] if "prompt" in row else list(asked)))
 
-    if len({key(row) for row in rows}) < 2:
+    keys = sorted({key(row) for row in rows})
+    if len(keys) < 2:
         raise UserError(f"{where} has {len(rows)} line(s) with fewer than 2 different prompts, and one must be held out; "
                         "give more")
-    limit = max(HELD_OUT, np.nextafter(min(map(key, rows)), 1))
+    limit = max(HELD_OUT, np.nextafter(keys[max(1, min(30, len(keys) // 5)) - 1], 1))
     return [row for row in rows if key(row) >= limit], [row for row in rows if key(row) < limit]
 
 
@@ -342,7 +350,7 @@ def reward_of(reward: Callable[[dict, str], float], problem: dict, answer: str) 
         return value
     except Exception as error:
         raise UserError(f"the reward function failed ({type(error).__name__}: {error}) on the answer {answer!r} to "
-                        f"{problem!r}; correct it and go on with --resume") from None
+                        f"{problem!r}; correct it and start again, or go on with --resume where the run has a checkpoint") from None
 
 
 # ---- merging --------------------------------------------------------------------------------------------------
@@ -468,7 +476,7 @@ def copy_chat_format(source: Path, folder: Path) -> None:
     """Keeps a Hugging Face model's template and stop tokens beside what was trained from it, for sample.Prompter."""
     if not (source / "tokenizer_config.json").exists():
         return
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
+    for name in train.CHAT_FORMAT[:2]:
         if (source / name).exists():
             shutil.copy(source / name, folder)
     ends = sorted(Prompter(source, Tokenizer.load(source)).stop)
@@ -485,14 +493,14 @@ def shuffled(first: int, count: int, n: int, seed: int) -> np.ndarray:
 class PostJob(train.Job):
     """What the three methods share: the start, the rate, and the scores before and after."""
 
-    command = "python posttrain.py"
+    command, onward = "python posttrain.py", "python posttrain.py apo"
 
     def __init__(self, recipe: PostRecipe, world: train.World, machine, tokenizer: Tokenizer):
         super().__init__(recipe, world, machine, tokenizer)
         self.prompter, self.before, self.history = Prompter(recipe.start, tokenizer), {}, {}
         self.context = recipe.model.max_position_embeddings
         fit = (n for n in range(1, 257) if train.fits(recipe, n, self.context, world, machine.device))
-        self.rows = recipe.micro_batch or max(fit, default=1)  # sequences computed at once
+        self.rows = world.agree(recipe.micro_batch or max(fit, default=1))  # sequences computed at once
         kinds = PROBLEMS if recipe.method == "sft" else ("arithmetic",)
         self.tests = {} if recipe.data else {
             kind: problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, held_out=True) for kind in kinds}
@@ -550,22 +558,27 @@ class PostJob(train.Job):
         self.model.train()
         if step == 0:
             self.before = found
-        lines, now = [f"step {step:,}, held out:"], {name: Score.of(values) for name, values in found.items()}
-        for name, score in now.items():
-            line = f"  {name:20} {score.mean:.3f} ± {score.stderr:.3f}   n {score.n:,}"
+        about = {kind: [row.get("about") or json.dumps(row["prompt"]) for row in rows] for kind, rows in self.tests.items()}
+
+        def score(name: str, values) -> Score:
+            return Score.of(values, groups=about.get(name.split(",")[0]))
+
+        lines, now = [f"step {step:,}, held out:"], {name: score(name, values) for name, values in found.items()}
+        for name, of in now.items():
+            line = f"  {name:20} {of.mean:.3f} ± {of.stderr:.3f}   n {of.n:,}"
             if step and name in self.before:
-                then, change = Score.of(self.before[name]), Score.of(np.subtract(found[name], self.before[name]))
+                then, change = (score(name, x) for x in (self.before[name], np.subtract(found[name], self.before[name])))
                 line += (f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± {change.stderr:.3f}"
                          + (f" ({change.mean / change.stderr:+.1f} standard errors)" if change.stderr > 0 else ""))
             lines.append(line)
         if step and self.before:
-            lines.append("  (± is one standard error; that of a change is paired: the same questions before and after)")
+            lines.append("  (± is one standard error, in which questions about the same numbers count as one; that of a change "
+                         "is paired: the same questions before and after)")
         elif self.recipe.method == "sft" and self.tests:
             lines.append("  (before: as text to continue, 'Question: ... Answer:', the form of the pre-training data)")
         tqdm.write("\n".join(lines) + "\n", file=sys.stdout)
         sys.stdout.flush()
-        return {"val": {name: score.mean for name, score in now.items()},
-                "stderr": {name: score.stderr for name, score in now.items()}}
+        return {"val": {name: of.mean for name, of in now.items()}, "stderr": {name: of.stderr for name, of in now.items()}}
 
     def begin(self, log: train.Log | None, resume: bool) -> None:
         if log:
@@ -603,7 +616,7 @@ class SFT(PostJob):
             self.splits[name] = [conversation_split(name, side, tokenizer) for side in made]
         train_splits = [split for split, _ in self.splits.values()]
         tokens = recipe.epochs * sum(len(split.tokens) for split in train_splits)
-        self.rows = train.micro_batch_rows(recipe, world, machine.device)
+        self.rows = world.agree(train.micro_batch_rows(recipe, world, machine.device))
         self.curriculum = data_.Curriculum(train_splits, [data_.Stage("sft", tokens, {})], self.context,
                                            recipe.batch_tokens // self.context, recipe.seed, "best-fit")
         self.loader = train.Loader(self.curriculum, machine.device)
@@ -636,7 +649,7 @@ class SFT(PostJob):
     def held_out_loss(self, split: Split) -> list[float]:
         """Mean loss of each held-out conversation's trained tokens."""
         losses = []
-        for begin, end in zip(split.starts, split.starts[1:]):
+        for begin, end in list(zip(split.starts, split.starts[1:]))[:self.recipe.eval_problems]:
             tokens, labels = (torch.from_numpy(x[begin:end])[None].to(self.machine.device)
                               for x in (split.tokens, split.labels))
             losses.append(cross_entropy(self.model(tokens[:, :-1]), labels[:, 1:]).item() / (labels >= 0).sum().item())
@@ -671,11 +684,12 @@ class Preferences(PostJob):
         """Makes the built-in pairs, the reference and the number of steps; a resumed run has the first two in its folder."""
         file, world = self.folder / "pairs.jsonl", self.world
         if self.sides is None:
-            if log and not file.exists():
-                text = "".join(json.dumps(row) + "\n" for row in self.own_pairs())
-                file.with_suffix(".partial").write_text(text, "utf-8")
-                file.with_suffix(".partial").replace(file)
-            world.agree(None)
+            if world.agree(not file.exists()):
+                text = "".join(json.dumps(row) + "\n" for row in self.own_pairs())  # in every process: FSDP needs all of them
+                if log:
+                    file.with_suffix(".partial").write_text(text, "utf-8")
+                    file.with_suffix(".partial").replace(file)
+            world.wait_for_first()
             self.sides = held_out_rows(read_rows(str(file), "dpo"), str(file))
         self.pairs, self.held = ([self.sequences(row) for row in tqdm(side, "encode", leave=False, delay=1)]
                                  for side in self.sides)
@@ -705,6 +719,9 @@ class Preferences(PostJob):
             texts = list(dict.fromkeys(ended))
             right, wrong = ([text for text in texts if correct(row, text) == value] for value in (1.0, 0.0))
             found += [{"prompt": row["prompt"], "chosen": a, "rejected": b} for a, b in zip(right, wrong)]
+        if len({pair["prompt"] for pair in found}) < 2:
+            raise UserError("the start answers no two problems both rightly and wrongly, so there are no pairs to prefer; begin "
+                            "with a model that has seen SFT: python posttrain.py sft RUN")
         return found
 
     def sequences(self, row: dict) -> list[tuple[list[int], list[int]]] | None:
@@ -807,7 +824,8 @@ class GRPO(PostJob):
         self.bunch = math.gcd(recipe.prompts, 8)
         last = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         ids, mask = self.prompter.conversation(last)
-        self.end = [i for i, m in zip(ids, mask) if m][-1]  # the token that ends a turn
+        said = [i for i, m in zip(ids, mask) if m]
+        self.end = ([i for i in said if i in self.prompter.stop] or said)[-1]  # the token that ends a turn
         self.reference_model = from_pretrained(recipe.start).eval().to(machine.device) if recipe.kl else None
         if self.reference_model:
             self.reference_model.compute_dtype = machine.dtype

@@ -362,6 +362,9 @@ def load_checkpoint(folder: Path, model: GPT, optimizer: torch.optim.Optimizer) 
     return guard
 
 
+CHAT_FORMAT = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+
 class Saver:
     """Writes a job's checkpoints and removes old ones; with --async_save true beside the training, from a copy."""
 
@@ -433,6 +436,9 @@ class Saver:
                 for name, content in small.items():
                     (partial / name).write_text(json.dumps(content, indent=1), "utf-8")
                 job.tokenizer.save(partial)
+                for name in CHAT_FORMAT:  # of the Hugging Face folder that posttrain.py began with
+                    if (job.folder / name).exists():
+                        shutil.copy(job.folder / name, partial)
             return {}
 
         def publish() -> dict:
@@ -759,7 +765,7 @@ class Job:
     """Everything that a run works with. Subclasses say what a batch is, what its loss is, and how it is judged;
     posttrain.py has more of them. Nothing of it but weights, moments and the guard changes from step to step."""
 
-    command = "python train.py"
+    command, onward = "python train.py", "python train.py --start"
 
     def __init__(self, recipe: Recipe, world: World, machine: cost.Machine, tokenizer: Tokenizer):
         self.recipe, self.world, self.machine, self.tokenizer = recipe, world, machine, tokenizer
@@ -971,7 +977,7 @@ def run_job(job: Job, run_folder: Path, resume: bool = False) -> dict:
         log = Log(run_folder, job.first, recipe)
     job.begin(log, resume)
     if resume and job.first >= job.steps:
-        print(f"finished  all {job.steps:,} steps are done; a new run can begin with these weights: --start {run_folder}")
+        print(f"finished  all {job.steps:,} steps are done; a new run can begin with these weights: {job.onward} {run_folder}")
     saver, meter = Saver(job, run_folder), Meter(job, log)
     if not resume:
         saver.save(0, must=True)  # proves that the disk works before anything is lost

@@ -94,6 +94,8 @@ def test_cloze_and_letters_by_hand():
 def test_standard_errors_by_hand():
     assert Score.of([1, 0, 0, 1])[:3] == pytest.approx((0.5, math.sqrt((4 * 0.25 / 3) / 4), 4))
     assert math.isnan(Score.of([1]).stderr)
+    twice = Score.of([1, 1, 0, 0, 0, 0, 1, 1], groups=list("aabbccdd"))  # every question asked in two wordings
+    assert twice.stderr == pytest.approx(Score.of([1, 0, 0, 1]).stderr) and twice.n == 8
 
 
 def test_batches_of_prompts_of_any_length_equal_one_at_a_time():
@@ -182,7 +184,7 @@ def test_what_evaluations_ask_was_never_trained_on(monkeypatch):
     split = {uniform(key) < HELD_OUT: set() for key in "ab"} | {True: set(), False: set()}
     for key, text in d.generated_math():
         split[uniform(key) < HELD_OUT].add(text.split("Answer:")[0])
-    problems = {q.removesuffix("Answer:") for q, _ in evals.held_out_problems("+-*")}
+    problems = {q.removesuffix("Answer:") for q, *_ in evals.held_out_problems("+-*")}
     assert problems and not problems & split[False]
     for e in evals.carry({}, 100):
         *_, a, b = e.context.removesuffix(" =").rpartition("So ")[2].split(" + ")

@@ -357,7 +357,7 @@ def test_grpo_learns_what_is_rewarded(here):
 
 def grpo_job(here, size: int = 1, rank: int = 0, *more: str) -> p.GRPO:
     chosen = recipe("grpo", "--prompts", "8", *more)
-    world = SimpleNamespace(size=size, rank=rank, sum=lambda tensor: tensor)
+    world = SimpleNamespace(size=size, rank=rank, sum=lambda tensor: tensor, agree=lambda value: value)
     return p.GRPO(chosen, world, SimpleNamespace(device="cpu", dtype=torch.float32), Tokenizer.load("base"))
 
 
@@ -406,7 +406,7 @@ def test_grpo_probabilities_are_those_of_the_policy_that_sampled(here):
 def test_a_change_is_judged_by_the_same_questions(here, capsys):
     """1 of 4 questions turns from wrong to right: 0.25 with a standard error of 0.25, not that of two scores apart."""
     job = grpo_job(here)
-    job.model = tiny(TOKENIZER.vocab_size)
+    job.model, job.tests = tiny(TOKENIZER.vocab_size), {}
     for step, values in ((0, [1.0, 0, 0, 1]), (9, [1.0, 1, 0, 1])):
         job.scores = lambda step: {"reward": values}
         job.evaluate(step, True)
@@ -444,6 +444,8 @@ def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
     assert prompter.template == template and TOKENIZER.control("<|im_end|>") in prompter.stop
     assert prompter.chat(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]
     assert call(sample.main, "runs/hf-sft", "--chat", "--prompt", "hi", "--max-tokens", "3").returncode == 0
+    start = p.parse(["grpo", "runs/hf-sft"])[1].start  # the next stage's prompts are the template's too
+    assert Prompter(start, TOKENIZER).template == template and Prompter(start, TOKENIZER).stop == prompter.stop
 
 
 @pytest.mark.parametrize("words, said", [
