@@ -271,6 +271,10 @@ class Seen:
             self.runs.pop(0)
         return new
 
+    def forget(self, hashes: np.ndarray) -> None:
+        """Takes back hashes of documents that were read ahead and are not stored."""
+        self.runs = [left for run in self.runs if len(left := run[~np.isin(run, hashes)])]
+
 
 def repeats_spans(ids: np.ndarray, starts: np.ndarray, times: int = 32, longest: int = 13) -> np.ndarray:
     """Which documents hold a span of 1 to 13 tokens 32 or more times in a row, the playbook's filter (after OLMo 2).
@@ -334,6 +338,7 @@ def encode_job(job: Job, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, 
     """ids [N] of all documents, each opened by EOS; starts [D + 1]; and which documents repeat a span too often [D]."""
     eos = np.array([tokenizer.eos_id], np.uint32)
     parts = [tokenizer.encode_array(text) for text in job.texts]
+    job.texts.clear()  # a shard's text would take more memory than its tokens
     starts = np.cumsum([0, *(1 + len(part) for part in parts)])
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     ids = np.concatenate([x for part in parts for x in (eos, part)] or [eos[:0]]).astype(dtype)
@@ -352,7 +357,7 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
     if (folder / "meta.json").exists():
         return
     position = tuple(shards[-1]["position"]) if shards else None
-    workers, queue, pending, tokens = os.cpu_count() or 1, deque(), [], sum(shard["train"]["tokens"] for shard in shards)
+    workers, queue, pending, tokens = os.cpu_count() or 1, deque(), [], sum(shard["read"] for shard in shards)
     jobs = read_jobs(source, position, seen, limit)
     with (ThreadPoolExecutor(workers) as pool,
           tqdm(total=source.size or None, initial=shards[-1]["done"] if shards else 0, unit="B", unit_scale=True,
@@ -369,8 +374,13 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
             if sum(starts[-1] for _, _, starts, _ in pending) >= SHARD_TOKENS:
                 shards.append(write_shard(folder, len(shards), pending, seed))
                 pending = []
-        for _, future in queue:
+        for job, future in queue:
             future.cancel()
+            seen.forget(job.hashes)
+        nothing_held = not any(s["val"]["documents"] for s in shards) and not any(job.held.any() for job, *_ in pending)
+        if max_tokens and pending and nothing_held:  # of a long text file it would have been the end
+            held = pending[-1][0].held
+            held[-max(1, round(HELD_OUT * len(held))):] = True
         if pending:
             shards.append(write_shard(folder, len(shards), pending, seed))
     finish_source(folder, shards, tokenizer, seed)
@@ -385,7 +395,7 @@ def write_shard(folder: Path, number: int, pending: list[tuple], seed: int) -> d
     ids, bad, held, sizes, hashes = (np.concatenate(x) for x in (
         ids, bad, [j.held for j in jobs], [j.sizes for j in jobs], [j.hashes for j in jobs]))
     dropped = sum((job.dropped for job in jobs), Counter({"repeated spans": int(bad.sum())}))
-    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped}
+    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped, "read": int(offsets[-1])}
     order, written = np.random.default_rng([seed, number]).permutation(len(begins)), []
     try:
         for split, wanted in (("train", ~held & ~bad), ("val", held & ~bad)):
@@ -563,6 +573,7 @@ def look(source: Source | Listed) -> tuple[float, list[str], float]:
         raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out; give more text (a text file "
                         f"is cut into documents every {LONGEST_PIECE:,} bytes)")
     ratio = size / source.done if source.done > 2**20 else 1.0  # the start of a file is read in blocks
+    source.dropped = Counter()  # what is left out is counted when all is read
     return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0), texts, ratio
 
 
@@ -594,18 +605,20 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
             share = sample_bytes / len(sources)
             tokenizer = train_bpe((text for source, limit in zip(sources.values(), limits)
                                    for text in source.sample(share, limit)), vocab_size)
-        check_disk(sources, texts, ratios, tokenizer, out)
+        check_disk(sources, texts, ratios, tokenizer, out, max_tokens)
         tokenizer.save(partial)
         _write(partial / "task.json", np.frombuffer(json.dumps({"task": task, "limits": limits}).encode(), np.uint8))
     seen = Seen()
     try:
         for (name, source), limit in zip(sources.items(), limits):
             write_source(partial / name, source, tokenizer, seen, limit, seed, max_tokens)
-        for pattern in ("*/shard-*", "*/*.lengths", "task.json"):  # meta.json says it all
-            for path in partial.glob(pattern):
-                path.unlink()
         partial.rename(out)
+        for pattern in ("*/shard-*", "*/*.lengths", "task.json"):  # meta.json says it all
+            for path in out.glob(pattern):
+                path.unlink()
     except BaseException as error:
+        if out.exists() and not partial.exists():
+            raise  # only leftovers were still there
         if not any(partial.glob("*/shard-*.json")):
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -617,12 +630,14 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
     return tokenizer
 
 
-def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float], tokenizer: Tokenizer, out: Path) -> None:
+def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float], tokenizer: Tokenizer, out: Path,
+               max_tokens: float) -> None:
     """Prints how much disk the token files will need; UserError if there is less."""
     need = 0.0
     for source, sample, ratio in zip(sources.values(), texts, ratios):
         text = "".join(sample)
-        need += source.size * ratio * len(tokenizer.encode_array(text)) / len(utf8(text))
+        tokens = source.size * ratio * len(tokenizer.encode_array(text)) / len(utf8(text))
+        need += min(tokens, max_tokens or tokens)
     need *= 2 if tokenizer.vocab_size <= 2**16 else 4
     there = next(parent for parent in (out.absolute().parent, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
@@ -1004,7 +1019,7 @@ def show(data: str, context: int = 2048, documents: int = 2) -> None:
             print(f"{strategy:10}{row['rows']:>12,}{row['utilisation']:>13.1%}{row['dropped']:>10.1%}{row['cut']:>10.1%}"
                   f"{row['mean_square']:>25,.0f}")
         print("tokens a document " + histogram(lengths[folder.name]))
-        for start, end in list(zip(split.starts, split.starts[1:]))[:documents]:
+        for start, end in zip(split.starts[:documents], split.starts[1:documents + 1]):
             text = tokenizer.decode(split.tokens[start + 1:min(end, start + 60)].tolist())
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
     path = Path(data.split(",")[0]) / "document-lengths.png"
@@ -1057,6 +1072,8 @@ def main() -> None:
     p.add_argument("--context", type=int, default=2048, help="tokens of a sequence")
     args = parser.parse_args()
     if args.command == "show":
+        if args.context < 1:
+            raise UserError(f"--context {args.context} is no length of a sequence; give 1 or more, such as 2048")
         return show(args.data, args.context)
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     if not args.sources:

@@ -598,6 +598,9 @@ class Source:
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
         """All documents, or those behind `position`. UserError where a file that was named cannot be read."""
         names, self.done = list(self.files), 0
+        if position and position[0] not in self.files:
+            raise UserError(f"{self.where} no longer holds {position[0]}, which was being read; put it back, or remove the "
+                            "unfinished preparation")
         first = names.index(position[0]) if position and position[0] in self.files else 0
         for name in names[:first]:
             self.done += self.files[name].stat().st_size
@@ -709,6 +712,7 @@ def read_jsonl(file: Path, text_key: str, offset: int, dropped: Counter) -> Iter
             elif line.strip():
                 try:
                     text = json.loads(line)[text_key]
+                    text = "" if text is None else text  # an empty document, as in parquet
                 except (ValueError, KeyError, TypeError, RecursionError):
                     text = None
                 if not isinstance(text, str):
@@ -763,7 +767,7 @@ def read_parquet(file: Path, text_key: str, offset: int, dropped: Counter) -> It
                                 raise UserError(f"the column {text_key} of {file} is no text: choose another with "
                                                 "--text-key")
                             yield text or "", None, row, size * row // rows
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{file} cannot be read behind row {row} ({reason}): check the file or leave it out") from None
 
@@ -776,6 +780,7 @@ def stream_hub(name: str, text_key: str, offset: int, dropped: Counter) -> Itera
         raise UserError(f"hf:{name} needs a package that is missing: pip install datasets") from None
     path, config, split = (name.split(":") + ["", ""])[:3]
     try:
+        done = 0  # bytes of text; the size of the whole is not told
         rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
         for row in rows.skip(offset) if offset else rows:
             offset += 1
@@ -786,7 +791,8 @@ def stream_hub(name: str, text_key: str, offset: int, dropped: Counter) -> Itera
             if len(row[text_key] or "") >= LONGEST_LINE:
                 leave_out(f"document {offset} of hf:{name}", dropped)
             else:
-                yield row[text_key] or "", None, offset, 0
+                done += len(utf8(row[text_key] or ""))
+                yield row[text_key] or "", None, offset, done
     except UserError:
         raise
     except Exception as error:  # the client raises its own, its HTTP library's and OS errors
@@ -861,7 +867,9 @@ def main(argv: list[str] | None = None) -> None:
     cut = argv.index("--") if "--" in argv and argv[:1] == ["fertility"] else len(argv)
     args, paths = parser.parse_args(argv[:cut]), argv[cut + 1:]
 
-    if args.command == "advise":
+    if args.command == "advise" and not 1 <= args.parameters <= 1e15:
+        raise UserError(f"--parameters {args.parameters:g} is not between 1 and 1e15")
+    elif args.command == "advise":
         print("{:,}: {}".format(*advise_vocabulary(args.parameters, max(1, args.languages))))
     elif args.command == "train":
         start, sources = time.time(), [Source(path, args.text_key) for path in args.paths]

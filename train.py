@@ -1603,6 +1603,9 @@ def annealing(run: str, candidate: str, given: dict) -> Recipe:
         raise UserError(f"--candidate {candidate} is no source of {data}; take {' or '.join(sizes)}, or add "
                         "a folder to --data")
     base = recipe.stages[0].mixture or sizes
+    if lacking := set(base) - set(sizes):
+        raise UserError(f"the base mixture needs {', '.join(sorted(lacking))}, which {data} does not have; add those folders to "
+                        "--data")
     mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
     mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))

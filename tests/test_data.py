@@ -160,7 +160,7 @@ def test_every_kind_of_source_is_read_from_any_position(tmp_path, capsys):
     for i, document in enumerate(whole):  # a position means the same to a Source made anew
         assert [later.text for later in Source(tmp_path / "in", "body").read(document.position)] == sum(
             expected.values(), [])[i + 1:]
-    for bad in ('{"body": null}', '{"body": 5}', '["one"]', "nonsense"):
+    for bad in ('{"text": "one"}', '{"body": 5}', '["one"]', "nonsense"):
         (tmp_path / "bad.jsonl").write_text('{"body": "fine"}\n' + bad + "\n")
         with pytest.raises(UserError, match="line 2"):
             list(Source(tmp_path / "bad.jsonl", "body").read())
@@ -423,6 +423,46 @@ def test_max_tokens_stops_a_source(tmp_path, tokenizer, monkeypatch):
     d.prepare({"words": some_documents(3000)}, tmp_path / "set", tokenizer, max_tokens=20_000)
     tokens = sum(len(split.tokens) for split in d.load_source(tmp_path / "set/words", tokenizer).values())
     assert 20_000 <= tokens < 22_000
+
+
+def test_what_is_read_ahead_of_max_tokens_is_no_duplicate(tmp_path, tokenizer, monkeypatch):
+    """Two equal sources: the second stores what comes after the first's documents, none between them missing."""
+    monkeypatch.setattr(d, "JOB_BYTES", 1500)
+    documents = some_documents(3000)
+    d.prepare({"one": documents, "two": documents}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    stored = []
+    for name in ("one", "two"):
+        for split in d.load_source(tmp_path / "set" / name, tokenizer).values():
+            stored += [tokenizer.decode(split.tokens[a + 1:b].tolist()) for a, b in zip(split.starts, split.starts[1:])]
+    assert len(stored) > 100 and sorted(stored) == sorted(text for _, text in documents[:len(stored)])
+
+
+def test_max_tokens_of_one_long_text_holds_something_out(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(d, "JOB_BYTES", 1500)
+    (tmp_path / "long.txt").write_text("\n\n".join(text for _, text in some_documents(9000)))
+    d.prepare({"long": Source(tmp_path / "long.txt")}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    assert all(len(split.starts) > 1 for split in d.load_source(tmp_path / "set/long", tokenizer).values())
+
+
+def test_nothing_finished_is_lost_at_the_very_end(tmp_path, tokenizer, monkeypatch):
+    """Ctrl-C while leftovers are removed; a folder of that name made by someone else meanwhile."""
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            d.prepare({"words": some_documents(50)}, tmp_path / "set", tokenizer)
+    assert d.load_source(tmp_path / "set/words", tokenizer)
+    finish = d.finish_source
+
+    def meanwhile(*parts):
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other/file").write_text("theirs")
+        finish(*parts)
+    monkeypatch.setattr(d, "finish_source", meanwhile)
+    with pytest.raises(UserError, match="what was finished is in"):
+        d.prepare({"words": some_documents(50)}, tmp_path / "other", tokenizer)
+    assert (tmp_path / "other/file").read_text() == "theirs" and list((tmp_path / "other.partial").glob("*/shard-*.json"))
 
 
 def test_generated_math_is_right_and_held_out_problems_are_new():
