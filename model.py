@@ -947,7 +947,7 @@ class Experts(nn.Module):
         """x [N, C], weights and index [N, K], counts [E] of the tokens of each expert -> [N, C]."""
         N, K = index.shape
         expert, order = index.flatten().sort(stable=True)  # [N*K], expert after expert
-        inverse, ends = order.argsort(), counts.int().cumsum(0, dtype=torch.int32)  # of whole numbers: deterministic on CUDA too
+        inverse, ends = order.argsort(), counts.int().cumsum(0, dtype=torch.int32)  # floats have no strict form on CUDA
         rows = _Reorder.apply(x[:, None].expand(-1, K, -1).reshape(N * K, -1), order, inverse)  # [N*K, C]
         gate, up = self.product(rows, self.gate_up_proj, self.gate_up_proj_bias, expert, ends).chunk(2, -1)
         y = self.product(swiglu(gate, up, self.limit), self.down_proj, self.down_proj_bias, expert, ends)

@@ -327,8 +327,8 @@ class NoiseScale:
 
     |G|^2 and tr(S) are averaged each on its own and divided last: single measurements are too noisy to divide. The default
     averages some 100 measurements: on a regression whose noise scale is known, 86 % of such averages are within 15 % of it
-    (47 % with a memory of 0.95), and what grows is followed so much later. It stands in for the critical batch size, which Merrill et al. (2025) found far above it: branches measure that
-    (`python ablate.py branch`).
+    (47 % with a memory of 0.95), and what grows is followed so much later. It stands in for the critical batch size, which
+    Merrill et al. (2025) found far above it: branches measure that (`python ablate.py branch`).
     """
 
     def __init__(self, memory: float = 0.99):
