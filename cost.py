@@ -637,7 +637,8 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
     def outcome(count: float, length: float) -> dict:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Extrapolation)  # what is chosen is checked at the end
-            return {"parameters": count, "tokens": length, "loss": LAPTOP_LAW.loss(count, length)}
+            return {"parameters": count, "tokens": length, "loss": LAPTOP_LAW.loss(count, length),
+                    "fitted": LAPTOP_LAW.covers(count, length)}
 
     def batch_and_rate(size: dict) -> tuple[int, float]:
         growth = training_flops(size["parameters"], size["tokens"]) / anchor
@@ -690,7 +691,6 @@ def plan_machine(machine: Machine, minutes: float, parameters: float = 0, tokens
     of = [chosen] if parameters or tokens else sizes
     rows = [min((outcome(size["parameters"], size["tokens"] * share) for size in of), key=lambda row: row["loss"])
             | {"share": share} for share in (1, 1 / 2, 1 / 4, 1 / 8)]
-    rows = [row | {"fitted": LAPTOP_LAW.covers(row["parameters"], row["tokens"])} for row in rows]
     return chosen | {"batch_tokens": batch, "learning_rate": rate, "halvings": rows,
                      "warnings": [str(w.message) for w in caught],
                      "sizes": [{name: size[name] for name in ("parameters", "tokens_per_second")} for size in sizes]}
@@ -901,8 +901,6 @@ def plan(args: argparse.Namespace) -> None:
         warnings.simplefilter("ignore", Extrapolation)  # said for the plan itself
         found |= {"warnings": list(dict.fromkeys(str(w.message) for w in caught)), "halvings": halvings(law, found, fixed),
                   "smaller": [overtrain(law, found["flops"], k) | {"k": k} for k in (1, 1.5, 2, 3, 4, 8)]}
-        for row in found["smaller"]:
-            row["fitted"] = law.covers(row["parameters"], row["tokens"])
         if args.picture:
             draw_sizes(equal_compute(law, found), (found["flops"] / 6 / found["tokens"], found["loss"]),
                        f"Loss at equal compute ({law.source})", args.picture)
@@ -961,7 +959,7 @@ def main() -> None:
         return print_published()
     if args.command == "fit":
         if not 1e5 <= args.tokens <= 1e10:
-            raise UserError(f"--tokens {args.tokens:g} is not between 1e5, too short to learn from below, and 1e10")
+            raise UserError(f"--tokens {args.tokens:g} is not between 1e5, below which nothing is learned, and 1e10")
         import ablate  # here, because what runs trainings imports this file
 
         return ablate.fit_ladder(args.tokens, args.device, args.dtype)

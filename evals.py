@@ -631,7 +631,7 @@ def main() -> None:
     else:
         found = {name: score._asdict() for name, score in report(Path(args.run[0]), names, args).items()}
     if args.json:
-        known = {name: {part: None if isinstance(value, float) and math.isnan(value) else value  # JSON has no NaN
+        known = {name: {part: None if isinstance(value, float) and not math.isfinite(value) else value  # as JSON
                         for part, value in about.items()} for name, about in found.items()}
         print(json.dumps(known), file=out)
 

@@ -572,7 +572,7 @@ class PostJob(train.Job):
                          + (f" ({change.mean / change.stderr:+.1f} standard errors)" if change.stderr > 0 else ""))
             lines.append(line)
         if step and self.before:
-            lines.append("  (± is one standard error, in which questions about the same numbers count as one; that of a change "
+            lines.append("  (± is one standard error, in which questions about the same thing count as one; that of a change "
                          "is paired: the same questions before and after)")
         elif self.recipe.method == "sft" and self.tests:
             lines.append("  (before: as text to continue, 'Question: ... Answer:', the form of the pre-training data)")

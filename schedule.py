@@ -258,7 +258,7 @@ class LossLaw:
 
     def covers(self, parameters: float, tokens: float) -> bool:
         """Whether the law was fitted there."""
-        return (self.parameters[0] <= parameters <= self.parameters[1]) and self.tokens[0] <= tokens <= self.tokens[1]
+        return self.parameters[0] <= parameters <= self.parameters[1] and self.tokens[0] <= tokens <= self.tokens[1]
 
     def optimum(self, compute: float) -> tuple[float, float]:
         """(parameters, tokens) of the lowest loss for C = 6ND FLOPs: where the last FLOP is worth as much in either."""
@@ -296,7 +296,8 @@ def overtrain(law: LossLaw, compute: float, k: float) -> dict[str, float]:
     best = law.loss(parameters, tokens)
     needed = law.tokens_to_reach(best, parameters / k)
     return {"parameters": parameters / k, "tokens": tokens * k, "loss_penalty": law.loss(parameters / k, tokens * k) - best,
-            "inference_saving": 1 - 1 / k, "compute_to_match": needed / (tokens * k)}
+            "inference_saving": 1 - 1 / k, "compute_to_match": needed / (tokens * k),
+            "fitted": law.covers(parameters / k, tokens * k)}
 
 
 def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> LossLaw:

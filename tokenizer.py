@@ -867,9 +867,9 @@ def main(argv: list[str] | None = None) -> None:
     cut = argv.index("--") if "--" in argv and argv[:1] == ["fertility"] else len(argv)
     args, paths = parser.parse_args(argv[:cut]), argv[cut + 1:]
 
-    if args.command == "advise" and not 1 <= args.parameters <= 1e15:
-        raise UserError(f"--parameters {args.parameters:g} is not between 1 and 1e15")
-    elif args.command == "advise":
+    if args.command == "advise":
+        if not 1 <= args.parameters <= 1e15:
+            raise UserError(f"--parameters {args.parameters:g} is not between 1 and 1e15")
         print("{:,}: {}".format(*advise_vocabulary(args.parameters, max(1, args.languages))))
     elif args.command == "train":
         start, sources = time.time(), [Source(path, args.text_key) for path in args.paths]
