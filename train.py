@@ -1146,7 +1146,8 @@ class Meter:
             if event["event"] == "spike":
                 done = {"skip": "this update is left out", "warn": "training goes on", "rewind": "training goes on for now"}
                 seen = event["spike"]
-                what = (f"a spike: loss {seen['loss']:.3f} where {seen['usual']:.3f} is usual, gradient norm "
+                high = "loss" if seen["loss"] > seen["usual"] + Guard.SIGMAS * seen["spread"] else "gradient norm"
+                what = (f"a spike of the {high}: loss {seen['loss']:.3f} where {seen['usual']:.3f} is usual, gradient norm "
                         f"{seen['grad_norm']:.2f}; {done[job.recipe.guard]}")
             else:
                 what = (f"not recovered {event['lasted']} updates after the spike at step {event['began']:,}: a lower rate, a "
