@@ -26,6 +26,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -342,8 +343,12 @@ def encode_job(job: Job, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, 
     starts = np.cumsum([0, *(1 + len(part) for part in parts)])
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     ids = np.concatenate([x for part in parts for x in (eos, part)] or [eos[:0]]).astype(dtype)
-    merged = tokenizer.vocab_size > 512  # of single bytes, a ruled line would be a repeated span
-    return ids, starts, repeats_spans(ids, starts) if merged else np.zeros(len(parts), bool)
+    return ids, starts, repeats_spans(ids, starts) if merges_spans(tokenizer) else np.zeros(len(parts), bool)
+
+
+def merges_spans(tokenizer: Tokenizer) -> bool:
+    """Whether its tokens are longer than bytes, of which a mere ruled line would be a repeated span."""
+    return tokenizer.vocab_size > 512
 
 
 def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, seen: Seen, limit: float, seed: int = 0,
@@ -400,16 +405,14 @@ def write_shard(folder: Path, number: int, pending: list[tuple], seed: int) -> d
     try:
         for split, wanted in (("train", ~held & ~bad), ("val", held & ~bad)):
             chosen = order[wanted[order]]
-            tokens = np.concatenate([ids[b:b + n] for b, n in zip(begins[chosen], lengths[chosen])] or [ids[:0]])
             file = folder / f"{split}-{number:05}.bin"
-            for path, array in ((file, tokens), (file.with_suffix(".lengths"), lengths[chosen].astype("<i8"))):
-                written.append(path)
-                _write(path, array)
-            shard[split] = {"documents": len(chosen), "tokens": len(tokens), "bytes": int(sizes[chosen].sum()),
-                            "sha256": hashlib.sha256(tokens).hexdigest()}
+            written += [file, file.with_suffix(".lengths")]
+            _write(written[-1], [lengths[chosen].astype("<i8")])
+            shard[split] = {"documents": len(chosen), "tokens": int(lengths[chosen].sum()), "bytes": int(sizes[chosen].sum()),
+                            "sha256": _write(file, (ids[b:b + n] for b, n in zip(begins[chosen], lengths[chosen])))}
         written.append(folder / f"shard-{number:05}.hash")
-        _write(written[-1], hashes)
-        _write(folder / f"shard-{number:05}.json", np.frombuffer(json.dumps(shard).encode(), np.uint8))
+        _write(written[-1], [hashes])
+        _write(folder / f"shard-{number:05}.json", [json.dumps(shard).encode()])
     except OSError:
         for path in written:  # a full disk: leave room
             path.unlink(missing_ok=True)
@@ -417,15 +420,18 @@ def write_shard(folder: Path, number: int, pending: list[tuple], seed: int) -> d
     return shard
 
 
-def _write(path: Path, array: np.ndarray) -> None:
-    """The file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
+    """The file, its parts on end, whole or not at all. Returns its sha256."""
+    partial, digest = path.with_name(path.name + ".partial"), hashlib.sha256()
     try:
         with open(partial, "wb") as file:
-            file.write(array.tobytes())
+            for part in parts:
+                digest.update(part)
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+        return digest.hexdigest()
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from None
@@ -444,20 +450,20 @@ def finish_source(folder: Path, shards: list[dict], tokenizer: Tokenizer, seed: 
             dropped = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"
             raise UserError(f"{folder.name} has {kept} document(s) left ({dropped} dropped), and one must be held out; give "
                             "more text")
-        position, digest = 0, hashlib.sha256()
-        with open(folder / f"{split}.starts", "wb") as file:
-            for number in range(len(shards)):
-                starts = position + np.cumsum([0, *np.fromfile(folder / f"{split}-{number:05}.lengths", "<i8")])
-                part = starts[:-1].astype("<i8").tobytes()
-                position = int(starts[-1])
-                digest.update(part)
-                file.write(part)
-            end = np.array([position], "<i8").tobytes()
-            digest.update(end)
-            file.write(end)
-        meta[split] |= {"starts_sha256": digest.hexdigest(),
+        files = [folder / f"{split}-{number:05}.lengths" for number in range(len(shards))]
+        meta[split] |= {"starts_sha256": _write(folder / f"{split}.starts", document_starts(files)),
                         "shards": [{"tokens": entry["tokens"], "sha256": entry["sha256"]} for entry in entries]}
-    _write(folder / "meta.json", np.frombuffer(json.dumps(meta, indent=1).encode(), np.uint8))
+    _write(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
+
+
+def document_starts(files: list[Path]) -> Iterator[np.ndarray]:
+    """From the lengths of each shard's documents: where each begins, and the end; shard by shard, in parts."""
+    position = 0
+    for file in files:
+        ends = position + np.cumsum(np.fromfile(file, "<i8"))
+        yield np.array([position, *ends[:-1]], "<i8")[:len(ends)]
+        position = int(ends[-1]) if len(ends) else position
+    yield np.array([position], "<i8")
 
 
 def _sha256(path: Path) -> str:
@@ -559,22 +565,24 @@ def find_tokenizer(data: str) -> Path:
     raise UserError(f"{first} has no tokenizer.json; run `python data.py prepare YOUR_TEXT --out {first}`")
 
 
-def look(source: Source | Listed) -> tuple[float, list[str], float]:
-    """Of a source's first 1000 documents: below which `held` to hold out (at least one document will be), some text, and
-    how many bytes of text a byte of the source's files holds."""
+def look(source: Source | Listed) -> tuple[float, list[str], float, float]:
+    """From the start of a source, 1000 documents or more: below which `held` to hold out (at least one document will be),
+    some text, and how many bytes of text and how many documents the whole has, about."""
     held, texts, size = [], [], 0
-    for document in islice(source.read(), 1000):
+    for read, document in enumerate(islice(source.read(), 50_000)):
         if document.text.strip():
             held.append(document.held)
             if size < 2e5:
                 texts.append(document.text[:20_000])
             size += len(utf8(document.text))
+        if read >= 1000 and source.done > 2**20:  # fewer bytes say little of what is packed, or read in blocks
+            break
     if len(held) < 2:
         raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out; give more text (a text file "
                         f"is cut into documents every {LONGEST_PIECE:,} bytes)")
-    ratio = size / source.done if source.done > 2**20 else 1.0  # the start of a file is read in blocks
+    whole = source.size / source.done  # over the part that was read
     source.dropped = Counter()  # what is left out is counted when all is read
-    return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0), texts, ratio
+    return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0), texts, size * whole, len(held) * whole
 
 
 def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | Path, tokenizer: Tokenizer | None = None,
@@ -600,14 +608,16 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
         print(f"going on with {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
-        limits, texts, ratios = zip(*(look(source) for source in sources.values()))
+        limits, *looks = zip(*(look(source) for source in sources.values()))
         if tokenizer is None:
             share = sample_bytes / len(sources)
             tokenizer = train_bpe((text for source, limit in zip(sources.values(), limits)
                                    for text in source.sample(share, limit)), vocab_size)
-        check_disk(sources, texts, ratios, tokenizer, out, max_tokens)
+        check_disk(sources, zip(*looks), tokenizer, out, max_tokens)
         tokenizer.save(partial)
-        _write(partial / "task.json", np.frombuffer(json.dumps({"task": task, "limits": limits}).encode(), np.uint8))
+        _write(partial / "task.json", [json.dumps({"task": task, "limits": limits}).encode()])
+    if not merges_spans(tokenizer):
+        print(f"repeated spans are not looked for: a vocabulary of {tokenizer.vocab_size} is of single bytes, nearly")
     seen = Seen()
     try:
         for (name, source), limit in zip(sources.items(), limits):
@@ -630,15 +640,15 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
     return tokenizer
 
 
-def check_disk(sources: dict, texts: Iterable[list[str]], ratios: Iterable[float], tokenizer: Tokenizer, out: Path,
+def check_disk(sources: dict, looks: Iterable[tuple[list[str], float, float]], tokenizer: Tokenizer, out: Path,
                max_tokens: float) -> None:
-    """Prints how much disk the token files will need; UserError if there is less."""
+    """Prints how much disk the token files will need, at the most; UserError if there is less."""
     need = 0.0
-    for source, sample, ratio in zip(sources.values(), texts, ratios):
+    for sample, size, documents in looks:
         text = "".join(sample)
-        tokens = source.size * ratio * len(tokenizer.encode_array(text)) / len(utf8(text))
-        need += min(tokens, max_tokens or tokens)
-    need *= 2 if tokenizer.vocab_size <= 2**16 else 4
+        tokens = size * len(tokenizer.encode_array(text)) / len(utf8(text)) + documents
+        part = min(1.0, max_tokens / tokens) if max_tokens and tokens else 1.0
+        need += part * (tokens * (2 if tokenizer.vocab_size <= 2**16 else 4) + documents * 24)  # start, length, hash
     there = next(parent for parent in (out.absolute().parent, *out.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     unknown = [name for name, source in sources.items() if not source.size]
@@ -890,21 +900,21 @@ class Curriculum:
         self.sources, self.stages, self.seed = sources, stages, seed
         self.context, self.rows, self.batch_tokens = context, rows, rows * context
         self.contexts = [stage.context or context for stage in stages]
-        for stage, length in zip(stages, self.contexts):
+        names, sizes = [s.name for s in sources], [len(s.tokens) for s in sources]
+        self.shares = [stage.shares(names, sizes) for stage in stages]
+        for stage, length, shares in zip(stages, self.contexts, self.shares):
             if self.batch_tokens % length:
                 raise UserError(f"stage {stage.name}: a batch of {self.batch_tokens:,} tokens does not divide into "
                                 f"sequences of {length:,}; the nearest that do are {self.batch_tokens // length * length:,} and "
                                 f"{-(-self.batch_tokens // length) * length:,}")
-            for split in sources:
-                if packing == "concat" and len(split.tokens) <= length:
+            for split, share in zip(sources, shares):
+                if share and packing == "concat" and len(split.tokens) <= length:
                     raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of {length}; "
                                     "give more text or a shorter --max_position_embeddings")
         self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}
         self.most_documents = {
             length: max(p.most_documents() for p in (*packings, *(Packing(split, length) for split in held_out)))
             for length, packings in self.packings.items()}
-        names, sizes = [s.name for s in sources], [len(s.tokens) for s in sources]
-        self.shares = [stage.shares(names, sizes) for stage in stages]
         ends = np.cumsum([stage.tokens for stage in stages]) / self.batch_tokens
         self.ends = [max(1, round(end)) for end in ends]  # the step at which each stage ends
         self.steps = self.ends[-1]
@@ -926,6 +936,8 @@ class Curriculum:
         """What the playbook would say of the mixture: epochs, and the share of other languages than English."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
+        lines += [f"warning   stage {stage.name} has {stage.tokens:,.0f} tokens, no step of {self.batch_tokens:,}: it is left out"
+                  for stage, begin, end in zip(self.stages, [0, *self.ends], self.ends) if begin == end]
         foreign = [i for i, split in enumerate(self.sources) if split.name.startswith("multilingual")]
         if foreign:
             tokens = np.diff([0, *self.ends])
@@ -994,7 +1006,7 @@ def describe(data: str) -> str:
     tokenizer = Tokenizer.load(find_tokenizer(data))
     lines = []
     for folder in source_folders(data):
-        splits = load_source(folder, tokenizer)
+        splits = load_source(folder, tokenizer, verify=False)
         train, val = splits["train"], splits["val"]
         lines.append(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
                      f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
@@ -1060,7 +1072,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show")
     p = commands.add_parser("prepare", help="text -> token files")
     p.add_argument("sources", nargs="*", metavar="SOURCE",
-                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] (name=SOURCE to name one); none: the embedded corpus")
+                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the embedded corpus. NAME=SOURCE names one; what "
+                   "is named multilingual... counts as other languages than English")
     p.add_argument("--out", help="where to (default: data/NAME of the first source)")
     p.add_argument("--tokenizer", help="as for `tokenizer.py fertility`; without it one is trained on the sources")
     p.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained")
@@ -1075,6 +1088,8 @@ def main() -> None:
         if args.context < 1:
             raise UserError(f"--context {args.context} is no length of a sequence; give 1 or more, such as 2048")
         return show(args.data, args.context)
+    if not 0 < args.sample_bytes < math.inf or not 0 <= args.max_tokens < math.inf:
+        raise UserError("--sample-bytes and --max-tokens are numbers above 0, such as 2e7")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     if not args.sources:
         out = args.out or "data/laptop"

@@ -554,6 +554,8 @@ def parse_pattern(pre_tokenizer: dict) -> str:
 HELD_OUT = 0.03  # the share of documents that data.py keeps for validation
 LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents after a blank line
 LONGEST_LINE = 32 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
+LARGEST_PAGE = 128 << 20  # bytes of a parquet page: Arrow holds one as a whole, up to five times over
+SAMPLED_FILES = 64  # of a remote data set, for a tokenizer's sample
 
 
 class Document(NamedTuple):
@@ -569,41 +571,45 @@ def uniform(key: str) -> float:
 
 class Source:
     """The documents of a path: text, source code, .jsonl, .parquet (text and jsonl also as .gz), a folder of
-    those, or hf:DATASET[:CONFIG[:SPLIT]] through `datasets`. Read as a stream, in a fixed order, from any position.
+    those, or hf:DATASET[:CONFIG[:SPLIT]]. Read as a stream, in a fixed order, from any position.
 
     A file named outright must be readable; in a folder, what is not is left out, said on stderr and counted.
     A data set's document is held out by the hash of its text, a text file by that of its name; of a long text
     file, which is cut into documents, the last 3 % are held out, so that the two sides touch at one seam.
+
+    `datasets` finds the files of a data set, here or on the Hub. Those of jsonl and parquet are then read as they would be
+    from the disk, with bounded memory; any other format streams through `datasets` itself, its size untold.
     """
 
     def __init__(self, where: str | Path, text_key: str = "text"):
         self.where, self.text_key, path = str(where), text_key, Path(where)
-        self.files = {path.name: path}  # name in a position -> file
         self.dropped = Counter()  # what reading leaves out, and why
+        self.said: dict[str, list[str]] = {}  # reason -> what was printed of it
         self.done = 0  # bytes of the files read so far
-        if self.where.startswith("hf:"):
-            self.files, self.size, self.folder = {self.where: path}, 0, False
-            return
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
-        self.folder = path.is_dir()
-        if self.folder:
-            inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-            self.files = {name.as_posix(): file for name, file in inside.items()
-                          if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
-        if not self.files:
-            raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
-        self.size = sum(file.stat().st_size for file in self.files.values())
+        self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
+        if self.hub:
+            self.files, self.sizes = hub_files(self.where[3:])
+        else:
+            if not path.exists():
+                raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
+            self.files: dict[str, Path | str] = {path.name: path}  # name in a position -> file, or URL
+            if self.folder:
+                inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+                self.files = {name.as_posix(): file for name, file in inside.items()
+                              if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
+            if not self.files:
+                raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
+            self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
+        self.size = sum(self.sizes.values())
 
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
         """All documents, or those behind `position`. UserError where a file that was named cannot be read."""
-        names, self.done = list(self.files), 0
+        names = list(self.files)
         if position and position[0] not in self.files:
             raise UserError(f"{self.where} no longer holds {position[0]}, which was being read; put it back, or remove the "
                             "unfinished preparation")
-        first = names.index(position[0]) if position and position[0] in self.files else 0
-        for name in names[:first]:
-            self.done += self.files[name].stat().st_size
+        first = names.index(position[0]) if position else 0
+        self.done = sum(self.sizes[name] for name in names[:first])
         for i, name in enumerate(names[first:]):
             before = self.done
             try:
@@ -613,30 +619,40 @@ class Source:
             except UserError as error:
                 if not self.folder:
                     raise
-                self.dropped["unreadable files"] += 1
-                if self.dropped["unreadable files"] <= 3:  # a folder of pictures must not fill the screen
-                    tqdm.write(f"left out: {error}", file=sys.stderr)
+                self.leave_out("unreadable files", str(error))
             if self.size:
-                self.done = before + self.files[name].stat().st_size
+                self.done = before + self.sizes[name]
 
     def open(self, name: str, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
         """(text, held or None, offset behind it, bytes of the file read so far) of one file's documents."""
-        file = self.files[name]
-        if self.where.startswith("hf:"):
-            return stream_hub(self.where[3:], self.text_key, offset, self.dropped)
-        if file.suffix == ".parquet":
-            return read_parquet(file, self.text_key, offset, self.dropped)
-        if file.name.endswith((".jsonl", ".jsonl.gz")):
-            return read_jsonl(file, self.text_key, offset, self.dropped)
-        return read_plain(file, uniform(name), offset)
+        file = str(self.files[name])
+        if self.hub and file == self.where:
+            reader = stream_hub(file[3:], self.text_key, offset, self.leave_out)
+        elif file.endswith(".parquet"):
+            reader = read_parquet(file, self.text_key, offset, self.leave_out)
+        elif file.endswith((".jsonl", ".jsonl.gz")):
+            reader = read_jsonl(file, self.text_key, offset, self.leave_out, strict=not (self.folder or self.hub))
+        else:
+            reader = read_plain(file, uniform(name), offset)
+        return read_hub(self.where[3:], reader) if self.hub else reader
+
+    def leave_out(self, reason: str, what: str, documents: int = 1) -> None:
+        """Counts what cannot be read, and prints the first three of a kind: a folder of pictures must not fill the screen."""
+        self.dropped[reason] += documents
+        said = self.said.setdefault(reason, [])
+        if what not in said and len(said) < 3:
+            said.append(what)
+            tqdm.write(f"left out: {what}", file=sys.stderr)
 
     def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
-        """Text of at most max_bytes: the same share from the start of each file, nothing that is held out."""
-        dropped = Counter()  # its own: what is left out counts when all is read
-        for name, file in self.files.items():
-            left = max_bytes * (file.stat().st_size / self.size if self.size else 1)
+        """Text of at most max_bytes: the same share from the start of each file (of SAMPLED_FILES of a data set's, evenly
+        apart), nothing that is held out."""
+        names = list(self.files)[::-(-len(self.files) // SAMPLED_FILES) if self.hub else 1]
+        size, dropped = sum(self.sizes[name] for name in names), Counter()  # its own: what is left out counts when all is read
+        for name in names:
+            left = max_bytes * (self.sizes[name] / size if size else 1)
             part = copy.copy(self)
-            part.files, part.dropped = {name: file}, dropped
+            part.files, part.dropped = {name: self.files[name]}, dropped
             for document in part.read():
                 if document.held >= held_out:
                     text = document.text[:max(1, int(left))]
@@ -648,16 +664,25 @@ class Source:
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[tuple]:
+def opened(file: Path | str) -> Iterator[tuple]:
     """(the stream of a file's bytes, unpacked if it is .gz; the stream on the disk). Errors become UserErrors."""
     try:
-        with open(file, "rb") as raw, (gzip.open(raw) if file.suffix == ".gz" else raw) as stream:
+        with open_bytes(file) as raw, (gzip.open(raw) if str(file).endswith(".gz") else raw) as stream:
             yield stream, raw
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{file} cannot be read to its end ({error}): check the file or leave it out") from None
 
 
-def read_plain(file: Path, held: float, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+def open_bytes(file: Path | str):
+    """A file to read; a URL, as `datasets` gives for what is on the Hub, through fsspec, which comes with it."""
+    if "://" not in str(file):
+        return open(file, "rb")
+    import fsspec
+
+    return fsspec.open(file, "rb").open()
+
+
+def read_plain(file: Path | str, held: float, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
     """A text file in documents of at most LONGEST_PIECE bytes; `held` is for one that need not be cut."""
     with opened(file) as (stream, raw):
         size = stream.seek(0, os.SEEK_END)
@@ -699,34 +724,39 @@ def piece_end(buffer: bytes) -> int:
     return end
 
 
-def read_jsonl(file: Path, text_key: str, offset: int, dropped: Counter) -> Iterator[tuple[str, float | None, int, int]]:
+def read_jsonl(file: Path | str, text_key: str, offset: int, leave_out: Callable,
+               strict: bool = True) -> Iterator[tuple[str, float | None, int, int]]:
+    """A document a line. UserError for a line without text, unless not `strict` and the first line had some."""
     with opened(file) as (stream, raw):
         stream.seek(offset)
         while line := stream.readline(LONGEST_LINE):
-            offset += len(line)
+            begin, offset = offset, offset + len(line)
             if len(line) == LONGEST_LINE:  # read to its end without keeping it
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(LONGEST_LINE)
                     offset += len(line)
-                leave_out(f"the line of {file} that ends at byte {offset}", dropped)
+                leave_out("documents over 32 MB", f"the line of {file} that ends at byte {offset} is longer than 32 MB")
             elif line.strip():
+                problem = ""
                 try:
-                    text = json.loads(line)[text_key]
-                    text = "" if text is None else text  # an empty document, as in parquet
-                except (ValueError, KeyError, TypeError, RecursionError):
-                    text = None
-                if not isinstance(text, str):
-                    raise UserError(f'{file} {place(file, offset)} is not a JSON object with text in "{text_key}": name '
-                                    "the field that holds the text with --text-key")
-                yield text, None, offset, raw.tell()
+                    record = json.loads(line.decode("utf-8" if begin else "utf-8-sig"))
+                    if not isinstance(record, dict) or not isinstance(record.get(text_key), str | None):
+                        problem = f'is not a JSON object with text in "{text_key}": name its field with --text-key'
+                    elif text_key not in record:
+                        problem = f"has no field {text_key}: choose one of {', '.join(record)} with --text-key"
+                except UnicodeDecodeError:
+                    problem = "is not UTF-8 text: convert the file with `iconv -t UTF-8`"
+                except (ValueError, RecursionError):
+                    problem = "is not JSON: mend it or leave the file out"
+                if not problem:
+                    yield record[text_key] or "", None, offset, raw.tell()  # null: an empty document, as in parquet
+                elif strict or not begin:
+                    raise UserError(f"{file} {place(file, offset)} {problem}")
+                else:
+                    leave_out("unreadable lines", f"the line of {file} that ends at byte {offset} {problem}")
 
 
-def leave_out(what: str, dropped: Counter) -> None:
-    dropped["documents over 32 MB"] += 1
-    tqdm.write(f"left out: {what} is longer than 32 MB", file=sys.stderr)
-
-
-def place(file: Path, offset: int) -> str:
+def place(file: Path | str, offset: int) -> str:
     """The number of the line that ends at `offset`; only for a message, so it may read the file again."""
     with opened(file) as (stream, _):
         lines, block = 1, b""
@@ -735,17 +765,19 @@ def place(file: Path, offset: int) -> str:
         return f"line {lines}"
 
 
-def read_parquet(file: Path, text_key: str, offset: int, dropped: Counter) -> Iterator[tuple[str, float | None, int, int]]:
-    """Row by row. Arrow reads a page as a whole and says its size only then: a value of 500 MB takes 2.7 GB before it can be
-    left out, the one thing here whose memory grows with the corpus."""
+def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
+        tuple[str, float | None, int, int]]:
+    """Row by row. A row group with a page too large to be held is left out."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{file} needs a package that is missing: pip install pyarrow") from None
-    size, row = file.stat().st_size, 0
+    row = 0
     try:
-        with pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False) as table:
+        with (open_bytes(file) as stream,
+              pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table):
+            size = stream.seek(0, os.SEEK_END)
             names, rows = table.schema_arrow.names, max(1, table.metadata.num_rows)
             if text_key not in names:
                 raise UserError(f"{file} has no column {text_key}: choose one of {', '.join(names)} with --text-key")
@@ -754,51 +786,132 @@ def read_parquet(file: Path, text_key: str, offset: int, dropped: Counter) -> It
                 if row + about.num_rows <= offset:
                     row += about.num_rows
                     continue
+                if (page := largest_page(stream, about, text_key)) > LARGEST_PAGE:
+                    leave_out(f"documents in pages over {LARGEST_PAGE >> 20} MB",
+                              f"rows {row + 1} to {row + about.num_rows} of {file} share a page of {page / 1e6:.0f} MB, or lie "
+                              "beside one: write the file again in smaller pages, or without what is that long", about.num_rows)
+                    row += about.num_rows
+                    continue
                 at_once = max(1, min(64, LONGEST_LINE * about.num_rows // max(1, about.total_byte_size)))
                 for batch in table.iter_batches(at_once, row_groups=[group], columns=[text_key], use_threads=False):
                     for value in batch.column(0):
                         row += 1
                         if row > offset:
                             if hasattr(value, "as_buffer") and value.is_valid and value.as_buffer().size >= LONGEST_LINE:
-                                leave_out(f"row {row} of {file}", dropped)
+                                leave_out("documents over 32 MB", f"row {row} of {file} is longer than 32 MB")
                                 continue
                             text = value.as_py()
                             if not isinstance(text, str | None):
                                 raise UserError(f"the column {text_key} of {file} is no text: choose another with "
                                                 "--text-key")
                             yield text or "", None, row, size * row // rows
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise UserError(f"{file} cannot be read behind row {row} ({reason}): check the file or leave it out") from None
 
 
-def stream_hub(name: str, text_key: str, offset: int, dropped: Counter) -> Iterator[tuple[str, float | None, int, int]]:
-    """DATASET[:CONFIG[:SPLIT]], a name on the Hub or a local folder, through `datasets` in streaming mode."""
+def largest_page(stream, group, text_key: str) -> int:
+    """Bytes, unpacked, of the largest page of a row group's column, from the headers of its pages: Arrow tells a page's
+    size only when it holds the page. A column chunk is pages on end, each behind a header (parquet-format, Thrift)."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    column = next(column for column in columns if column.path_in_schema.split(".")[0] == text_key)
+    if column.total_uncompressed_size <= LARGEST_PAGE:
+        return 0
+    begin, largest = column.dictionary_page_offset or column.data_page_offset, 0
+    stream.seek(begin)
+    while stream.tell() < begin + column.total_compressed_size:
+        header = read_thrift(stream)  # 1: type, 2: uncompressed_page_size, 3: compressed_page_size
+        largest = max(largest, header[2])
+        stream.seek(header[3], os.SEEK_CUR)
+    return largest
+
+
+def read_thrift(stream) -> dict[int, int]:
+    """The integers of a struct in Thrift's compact protocol, by the number of their field; what else it holds is passed."""
+    def varint() -> int:  # 7 bits a byte, the lowest first
+        number = shift = 0
+        while True:
+            byte = stream.read(1)[0]
+            number, shift = number | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return number
+
+    fields, field = {}, 0
+    while head := stream.read(1)[0]:  # high half: how far from the last field's number; low half: the type
+        field = field + (head >> 4) if head >> 4 else (number := varint()) >> 1 ^ -(number & 1)
+        match head & 15:
+            case 1 | 2:  # true, false
+                pass
+            case 3 | 7 as fixed:  # a byte, a double
+                stream.seek(1 if fixed == 3 else 8, os.SEEK_CUR)
+            case 4 | 5 | 6:  # integers of 16, 32 and 64 bits, zigzag: 0, -1, 1, -2, ...
+                fields[field] = (number := varint()) >> 1 ^ -(number & 1)
+            case 8:  # bytes behind their length
+                stream.seek(varint(), os.SEEK_CUR)
+            case 12:
+                read_thrift(stream)
+            case kind:
+                raise ValueError(f"a page header holds a field of type {kind}")
+    return fields
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
     try:
-        import datasets
+        import datasets as _
     except ImportError:
         raise UserError(f"hf:{name} needs a package that is missing: pip install datasets") from None
-    path, config, split = (name.split(":") + ["", ""])[:3]
     try:
-        done = 0  # bytes of text; the size of the whole is not told
-        rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
-        for row in rows.skip(offset) if offset else rows:
-            offset += 1
-            if not isinstance(row.get(text_key), str | None):
-                raise UserError(f"the column {text_key} of hf:{name} is no text: choose another with --text-key")
-            if text_key not in row:
-                raise UserError(f"hf:{name} has no column {text_key}: choose one of {', '.join(row)} with --text-key")
-            if len(row[text_key] or "") >= LONGEST_LINE:
-                leave_out(f"document {offset} of hf:{name}", dropped)
-            else:
-                done += len(utf8(row[text_key] or ""))
-                yield row[text_key] or "", None, offset, done
+        yield
     except UserError:
         raise
     except Exception as error:  # the client raises its own, its HTTP library's and OS errors
         reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"hf:{name} cannot be read behind document {offset} ({type(error).__name__}: {reason}): check the "
-                        "name, the network and --text-key, and run the command again") from None
+        raise UserError(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, the network and "
+                        "--text-key, and run the command again") from None
+
+
+def hub_builder(name: str) -> tuple:
+    """(the builder that `datasets` makes of DATASET[:CONFIG[:SPLIT]], a name on the Hub or a local folder; the split)."""
+    import datasets
+
+    path, config, split = (name.split(":") + ["", ""])[:3]
+    return datasets.load_dataset_builder(path, config or None), split or "train"
+
+
+def hub_files(name: str) -> tuple[dict[str, str], dict[str, int]]:
+    """{path or URL: the same} and {path or URL: bytes} of a data set's files, where they are of a kind read here."""
+    with hub_errors(name):
+        import fsspec
+
+        builder, split = hub_builder(name)
+        files = {str(key): value for key, value in (builder.config.data_files or {}).items()}.get(split, [])
+        if files and all(file.endswith((".parquet", ".jsonl", ".jsonl.gz")) for file in files):
+            places = {file: fsspec.core.url_to_fs(file) for file in files}
+            return {file: file for file in files}, {file: system.size(path) for file, (system, path) in places.items()}
+    return {f"hf:{name}": f"hf:{name}"}, {f"hf:{name}": 0}
+
+
+def read_hub(name: str, reader: Iterator) -> Iterator[tuple[str, float | None, int, int]]:
+    with hub_errors(name):
+        yield from reader
+
+
+def stream_hub(name: str, text_key: str, offset: int, leave_out: Callable) -> Iterator[tuple[str, float | None, int, int]]:
+    """A data set of any other format."""
+    builder, split = hub_builder(name)
+    done, rows = 0, builder.as_streaming_dataset(split=split)  # bytes of text; the size of the whole is not told
+    for row in rows.skip(offset) if offset else rows:
+        offset += 1
+        if text_key not in row:
+            raise UserError(f"hf:{name} has no column {text_key}: choose one of {', '.join(row)} with --text-key")
+        if not isinstance(row[text_key], str | None):
+            raise UserError(f"the column {text_key} of hf:{name} is no text: choose another with --text-key")
+        if len(row[text_key] or "") >= LONGEST_LINE:
+            leave_out("documents over 32 MB", f"document {offset} of hf:{name} is longer than 32 MB")
+        else:
+            done += len(utf8(row[text_key] or ""))
+            yield row[text_key] or "", None, offset, done
 
 
 # ----- fertility, command line ----------------------------------------------------------------------
@@ -872,6 +985,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--parameters {args.parameters:g} is not between 1 and 1e15")
         print("{:,}: {}".format(*advise_vocabulary(args.parameters, max(1, args.languages))))
     elif args.command == "train":
+        if not 0 < args.sample_bytes < float("inf"):
+            raise UserError(f"--sample-bytes {args.sample_bytes:g} is no amount of text; give a number such as 2e8")
         start, sources = time.time(), [Source(path, args.text_key) for path in args.paths]
         size = sum(source.size for source in sources) or args.sample_bytes
         texts = (text for source in sources for text in

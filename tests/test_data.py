@@ -175,7 +175,7 @@ def test_hub_data_sets_stream(tmp_path):
     whole = list(source.read())
     assert [document.text for document in whole] == expected
     assert [document.text for document in source.read(whole[10].position)] == expected[11:]
-    with pytest.raises(UserError, match="no column prose: choose one of body, id"):
+    with pytest.raises(UserError, match="no field prose: choose one of body, id"):
         list(Source(f"hf:{tmp_path}/set::train", "prose").read())
     with pytest.raises(UserError, match="hf:nobody"):
         list(Source("hf:nobody/nothing-like-this").read())
@@ -296,10 +296,10 @@ def test_duplicates_and_repeats_are_dropped_and_counted(tmp_path, tokenizer):
 # ---- shards, and what may happen to them
 
 
-def prepare_command(folder, *flags, **options) -> subprocess.Popen:
-    """`prepare` of in/ in many small shards."""
+def prepare_command(folder, *flags, sources=("in",), **options) -> subprocess.Popen:
+    """`prepare` of in/ (and other sources) in many small shards."""
     code = ("import sys, data, tokenizer; sys.path.insert(0, ''); data.SHARD_TOKENS, data.JOB_BYTES = 4000, 3000; "
-            "sys.argv = ['data.py', 'prepare', 'in', '--out', 'set', '--vocab-size', '300', '--text-key', 'body', "
+            f"sys.argv = ['data.py', 'prepare', *{sources}, '--out', 'set', '--vocab-size', '300', '--text-key', 'body', "
             f"*{list(flags)}]; tokenizer.run(data.main)")
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
@@ -339,6 +339,52 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
     assert Counter(sides["train"] + sides["val"]) == Counter(wanted)
 
 
+@pytest.mark.parametrize("flags", [[], ["--max-tokens", "60000"]])
+def test_killed_between_two_sources(tmp_path, flags):
+    """Duplicates of the first source are known when the second goes on, and --max-tokens counts what was stored before."""
+    texts = [text for _, text in some_documents(4000, 5)]
+    for folder in (tmp_path / "straight", tmp_path / "killed"):
+        (folder / "in").mkdir(parents=True)
+        for name, part in (("in", texts[:2500]), ("other", texts[1500:])):
+            file = folder / "in/a.jsonl" if name == "in" else folder / "other.jsonl"
+            file.write_text("".join(json.dumps({"body": text}) + "\n" for text in part))
+    straight = prepare_command(tmp_path / "straight", *flags, sources=("in", "other.jsonl"))
+    assert straight.wait() == 0, straight.stderr.read()
+    rng, kills = random.Random(1), 0
+    for _ in range(5):
+        process, partial = prepare_command(tmp_path / "killed", *flags, sources=("in", "other.jsonl")), tmp_path / "killed/set.partial"
+        wanted = len(list(partial.glob("*/shard-*.json"))) + rng.randint(2, 9)
+        while process.poll() is None and len(list(partial.glob("*/shard-*.json"))) < wanted:
+            time.sleep(0.001)
+        process.kill()
+        kills += process.wait() != 0
+    last = prepare_command(tmp_path / "killed", *flags, sources=("in", "other.jsonl"))
+    last.wait()
+    assert kills >= 2 and (tmp_path / "killed/set").exists(), last.stderr.read()
+    assert files_of(tmp_path / "killed/set") == files_of(tmp_path / "straight/set")
+    tokenizer = Tokenizer.load(tmp_path / "killed/set")
+    stored = [text for name in ("in", "other") for side in texts_of(tmp_path / "killed/set" / name, tokenizer).values()
+              for text in side]
+    assert len(stored) == len(set(stored)) and (flags or len(stored) == len(set(texts)))
+
+
+def test_killed_while_leftovers_go(tmp_path, tokenizer, monkeypatch):
+    """After the rename the data are complete, whatever of the leftovers is still there."""
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    d.prepare({"words": some_documents(300)}, tmp_path / "straight", tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", killed)
+        with pytest.raises(Killed):
+            d.prepare({"words": some_documents(300)}, tmp_path / "set", tokenizer)
+    assert texts_of(tmp_path / "set/words", tokenizer) == texts_of(tmp_path / "straight/words", tokenizer)
+    assert "words" in d.describe(str(tmp_path / "set"))
+
+
 def test_every_interrupted_shard_goes_on(tmp_path, tokenizer, monkeypatch):
     """The same inside one process, stopped after each single file that is written."""
     monkeypatch.setattr(d, "SHARD_TOKENS", 2000)
@@ -347,11 +393,11 @@ def test_every_interrupted_shard_goes_on(tmp_path, tokenizer, monkeypatch):
     d.prepare(sources, tmp_path / "straight", tokenizer)
     write, stop = d._write, [0]
 
-    def interrupted(path, array):
+    def interrupted(path, parts):
         stop[0] -= 1
         if stop[0] == 0:
             raise KeyboardInterrupt
-        write(path, array)
+        return write(path, parts)
 
     monkeypatch.setattr(d, "_write", interrupted)
     for at in range(1, 100):
@@ -515,8 +561,8 @@ def test_interleave_deals_each_sequence_once_in_exact_shares(shares):
         assert rank[source == s].tolist() == list(range((source == s).sum()))  # none missed, none twice
         taken = np.cumsum(source == s)
         assert np.abs(taken - (index + 1) * share).max() <= len(shares)
-        for begin in (0, 1234, 20_000):  # over any 10,000 sequences within 0.1 %
-            assert abs((source[begin:begin + 10_000] == s).mean() - share) <= 0.001
+        windows = (taken[10_000:] - taken[:-10_000]) / 10_000  # over any 10,000 sequences
+        assert np.abs(windows - share).max() <= 0.001
     far = np.arange(10**10, 10**10 + 50)
     assert d.interleave(far, shares)[0].shape == (50,)
 
@@ -528,8 +574,8 @@ def make(splits, rows=6, context=16, tokens=6 * 16 * 40, mixture=None, seed=0):
 
 def test_each_token_once_in_an_epoch_whatever_the_number_of_processes(prepared, tokenizer):
     split = d.load_source(prepared / "words", tokenizer)["train"]
-    for context, world in ((16, 1), (16, 2), (17, 3), (31, 1)):
-        rows = 6
+    for context, world in ((16, 1), (16, 2), (17, 3), (31, 1), (13, 8)):
+        rows = 24
         sequences = d.Packing(split, context).count
         steps = -(-sequences // rows)
         curriculum = d.Curriculum([split], [d.Stage("a", steps * rows * context, {})], context, rows)
@@ -566,6 +612,63 @@ def test_stages_take_over_where_the_last_one_stopped(prepared, tokenizer):
             part = taken[epoch:epoch + n]
             assert len(set(part.tolist())) == len(part)
     assert (source[-6:] == 1).all()  # the second stage is all `words`, which sorts behind `more`
+
+
+def test_every_epoch_is_shuffled_anew(prepared, tokenizer):
+    split = load(prepared, tokenizer)[1]["train"]
+    n = d.Packing(split, 16).count
+    curriculum = d.Curriculum([split], [d.Stage("a", 2 * n * 16, {})], 16, 1)
+    order = [int(curriculum.locate(step, 0, 1)[1][0]) for step in range(2 * n)]
+    assert sorted(order[:n]) == sorted(order[n:]) == list(range(n))
+    assert np.mean(np.array(order[:n]) == np.array(order[n:])) < 0.02 and order[:n] != sorted(order[:n])
+
+
+class Endless:
+    """The length of a trillion tokens without them."""
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return self.tokens
+
+
+def test_any_step_of_ten_billion_sequences_is_found_at_once():
+    sequences, context = 10**10, 4096
+    splits = [d.Split(name, Endless(share * sequences // 4 * context), np.array([0, share * sequences // 4 * context]), 0, "")
+              for name, share in (("web", 3), ("code", 1))]
+    stages = [d.Stage("a", sequences * context * 0.8, {"web": 0.7, "code": 0.3}),
+              d.Stage("b", sequences * context * 0.4, {"web": 0.5, "code": 0.5})]
+    curriculum = d.Curriculum(splits, stages, context, 512)
+    steps = [0, 1, curriculum.ends[0] - 1, curriculum.ends[0], curriculum.steps - 1]
+    begin = time.perf_counter()
+    found = [curriculum.locate(step, 0, 512) for step in steps]
+    assert (time.perf_counter() - begin) / len(steps) < 0.05
+    for step, (source, sequence) in zip(steps, found):
+        assert (source == 0).mean() == pytest.approx(0.7 if step < curriculum.ends[0] else 0.5, abs=0.005)
+        for s, split in enumerate(splits):
+            mine = sequence[source == s]
+            assert 0 <= mine.min() and mine.max() < len(split.tokens) // context and len(set(mine.tolist())) == len(mine)
+            assert mine.max() - mine.min() > 10**9  # from all over the source
+        parts = [curriculum.locate(step, first, 64) for first in range(0, 512, 64)]
+        assert (np.concatenate([part[1] for part in parts]) == sequence).all()
+
+
+def test_a_source_without_a_share_may_be_short(tmp_path, tokenizer):
+    d.prepare({"long": some_documents(300), "short": [("a", "cat"), ("b", "a mat")]}, tmp_path / "set", tokenizer)
+    splits = [s["train"] for s in load(tmp_path / "set", tokenizer)]
+    stage = d.Stage("a", 9600, {"long": 1.0})
+    assert set(np.concatenate([d.Curriculum(splits, [stage], 16, 6).batch(i).sources for i in range(20)]).tolist()) == {0}
+    with pytest.raises(UserError, match="short has .* fewer than one sequence"):
+        d.Curriculum(splits, [stage, d.Stage("b", 9600, {"short": 1.0})], 16, 6)
+
+
+def test_a_stage_without_a_step_is_said(prepared, tokenizer):
+    splits = [s["train"] for s in load(prepared, tokenizer)]
+    stages = [d.Stage("base", 9600, {}), d.Stage("tiny", 40, {}), d.Stage("decay", 960, {})]
+    curriculum = d.Curriculum(splits, stages, 16, 6)
+    assert sum("stage tiny has 40 tokens" in line for line in curriculum.report()) == 1
+    assert not any("tiny" in line for line in make(load(prepared, tokenizer)).report())
 
 
 def test_epochs_are_counted(prepared, tokenizer):

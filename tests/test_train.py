@@ -303,8 +303,12 @@ def test_the_smollm3_recipe_is_the_published_one():
     assert job.stages[2].tokens / sum(stage.tokens for stage in job.stages[:3]) == pytest.approx(522_000 / 4_720_000, abs=5e-4)
     assert [(stage.context or job.model.max_position_embeddings, stage.rope_theta or job.model.rope_theta)
             for stage in job.stages] == [(4096, 5e4)] * 3 + [(32768, 2e6), (65536, 5e6)]
-    code_math = [stage.mixture["code"] + stage.mixture["math"] for stage in job.stages[:3]]
-    assert code_math == sorted(code_math) and job.stages[0].mixture["multilingual"] == 0.12
+    published = {  # per cent of huggingface/smollm's five stages: English, multilingual, code, math, reasoning and questions
+        "base": (72.4, 12.0, 12.9, 2.7, 0), "quality": (64.7, 11.7, 14.5, 9.1, 0), "decay": (51.2, 12.3, 23.4, 13.1, 0.1),
+        "long-32k": (40.7, 11.1, 22.8, 14.8, 10.6), "long-64k": (46.6, 10.8, 20.0, 13.0, 9.6)}
+    for stage in job.stages:
+        shares = [100 * stage.mixture.get(name, 0) for name in ("english", "multilingual", "code", "math", "reasoning")]
+        assert shares == pytest.approx(published[stage.name]) and sum(shares) == pytest.approx(100, abs=0.11)
     laptop = train.RECIPES["laptop"].stages
     assert [stage.name for stage in laptop] == [stage.name for stage in job.stages[:3]]
     assert laptop[2].tokens / sum(stage.tokens for stage in laptop) == pytest.approx(0.2)
