@@ -301,8 +301,9 @@ def test_a_full_disk_at_the_very_end(tmp_path):
 # ---- what is said
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "many.jsonl.gz"])
-def test_the_disk_that_is_foretold_suffices(tmp_path, name, capsys, monkeypatch):
+@pytest.mark.parametrize("name, tokens", [("a.jsonl", 0), ("a.jsonl.gz", 0), ("many.jsonl.gz", 0), ("many.jsonl", 300_000)])
+def test_the_disk_that_is_foretold_suffices(tmp_path, name, tokens, capsys, monkeypatch):
+    monkeypatch.setattr(d, "JOB_BYTES", 10_000)
     documents = [text for _, text in some_documents(60_000 if name.startswith("many") else 600)]
     write_lines(tmp_path / name, documents)
     largest, unlink = [0], Path.unlink
@@ -312,7 +313,8 @@ def test_the_disk_that_is_foretold_suffices(tmp_path, name, capsys, monkeypatch)
         unlink(path, **options)
 
     monkeypatch.setattr(Path, "unlink", weighed)
-    d.prepare({"a": Source(tmp_path / name)}, tmp_path / "set", train_bpe(documents[:300], 300))
+    d.prepare({"a": Source(tmp_path / name)}, tmp_path / "set", train_bpe(documents[:300], 300),
+              max_tokens=tokens)
     foretold = float(capsys.readouterr().out.split("need about ")[1].split(" MB")[0]) * 1e6
     assert 0.8 * largest[0] - 1e5 < foretold < 1.3 * largest[0] + 1e5
 
