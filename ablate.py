@@ -1,8 +1,9 @@
 """Ablations: short trainings that answer one question before a long one is paid for.
 
-The playbook spent 58 % of SmolLM3's main run on such trainings, each changing one thing on a small budget. Here are
-those that choose the rate, the batch and the size. Every command trains what `train.py` would train, with its flags.
+The playbook spent 58 % of SmolLM3's main run on such trainings, each changing one thing on a small budget: what is not
+tested on your own baseline is a guess. Every command trains what `train.py` would train, with its flags.
 
+    python ablate.py change laptop --try num_key_value_heads=1 --try position=none    # one at a time, and the seeds' noise
     python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
     python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at its newest checkpoint
     python ablate.py spikes laptop                         # what a stretch of broken data costs, and what a guard saves
@@ -16,9 +17,11 @@ of RUN/checkpoints/step-00001055 too.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -61,6 +64,122 @@ def mean_score(scores: dict[str, float]) -> float:
 def held_out_score(job: train.Pretraining) -> float:
     """`mean_score` of a job's model as it is now."""
     return mean_score({s["val"].name: train.bits_per_byte(job, s["val"], job.recipe.eval_tokens) for s in job.sources})
+
+
+# ---- one change at a time ----------------------------------------------------------------------------------------
+
+# Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors.
+T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
+
+
+def paired_difference(baseline: list[float], changed: list[float]) -> tuple[float, float]:
+    """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval.
+
+    The same seed reads the same data in the same order and, where shapes agree, begins with the same weights: what luck gives
+    to both cancels, so that pairs tell smaller differences than two means do.
+    """
+    differences = np.subtract(changed, baseline)
+    n = len(differences)
+    return float(differences.mean()), T95[min(n, 10) - 2] * float(differences.std(ddof=1)) / math.sqrt(n)
+
+
+def verdict(difference: float, half_width: float) -> str:
+    """In words, of held-out bits per byte, of which fewer are better."""
+    if not math.isfinite(difference):
+        return "diverged"
+    if abs(difference) <= half_width:
+        return f"no difference seen; one under {half_width:.3f} would not show"
+    return "better" if difference < 0 else "worse"
+
+
+def short_run(recipe: train.Recipe, bar: tqdm) -> dict:
+    """Trains a recipe and returns what is compared."""
+    with quietly():
+        job = train.set_up(recipe, train.World(), Path("runs/none"), False)
+    started = time.perf_counter()
+    for step in range(job.steps):
+        train.training_step(job, step, job.rate(step))
+        bar.update(recipe.batch_tokens)
+    job.model(*job.loader.make(0, 0, 1)[:1]).sum().item()  # waits for the device
+    seconds = time.perf_counter() - started
+    scores = {s["val"].name: train.bits_per_byte(job, s["val"], job.recipe.eval_tokens) for s in job.sources}
+    return {"scores": scores, "parameters": count_parameters(job.recipe.model)["total"],
+            "tokens_per_second": job.steps * recipe.batch_tokens / seconds}
+
+
+def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict[str, tuple[float, float]]:
+    """Trains the recipe that `given` names, and it with each of `tries` ("NAME=VALUE", or several that belong together), with
+    `seeds` seeds; prints, draws and returns each change's (difference in held-out bits per byte, half width of its 95 %).
+
+    A finished training is a line of results.jsonl in `folder`: the same command goes on after an interruption, and one
+    with more changes or seeds trains only those.
+    """
+    recipes = {"baseline": train.parse(given)[1]}
+    for words in tries:
+        if not all(re.fullmatch(r"\w+=\S+", word) for word in words.split()):
+            raise UserError(f"--try {words!r} is not NAME=VALUE with a flag of train.py, such as --try num_key_value_heads=1")
+        recipes[words] = train.parse([*given, *(f"--{word}" for word in words.split())])[1]
+        if recipes[words] == recipes["baseline"]:
+            raise UserError(f"--try {words} changes nothing: the baseline has it already")
+    runs, file = {}, folder / "results.jsonl"
+    if file.exists():
+        for line in file.read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed run
+                run = json.loads(line)
+                runs[run["key"]] = run
+    keys, digests = {}, {}
+    for name, recipe in recipes.items():
+        if recipe.data not in digests:  # other data are another training
+            digests[recipe.data] = [source["train"].sha256 for source in train.load_data(recipe, True)[1]]
+        content = json.dumps([asdict(recipe), digests[recipe.data]])
+        keys |= {(seed, name): hashlib.sha256(f"{content} {seed}".encode()).hexdigest()[:16] for seed in range(seeds)}
+    todo = sorted(pair for pair, key in keys.items() if key not in runs)  # a seed of all before the next
+    total = sum(recipes[name].tokens or sum(stage.tokens for stage in recipes[name].stages) for _, name in todo)
+    with tqdm(total=int(total), unit="tok", unit_scale=True, leave=False,
+              mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
+        for seed, name in todo:
+            bar.set_description(f"{name}, seed {seed}")
+            recipe = replace(recipes[name], seed=recipes[name].seed + seed)
+            run = {"key": keys[seed, name], "change": name, "seed": recipe.seed} | short_run(recipe, bar)
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as log:
+                log.write("\n" + json.dumps(run))  # on a new line, also behind half of one
+            runs[run["key"]] = run
+    of = {name: [runs[keys[seed, name]] for seed in range(seeds)] for name in recipes}
+    losses = {name: [mean_score(run["scores"]) for run in done] for name, done in of.items()}
+    size, found = of["baseline"][0]["parameters"], {}
+    wide = max(map(len, recipes))
+    print(f"{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
+    for name, done in of.items():
+        line = (f"{name:{wide}}{done[0]['parameters']:12,}{np.median([run['tokens_per_second'] for run in done]):10,.0f}"
+                f"{np.mean(losses[name]):15.4f}")
+        if name == "baseline":
+            print(f"{line}  seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)")
+            continue
+        found[name] = paired_difference(losses["baseline"], losses[name])
+        print(f"{line}  {found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
+        if abs(ratio := done[0]["parameters"] / size - 1) > 0.02:
+            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths along with it)")
+    print(f"± is the 95 % interval over {seeds} seeds; of 20 changes that do nothing, about one looks better or worse. The "
+          f"trainings are in {file}")
+    with contextlib.suppress(UserError):  # a picture only where matplotlib is
+        draw_changes(found, folder / "changes.png")
+    return found
+
+
+def draw_changes(found: dict[str, tuple[float, float]], path: Path) -> None:
+    pyplot = cost.pyplot_or_error()
+    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(found)), layout="constrained")
+    for i, (name, (difference, half)) in enumerate(found.items()):
+        color = "gray" if abs(difference) <= half else "tab:green" if difference < 0 else "tab:red"
+        axes.errorbar(difference, i, xerr=half, fmt="o", color=color, capsize=3)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_yticks(range(len(found)), found)
+    axes.invert_yaxis()
+    axes.set(xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"They are drawn in {path}")
 
 
 # ---- the learning-rate range test -----------------------------------------------------------------------------
@@ -303,7 +422,12 @@ def multiples(text: str) -> list[int]:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="lr-range | branch | spikes")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="change | lr-range | branch | spikes")
+    p = commands.add_parser("change", help="one change at a time against a baseline; takes train.py's recipe and flags too")
+    p.add_argument("--try", dest="tries", action="append", required=True, metavar="NAME=VALUE",
+                   help="a flag of train.py; several that belong together in quotes; again for each change")
+    p.add_argument("--seeds", type=cost.positive_integer, default=3, help="trainings of each (default: 3)")
+    p.add_argument("--out", type=Path, default=Path("runs/changes"), help="results.jsonl and changes.png (default: runs/changes)")
     p = commands.add_parser("lr-range", help="loss against a rate that grows; takes train.py's recipe and flags too")
     p.add_argument("--low", type=cost.positive, default=1e-4, help="first rate (default: 1e-4)")
     p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")
@@ -317,6 +441,11 @@ def main() -> None:
     p.add_argument("--epsilon", type=cost.positive, default=0.01, help="bits per byte that a larger batch may lose")
     commands.add_parser("spikes", help="poisons batches of a run, with and without a guard; takes train.py's flags")
     args, rest = parser.parse_known_args()
+    if args.command == "change":
+        if args.seeds < 2:
+            raise UserError("one seed tells nothing of the noise; give --seeds 2 or more")
+        change(rest, args.tries, args.seeds, args.out)
+        return
     if args.command == "spikes":
         spikes(train.parse(rest)[1])
         return

@@ -96,6 +96,58 @@ def test_muon_with_batch_warmup_resumes_exactly(here, monkeypatch):
     assert losses(Path("runs/straight"))[-1] < 0.9 * losses(Path("runs/straight"))[0]
 
 
+def test_paired_difference_by_hand():
+    # differences 0.10, 0.05, 0.10: mean 0.08333, standard deviation 0.028868; 4.30 * 0.028868 / sqrt(3) = 0.07167
+    assert ablate.paired_difference([1.0, 1.2, 1.1], [1.1, 1.25, 1.2]) == pytest.approx((0.08333, 0.07167), abs=1e-4)
+    stats = pytest.importorskip("scipy.stats")
+    for n, t in enumerate(ablate.T95, start=1):
+        assert t == pytest.approx(stats.t.ppf(0.975, n), abs=0.006)
+    assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
+    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under 0.050")
+    assert ablate.verdict(math.nan, math.nan) == "diverged"
+
+
+def test_one_change_at_a_time(here, capsys, monkeypatch):
+    """What hurts is found, what does nothing is not; the losses are those of `train.train`; nothing is trained twice."""
+    given = [*TINY, "--tokens", "2560", "--eval-every", "1000"]
+    tries = ["learning_rate=1e-6", "watch_every=3", "hidden_size=32 num_hidden_layers=1"]
+    begun, short_run = [], ablate.short_run
+
+    def counted(recipe, bar):
+        begun.append((recipe.learning_rate, recipe.watch_every, recipe.model.num_hidden_layers, recipe.seed))
+        if len(begun) == 6:
+            raise KeyboardInterrupt
+        return short_run(recipe, bar)
+
+    monkeypatch.setattr(ablate, "short_run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.change(given, tries, 3, Path("runs/changes"))
+    with open("runs/changes/results.jsonl", "a") as file:
+        file.write('\n{"key": "cut')  # as kill -9 leaves it
+    found = ablate.change(given, tries, 3, Path("runs/changes"))
+    assert len(begun) == 13 and len(set(begun)) == 12  # the sixth twice
+    assert ablate.change(given, tries, 3, Path("runs/changes")) == found and len(begun) == 13
+    out = capsys.readouterr().out
+    assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in out.split("learning_rate=1e-6")[1].splitlines()[0]
+    assert found["watch_every=3"] == (0.0, 0.0) and "no difference" in out.split("watch_every=3")[1].splitlines()[0]
+    assert "% parameters: part of the difference is size" in out
+    runs = [json.loads(line) for line in Path("runs/changes/results.jsonl").read_text().splitlines() if line[-1:] == "}"]
+    straight = train.train(recipe("--tokens", "2560", "--eval-every", "1000", "--seed", "1"), Path("runs/a"))
+    assert straight == next(run["scores"] for run in runs if run["change"] == "baseline" and run["seed"] == 1)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--try", "learning_rate"], "is not NAME=VALUE"),
+    (["--try", "learning_rat=1"], "did you mean --learning_rate"),
+    (["--try", "seed=0"], "changes nothing"),
+    (["--try", "clip=2", "--seeds", "1"], "one seed tells nothing"),
+    (["--try", "position=nope"], "position nope is not one of"),
+])
+def test_mistaken_changes_are_a_sentence(here, flags, words):
+    done = call(ablate.main, "change", *TINY, *flags)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not Path("runs").exists()
+
+
 def test_lr_range_test_stops_where_training_diverges(here, capsys):
     pytest.importorskip("matplotlib")
     steepest, tenth = ablate.lr_range(recipe(), 1e-4, 1e3, 60, "range.png")
