@@ -26,6 +26,7 @@ import copy
 import gzip
 import hashlib
 import heapq
+import io
 import json
 import os
 import sys
@@ -553,8 +554,9 @@ def parse_pattern(pre_tokenizer: dict) -> str:
 
 HELD_OUT = 0.03  # the share of documents that data.py keeps for validation
 LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents after a blank line
-LONGEST_LINE = 32 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
-LARGEST_PAGE = 128 << 20  # bytes of a parquet page: Arrow holds one as a whole, up to five times over
+LONGEST_LINE = 16 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
+LARGEST_PAGE = 64 << 20  # bytes of a parquet page that Arrow may read: it holds one up to five times over
+LARGEST_BLOCK = 800 << 20  # bytes of a larger page, packed and unpacked: it is held once
 SAMPLED_FILES = 64  # of a remote data set, for a tokenizer's sample
 
 
@@ -670,7 +672,13 @@ def opened(file: Path | str) -> Iterator[tuple]:
         with open_bytes(file) as raw, (gzip.open(raw) if str(file).endswith(".gz") else raw) as stream:
             yield stream, raw
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{file} cannot be read to its end ({error}): check the file or leave it out") from None
+        raise unreadable(file, "to its end", error) from None
+
+
+def unreadable(file: Path | str, place: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{file} cannot be read {place} ({reason}): "
+                     + ("check the network and run the command again" if "://" in str(file) else "check the file or leave it out"))
 
 
 def open_bytes(file: Path | str):
@@ -726,16 +734,17 @@ def piece_end(buffer: bytes) -> int:
 
 def read_jsonl(file: Path | str, text_key: str, offset: int, leave_out: Callable,
                strict: bool = True) -> Iterator[tuple[str, float | None, int, int]]:
-    """A document a line. UserError for a line without text, unless not `strict` and the first line had some."""
+    """A document a line. UserError for a line without text, unless not `strict` and a line before it had some."""
     with opened(file) as (stream, raw):
         stream.seek(offset)
+        found = offset > 0
         while line := stream.readline(LONGEST_LINE):
             begin, offset = offset, offset + len(line)
             if len(line) == LONGEST_LINE:  # read to its end without keeping it
                 while line and not line.endswith(b"\n"):
                     line = stream.readline(LONGEST_LINE)
                     offset += len(line)
-                leave_out("documents over 32 MB", f"the line of {file} that ends at byte {offset} is longer than 32 MB")
+                leave_out("documents over 16 MB", f"the line of {file} that ends at byte {offset} is longer than 16 MB")
             elif line.strip():
                 problem = ""
                 try:
@@ -749,8 +758,9 @@ def read_jsonl(file: Path | str, text_key: str, offset: int, leave_out: Callable
                 except (ValueError, RecursionError):
                     problem = "is not JSON: mend it or leave the file out"
                 if not problem:
+                    found = True
                     yield record[text_key] or "", None, offset, raw.tell()  # null: an empty document, as in parquet
-                elif strict or not begin:
+                elif strict or not found:
                     raise UserError(f"{file} {place(file, offset)} {problem}")
                 else:
                     leave_out("unreadable lines", f"the line of {file} that ends at byte {offset} {problem}")
@@ -767,7 +777,7 @@ def place(file: Path | str, offset: int) -> str:
 
 def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
         tuple[str, float | None, int, int]]:
-    """Row by row. A row group with a page too large to be held is left out."""
+    """Row by row: through Arrow, but where a page is so large that Arrow's copies of it would fill the memory."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -781,78 +791,162 @@ def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callab
             names, rows = table.schema_arrow.names, max(1, table.metadata.num_rows)
             if text_key not in names:
                 raise UserError(f"{file} has no column {text_key}: choose one of {', '.join(names)} with --text-key")
+            kind = table.schema_arrow.field(text_key).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
+                raise UserError(f"the column {text_key} of {file} is no text: choose another with --text-key")
+            leaf = next(i for i in range(len(table.schema)) if table.schema.column(i).path == text_key)
             for group in range(table.metadata.num_row_groups):
                 about = table.metadata.row_group(group)
                 if row + about.num_rows <= offset:
                     row += about.num_rows
                     continue
-                if (page := largest_page(stream, about, text_key)) > LARGEST_PAGE:
-                    leave_out(f"documents in pages over {LARGEST_PAGE >> 20} MB",
+                pages = large_pages(stream, about.column(leaf))
+                page, block = max((page for page, _ in pages), default=0), max(map(sum, pages), default=0)
+                if block > LARGEST_BLOCK:
+                    leave_out("documents in huge parquet pages",
                               f"rows {row + 1} to {row + about.num_rows} of {file} share a page of {page / 1e6:.0f} MB, or lie "
                               "beside one: write the file again in smaller pages, or without what is that long", about.num_rows)
                     row += about.num_rows
                     continue
-                at_once = max(1, min(64, LONGEST_LINE * about.num_rows // max(1, about.total_byte_size)))
-                for batch in table.iter_batches(at_once, row_groups=[group], columns=[text_key], use_threads=False):
-                    for value in batch.column(0):
-                        row += 1
-                        if row > offset:
-                            if hasattr(value, "as_buffer") and value.is_valid and value.as_buffer().size >= LONGEST_LINE:
-                                leave_out("documents over 32 MB", f"row {row} of {file} is longer than 32 MB")
-                                continue
-                            text = value.as_py()
-                            if not isinstance(text, str | None):
-                                raise UserError(f"the column {text_key} of {file} is no text: choose another with "
-                                                "--text-key")
-                            yield text or "", None, row, size * row // rows
-    except (pyarrow.ArrowException, OSError, ValueError, IndexError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"{file} cannot be read behind row {row} ({reason}): check the file or leave it out") from None
+                if page > LARGEST_PAGE:
+                    values = page_values(stream, about.column(leaf), table.schema.column(leaf).max_definition_level)
+                else:  # no value is longer than the largest page
+                    values = arrow_values(table, group, text_key, max(1, min(64, LARGEST_PAGE // max(page, 1))))
+                for value in values:
+                    row += 1
+                    if row > offset:
+                        if value is not None and len(value) >= LONGEST_LINE:
+                            leave_out("documents over 16 MB", f"row {row} of {file} is longer than 16 MB")
+                        else:
+                            yield str(value, "utf-8") if value else "", None, row, size * row // rows
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError, RecursionError) as error:
+        raise unreadable(file, f"behind row {row}", error) from None
 
 
-def largest_page(stream, group, text_key: str) -> int:
-    """Bytes, unpacked, of the largest page of a row group's column, from the headers of its pages: Arrow tells a page's
-    size only when it holds the page. A column chunk is pages on end, each behind a header (parquet-format, Thrift)."""
-    columns = [group.column(i) for i in range(group.num_columns)]
-    column = next(column for column in columns if column.path_in_schema.split(".")[0] == text_key)
-    if column.total_uncompressed_size <= LARGEST_PAGE:
-        return 0
-    begin, largest = column.dictionary_page_offset or column.data_page_offset, 0
-    stream.seek(begin)
-    while stream.tell() < begin + column.total_compressed_size:
-        header = read_thrift(stream)  # 1: type, 2: uncompressed_page_size, 3: compressed_page_size
-        largest = max(largest, header[2])
-        stream.seek(header[3], os.SEEK_CUR)
-    return largest
+def arrow_values(table, group: int, column: str, at_once: int) -> Iterator[memoryview | None]:
+    """The values of a row group's column, None where there is none, `at_once` of them in memory."""
+    for batch in table.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False):
+        values = batch.column(0)
+        for value in values.dictionary_decode() if hasattr(values, "dictionary_decode") else values:
+            yield memoryview(value.as_buffer()) if value.is_valid else None
 
 
-def read_thrift(stream) -> dict[int, int]:
-    """The integers of a struct in Thrift's compact protocol, by the number of their field; what else it holds is passed."""
-    def varint() -> int:  # 7 bits a byte, the lowest first
-        number = shift = 0
-        while True:
-            byte = stream.read(1)[0]
-            number, shift = number | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return number
+# A column chunk of parquet is pages on end, each behind a header (parquet-format, README and Encodings.md). Arrow tells the
+# size of a page only when it holds it, and then needs up to five times as much for one long value.
+
+
+def varint(stream) -> int:
+    """7 bits a byte, the lowest first."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = stream.read(1)[0]
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number
+    raise ValueError("a number in a page is damaged")
+
+
+def read_thrift(stream, depth: int = 0) -> dict:
+    """A struct in Thrift's compact protocol, {number of the field: integer, truth or struct}; other fields are passed."""
+    def zigzag() -> int:  # 0, -1, 1, -2, ...
+        return (number := varint(stream)) >> 1 ^ -(number & 1)
 
     fields, field = {}, 0
     while head := stream.read(1)[0]:  # high half: how far from the last field's number; low half: the type
-        field = field + (head >> 4) if head >> 4 else (number := varint()) >> 1 ^ -(number & 1)
+        field = field + (head >> 4) if head >> 4 else zigzag()
         match head & 15:
-            case 1 | 2:  # true, false
-                pass
+            case 1 | 2 as truth:
+                fields[field] = truth == 1
             case 3 | 7 as fixed:  # a byte, a double
                 stream.seek(1 if fixed == 3 else 8, os.SEEK_CUR)
-            case 4 | 5 | 6:  # integers of 16, 32 and 64 bits, zigzag: 0, -1, 1, -2, ...
-                fields[field] = (number := varint()) >> 1 ^ -(number & 1)
+            case 4 | 5 | 6:  # integers of 16, 32 and 64 bits
+                fields[field] = zigzag()
             case 8:  # bytes behind their length
-                stream.seek(varint(), os.SEEK_CUR)
-            case 12:
-                read_thrift(stream)
+                stream.seek(varint(stream), os.SEEK_CUR)
+            case 12 if depth < 4:
+                fields[field] = read_thrift(stream, depth + 1)
             case kind:
                 raise ValueError(f"a page header holds a field of type {kind}")
     return fields
+
+
+def page_headers(stream, column) -> Iterator[tuple[dict, int]]:
+    """(header, where its page begins) of each page: 1 type, 2 and 3 its bytes unpacked and packed, 5, 7 and 8 more."""
+    begin = column.dictionary_page_offset or column.data_page_offset
+    end = begin + column.total_compressed_size
+    while begin < end:
+        stream.seek(begin)
+        header = read_thrift(stream)
+        if header[2] < 0 or header[3] < 0:
+            raise ValueError("a page header is damaged")
+        page = stream.tell()
+        yield header, page
+        begin = page + header[3]
+
+
+def large_pages(stream, column) -> list[tuple[int, int]]:
+    """(bytes unpacked, bytes packed) of the pages that decide how a chunk is read: of its dictionary, which any row may
+    repeat, and of all where the chunk is so large that one could be."""
+    if column.total_uncompressed_size > LARGEST_PAGE:
+        return [(header[2], header[3]) for header, _ in page_headers(stream, column)]
+    header, _ = next(page_headers(stream, column))
+    return [(header[2], header[3])] if header[1] == 2 else []
+
+
+def page_values(stream, column, max_definition: int) -> Iterator[memoryview | None]:
+    """The values of a flat column of bytes, None where there is none, a page in memory at a time (and the dictionary)."""
+    import pyarrow
+
+    codec, dictionary = column.compression.lower(), []
+    for header, begin in page_headers(stream, column):
+        stream.seek(begin)
+        kind, about = header[1], header.get(5) or header.get(8) or header.get(7)
+        beside = about[5] + about[6] if kind == 3 else 0  # version 2 keeps its levels apart and unpacked
+        levels, data = stream.read(beside), stream.read(header[3] - beside)
+        if codec != "uncompressed" and (kind != 3 or about.get(7, True)):
+            data = pyarrow.decompress(data, header[2] - beside, codec, asbytes=False)
+        data, count = memoryview(data), about[1]
+        if kind == 2:
+            dictionary = list(plain_values(data))
+            continue
+        if kind != 3 and max_definition:
+            length = int.from_bytes(data[:4], "little")
+            levels, data = data[4:4 + length], data[4 + length:]
+        there = hybrid_values(levels, 1, count) if max_definition else [1] * count
+        encoding = about[4] if kind == 3 else about[2]
+        if encoding == 0:
+            values = plain_values(data)
+        elif encoding in (2, 8):
+            values = (dictionary[i] for i in hybrid_values(data[1:], data[0], sum(there)))
+        else:
+            raise ValueError(f"pages in the encoding {encoding}, and too large for Arrow")
+        for defined in there:
+            yield next(values) if defined else None
+
+
+def plain_values(data: memoryview) -> Iterator[memoryview]:
+    """Values behind their lengths of 4 bytes, little-endian (PLAIN)."""
+    at = 0
+    while at < len(data):
+        begin = at + 4
+        at = begin + int.from_bytes(data[at:begin], "little")
+        if at > len(data):
+            raise ValueError("a value is longer than its page")
+        yield data[begin:at]
+
+
+def hybrid_values(data: memoryview, width: int, count: int) -> list[int]:
+    """`count` integers of `width` bits: runs of one, and groups of 8 packed bit by bit (RLE)."""
+    out, stream = [], io.BytesIO(data)
+    while len(out) < count:
+        head = varint(stream)
+        if head & 1:
+            packed = int.from_bytes(stream.read((head >> 1) * width), "little")
+            out += [packed >> i * width & (1 << width) - 1 for i in range((head >> 1) * 8)]
+        else:
+            out += [int.from_bytes(stream.read((width + 7) // 8), "little")] * min(head >> 1, count)
+    return out[:count]
 
 
 @contextlib.contextmanager
@@ -866,9 +960,9 @@ def hub_errors(name: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # the client raises its own, its HTTP library's and OS errors
-        reason = (str(error).splitlines() or [""])[0]
-        raise UserError(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, the network and "
-                        "--text-key, and run the command again") from None
+        reason = " ".join(str(error).split())[:400]
+        raise UserError(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, which is "
+                        "hf:DATASET:CONFIG:SPLIT where there are several, and the network, and run the command again") from None
 
 
 def hub_builder(name: str) -> tuple:
@@ -908,7 +1002,7 @@ def stream_hub(name: str, text_key: str, offset: int, leave_out: Callable) -> It
         if not isinstance(row[text_key], str | None):
             raise UserError(f"the column {text_key} of hf:{name} is no text: choose another with --text-key")
         if len(row[text_key] or "") >= LONGEST_LINE:
-            leave_out("documents over 32 MB", f"document {offset} of hf:{name} is longer than 32 MB")
+            leave_out("documents over 16 MB", f"document {offset} of hf:{name} is longer than 16 MB")
         else:
             done += len(utf8(row[text_key] or ""))
             yield row[text_key] or "", None, offset, done

@@ -226,8 +226,8 @@ def test_a_monstrous_line_is_left_out_and_counted(tmp_path, capsys, monkeypatch)
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "' + "x" * 5500 + '"}\n{"text": "two"}\n')
     source = Source(tmp_path / "a.jsonl")
     assert [document.text for document in source.read()] == ["one", "two"]
-    assert source.dropped == {"documents over 32 MB": 1} and "left out" in capsys.readouterr().err
-    assert list(source.sample(1e6)) == ["one", "two"] and source.dropped["documents over 32 MB"] == 1
+    assert source.dropped == {"documents over 16 MB": 1} and "left out" in capsys.readouterr().err
+    assert list(source.sample(1e6)) == ["one", "two"] and source.dropped["documents over 16 MB"] == 1
     arrow = pytest.importorskip("pyarrow.parquet")
     table = pytest.importorskip("pyarrow").table({"text": ["one", "x" * 5500, None, "two"]})
     (tmp_path / "hub").mkdir()
@@ -237,7 +237,7 @@ def test_a_monstrous_line_is_left_out_and_counted(tmp_path, capsys, monkeypatch)
     for where in places:
         source = Source(where)
         assert [document.text for document in source.read()] == ["one", "", "two"]
-        assert source.dropped == {"documents over 32 MB": 1}
+        assert source.dropped == {"documents over 16 MB": 1}
 
 
 # ---- what is dropped
