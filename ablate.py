@@ -159,7 +159,7 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
         found[name] = paired_difference(losses["baseline"], losses[name])
         print(f"{line}  {found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
         if abs(ratio := done[0]["parameters"] / size - 1) > 0.02:
-            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths along with it)")
+            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths with it)")
     print(f"± is the 95 % interval over {seeds} seeds; of 20 changes that do nothing, about one looks better or worse. The "
           f"trainings are in {file}")
     with contextlib.suppress(UserError):  # a picture only where matplotlib is
@@ -427,7 +427,7 @@ def main() -> None:
     p.add_argument("--try", dest="tries", action="append", required=True, metavar="NAME=VALUE",
                    help="a flag of train.py; several that belong together in quotes; again for each change")
     p.add_argument("--seeds", type=cost.positive_integer, default=3, help="trainings of each (default: 3)")
-    p.add_argument("--out", type=Path, default=Path("runs/changes"), help="results.jsonl and changes.png (default: runs/changes)")
+    p.add_argument("--out", type=Path, default=Path("runs/changes"), help="of results.jsonl and changes.png (runs/changes)")
     p = commands.add_parser("lr-range", help="loss against a rate that grows; takes train.py's recipe and flags too")
     p.add_argument("--low", type=cost.positive, default=1e-4, help="first rate (default: 1e-4)")
     p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")

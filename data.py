@@ -47,7 +47,7 @@ from tokenizer import (HELD_OUT, LONGEST_PIECE, Document, Parser, Source, Tokeni
                        utf8)
 
 FORMAT = 2  # of the token files
-SHARD_TOKENS = 2**25  # a shard ends with the job that reaches this many: bounded files, bounded memory
+SHARD_TOKENS = 2**24  # a shard ends with the job that reaches this many: bounded files, bounded memory
 JOB_BYTES = 2**20  # text that one thread encodes at a time
 
 
@@ -219,6 +219,7 @@ class Listed:
     def __init__(self, documents: Iterable[tuple[str, str]]):
         self.documents = list(documents)
         self.where, self.size, self.done, self.dropped = "memory", sum(len(utf8(t)) for _, t in self.documents), 0, Counter()
+        self.hub = False
 
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
         begin = position[1] if position else 0
@@ -305,14 +306,14 @@ class Job:
     held: np.ndarray  # [D] bool: for validation
     sizes: np.ndarray  # [D] int64: bytes of text
     hashes: np.ndarray  # [D] uint64
-    position: tuple[str, int]  # of the last document read
+    position: tuple[str, int]  # of the last document read, in this job or one before
     done: int  # bytes of the source read
     dropped: Counter  # reason -> documents
 
 
 def read_jobs(source: Source | Listed, position: tuple[str, int] | None, seen: Seen, limit: float) -> Iterator[Job]:
     """The documents of a source behind `position`; those whose `held` is below `limit` are held out."""
-    documents, size = [], 0
+    documents, size, last = [], 0, position
 
     def job() -> Job:
         dropped, source.dropped = source.dropped, Counter()
@@ -322,16 +323,15 @@ def read_jobs(source: Source | Listed, position: tuple[str, int] | None, seen: S
         dropped += Counter({"empty documents": len(documents) - len(full), "exact duplicates": len(full) - int(new.sum())})
         kept = [pair for pair, keep in zip(full, new) if keep]
         return Job([d.text for d, _ in kept], np.array([d.held < limit for d, _ in kept], bool),
-                   np.array([len(raw) for _, raw in kept], np.int64), hashes[new], documents[-1].position, source.done,
-                   dropped)
+                   np.array([len(raw) for _, raw in kept], np.int64), hashes[new], last, source.done, dropped)
 
     for document in source.read(position):
         documents.append(document)
-        size += len(document.text)
+        size, last = size + len(document.text), document.position
         if size >= JOB_BYTES or len(documents) >= 4096:
             yield job()
             documents, size = [], 0
-    if documents:
+    if documents or source.dropped and last:  # what is left out behind the last document counts as well
         yield job()
 
 
@@ -361,23 +361,26 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
         seen.add(np.fromfile(file.with_suffix(".hash"), "<u8"))
     if (folder / "meta.json").exists():
         return
-    position = tuple(shards[-1]["position"]) if shards else None
+    position, done, ended = None, 0, False
+    if shards:
+        position, done, ended = tuple(shards[-1]["position"]), shards[-1]["done"], shards[-1]["ended"]
     workers, queue, pending, tokens = os.cpu_count() or 1, deque(), [], sum(shard["read"] for shard in shards)
     jobs = read_jobs(source, position, seen, limit)
     with (ThreadPoolExecutor(workers) as pool,
-          tqdm(total=source.size or None, initial=shards[-1]["done"] if shards else 0, unit="B", unit_scale=True,
-               desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
-        while not max_tokens or tokens < max_tokens:
-            while len(queue) < 4 * workers and (job := next(jobs, None)):
+          tqdm(total=source.size or None, initial=done, unit="B", unit_scale=True, desc=f"tokenize {folder.name}",
+               leave=False, delay=1) as bar):
+        while not ended and (not max_tokens or tokens < max_tokens):
+            while sum(job.sizes.sum() for job, _ in queue) < 4 * workers * JOB_BYTES and (job := next(jobs, None)):
                 queue.append((job, pool.submit(encode_job, job, tokenizer)))
-            if not queue:
+            if ended := not queue:
                 break
             job, future = queue.popleft()
+            job.done += 0 if source.size else done  # a stream of unknown size counts from where it goes on
             pending.append((job, *future.result()))
             tokens += pending[-1][2][-1]
             bar.update(job.done - bar.n)
             if sum(starts[-1] for _, _, starts, _ in pending) >= SHARD_TOKENS:
-                shards.append(write_shard(folder, len(shards), pending, seed))
+                shards.append(write_shard(folder, len(shards), pending, seed, ended=False))
                 pending = []
         for job, future in queue:
             future.cancel()
@@ -387,12 +390,12 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
             held = pending[-1][0].held
             held[-max(1, round(HELD_OUT * len(held))):] = True
         if pending:
-            shards.append(write_shard(folder, len(shards), pending, seed))
+            shards.append(write_shard(folder, len(shards), pending, seed, ended))
     finish_source(folder, shards, tokenizer, seed)
 
 
-def write_shard(folder: Path, number: int, pending: list[tuple], seed: int) -> dict:
-    """The files of one shard, its documents shuffled, and what shard-NNNNN.json says of them."""
+def write_shard(folder: Path, number: int, pending: list[tuple], seed: int, ended: bool) -> dict:
+    """The files of one shard, its documents shuffled, and what shard-NNNNN.json says of them. `ended`: none follows."""
     jobs, ids, starts, bad = zip(*pending)
     offsets = np.cumsum([0, *map(len, ids)])
     begins = np.concatenate([s[:-1] + o for s, o in zip(starts, offsets)])
@@ -400,7 +403,7 @@ def write_shard(folder: Path, number: int, pending: list[tuple], seed: int) -> d
     ids, bad, held, sizes, hashes = (np.concatenate(x) for x in (
         ids, bad, [j.held for j in jobs], [j.sizes for j in jobs], [j.hashes for j in jobs]))
     dropped = sum((job.dropped for job in jobs), Counter({"repeated spans": int(bad.sum())}))
-    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped, "read": int(offsets[-1])}
+    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped, "read": int(offsets[-1]), "ended": ended}
     order, written = np.random.default_rng([seed, number]).permutation(len(begins)), []
     try:
         for split, wanted in (("train", ~held & ~bad), ("val", held & ~bad)):
@@ -441,7 +444,8 @@ def finish_source(folder: Path, shards: list[dict], tokenizer: Tokenizer, seed: 
     """Document starts over all shards, and meta.json."""
     meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "seed": seed,
             "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-            "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter())}
+            "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter()),
+            "repeated_spans_looked_for": merges_spans(tokenizer)}
     for split in ("train", "val"):
         entries = [shard[split] for shard in shards]
         meta[split] = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")}
@@ -461,8 +465,9 @@ def document_starts(files: list[Path]) -> Iterator[np.ndarray]:
     position = 0
     for file in files:
         ends = position + np.cumsum(np.fromfile(file, "<i8"))
-        yield np.array([position, *ends[:-1]], "<i8")[:len(ends)]
-        position = int(ends[-1]) if len(ends) else position
+        if len(ends):
+            yield np.concatenate(([position], ends[:-1])).astype("<i8")
+            position = int(ends[-1])
     yield np.array([position], "<i8")
 
 
@@ -582,7 +587,8 @@ def look(source: Source | Listed) -> tuple[float, list[str], float, float]:
                         f"is cut into documents every {LONGEST_PIECE:,} bytes)")
     whole = source.size / source.done  # over the part that was read
     source.dropped = Counter()  # what is left out is counted when all is read
-    return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0), texts, size * whole, len(held) * whole
+    limit = max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0)
+    return limit, texts, size * whole, len(held) * whole
 
 
 def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | Path, tokenizer: Tokenizer | None = None,
@@ -605,6 +611,8 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
             raise UserError(f"{partial} is the unfinished preparation of something else; run the command that began it "
                             "again, or remove that folder")
         limits, tokenizer = saved["limits"], Tokenizer.load(partial)
+        for name, sizes in saved["files"].items():
+            sources[name].pin(sizes)
         print(f"going on with {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
@@ -615,7 +623,8 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
                                    for text in source.sample(share, limit)), vocab_size)
         check_disk(sources, zip(*looks), tokenizer, out, max_tokens)
         tokenizer.save(partial)
-        _write(partial / "task.json", [json.dumps({"task": task, "limits": limits}).encode()])
+        _write(partial / "task.json", [json.dumps(
+            {"task": task, "limits": limits, "files": {name: s.sizes for name, s in sources.items() if s.hub}}).encode()])
     if not merges_spans(tokenizer):
         print(f"repeated spans are not looked for: a vocabulary of {tokenizer.vocab_size} is of single bytes, nearly")
     seen = Seen()
@@ -642,9 +651,11 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
 
 def check_disk(sources: dict, looks: Iterable[tuple[list[str], float, float]], tokenizer: Tokenizer, out: Path,
                max_tokens: float) -> None:
-    """Prints how much disk the token files will need, at the most; UserError if there is less."""
+    """Prints how much disk the token files will need, judged by how the sources begin; UserError if there is less."""
     need = 0.0
-    for sample, size, documents in looks:
+    for source, (sample, size, documents) in zip(sources.values(), looks):
+        if not source.size:  # which is told by max_tokens only
+            size, documents = 1e18 * bool(max_tokens), 0
         text = "".join(sample)
         tokens = size * len(tokenizer.encode_array(text)) / len(utf8(text)) + documents
         part = min(1.0, max_tokens / tokens) if max_tokens and tokens else 1.0
@@ -807,15 +818,15 @@ def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
 def dealt(n: np.ndarray, shares: list[float]) -> np.ndarray:
     """How many of a stage's first n sequences come from each source, [S, *n.shape] int64.
 
-    Source by source, floor(share of what is left): exact to within one a source for every n, so that each batch
-    has the mixture that was asked for, not just the average of many; and each step of n deals exactly one.
+    Halves of the sources get floor(share of n) and the rest, their halves likewise: each step of n deals exactly one, and
+    each count is exact to within 1 + log2(S), so that every stretch has the mixture that was asked for, not just the average.
     """
-    counts, left = [], np.asarray(n, np.int64)
-    for i, share in enumerate(shares):
-        rest = sum(shares[i:])  # the last source with a share takes all that is left: share / share is exactly 1
-        counts.append(np.floor(left * (share / rest if rest else 0.0)).astype(np.int64))
-        left = left - counts[-1]
-    return np.stack(counts)
+    n = np.asarray(n, np.int64)
+    if len(shares) == 1:
+        return n[None]
+    half, total = len(shares) // 2, sum(shares)
+    first = np.floor(n * (sum(shares[:half]) / total if total else 0.0)).astype(np.int64)
+    return np.concatenate([dealt(first, shares[:half]), dealt(n - first, shares[half:])])
 
 
 def interleave(index: np.ndarray, shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -936,7 +947,7 @@ class Curriculum:
         """What the playbook would say of the mixture: epochs, and the share of other languages than English."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
-        lines += [f"warning   stage {stage.name} has {stage.tokens:,.0f} tokens, no step of {self.batch_tokens:,}: it is left out"
+        lines += [f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step of {self.batch_tokens:,}"
                   for stage, begin, end in zip(self.stages, [0, *self.ends], self.ends) if begin == end]
         foreign = [i for i, split in enumerate(self.sources) if split.name.startswith("multilingual")]
         if foreign:

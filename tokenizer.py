@@ -556,7 +556,7 @@ HELD_OUT = 0.03  # the share of documents that data.py keeps for validation
 LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents after a blank line
 LONGEST_LINE = 16 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
 LARGEST_PAGE = 64 << 20  # bytes of a parquet page that Arrow may read: it holds one up to five times over
-LARGEST_BLOCK = 800 << 20  # bytes of a larger page, packed and unpacked: it is held once
+LARGEST_BLOCK = 640 << 20  # bytes of a larger page, packed and unpacked: it is held once
 SAMPLED_FILES = 64  # of a remote data set, for a tokenizer's sample
 
 
@@ -579,8 +579,9 @@ class Source:
     A data set's document is held out by the hash of its text, a text file by that of its name; of a long text
     file, which is cut into documents, the last 3 % are held out, so that the two sides touch at one seam.
 
-    `datasets` finds the files of a data set, here or on the Hub. Those of jsonl and parquet are then read as they would be
-    from the disk, with bounded memory; any other format streams through `datasets` itself, its size untold.
+    `datasets` finds the files of a data set, here or on the Hub. Those of jsonl, parquet and text are then read as they
+    would be from the disk, at one revision, with bounded memory; any other format streams through `datasets` itself: its size
+    is not told, its revision may change between two calls, and a long value takes what memory it takes.
     """
 
     def __init__(self, where: str | Path, text_key: str = "text"):
@@ -590,7 +591,7 @@ class Source:
         self.done = 0  # bytes of the files read so far
         self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
         if self.hub:
-            self.files, self.sizes = hub_files(self.where[3:])
+            self.files, self.sizes = hub_files(self.where[3:], text_key)
         else:
             if not path.exists():
                 raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
@@ -603,6 +604,10 @@ class Source:
                 raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
             self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
         self.size = sum(self.sizes.values())
+
+    def pin(self, sizes: dict[str, int]) -> None:
+        """To the files of a data set as they were found before; on the Hub, their URLs name a revision."""
+        self.files, self.sizes, self.size = {file: file for file in sizes}, sizes, sum(sizes.values())
 
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
         """All documents, or those behind `position`. UserError where a file that was named cannot be read."""
@@ -630,9 +635,9 @@ class Source:
         file = str(self.files[name])
         if self.hub and file == self.where:
             reader = stream_hub(file[3:], self.text_key, offset, self.leave_out)
-        elif file.endswith(".parquet"):
+        elif file.lower().endswith(".parquet"):
             reader = read_parquet(file, self.text_key, offset, self.leave_out)
-        elif file.endswith((".jsonl", ".jsonl.gz")):
+        elif holds_lines(file, self.text_key):
             reader = read_jsonl(file, self.text_key, offset, self.leave_out, strict=not (self.folder or self.hub))
         else:
             reader = read_plain(file, uniform(name), offset)
@@ -665,11 +670,25 @@ class Source:
             self.done += part.done
 
 
+def holds_lines(file: str, text_key: str) -> bool:
+    """Whether a file holds a JSON object a line; of .json that is to be seen."""
+    name = file.lower().removesuffix(".gz")
+    if not name.endswith(".json"):
+        return name.endswith((".jsonl", ".ndjson"))
+    with opened(file) as (stream, _):
+        first, second = stream.readline(LONGEST_LINE), stream.readline(LONGEST_LINE)
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and (text_key in record or second.startswith(b"{"))
+
+
 @contextlib.contextmanager
 def opened(file: Path | str) -> Iterator[tuple]:
     """(the stream of a file's bytes, unpacked if it is .gz; the stream on the disk). Errors become UserErrors."""
     try:
-        with open_bytes(file) as raw, (gzip.open(raw) if str(file).endswith(".gz") else raw) as stream:
+        with open_bytes(file) as raw, (gzip.open(raw) if str(file).lower().endswith(".gz") else raw) as stream:
             yield stream, raw
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(file, "to its end", error) from None
@@ -677,8 +696,8 @@ def opened(file: Path | str) -> Iterator[tuple]:
 
 def unreadable(file: Path | str, place: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{file} cannot be read {place} ({reason}): "
-                     + ("check the network and run the command again" if "://" in str(file) else "check the file or leave it out"))
+    advice = "check the network and run the command again" if "://" in str(file) else "check the file or leave it out"
+    return UserError(f"{file} cannot be read {place} ({reason}): {advice}")
 
 
 def open_bytes(file: Path | str):
@@ -804,9 +823,9 @@ def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callab
                 pages = large_pages(stream, about.column(leaf))
                 page, block = max((page for page, _ in pages), default=0), max(map(sum, pages), default=0)
                 if block > LARGEST_BLOCK:
-                    leave_out("documents in huge parquet pages",
-                              f"rows {row + 1} to {row + about.num_rows} of {file} share a page of {page / 1e6:.0f} MB, or lie "
-                              "beside one: write the file again in smaller pages, or without what is that long", about.num_rows)
+                    leave_out("documents in huge parquet pages", f"rows {row + 1} to {row + about.num_rows} of {file} share a page "
+                              f"of {page / 1e6:.0f} MB, or lie beside one: write the file again in smaller pages, or without "
+                              "what is that long", about.num_rows)
                     row += about.num_rows
                     continue
                 if page > LARGEST_PAGE:
@@ -888,10 +907,12 @@ def page_headers(stream, column) -> Iterator[tuple[dict, int]]:
 def large_pages(stream, column) -> list[tuple[int, int]]:
     """(bytes unpacked, bytes packed) of the pages that decide how a chunk is read: of its dictionary, which any row may
     repeat, and of all where the chunk is so large that one could be."""
+    sizes = ((header, (header[2], header[3] if column.compression != "UNCOMPRESSED" else 0))
+             for header, _ in page_headers(stream, column))
     if column.total_uncompressed_size > LARGEST_PAGE:
-        return [(header[2], header[3]) for header, _ in page_headers(stream, column)]
-    header, _ = next(page_headers(stream, column))
-    return [(header[2], header[3])] if header[1] == 2 else []
+        return [size for _, size in sizes]
+    header, size = next(sizes)
+    return [size] if header[1] == 2 else []
 
 
 def page_values(stream, column, max_definition: int) -> Iterator[memoryview | None]:
@@ -973,14 +994,19 @@ def hub_builder(name: str) -> tuple:
     return datasets.load_dataset_builder(path, config or None), split or "train"
 
 
-def hub_files(name: str) -> tuple[dict[str, str], dict[str, int]]:
-    """{path or URL: the same} and {path or URL: bytes} of a data set's files, where they are of a kind read here."""
+def hub_files(name: str, text_key: str) -> tuple[dict[str, str], dict[str, int]]:
+    """{path or URL: the same} and {path or URL: bytes} of a data set's files, where all are of a kind read here."""
+    def kind(file: str) -> str:
+        return Path(file.lower().removesuffix(".gz")).suffix
+
     with hub_errors(name):
         import fsspec
 
         builder, split = hub_builder(name)
         files = {str(key): value for key, value in (builder.config.data_files or {}).items()}.get(split, [])
-        if files and all(file.endswith((".parquet", ".jsonl", ".jsonl.gz")) for file in files):
+        kinds = {kind(file): file for file in files}
+        if kinds and kinds.keys() <= {".parquet", ".txt", ".md", ".jsonl", ".ndjson", ".json"} and (
+                ".json" not in kinds or holds_lines(kinds[".json"], text_key)):  # not a list of objects
             places = {file: fsspec.core.url_to_fs(file) for file in files}
             return {file: file for file in files}, {file: system.size(path) for file, (system, path) in places.items()}
     return {f"hf:{name}": f"hf:{name}"}, {f"hf:{name}": 0}
@@ -991,7 +1017,8 @@ def read_hub(name: str, reader: Iterator) -> Iterator[tuple[str, float | None, i
         yield from reader
 
 
-def stream_hub(name: str, text_key: str, offset: int, leave_out: Callable) -> Iterator[tuple[str, float | None, int, int]]:
+def stream_hub(name: str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
+        tuple[str, float | None, int, int]]:
     """A data set of any other format."""
     builder, split = hub_builder(name)
     done, rows = 0, builder.as_streaming_dataset(split=split)  # bytes of text; the size of the whole is not told

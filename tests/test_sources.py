@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -133,17 +134,22 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("kind", ["parquet, one value", "parquet, one row group", "hf: parquet", "hf: jsonl, one line",
-                                  "jsonl.gz, one line", "txt of one line"])
+                                  "jsonl.gz, one line", "txt of one line", "jsonl, 15 MB each", "parquet, dictionary"])
 def test_memory_stays_under_1_gb(tmp_path, kind):
-    """600 MB, in one value or in one row group. Most of it repeats itself: the time is not that of encoding."""
+    """600 MB, in one value or in one row group, and long documents that are kept. Most of it repeats itself: the time is not
+    that of encoding."""
     small = DOCUMENTS[:10]
     inside = tmp_path / "in"
     inside.mkdir()
-    if "parquet" in kind:
+    if kind == "jsonl, 15 MB each":  # four bytes a character in Python's memory, for one of them needs it
+        write_lines(inside / "train.jsonl", small + [f"{i} 👍 " + "lorem ipsum " * 1_200_000 for i in range(4)] + DOCUMENTS[10:])
+    elif "parquet" in kind:
         arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
         big = ["lorem ipsum " * 50_000_000] if "value" in kind else ["lorem ipsum " * 250] * 200_000
+        if "dictionary" in kind:  # of a file of 1 MB
+            big = ["lorem ipsum " * 1_000_000] * 60
         parquet.write_table(arrow.table({"text": arrow.array(small + big + DOCUMENTS[10:], arrow.large_string())}),
-                            inside / "train.parquet", use_dictionary=False, row_group_size=2**20 if len(big) > 1 else 11)
+                            inside / "train.parquet", use_dictionary="dictionary" in kind)
     elif kind.startswith("txt"):
         with open(inside / "train.txt", "w") as file:
             file.writelines(["lorem ipsum " * 1000] * 2000)  # 24 MB: all of it is encoded
@@ -159,12 +165,17 @@ def test_memory_stays_under_1_gb(tmp_path, kind):
     done = subprocess.run([sys.executable, "-c", MEMORY.format(root=str(ROOT), where=where)], cwd=tmp_path,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) * 1024 < 1e9, done.stdout
+    peak = int(done.stdout.split()[-1]) * 1024
+    print(f"{kind}: {peak / 1e6:.0f} MB")
+    assert peak < 1e9
     meta = json.loads((tmp_path / "out/big/meta.json").read_text())
     stored = meta["train"]["documents"] + meta["val"]["documents"]
-    if "parquet" in kind and "value" not in kind:
-        assert stored == 61 and meta["dropped"] == {"exact duplicates": 199_999}
-    elif "one" in kind and not kind.startswith("txt"):
+    if kind == "jsonl, 15 MB each":
+        assert stored == 64 and not meta["dropped"]
+        assert re.search(r"tokenize big:.*\[\d\d:\d\d<\d\d:\d\d, .*MB/s\]", done.stderr)  # speed and time left
+    elif "parquet" in kind and "value" not in kind:
+        assert stored == 61 and meta["dropped"] == {"exact duplicates": 59 if "dictionary" in kind else 199_999}
+    elif not kind.startswith("txt"):
         assert stored == 60 and meta["dropped"] == {"documents over 16 MB": 1}
 
 
@@ -199,6 +210,52 @@ def test_files_of_a_data_set_are_read_where_they_are(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="hf:someone.*|b.jsonl.gz") as error:
         read(source)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, lines", [("a.ndjson", True), ("A.JSONL", True), ("a.json", True), ("a.json.gz", True),
+                                         ("list.json", False), ("one.json", False)])
+def test_lines_of_json_under_other_names(tmp_path, name, lines):
+    if name == "list.json":
+        (tmp_path / name).write_text(json.dumps([{"text": text} for text in DOCUMENTS], indent=1))
+    elif name == "one.json":
+        (tmp_path / name).write_text(json.dumps({"name": "a setting"}) + "\n")
+    else:
+        write_lines(tmp_path / name, DOCUMENTS)
+    assert (read(Source(tmp_path / name)) == DOCUMENTS) == lines
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / name).rename(tmp_path / "set" / name.replace("a.", "train.").lower())
+    if name != "one.json":  # a list of objects streams through `datasets`
+        assert read(Source(f"hf:{tmp_path}/set")) == DOCUMENTS
+
+
+def test_a_preparation_goes_on_at_its_revision(tmp_path, monkeypatch, capsys):
+    """The Hub's URLs name a commit: after another one, what was begun is finished from the old."""
+    fsspec, datasets = pytest.importorskip("fsspec"), pytest.importorskip("datasets")
+    monkeypatch.setattr(d, "SHARD_TOKENS", 4000)
+    monkeypatch.setattr(d, "JOB_BYTES", 3000)
+    texts, revision = [text for _, text in some_documents(12_000, 7)], ["old"]
+    for name, content in (("old", texts), ("new", texts[::-1])):
+        with fsspec.open(f"memory://{name}/train.jsonl", "wt") as file:
+            file.write("".join(json.dumps({"text": text}) + "\n" for text in content))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_: SimpleNamespace(
+        config=SimpleNamespace(data_files={"train": [f"memory://{revision[0]}/train.jsonl"]})))
+    tokenizer, write = train_bpe(DOCUMENTS, 300), d._write
+
+    def interrupted(path, parts):
+        if path.name == "shard-00005.json":
+            raise KeyboardInterrupt
+        return write(path, parts)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(d, "_write", interrupted)
+        d.prepare({"a": Source("hf:some/set")}, tmp_path / "set", tokenizer)
+    revision[0] = "new"
+    d.prepare({"a": Source("hf:some/set")}, tmp_path / "set", tokenizer)
+    revision[0] = "old"
+    d.prepare({"a": Source("hf:some/set")}, tmp_path / "straight", tokenizer)
+    assert texts_of(tmp_path / "set/a", tokenizer) == texts_of(tmp_path / "straight/a", tokenizer)
+    assert max(path.stat().st_size for path in (tmp_path / "set/a").glob("*.bin")) < 2 * 4000 * 2.5  # bounded shards
 
 
 def test_other_formats_of_data_sets_stream(tmp_path):
@@ -245,6 +302,22 @@ def test_a_bad_line_does_not_cost_the_rest_of_a_folders_file(tmp_path, capsys):
     assert said.count("left out") == 4 and "has no field text: choose one of prose" in said  # three lines and a file
     with pytest.raises(UserError, match="line 10 is not JSON"):
         read(Source(inside / "a.jsonl"))
+
+
+def test_what_comes_behind_the_last_document_is_counted_once(tmp_path, monkeypatch):
+    """Also where the work is stopped between the last shard and the end."""
+    monkeypatch.setattr(d, "JOB_BYTES", 300)
+    inside, tokenizer = tmp_path / "in", train_bpe(DOCUMENTS, 300)
+    inside.mkdir()
+    write_lines(inside / "a.jsonl", [*DOCUMENTS, "x" * 300])  # which fills a job
+    for i in range(5):
+        (inside / f"z{i}.png").write_bytes(b"\x89PNG\0")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(d, "finish_source", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        d.prepare({"in": Source(inside)}, tmp_path / "set", tokenizer)
+    d.prepare({"in": Source(inside)}, tmp_path / "set", tokenizer)
+    meta = json.loads((tmp_path / "set/in/meta.json").read_text())
+    assert meta["dropped"] == {"unreadable files": 5} and meta["repeated_spans_looked_for"] is False
 
 
 def test_what_is_left_out_is_said_three_times_however_long_it_takes(tmp_path, capsys, monkeypatch):
@@ -352,7 +425,9 @@ def test_the_disk_that_is_foretold_suffices(tmp_path, name, tokens, capsys, monk
     monkeypatch.setattr(Path, "unlink", weighed)
     d.prepare({"a": Source(tmp_path / name)}, tmp_path / "set", train_bpe(documents[:300], 300),
               max_tokens=tokens)
-    foretold = float(capsys.readouterr().out.split("need about ")[1].split(" MB")[0]) * 1e6
+    out = capsys.readouterr().out
+    foretold = float(out.split("need about ")[1].split(" MB")[0]) * 1e6
+    assert "repeated spans are not looked for: a vocabulary of 300" in out
     assert 0.8 * largest[0] - 1e5 < foretold < 1.3 * largest[0] + 1e5
 
 

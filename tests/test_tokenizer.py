@@ -128,6 +128,14 @@ def test_merges_depend_on_neither_hash_seed_nor_order():
     assert len(outputs[0].strip()) == 64 and len(set(outputs)) == 1
 
 
+def test_training_gives_the_same_everywhere():
+    """The ids of a vocabulary trained on this text, wherever it runs: a changed hash would void every token file."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 9))) for _ in range(200)]
+    text = " ".join(rng.choice(words) + rng.choice(["", ".", "\n", " 42"]) for _ in range(5000))
+    assert train_bpe([text], 700, "gpt2").hash == "9dc3300771b10e12c61f34cbdb686a1c8c14ddf0c2003c2a72cf65e46e36d7df"
+
+
 def test_too_little_text_says_how_much_was_reached():
     with pytest.raises(UserError) as error:
         train_bpe(["abcd"], 1000)
