@@ -557,7 +557,7 @@ def test_permute_shuffles_and_needs_no_array_of_its_size():
 
 @pytest.mark.parametrize("shares", [[0.45, 0.45, 0.1], [0.7, 0.2, 0.1], [1.0], [0.5, 0.0, 0.5], [1 / 3] * 3,
                                     [0.001, 0.333, 0.666], [0.1, 0.2, 0.7, 0.0], [0.0, 1.0],
-                                    [i / 1275 for i in range(1, 51)]])
+                                    [1 / 549] * 49 + [500 / 549]])
 def test_interleave_deals_each_sequence_once_in_exact_shares(shares):
     index = np.arange(30_000)
     source, rank = d.interleave(index, shares)
