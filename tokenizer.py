@@ -575,7 +575,8 @@ class Source:
     """The documents of a path: text, source code, .jsonl, .parquet (text and jsonl also as .gz), a folder of
     those, or hf:DATASET[:CONFIG[:SPLIT]]. Read as a stream, in a fixed order, from any position.
 
-    A file named outright must be readable; in a folder, what is not is left out, said on stderr and counted.
+    A file named outright must be readable; in a folder, or behind a data set's first document, what is not is left out, said
+    on stderr and counted. That a network fails is always an error.
     A data set's document is held out by the hash of its text, a text file by that of its name; of a long text
     file, which is cut into documents, the last 3 % are held out, so that the two sides touch at one seam.
 
@@ -615,16 +616,16 @@ class Source:
         if position and position[0] not in self.files:
             raise UserError(f"{self.where} no longer holds {position[0]}, which was being read; put it back, or remove the "
                             "unfinished preparation")
-        first = names.index(position[0]) if position else 0
+        first, found = names.index(position[0]) if position else 0, position is not None
         self.done = sum(self.sizes[name] for name in names[:first])
         for i, name in enumerate(names[first:]):
             before = self.done
             try:
                 for text, held, offset, done in self.open(name, position[1] if position and not i else 0):
-                    self.done = before + done
+                    self.done, found = before + done, True
                     yield Document(text, uniform(text) if held is None else held, (name, offset))
             except UserError as error:
-                if not self.folder:
+                if isinstance(error, Unreachable) or not (self.folder or self.hub and found):
                     raise
                 self.leave_out("unreadable files", str(error))
             if self.size:
@@ -694,10 +695,15 @@ def opened(file: Path | str) -> Iterator[tuple]:
         raise unreadable(file, "to its end", error) from None
 
 
+class Unreachable(UserError):
+    """What may be there another time."""
+
+
 def unreadable(file: Path | str, place: str, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    advice = "check the network and run the command again" if "://" in str(file) else "check the file or leave it out"
-    return UserError(f"{file} cannot be read {place} ({reason}): {advice}")
+    if "://" in str(file) and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+        return Unreachable(f"{file} cannot be read {place} ({reason}): check the network and run the command again")
+    return UserError(f"{file} cannot be read {place} ({reason}): check the file or leave it out")
 
 
 def open_bytes(file: Path | str):
@@ -982,7 +988,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # the client raises its own, its HTTP library's and OS errors
         reason = " ".join(str(error).split())[:400]
-        raise UserError(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, which is "
+        raise Unreachable(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, which is "
                         "hf:DATASET:CONFIG:SPLIT where there are several, and the network, and run the command again") from None
 
 

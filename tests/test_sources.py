@@ -207,9 +207,17 @@ def test_files_of_a_data_set_are_read_where_they_are(tmp_path, monkeypatch):
         assert [later.text for later in source.read(whole[i].position)] == DOCUMENTS[i + 1:]
     assert set(source.sample(1e9)) == set(DOCUMENTS)
     fsspec.filesystem("memory").rm("/set/b.jsonl.gz")
-    with pytest.raises(UserError, match="hf:someone.*|b.jsonl.gz") as error:
+    with pytest.raises(T.Unreachable, match="b.jsonl.gz cannot be read .* check the network") as error:
         read(source)
     assert "\n" not in str(error.value)
+    with fsspec.open("memory://set/b.jsonl.gz", "wb") as file:  # a damaged file, where one cannot mend it
+        file.write(gzip.compress(lines)[:-20])
+    assert read(source)[:30] == DOCUMENTS[:30] and source.dropped == {"unreadable files": 1}
+    contents.pop("memory://set/a.parquet")
+    with fsspec.open("memory://set/b.jsonl.gz", "wb") as file:
+        file.write(b"no gzip")
+    with pytest.raises(UserError, match="b.jsonl.gz cannot be read to its end"):  # the first is no accident
+        read(Source("hf:someone/something:small:test"))
 
 
 @pytest.mark.parametrize("name, lines", [("a.ndjson", True), ("A.JSONL", True), ("a.json", True), ("a.json.gz", True),
