@@ -56,6 +56,15 @@ def stoppable():
         raise KeyboardInterrupt from stop
 
 
+def recipe_of(words: list[str]) -> train.Recipe:
+    """The recipe that train.py would make of a command line."""
+    args, recipe = train.parse(words)
+    for name in ("resume", "minutes", "check", "name"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is train.py's alone; leave it out here")
+    return recipe
+
+
 def mean_score(scores: dict[str, float]) -> float:
     """The mean bits per byte of the sources but generated math, which is learned in a jump that no law describes."""
     return float(np.mean([score for name, score in scores.items() if name != "math"] or list(scores.values())))
@@ -87,24 +96,38 @@ def verdict(difference: float, half_width: float) -> str:
     """In words, of held-out bits per byte, of which fewer are better."""
     if not math.isfinite(difference):
         return "diverged"
+    if difference == half_width == 0:
+        return "the very same losses"
     if abs(difference) <= half_width:
-        return f"no difference seen; one under {half_width:.3f} would not show"
+        return f"no difference seen; one under about {2 * half_width:.4f} may well not show"
     return "better" if difference < 0 else "worse"
 
 
-def short_run(recipe: train.Recipe, bar: tqdm) -> dict:
-    """Trains a recipe and returns what is compared."""
-    with quietly():
-        job = train.set_up(recipe, train.World(), Path("runs/none"), False)
-    started = time.perf_counter()
-    for step in range(job.steps):
-        train.training_step(job, step, job.rate(step))
-        bar.update(recipe.batch_tokens)
-    job.model(*job.loader.make(0, 0, 1)[:1]).sum().item()  # waits for the device
-    seconds = time.perf_counter() - started
-    scores = {s["val"].name: train.bits_per_byte(job, s["val"], job.recipe.eval_tokens) for s in job.sources}
-    return {"scores": scores, "parameters": count_parameters(job.recipe.model)["total"],
-            "tokens_per_second": job.steps * recipe.batch_tokens / seconds}
+def one_run(recipe: train.Recipe, folder: Path) -> dict:
+    """Trains a recipe, or goes on where that was stopped; what is compared, and where the log is."""
+    resume = any((folder / "checkpoints").glob("step-*"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    found = {"parameters": count_parameters(recipe.model)["total"], "run": folder.name}
+    with quietly(), stoppable():
+        try:
+            found["scores"] = train.train(recipe, folder, resume)
+        except train.Diverged as error:
+            found["diverged"] = str(error).split(",")[0]
+    shutil.rmtree(folder / "checkpoints")
+    speeds = [entry["tokens_per_second"] for entry in train.Log(folder).entries() if "tokens_per_second" in entry]
+    return found | {"tokens_per_second": float(np.median(speeds)) if speeds else math.nan}
+
+
+def fingerprint(recipe: train.Recipe) -> str:
+    """Changes with whatever changes a training: the recipe, the code, the data, the machine, the start."""
+    tokenizer, sources = train.load_data(recipe, True)
+    code = [Path(module.__file__).read_bytes() for module in (train, train.data_, train.schedule_, sys.modules["model"])]
+    machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
+    start = (train.starting_point(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
+    content = [asdict(recipe), tokenizer.hash, [(s.name, s.sha256) for source in sources for s in source.values()],
+               machine.device, str(machine.dtype), machine.compile, start, [hashlib.sha256(text).hexdigest() for text in code]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict[str, tuple[float, float]]:
@@ -114,42 +137,42 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
     A finished training is a line of results.jsonl in `folder`: the same command goes on after an interruption, and one
     with more changes or seeds trains only those.
     """
-    recipes = {"baseline": train.parse(given)[1]}
+    recipes = {"baseline": recipe_of(given)}
     for words in tries:
         if not all(re.fullmatch(r"\w+=\S+", word) for word in words.split()):
             raise UserError(f"--try {words!r} is not NAME=VALUE with a flag of train.py, such as --try num_key_value_heads=1")
-        recipes[words] = train.parse([*given, *(f"--{word}" for word in words.split())])[1]
+        if fixed := {word.split("=")[0] for word in words.split()} & {"seed", "eval_tokens", "data"}:
+            raise UserError(f"--try {words} changes what is measured with; give --{fixed.pop()} to all, or compare data with "
+                            "`python train.py --anneal RUN --candidate SOURCE`")
+        recipes[words] = recipe_of([*given, *(f"--{word}" for word in words.split())])
         if recipes[words] == recipes["baseline"]:
             raise UserError(f"--try {words} changes nothing: the baseline has it already")
-    runs, file = {}, folder / "results.jsonl"
+    runs, file, started = {}, folder / "results.jsonl", time.time()
     if file.exists():
         for line in file.read_text("utf-8").splitlines():
             with contextlib.suppress(ValueError):  # the last line of a killed run
                 run = json.loads(line)
                 runs[run["key"]] = run
-    keys, digests = {}, {}
-    for name, recipe in recipes.items():
-        if recipe.data not in digests:  # other data are another training
-            digests[recipe.data] = [source["train"].sha256 for source in train.load_data(recipe, True)[1]]
-        content = json.dumps([asdict(recipe), digests[recipe.data]])
-        keys |= {(seed, name): hashlib.sha256(f"{content} {seed}".encode()).hexdigest()[:16] for seed in range(seeds)}
+    with quietly():
+        recipes = {name: replace(recipe, eval_every=10**9) for name, recipe in recipes.items()}  # at the end only
+        keys = {(seed, name): f"{fingerprint(recipe)}-{seed}" for name, recipe in recipes.items() for seed in range(seeds)}
     todo = sorted(pair for pair, key in keys.items() if key not in runs)  # a seed of all before the next
-    total = sum(recipes[name].tokens or sum(stage.tokens for stage in recipes[name].stages) for _, name in todo)
-    with tqdm(total=int(total), unit="tok", unit_scale=True, leave=False,
-              mininterval=0.5 if sys.stderr.isatty() else 10) as bar:
-        for seed, name in todo:
-            bar.set_description(f"{name}, seed {seed}")
-            recipe = replace(recipes[name], seed=recipes[name].seed + seed)
-            run = {"key": keys[seed, name], "change": name, "seed": recipe.seed} | short_run(recipe, bar)
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(file, "a", encoding="utf-8") as log:
-                log.write("\n" + json.dumps(run))  # on a new line, also behind half of one
-            runs[run["key"]] = run
+    for i, (seed, name) in enumerate(todo):
+        left = f", about {tqdm.format_interval((time.time() - started) / i * (len(todo) - i))} left" if i else ""
+        print(f"training {i + 1} of {len(todo)}: {name}, seed {seed}{left}", flush=True)
+        recipe, key = replace(recipes[name], seed=recipes[name].seed + seed), keys[seed, name]
+        run = {"key": key, "change": name, "seed": recipe.seed} | one_run(recipe, folder / key)
+        with open(file, "a", encoding="utf-8") as log:
+            log.write("\n" + json.dumps(run))  # on a new line, also behind half of one
+        runs[key] = run
     of = {name: [runs[keys[seed, name]] for seed in range(seeds)] for name in recipes}
-    losses = {name: [mean_score(run["scores"]) for run in done] for name, done in of.items()}
-    size, found = of["baseline"][0]["parameters"], {}
-    wide = max(map(len, recipes))
-    print(f"{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
+    losses = {name: [mean_score(run["scores"]) if "scores" in run else math.nan for run in done] for name, done in of.items()}
+    if not np.isfinite(losses["baseline"]).all():
+        bad = next(run for run in of["baseline"] if "diverged" in run)
+        raise UserError(f"the baseline itself diverges (seed {bad['seed']}, {bad['diverged']}): give it a lower --learning_rate")
+    size, found, wide = of["baseline"][0]["parameters"], {}, max(map(len, recipes))
+    names = " and ".join(name for name in of["baseline"][0]["scores"] if name != "math")
+    print(f"\n{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
     for name, done in of.items():
         line = (f"{name:{wide}}{done[0]['parameters']:12,}{np.median([run['tokens_per_second'] for run in done]):10,.0f}"
                 f"{np.mean(losses[name]):15.4f}")
@@ -157,11 +180,13 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
             print(f"{line}  seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)")
             continue
         found[name] = paired_difference(losses["baseline"], losses[name])
-        print(f"{line}  {found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
+        where = [f"seed {run['seed']}, {run['diverged']}" for run in done if "diverged" in run]
+        print(f"{line}  diverged ({'; '.join(where)})" if where else
+              f"{line}  {found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
         if abs(ratio := done[0]["parameters"] / size - 1) > 0.02:
             print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths with it)")
-    print(f"± is the 95 % interval over {seeds} seeds; of 20 changes that do nothing, about one looks better or worse. The "
-          f"trainings are in {file}")
+    print(f"bits per byte: the mean over held-out {names}. ±: the 95 % interval over {seeds} seeds; of 20 changes that do nothing, "
+          f"about one looks better or worse. The trainings are in {folder}")
     with contextlib.suppress(UserError):  # a picture only where matplotlib is
         draw_changes(found, folder / "changes.png")
     return found
@@ -170,6 +195,7 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
 def draw_changes(found: dict[str, tuple[float, float]], path: Path) -> None:
     pyplot = cost.pyplot_or_error()
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(found)), layout="constrained")
+    found = {name: values for name, values in found.items() if math.isfinite(values[0])}
     for i, (name, (difference, half)) in enumerate(found.items()):
         color = "gray" if abs(difference) <= half else "tab:green" if difference < 0 else "tab:red"
         axes.errorbar(difference, i, xerr=half, fmt="o", color=color, capsize=3)
@@ -441,13 +467,15 @@ def main() -> None:
     p.add_argument("--epsilon", type=cost.positive, default=0.01, help="bits per byte that a larger batch may lose")
     commands.add_parser("spikes", help="poisons batches of a run, with and without a guard; takes train.py's flags")
     args, rest = parser.parse_known_args()
+    if "RANK" in os.environ:
+        raise UserError("ablate.py trains in one process; start it with python, not torchrun")
     if args.command == "change":
         if args.seeds < 2:
             raise UserError("one seed tells nothing of the noise; give --seeds 2 or more")
         change(rest, args.tries, args.seeds, args.out)
         return
     if args.command == "spikes":
-        spikes(train.parse(rest)[1])
+        spikes(recipe_of(rest))
         return
     if args.command == "branch":
         if rest:
@@ -458,7 +486,7 @@ def main() -> None:
         raise UserError(f"--steps {args.steps} are too few to see where the loss falls; give at least 20")
     if args.low >= args.high:
         raise UserError(f"--low {args.low:g} is not below --high {args.high:g}; give a range such as --low 1e-4 --high 1")
-    lr_range(train.parse(rest)[1], args.low, args.high, args.steps, args.picture)
+    lr_range(recipe_of(rest), args.low, args.high, args.steps, args.picture)
 
 
 if __name__ == "__main__":

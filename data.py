@@ -370,7 +370,8 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
           tqdm(total=source.size or None, initial=done, unit="B", unit_scale=True, desc=f"tokenize {folder.name}",
                leave=False, delay=1) as bar):
         while not ended and (not max_tokens or tokens < max_tokens):
-            while sum(job.sizes.sum() for job, _ in queue) < 4 * workers * JOB_BYTES and (job := next(jobs, None)):
+            while (len(queue) < 16 * workers and sum(job.sizes.sum() for job, _ in queue) < 4 * workers * JOB_BYTES
+                   and (job := next(jobs, None))):
                 queue.append((job, pool.submit(encode_job, job, tokenizer)))
             if ended := not queue:
                 break
@@ -603,7 +604,7 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
         raise UserError(f"{out} exists already; remove it or write elsewhere with --out")
     sources = {name: s if isinstance(s, Source) else Listed(s) for name, s in sources.items()}
     partial = out.with_name(out.name + ".partial")
-    task = {"sources": {name: [s.where, s.size if isinstance(s, Listed) else s.text_key] for name, s in sources.items()},
+    task = {"format": FORMAT, "sources": {name: [s.where, s.size if isinstance(s, Listed) else s.text_key] for name, s in sources.items()},
             "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "seed": seed, "max_tokens": max_tokens}
     if (partial / "task.json").exists():
         saved = json.loads((partial / "task.json").read_text("utf-8"))

@@ -27,6 +27,7 @@ import gzip
 import hashlib
 import heapq
 import io
+import itertools
 import json
 import os
 import sys
@@ -677,12 +678,15 @@ def holds_lines(file: str, text_key: str) -> bool:
     if not name.endswith(".json"):
         return name.endswith((".jsonl", ".ndjson"))
     with opened(file) as (stream, _):
-        first, second = stream.readline(LONGEST_LINE), stream.readline(LONGEST_LINE)
+        lines = (line for line in iter(lambda: stream.readline(LONGEST_LINE), b"") if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    if len(first) == LONGEST_LINE:  # too long to read, not to be a line
+        return first.lstrip().startswith(b"{")
     try:
         record = json.loads(first)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and (text_key in record or second.startswith(b"{"))
+    return isinstance(record, dict) and (text_key in record or second.lstrip().startswith(b"{"))
 
 
 @contextlib.contextmanager
@@ -823,7 +827,7 @@ def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callab
             leaf = next(i for i in range(len(table.schema)) if table.schema.column(i).path == text_key)
             for group in range(table.metadata.num_row_groups):
                 about = table.metadata.row_group(group)
-                if row + about.num_rows <= offset:
+                if row + about.num_rows <= offset or not about.num_rows:
                     row += about.num_rows
                     continue
                 pages = large_pages(stream, about.column(leaf))
@@ -917,15 +921,14 @@ def large_pages(stream, column) -> list[tuple[int, int]]:
              for header, _ in page_headers(stream, column))
     if column.total_uncompressed_size > LARGEST_PAGE:
         return [size for _, size in sizes]
-    header, size = next(sizes)
-    return [size] if header[1] == 2 else []
+    return [size for header, size in itertools.islice(sizes, 1) if header[1] == 2]
 
 
 def page_values(stream, column, max_definition: int) -> Iterator[memoryview | None]:
     """The values of a flat column of bytes, None where there is none, a page in memory at a time (and the dictionary)."""
     import pyarrow
 
-    codec, dictionary = column.compression.lower(), []
+    codec, dictionary = column.compression.lower().replace("lz4", "lz4_raw"), []  # the name is of the one without frames
     for header, begin in page_headers(stream, column):
         stream.seek(begin)
         kind, about = header[1], header.get(5) or header.get(8) or header.get(7)
@@ -949,7 +952,10 @@ def page_values(stream, column, max_definition: int) -> Iterator[memoryview | No
         else:
             raise ValueError(f"pages in the encoding {encoding}, and too large for Arrow")
         for defined in there:
-            yield next(values) if defined else None
+            value = next(values, None) if defined else None
+            if defined and value is None:
+                raise ValueError("a page holds fewer values than its header says")
+            yield value
 
 
 def plain_values(data: memoryview) -> Iterator[memoryview]:
@@ -968,10 +974,12 @@ def hybrid_values(data: memoryview, width: int, count: int) -> list[int]:
     out, stream = [], io.BytesIO(data)
     while len(out) < count:
         head = varint(stream)
-        if head & 1:
-            packed = int.from_bytes(stream.read((head >> 1) * width), "little")
-            out += [packed >> i * width & (1 << width) - 1 for i in range((head >> 1) * 8)]
-        else:
+        for _ in range(min(head >> 1, -(-count // 8)) if head & 1 else 0):
+            if len(group := stream.read(width)) < width:
+                raise ValueError("a page ends before its values")
+            packed = int.from_bytes(group, "little")
+            out += [packed >> i * width & (1 << width) - 1 for i in range(8)]
+        if not head & 1:
             out += [int.from_bytes(stream.read((width + 7) // 8), "little")] * min(head >> 1, count)
     return out[:count]
 

@@ -932,15 +932,19 @@ def watched_weights(model: GPT) -> dict[str, torch.Tensor]:
             if p.ndim == 2 and (found := re.match(r"model\.layers\.(\d+)\.", name)) and int(found[1]) in layers}
 
 
-def blame(job: Job, report: Report, step: int, values: dict[str, float]) -> UserError:
+class Diverged(UserError):
+    """A loss or a gradient is not finite."""
+
+
+def blame(job: Job, report: Report, step: int, values: dict[str, float]) -> Diverged:
     """Why an update was not made, naming the pieces of the batch; every process calls it."""
     bad = [f"process {job.world.rank}, {job.describe(piece)}" for piece, part in report.parts if not part.isfinite()]
     places = [place for places in job.world.gather(bad) for place in places]
     where = f" (in {'; '.join(places[:4])}{' and more' if len(places) > 4 else ''})" if places else ""
     saved = sorted(path.name for path in (job.folder / "checkpoints").glob("step-????????"))
-    return UserError(f"step {step}: the loss is {values['loss']}{where} and the gradient norm {values['grad_norm']}, so this "
-                     f"update was not made and nothing was saved; the last checkpoint is {saved[-1] if saved else 'none'}: go "
-                     f"on with {job.command} --resume {job.folder} and a lower --learning_rate or --clip")
+    return Diverged(f"step {step}: the loss is {values['loss']}{where} and the gradient norm {values['grad_norm']}, so this "
+                    f"update was not made and nothing was saved; the last checkpoint is {saved[-1] if saved else 'none'}: go "
+                    f"on with {job.command} --resume {job.folder} and a lower --learning_rate or --clip")
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------

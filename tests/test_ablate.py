@@ -103,49 +103,79 @@ def test_paired_difference_by_hand():
     for n, t in enumerate(ablate.T95, start=1):
         assert t == pytest.approx(stats.t.ppf(0.975, n), abs=0.006)
     assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
-    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under 0.050")
-    assert ablate.verdict(math.nan, math.nan) == "diverged"
+    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under about 0.1000")
+    assert ablate.verdict(math.nan, math.nan) == "diverged" and ablate.verdict(0.0, 0.0) == "the very same losses"
 
 
 def test_one_change_at_a_time(here, capsys, monkeypatch):
     """What hurts is found, what does nothing is not; the losses are those of `train.train`; nothing is trained twice."""
-    given = [*TINY, "--tokens", "2560", "--eval-every", "1000"]
-    tries = ["learning_rate=1e-6", "watch_every=3", "hidden_size=32 num_hidden_layers=1"]
-    begun, short_run = [], ablate.short_run
+    given = [*TINY, "--tokens", "2560", "--batch-doublings", "6"]
+    tries = ["learning_rate=1e-6", "watch_every=3", "hidden_size=32 num_hidden_layers=1", "learning_rate=1e20"]
+    begun, one_run = [], ablate.one_run
 
-    def counted(recipe, bar):
+    def counted(recipe, folder):
         begun.append((recipe.learning_rate, recipe.watch_every, recipe.model.num_hidden_layers, recipe.seed))
-        if len(begun) == 6:
+        if len(begun) == 7:
             raise KeyboardInterrupt
-        return short_run(recipe, bar)
+        return one_run(recipe, folder)
 
-    monkeypatch.setattr(ablate, "short_run", counted)
+    monkeypatch.setattr(ablate, "one_run", counted)
     with pytest.raises(KeyboardInterrupt):
         ablate.change(given, tries, 3, Path("runs/changes"))
     with open("runs/changes/results.jsonl", "a") as file:
         file.write('\n{"key": "cut')  # as kill -9 leaves it
     found = ablate.change(given, tries, 3, Path("runs/changes"))
-    assert len(begun) == 13 and len(set(begun)) == 12  # the sixth twice
-    assert ablate.change(given, tries, 3, Path("runs/changes")) == found and len(begun) == 13
+    assert len(begun) == 16 and len(set(begun)) == 15  # the seventh twice
     out = capsys.readouterr().out
-    assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in out.split("learning_rate=1e-6")[1].splitlines()[0]
-    assert found["watch_every=3"] == (0.0, 0.0) and "no difference" in out.split("watch_every=3")[1].splitlines()[0]
+    assert "training 2 of 9: " in out and " left" in out
+    table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
+    assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
+    assert found["watch_every=3"] == (0.0, 0.0) and "the very same losses" in table["watch_every=3"]
+    assert "diverged (seed 0, step " in table["learning_rate=1e20"] and math.isnan(found["learning_rate=1e20"][0])
     assert "% parameters: part of the difference is size" in out
     runs = [json.loads(line) for line in Path("runs/changes/results.jsonl").read_text().splitlines() if line[-1:] == "}"]
-    straight = train.train(recipe("--tokens", "2560", "--eval-every", "1000", "--seed", "1"), Path("runs/a"))
-    assert straight == next(run["scores"] for run in runs if run["change"] == "baseline" and run["seed"] == 1)
+    straight = train.train(recipe("--tokens", "2560", "--batch-doublings", "6", "--seed", "1"), Path("runs/a"))
+    mine = next(run for run in runs if run["change"] == "baseline" and run["seed"] == 1)
+    assert straight == mine["scores"] and losses(Path("runs/changes") / mine["run"]) == losses(Path("runs/a"))
+    again = ablate.change(given, tries[:3], 3, Path("runs/changes"))
+    assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
+    monkeypatch.setattr(ablate, "fingerprint", lambda recipe: f"other data {recipe.watch_every}")
+    ablate.change(given, tries[1:2], 2, Path("runs/changes"))
+    assert len(begun) == 20  # all anew
+
+
+def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
+    job = recipe("--tokens", "2560")
+    train.train(job, Path("runs/a"))
+    before = ablate.fingerprint(job)
+    assert ablate.fingerprint(recipe("--tokens", "2560")) == before
+    assert ablate.fingerprint(replace(job, clip=2.0)) != before
+    assert ablate.fingerprint(replace(job, start="runs/a")) != before
+    with monkeypatch.context() as patch:
+        read = Path.read_bytes
+        patch.setattr(Path, "read_bytes", lambda path: read(path) + b"# edited" * (path.suffix == ".py"))
+        assert ablate.fingerprint(job) != before
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--try", "learning_rate"], "is not NAME=VALUE"),
     (["--try", "learning_rat=1"], "did you mean --learning_rate"),
-    (["--try", "seed=0"], "changes nothing"),
+    (["--try", "watch_every=50"], "changes nothing"),
+    (["--try", "eval_tokens=256"], "changes what is measured with"),
     (["--try", "clip=2", "--seeds", "1"], "one seed tells nothing"),
     (["--try", "position=nope"], "position nope is not one of"),
+    (["--try", "clip=2", "--name", "mine"], "--name is train.py's alone"),
+    (["--try", "resume=runs/a"], "runs/a is not a run"),
 ])
 def test_mistaken_changes_are_a_sentence(here, flags, words):
     done = call(ablate.main, "change", *TINY, *flags)
     assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not Path("runs").exists()
+
+
+def test_ablations_do_not_start_under_torchrun(here, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    done = call(ablate.main, "change", *TINY, "--try", "clip=2")
+    assert done.returncode == 2 and "in one process" in done.stderr and not Path("runs").exists()
 
 
 def test_lr_range_test_stops_where_training_diverges(here, capsys):

@@ -37,7 +37,7 @@ def read(source) -> list[str]:
 
 
 @pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd", "gzip", "lz4", "brotli"])
 @pytest.mark.parametrize("dictionary", [False, True])
 @pytest.mark.parametrize("missing", [0, 0.2])
 def test_pages_read_here_equal_arrows(tmp_path, monkeypatch, version, compression, dictionary, missing):
@@ -65,6 +65,34 @@ def test_pages_read_here_equal_arrows(tmp_path, monkeypatch, version, compressio
     assert [document.text for document in whole] == expected
     for i in (0, 699, 700, 1234, len(whole) - 1):
         assert [later.text for later in Source(file).read(whole[i].position)] == expected[i + 1:]
+
+
+def test_odd_pages(tmp_path, monkeypatch):
+    """A row group without rows; one long run of packed bits; a page that holds less than it says."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table, file = arrow.table({"text": DOCUMENTS[:10]}), tmp_path / "a.parquet"
+    with parquet.ParquetWriter(file, table.schema, use_dictionary=False) as writer:
+        for part in (table, table.slice(0, 0), table):
+            writer.write_table(part)
+    assert read(Source(file)) == DOCUMENTS[:10] * 2
+    monkeypatch.setattr(T, "LARGEST_PAGE", 0)
+    assert read(Source(file)) == DOCUMENTS[:10] * 2
+    values = [random.Random(i).randrange(4096) for i in range(100_000)]
+    packed = sum(value << 12 * i for i, value in enumerate(values[:8])).to_bytes(12, "little")
+    assert T.hybrid_values(memoryview(b"\x03" + packed), 12, 8) == values[:8]
+    groups = b"".join(sum(value << 12 * i for i, value in enumerate(values[at:at + 8])).to_bytes(12, "little")
+                      for at in range(0, len(values), 8))
+    head = (len(values) // 8) << 1 | 1
+    head = bytes([head & 127 | 128, head >> 7 & 127 | 128, head >> 14])
+    assert T.hybrid_values(memoryview(head + groups), 12, 100_000) == values
+    with pytest.raises(ValueError, match="ends before"):
+        T.hybrid_values(memoryview(b"\xff\xff\xff\xff\x07" + packed), 12, 10)
+    short = tmp_path / "short.parquet"
+    parquet.write_table(arrow.table({"text": ["a", "bb", "ccc"]}), short, use_dictionary=False, compression="none")
+    content = short.read_bytes()
+    short.write_bytes(content.replace(b"\2\0\0\0bb", b"\x09\0\0\0bb", 1))  # swallows the third
+    with pytest.raises(UserError, match="short.parquet cannot be read"):
+        read(Source(short))
 
 
 @pytest.mark.parametrize("dictionary", [False, True])
@@ -220,7 +248,7 @@ def test_files_of_a_data_set_are_read_where_they_are(tmp_path, monkeypatch):
         read(Source("hf:someone/something:small:test"))
 
 
-@pytest.mark.parametrize("name, lines", [("a.ndjson", True), ("A.JSONL", True), ("a.json", True), ("a.json.gz", True),
+@pytest.mark.parametrize("name, lines", [("a.ndjson", True), ("blank.json", True), ("A.JSONL", True), ("a.json", True), ("a.json.gz", True),
                                          ("list.json", False), ("one.json", False)])
 def test_lines_of_json_under_other_names(tmp_path, name, lines):
     if name == "list.json":
@@ -229,6 +257,8 @@ def test_lines_of_json_under_other_names(tmp_path, name, lines):
         (tmp_path / name).write_text(json.dumps({"name": "a setting"}) + "\n")
     else:
         write_lines(tmp_path / name, DOCUMENTS)
+        if name == "blank.json":
+            (tmp_path / name).write_text("\n" + (tmp_path / name).read_text())
     assert (read(Source(tmp_path / name)) == DOCUMENTS) == lines
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
