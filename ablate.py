@@ -140,7 +140,7 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
     recipes = {"baseline": recipe_of(given)}
     for words in tries:
         if not all(re.fullmatch(r"\w+=\S+", word) for word in words.split()):
-            raise UserError(f"--try {words!r} is not NAME=VALUE with a flag of train.py, such as --try num_key_value_heads=1")
+            raise UserError(f"--try {words!r} is not NAME=VALUE of a flag of train.py, such as --try num_key_value_heads=1")
         if fixed := {word.split("=")[0] for word in words.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {words} changes what is measured with; give --{fixed.pop()} to all, or compare data with "
                             "`python train.py --anneal RUN --candidate SOURCE`")

@@ -22,6 +22,7 @@ language reference (prose), the standard library's modules (code), and generated
 import argparse
 import bisect
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -48,6 +49,7 @@ from tokenizer import (HELD_OUT, LONGEST_PIECE, Document, Parser, Source, Tokeni
 
 FORMAT = 2  # of the token files
 SHARD_TOKENS = 2**24  # a shard ends with the job that reaches this many: bounded files, bounded memory
+SMALL = 2**16  # sequences of a source whose order is kept in memory, 512 KB an epoch at the most
 JOB_BYTES = 2**20  # text that one thread encodes at a time
 
 
@@ -404,7 +406,8 @@ def write_shard(folder: Path, number: int, pending: list[tuple], seed: int, ende
     ids, bad, held, sizes, hashes = (np.concatenate(x) for x in (
         ids, bad, [j.held for j in jobs], [j.sizes for j in jobs], [j.hashes for j in jobs]))
     dropped = sum((job.dropped for job in jobs), Counter({"repeated spans": int(bad.sum())}))
-    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped, "read": int(offsets[-1]), "ended": ended}
+    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped, "read": int(offsets[-1]),
+             "ended": ended}
     order, written = np.random.default_rng([seed, number]).permutation(len(begins)), []
     try:
         for split, wanted in (("train", ~held & ~bad), ("val", held & ~bad)):
@@ -604,8 +607,9 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
         raise UserError(f"{out} exists already; remove it or write elsewhere with --out")
     sources = {name: s if isinstance(s, Source) else Listed(s) for name, s in sources.items()}
     partial = out.with_name(out.name + ".partial")
-    task = {"format": FORMAT, "sources": {name: [s.where, s.size if isinstance(s, Listed) else s.text_key] for name, s in sources.items()},
-            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "seed": seed, "max_tokens": max_tokens}
+    task = {"sources": {name: [s.where, s.size if isinstance(s, Listed) else s.text_key] for name, s in sources.items()},
+            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "seed": seed, "max_tokens": max_tokens,
+            "format": FORMAT}
     if (partial / "task.json").exists():
         saved = json.loads((partial / "task.json").read_text("utf-8"))
         if saved["task"] != task:
@@ -816,6 +820,12 @@ def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
     return out.astype(np.int64)
 
 
+@functools.lru_cache(maxsize=256)
+def small_shuffle(n: int, key: tuple[int, ...]) -> np.ndarray:
+    """`permute` of all of range(n), kept: of a small source an array is cheaper than its many small calls."""
+    return permute(np.arange(n), n, list(key))
+
+
 def dealt(n: np.ndarray, shares: list[float]) -> np.ndarray:
     """How many of a stage's first n sequences come from each source, [S, *n.shape] int64.
 
@@ -970,7 +980,8 @@ class Curriculum:
             n = self.packings[length][s].count
             for epoch in np.unique(rank[source == s] // n):
                 here = (source == s) & (rank // n == epoch)
-                sequence[here] = permute(rank[here] % n, n, key=[self.seed, int(s), int(epoch)])
+                place, key = rank[here] % n, (self.seed, int(s), int(epoch))
+                sequence[here] = small_shuffle(n, key)[place] if n <= SMALL else permute(place, n, list(key))
         return source, sequence
 
     def targets(self, step: int) -> int:

@@ -657,18 +657,23 @@ class Source:
         """Text of at most max_bytes: the same share from the start of each file (of SAMPLED_FILES of a data set's, evenly
         apart), nothing that is held out."""
         names = list(self.files)[::-(-len(self.files) // SAMPLED_FILES) if self.hub else 1]
-        size, dropped = sum(self.sizes[name] for name in names), Counter()  # its own: what is left out counts when all is read
-        for name in names:
+        size = sum(self.sizes[name] for name in names)
+        part = copy.copy(self)
+        part.dropped = Counter()  # its own: what is left out counts when all is read
+        for i, name in enumerate(names):
             left = max_bytes * (self.sizes[name] / size if size else 1)
-            part = copy.copy(self)
-            part.files, part.dropped = {name: self.files[name]}, dropped
-            for document in part.read():
-                if document.held >= held_out:
-                    text = document.text[:max(1, int(left))]
-                    left -= len(text) if text.isascii() else len(utf8(text))
-                    yield text
-                if left <= 0:
-                    break
+            part.files = {name: self.files[name]}
+            try:
+                for document in part.read():
+                    if document.held >= held_out:
+                        text = document.text[:max(1, int(left))]
+                        left -= len(text) if text.isascii() else len(utf8(text))
+                        yield text
+                    if left <= 0:
+                        break
+            except UserError as error:
+                if isinstance(error, Unreachable) or not (self.hub and i):
+                    raise
             self.done += part.done
 
 
@@ -833,9 +838,9 @@ def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callab
                 pages = large_pages(stream, about.column(leaf))
                 page, block = max((page for page, _ in pages), default=0), max(map(sum, pages), default=0)
                 if block > LARGEST_BLOCK:
-                    leave_out("documents in huge parquet pages", f"rows {row + 1} to {row + about.num_rows} of {file} share a page "
-                              f"of {page / 1e6:.0f} MB, or lie beside one: write the file again in smaller pages, or without "
-                              "what is that long", about.num_rows)
+                    leave_out("documents in huge parquet pages",
+                              f"rows {row + 1} to {row + about.num_rows} of {file} share a page of {page / 1e6:.0f} MB, or lie "
+                              "beside one: write the file again in smaller pages, or without what is that long", about.num_rows)
                     row += about.num_rows
                     continue
                 if page > LARGEST_PAGE:

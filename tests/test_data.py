@@ -627,6 +627,16 @@ def test_every_epoch_is_shuffled_anew(prepared, tokenizer):
     assert np.mean(np.array(order[:n]) == np.array(order[n:])) < 0.02 and order[:n] != sorted(order[:n])
 
 
+def test_the_order_is_the_same_with_and_without_memory(prepared, tokenizer, monkeypatch):
+    curriculum = make(load(prepared, tokenizer), tokens=6 * 16 * 200)
+    kept = [curriculum.locate(step, 0, 6) for step in range(curriculum.steps)]
+    monkeypatch.setattr(d, "SMALL", 0)
+    monkeypatch.setattr(d, "small_shuffle", None)
+    for step, (source, sequence) in enumerate(kept):
+        again = curriculum.locate(step, 0, 6)
+        assert (again[0] == source).all() and (again[1] == sequence).all()
+
+
 class Endless:
     """The length of a trillion tokens without them."""
 
