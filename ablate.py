@@ -1,9 +1,9 @@
 """Ablations: short trainings that answer one question before a long one is paid for.
 
-The playbook spent 58 % of SmolLM3's main run on such trainings, each changing one thing on a small budget: what is not
-tested on your own baseline is a guess. Every command trains what `train.py` would train, with its flags.
+Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did: each changes one thing on a small budget, for
+what is not tested on your own baseline is a guess. Every command trains what `train.py` would train, with its flags.
 
-    python ablate.py change laptop --try num_key_value_heads=1 --try position=none    # one at a time, and the seeds' noise
+    python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # one at a time, and the seeds' noise
     python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
     python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at its newest checkpoint
     python ablate.py spikes laptop                         # what a stretch of broken data costs, and what a guard saves
@@ -140,7 +140,7 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
     recipes = {"baseline": recipe_of(given)}
     for words in tries:
         if not all(re.fullmatch(r"\w+=\S+", word) for word in words.split()):
-            raise UserError(f"--try {words!r} is not NAME=VALUE of a flag of train.py, such as --try num_key_value_heads=1")
+            raise UserError(f"--try {words!r} is not NAME=VALUE of a flag of train.py, such as --try num_key_value_heads=2")
         if fixed := {word.split("=")[0] for word in words.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {words} changes what is measured with; give --{fixed.pop()} to all, or compare data with "
                             "`python train.py --anneal RUN --candidate SOURCE`")
