@@ -77,7 +77,7 @@ def held_out_score(job: train.Pretraining) -> float:
 
 # ---- one change at a time ----------------------------------------------------------------------------------------
 
-# Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors.
+# Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a little wide.
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
@@ -94,8 +94,6 @@ def paired_difference(baseline: list[float], changed: list[float]) -> tuple[floa
 
 def verdict(difference: float, half_width: float) -> str:
     """In words, of held-out bits per byte, of which fewer are better."""
-    if not math.isfinite(difference):
-        return "diverged"
     if difference == half_width == 0:
         return "the very same losses"
     if abs(difference) <= half_width:
@@ -119,24 +117,24 @@ def one_run(recipe: train.Recipe, folder: Path) -> dict:
     return found | {"tokens_per_second": float(np.median(speeds)) if speeds else math.nan}
 
 
-def fingerprint(recipe: train.Recipe) -> str:
-    """Changes with whatever changes a training: the recipe, the code, the data, the machine, the start."""
+def code_and_data(recipe: train.Recipe) -> list:
+    """What a training depends on besides its recipe and the machine, as hashes."""
     tokenizer, sources = train.load_data(recipe, True)
     code = [Path(module.__file__).read_bytes() for module in (train, train.data_, train.schedule_, sys.modules["model"])]
+    return [[hashlib.sha256(text).hexdigest() for text in code], tokenizer.hash,
+            [(split.name, split.sha256) for source in sources for split in source.values()]]
+
+
+def fingerprint(recipe: train.Recipe, around: list) -> str:
+    """Changes with whatever changes a training; `around`: from `code_and_data`."""
     machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
     start = (train.starting_point(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
-    content = [asdict(recipe), tokenizer.hash, [(s.name, s.sha256) for source in sources for s in source.values()],
-               machine.device, str(machine.dtype), machine.compile, start, [hashlib.sha256(text).hexdigest() for text in code]]
+    content = [asdict(recipe), machine.device, str(machine.dtype), machine.compile, start, around]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """Trains the recipe that `given` names, and it with each of `tries` ("NAME=VALUE", or several that belong together), with
-    `seeds` seeds; prints, draws and returns each change's (difference in held-out bits per byte, half width of its 95 %).
-
-    A finished training is a line of results.jsonl in `folder`: the same command goes on after an interruption, and one
-    with more changes or seeds trains only those.
-    """
+def changed_recipes(given: list[str], tries: list[str]) -> dict[str, train.Recipe]:
+    """The recipe that `given` names as "baseline", and it with each of `tries`."""
     recipes = {"baseline": recipe_of(given)}
     for words in tries:
         if not all(re.fullmatch(r"\w+=\S+", word) for word in words.split()):
@@ -147,58 +145,68 @@ def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict
         recipes[words] = recipe_of([*given, *(f"--{word}" for word in words.split())])
         if recipes[words] == recipes["baseline"]:
             raise UserError(f"--try {words} changes nothing: the baseline has it already")
-    runs, file, started = {}, folder / "results.jsonl", time.time()
-    if file.exists():
-        for line in file.read_text("utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run
-                run = json.loads(line)
-                runs[run["key"]] = run
+    return {name: replace(recipe, eval_every=10**9) for name, recipe in recipes.items()}  # at the end only
+
+
+def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict[str, tuple[float, float]]:
+    """Trains the recipe that `given` names, and it with each of `tries` ("NAME=VALUE", or several that belong together), with
+    `seeds` seeds; prints, draws and returns each change's (difference in held-out bits per byte, half width of its 95 %).
+
+    A finished training is a line of log.jsonl in `folder`: the same command goes on after an interruption, and one with
+    more changes or seeds trains only those.
+    """
+    recipes, log, started = changed_recipes(given, tries), train.Log(folder), time.time()
+    runs = {run["key"]: run for run in log.entries()}
     with quietly():
-        recipes = {name: replace(recipe, eval_every=10**9) for name, recipe in recipes.items()}  # at the end only
-        keys = {(seed, name): f"{fingerprint(recipe)}-{seed}" for name, recipe in recipes.items() for seed in range(seeds)}
+        around = code_and_data(recipes["baseline"])
+        keys = {(seed, name): f"{fingerprint(recipe, around)}-{seed}"
+                for name, recipe in recipes.items() for seed in range(seeds)}
     todo = sorted(pair for pair, key in keys.items() if key not in runs)  # a seed of all before the next
     for i, (seed, name) in enumerate(todo):
         left = f", about {tqdm.format_interval((time.time() - started) / i * (len(todo) - i))} left" if i else ""
         print(f"training {i + 1} of {len(todo)}: {name}, seed {seed}{left}", flush=True)
         recipe, key = replace(recipes[name], seed=recipes[name].seed + seed), keys[seed, name]
-        run = {"key": key, "change": name, "seed": recipe.seed} | one_run(recipe, folder / key)
-        with open(file, "a", encoding="utf-8") as log:
-            log.write("\n" + json.dumps(run))  # on a new line, also behind half of one
-        runs[key] = run
-    of = {name: [runs[keys[seed, name]] for seed in range(seeds)] for name in recipes}
-    losses = {name: [mean_score(run["scores"]) if "scores" in run else math.nan for run in done] for name, done in of.items()}
-    if not np.isfinite(losses["baseline"]).all():
-        bad = next(run for run in of["baseline"] if "diverged" in run)
-        raise UserError(f"the baseline itself diverges (seed {bad['seed']}, {bad['diverged']}): give it a lower --learning_rate")
-    size, found, wide = of["baseline"][0]["parameters"], {}, max(map(len, recipes))
-    names = " and ".join(name for name in of["baseline"][0]["scores"] if name != "math")
-    print(f"\n{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
-    for name, done in of.items():
-        line = (f"{name:{wide}}{done[0]['parameters']:12,}{np.median([run['tokens_per_second'] for run in done]):10,.0f}"
-                f"{np.mean(losses[name]):15.4f}")
-        if name == "baseline":
-            print(f"{line}  seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)")
-            continue
-        found[name] = paired_difference(losses["baseline"], losses[name])
-        where = [f"seed {run['seed']}, {run['diverged']}" for run in done if "diverged" in run]
-        print(f"{line}  diverged ({'; '.join(where)})" if where else
-              f"{line}  {found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
-        if abs(ratio := done[0]["parameters"] / size - 1) > 0.02:
-            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths with it)")
-    print(f"bits per byte: the mean over held-out {names}. ±: the 95 % interval over {seeds} seeds; of 20 changes that do nothing, "
-          f"about one looks better or worse. The trainings are in {folder}")
+        runs[key] = {"key": key, "change": name, "seed": recipe.seed} | one_run(recipe, folder / key)
+        log.append(json.dumps(runs[key]))
+    found = compare_runs({name: [runs[keys[seed, name]] for seed in range(seeds)] for name in recipes})
+    print(f"The trainings are in {folder}")
     with contextlib.suppress(UserError):  # a picture only where matplotlib is
         draw_changes(found, folder / "changes.png")
+    return found
+
+
+def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
+    """Prints a table of what `one_run` returned, by change and seed; returns the `paired_difference` of each change."""
+    losses = {name: [mean_score(run["scores"]) if "scores" in run else math.nan for run in done] for name, done in runs.items()}
+    baseline, found, wide = runs["baseline"], {}, max(map(len, runs))
+    if bad := [run for run in baseline if "diverged" in run]:
+        raise UserError(f"the baseline itself diverges (seed {bad[0]['seed']}, {bad[0]['diverged']}): lower its --learning_rate")
+    print(f"\n{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
+    for name, done in runs.items():
+        line = (f"{name:{wide}}{done[0]['parameters']:12,}{np.median([run['tokens_per_second'] for run in done]):10,.0f}"
+                f"{np.mean(losses[name]):15.4f}  ")
+        if name == "baseline":
+            print(f"{line}seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)")
+            continue
+        found[name] = paired_difference(losses["baseline"], losses[name])
+        if bad := [f"seed {run['seed']}, {run['diverged']}" for run in done if "diverged" in run]:
+            print(f"{line}diverged ({'; '.join(bad)})")
+        else:
+            print(f"{line}{found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
+        if abs(ratio := done[0]["parameters"] / baseline[0]["parameters"] - 1) > 0.02:
+            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths with it)")
+    names = " and ".join(name for name in baseline[0]["scores"] if name != "math")
+    print(f"bits per byte: the mean over held-out {names}. ±: the 95 % interval over {len(baseline)} seeds; of 20 changes that "
+          "do nothing, about one looks better or worse.")
     return found
 
 
 def draw_changes(found: dict[str, tuple[float, float]], path: Path) -> None:
     pyplot = cost.pyplot_or_error()
     figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(found)), layout="constrained")
-    found = {name: values for name, values in found.items() if math.isfinite(values[0])}
-    for i, (name, (difference, half)) in enumerate(found.items()):
-        color = "gray" if abs(difference) <= half else "tab:green" if difference < 0 else "tab:red"
-        axes.errorbar(difference, i, xerr=half, fmt="o", color=color, capsize=3)
+    colors = {"better": "tab:green", "worse": "tab:red"}
+    for i, (difference, half) in enumerate(found.values()):  # what diverged leaves its line empty
+        axes.errorbar(difference, i, xerr=half, fmt="o", color=colors.get(verdict(difference, half), "gray"), capsize=3)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_yticks(range(len(found)), found)
     axes.invert_yaxis()
@@ -453,7 +461,7 @@ def main() -> None:
     p.add_argument("--try", dest="tries", action="append", required=True, metavar="NAME=VALUE",
                    help="a flag of train.py; several that belong together in quotes; again for each change")
     p.add_argument("--seeds", type=cost.positive_integer, default=3, help="trainings of each (default: 3)")
-    p.add_argument("--out", type=Path, default=Path("runs/changes"), help="of results.jsonl and changes.png (runs/changes)")
+    p.add_argument("--out", type=Path, default=Path("runs/changes"), help="of the trainings and changes.png (runs/changes)")
     p = commands.add_parser("lr-range", help="loss against a rate that grows; takes train.py's recipe and flags too")
     p.add_argument("--low", type=cost.positive, default=1e-4, help="first rate (default: 1e-4)")
     p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")

@@ -221,7 +221,6 @@ class Listed:
     def __init__(self, documents: Iterable[tuple[str, str]]):
         self.documents = list(documents)
         self.where, self.size, self.done, self.dropped = "memory", sum(len(utf8(t)) for _, t in self.documents), 0, Counter()
-        self.hub = False
 
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
         begin = position[1] if position else 0
@@ -448,8 +447,7 @@ def finish_source(folder: Path, shards: list[dict], tokenizer: Tokenizer, seed: 
     """Document starts over all shards, and meta.json."""
     meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "seed": seed,
             "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-            "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter()),
-            "repeated_spans_looked_for": merges_spans(tokenizer)}
+            "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter())}
     for split in ("train", "val"):
         entries = [shard[split] for shard in shards]
         meta[split] = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")}
@@ -628,8 +626,8 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
                                    for text in source.sample(share, limit)), vocab_size)
         check_disk(sources, zip(*looks), tokenizer, out, max_tokens)
         tokenizer.save(partial)
-        _write(partial / "task.json", [json.dumps(
-            {"task": task, "limits": limits, "files": {name: s.sizes for name, s in sources.items() if s.hub}}).encode()])
+        files = {name: s.sizes for name, s in sources.items() if isinstance(s, Source) and s.hub}  # as they are now
+        _write(partial / "task.json", [json.dumps({"task": task, "limits": limits, "files": files}).encode()])
     if not merges_spans(tokenizer):
         print(f"repeated spans are not looked for: a vocabulary of {tokenizer.vocab_size} is of single bytes, nearly")
     seen = Seen()

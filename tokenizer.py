@@ -593,22 +593,21 @@ class Source:
         self.done = 0  # bytes of the files read so far
         self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
         if self.hub:
-            self.files, self.sizes = hub_files(self.where[3:], text_key)
-        else:
-            if not path.exists():
-                raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
-            self.files: dict[str, Path | str] = {path.name: path}  # name in a position -> file, or URL
-            if self.folder:
-                inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-                self.files = {name.as_posix(): file for name, file in inside.items()
-                              if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
-            if not self.files:
-                raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
-            self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
+            return self.pin(hub_files(self.where[3:], text_key))
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
+        self.files: dict[str, Path | str] = {path.name: path}  # name in a position -> file, or URL
+        if self.folder:
+            inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+            self.files = {name.as_posix(): file for name, file in inside.items()
+                          if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
+        if not self.files:
+            raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
+        self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
         self.size = sum(self.sizes.values())
 
     def pin(self, sizes: dict[str, int]) -> None:
-        """To the files of a data set as they were found before; on the Hub, their URLs name a revision."""
+        """To the files of a data set and their bytes, as `hub_files` finds them; on the Hub, their URLs name a revision."""
         self.files, self.sizes, self.size = {file: file for file in sizes}, sizes, sum(sizes.values())
 
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
@@ -811,7 +810,8 @@ def place(file: Path | str, offset: int) -> str:
 
 def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
         tuple[str, float | None, int, int]]:
-    """Row by row: through Arrow, but where a page is so large that Arrow's copies of it would fill the memory."""
+    """Row by row: through Arrow, or here where a page is so large that Arrow's copies of it would fill the memory; a row group
+    whose page fills it even so is left out."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -991,8 +991,9 @@ def hybrid_values(data: memoryview, width: int, count: int) -> list[int]:
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
+    """What goes wrong between here and a data set, in one sentence."""
     try:
-        import datasets as _
+        import datasets  # noqa: F401 (missing: said here)
     except ImportError:
         raise UserError(f"hf:{name} needs a package that is missing: pip install datasets") from None
     try:
@@ -1013,8 +1014,8 @@ def hub_builder(name: str) -> tuple:
     return datasets.load_dataset_builder(path, config or None), split or "train"
 
 
-def hub_files(name: str, text_key: str) -> tuple[dict[str, str], dict[str, int]]:
-    """{path or URL: the same} and {path or URL: bytes} of a data set's files, where all are of a kind read here."""
+def hub_files(name: str, text_key: str) -> dict[str, int]:
+    """{path or URL: bytes} of a data set's files, where all are of a kind read here; or else {"hf:NAME": 0}."""
     def kind(file: str) -> str:
         return Path(file.lower().removesuffix(".gz")).suffix
 
@@ -1027,8 +1028,8 @@ def hub_files(name: str, text_key: str) -> tuple[dict[str, str], dict[str, int]]
         if kinds and kinds.keys() <= {".parquet", ".txt", ".md", ".jsonl", ".ndjson", ".json"} and (
                 ".json" not in kinds or holds_lines(kinds[".json"], text_key)):  # not a list of objects
             places = {file: fsspec.core.url_to_fs(file) for file in files}
-            return {file: file for file in files}, {file: system.size(path) for file, (system, path) in places.items()}
-    return {f"hf:{name}": f"hf:{name}"}, {f"hf:{name}": 0}
+            return {file: system.size(path) for file, (system, path) in places.items()}
+    return {f"hf:{name}": 0}
 
 
 def read_hub(name: str, reader: Iterator) -> Iterator[tuple[str, float | None, int, int]]:

@@ -15,6 +15,7 @@ and token files from the Python installation, trains on them for a few minutes a
 A recipe is a value of the class `Recipe` below; each of its fields but `stages`, and each of its model's, is a flag.
 """
 
+import abc
 import argparse
 import collections
 import contextlib
@@ -513,6 +514,10 @@ class Log:
         self.path, self.torn = folder / "log.jsonl", False
         if resumed_at is not None:
             self.forget(resumed_at)
+        if self.path.exists() and self.path.stat().st_size:
+            with open(self.path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                self.torn = file.read() != b"\n"  # as kill -9 can leave it
         self.events = [entry for entry in self.entries() if "event" in entry]
         self.trackers = open_trackers(recipe, folder, resumed_at) if recipe else []
 
@@ -761,7 +766,7 @@ class Report:
         return dict(zip(self.names, self.numbers.tolist()))
 
 
-class Job:
+class Job(abc.ABC):
     """Everything that a run works with. Subclasses say what a batch is, what its loss is, and how it is judged;
     posttrain.py has more of them. Nothing of it but weights, moments and the guard changes from step to step."""
 
@@ -814,17 +819,17 @@ class Job:
         """Prepares for the update that begins at a step; returns the step at which that update ends."""
         return step + 1
 
+    @abc.abstractmethod
     def micro_batches(self, step: int, steps: int) -> list:
         """This process's pieces of the batches of these steps: whatever `load` understands."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def load(self, piece, following) -> tuple[torch.Tensor, ...]:
         """A piece on the device; `following` will be asked for next."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """A piece's share of the batch's mean loss, and what is added to it for the gradient but not reported."""
-        raise NotImplementedError
 
     def halves(self, piece) -> list:
         """A piece cut in two, for the noise scale of a batch that is one piece."""

@@ -371,23 +371,6 @@ def test_killed_between_two_sources(tmp_path, flags, other):
     assert len(stored) == len(set(stored)) and (flags or len(stored) == len(set(texts)))
 
 
-def test_killed_while_leftovers_go(tmp_path, tokenizer, monkeypatch):
-    """After the rename the data are complete, whatever of the leftovers is still there."""
-    class Killed(BaseException):
-        pass
-
-    def killed(*_, **__):
-        raise Killed
-
-    d.prepare({"words": some_documents(300)}, tmp_path / "straight", tokenizer)
-    with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.unlink", killed)
-        with pytest.raises(Killed):
-            d.prepare({"words": some_documents(300)}, tmp_path / "set", tokenizer)
-    assert texts_of(tmp_path / "set/words", tokenizer) == texts_of(tmp_path / "straight/words", tokenizer)
-    assert "words" in d.describe(str(tmp_path / "set"))
-
-
 def test_every_interrupted_shard_goes_on(tmp_path, tokenizer, monkeypatch):
     """The same inside one process, stopped after each single file that is written."""
     monkeypatch.setattr(d, "SHARD_TOKENS", 2000)

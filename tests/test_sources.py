@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import os
 import random
 import re
 import subprocess
@@ -12,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import data as d
@@ -55,8 +53,9 @@ def test_pages_read_here_equal_arrows(tmp_path, monkeypatch, version, compressio
         for i in range(opened.metadata.num_row_groups):
             chunk = opened.metadata.row_group(i).column(1)
             pages = list(T.page_headers(stream, chunk))
-            assert pages[-1][1] + pages[-1][0][3] == (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size
-            assert len(pages) == 2 if dictionary and not missing else len(pages) > 2 or dictionary
+            (header, begin), first = pages[-1], chunk.dictionary_page_offset or chunk.data_page_offset
+            assert begin + header[3] == first + chunk.total_compressed_size
+            assert pages[0][0][1] == 2 if dictionary else len(pages) > 5  # type 2: a dictionary
     expected = [text or "" for text in texts]
     assert read(Source(file)) == expected  # by Arrow
     monkeypatch.setattr(T, "LARGEST_PAGE", 0)
@@ -355,7 +354,7 @@ def test_what_comes_behind_the_last_document_is_counted_once(tmp_path, monkeypat
         d.prepare({"in": Source(inside)}, tmp_path / "set", tokenizer)
     d.prepare({"in": Source(inside)}, tmp_path / "set", tokenizer)
     meta = json.loads((tmp_path / "set/in/meta.json").read_text())
-    assert meta["dropped"] == {"unreadable files": 5} and meta["repeated_spans_looked_for"] is False
+    assert meta["dropped"] == {"unreadable files": 5}
 
 
 def test_what_is_left_out_is_said_three_times_however_long_it_takes(tmp_path, capsys, monkeypatch):
@@ -412,13 +411,10 @@ def test_after_a_repair_the_same_command_goes_on(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match=f"{name}.*what was finished is in .*set.partial") as error:
         d.prepare({"z": Source(file)}, tmp_path / "set", tokenizer)
     assert "\n" not in str(error.value)
-    finished = sorted((tmp_path / "set.partial/z").glob("shard-*.json"))
-    before = {path: path.read_bytes() for path in finished}
-    assert len(finished) > 5
+    assert len(list((tmp_path / "set.partial/z").glob("shard-*.json"))) > 5
     file.write_bytes(whole)
     d.prepare({"z": Source(file)}, tmp_path / "set", tokenizer)
     d.prepare({"z": Source(file)}, tmp_path / "straight", tokenizer)
-    assert len(before) > 5
     sides, straight = texts_of(tmp_path / "set/z", tokenizer), texts_of(tmp_path / "straight/z", tokenizer)
     assert Counter(sides["train"] + sides["val"]) == Counter(set(documents)) and sides == straight
 
