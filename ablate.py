@@ -7,7 +7,7 @@ what is not tested on your own baseline is a guess. Every command trains what `t
     python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
     python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at its newest checkpoint
     python ablate.py spikes laptop                         # what a stretch of broken data costs, and what a guard saves
-    python cost.py fit                                     # a ladder of sizes and its scaling law (`fit_ladder` here)
+    python ablate.py fit                                   # a ladder of sizes and its scaling law
 
 `branch` (Merrill et al. 2025): from one checkpoint, branches with k times the batch and sqrt(k) times the rate read the
 same text; the largest k whose loss stays within epsilon of all smaller ones is the critical multiple. The optimizer
@@ -35,7 +35,8 @@ from tqdm import tqdm
 import cost
 import schedule
 import train
-from model import PRESETS, ModelError, count_parameters, from_pretrained
+from checkpoint import from_pretrained
+from model import PRESETS, count_parameters
 from schedule import LossLaw
 from tokenizer import Parser, UserError, run
 
@@ -369,7 +370,7 @@ def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.04) -> dic
 
 # (width, share of the tokens); several lengths at two widths, so that the law sees tokens and parameters apart.
 LADDER = [(32, 0.25), (64, 0.25), (32, 0.5), (64, 0.5), (32, 1), (48, 1), (64, 1), (96, 1), (128, 1)]
-HELD_OUT = 192  # the width whose loss the law must foretell
+PREDICTED = 192  # the width whose loss the law must foretell
 
 
 def rung(width: int, tokens: float, device: str, dtype: str) -> train.Recipe:
@@ -383,9 +384,9 @@ def rung(width: int, tokens: float, device: str, dtype: str) -> train.Recipe:
 
 
 def fit_ladder(tokens: float, device: str, dtype: str) -> tuple[float, float]:
-    """Trains LADDER on the embedded corpus, fits the law, foretells HELD_OUT, trains it, and compares: numbers, law.json
+    """Trains LADDER on the embedded corpus, fits the law, foretells PREDICTED, trains it, and compares: numbers, law.json
     and law.png in runs/ladder. Returns (predicted, measured)."""
-    rungs, points, started = [*LADDER, (HELD_OUT, 1)], [], time.time()
+    rungs, points, started = [*LADDER, (PREDICTED, 1)], [], time.time()
     flops = [cost.training_flops(count_parameters(rung(width, 1, device, dtype).model)["total"], tokens * share)
              for width, share in rungs]
     bar = tqdm(total=sum(flops), unit="FLOP", unit_scale=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 10)
@@ -398,7 +399,7 @@ def fit_ladder(tokens: float, device: str, dtype: str) -> tuple[float, float]:
         with quietly():
             job = train.set_up(rung(width, tokens * share, device, dtype), train.World(), Path("runs/none"), False)
         size = float(count_parameters(job.recipe.model)["total"])
-        if width == HELD_OUT:
+        if width == PREDICTED:
             try:
                 law = schedule.fit_law(points, "this ladder")
             except ValueError as error:
@@ -406,7 +407,7 @@ def fit_ladder(tokens: float, device: str, dtype: str) -> tuple[float, float]:
             predicted = law.loss(size, tokens)
             say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f} bits a "
                 "byte")
-            say(f"predicted    {predicted:.4f} for width {HELD_OUT}; training it to see")
+            say(f"predicted    {predicted:.4f} for width {PREDICTED}; training it to see")
         for step in range(job.steps):
             train.training_step(job, step, job.rate(step))
             bar.update(work / job.steps)
@@ -456,7 +457,7 @@ def multiples(text: str) -> list[int]:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="change | lr-range | branch | spikes")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="change | lr-range | branch | spikes | fit")
     p = commands.add_parser("change", help="one change at a time against a baseline; takes train.py's recipe and flags too")
     p.add_argument("--try", dest="tries", action="append", required=True, metavar="NAME=VALUE",
                    help="a flag of train.py; several that belong together in quotes; again for each change")
@@ -474,6 +475,10 @@ def main() -> None:
     p.add_argument("--batch-tokens", type=cost.positive_integer, default=0, help="of k = 1 (default: the run's)")
     p.add_argument("--epsilon", type=cost.positive, default=0.01, help="bits per byte that a larger batch may lose")
     commands.add_parser("spikes", help="poisons batches of a run, with and without a guard; takes train.py's flags")
+    p = commands.add_parser("fit", help="train a ladder of sizes, fit the loss law, predict the largest")
+    p.add_argument("--tokens", type=cost.positive, default=4e5, help="of every full rung of the ladder")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     args, rest = parser.parse_known_args()
     if "RANK" in os.environ:
         raise UserError("ablate.py trains in one process; start it with python, not torchrun")
@@ -481,6 +486,11 @@ def main() -> None:
         if args.seeds < 2:
             raise UserError("one seed tells nothing of the noise; give --seeds 2 or more")
         change(rest, args.tries, args.seeds, args.out)
+        return
+    if args.command == "fit":
+        if not 1e5 <= args.tokens <= 1e10:
+            raise UserError(f"--tokens {args.tokens:g} is not between 1e5, below which nothing is learned, and 1e10")
+        fit_ladder(args.tokens, args.device, args.dtype)
         return
     if args.command == "spikes":
         spikes(recipe_of(rest))
@@ -498,4 +508,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

@@ -11,7 +11,6 @@ playbook's whole bill, with ablations and restarts, is 437,760: 58 % on top of t
     python cost.py plan --minutes 5                                # what this machine should train: train.py --minutes 5
     python cost.py published                                       # predicted against published GPU-hours
     python cost.py measure [laptop]                                # this machine's speed and memory, beside the prediction
-    python cost.py fit                                             # a scaling law of your own, in minutes
 """
 
 import argparse
@@ -31,7 +30,7 @@ import numpy as np
 import torch
 
 import schedule
-from model import GPT, PRESETS, ModelConfig, ModelError, count_parameters, cross_entropy
+from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
 from schedule import CHINCHILLA, HOFFMANN, LAPTOP_LAW, Extrapolation, LossLaw, overtrain
 from tokenizer import Parser, UserError, run
 
@@ -912,7 +911,7 @@ def plan(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | published | measure | fit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="plan | published | measure")
     p = commands.add_parser("plan", help="what to train: give one or two limits, the rest follows",
                             description="Give one or two limits; the rest follows.")
     p.add_argument("preset", nargs="?", choices=PRESETS, metavar="PRESET", help="this model's size: " + ", ".join(PRESETS))
@@ -943,10 +942,6 @@ def main() -> None:
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     p.add_argument("--compile", default="auto", choices=("auto", "true", "false"))
-    p = commands.add_parser("fit", help="train a ladder of sizes, fit the loss law, foretell the largest")
-    p.add_argument("--tokens", type=positive, default=4e5, help="of every full rung of the ladder")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     args = parser.parse_args()
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     if args.command == "plan":
@@ -957,12 +952,6 @@ def main() -> None:
         return plan(args)
     if args.command == "published":
         return print_published()
-    if args.command == "fit":
-        if not 1e5 <= args.tokens <= 1e10:
-            raise UserError(f"--tokens {args.tokens:g} is not between 1e5, below which nothing is learned, and 1e10")
-        import ablate  # here, because what runs trainings imports this file
-
-        return ablate.fit_ladder(args.tokens, args.device, args.dtype)
     config = PRESETS[args.preset]
     context = args.context or min(config.max_position_embeddings, 4096)
     if args.documents < 0 or args.documents and context % args.documents:
@@ -972,4 +961,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

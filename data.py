@@ -22,10 +22,14 @@ language reference (prose), the standard library's modules (code), and generated
 import argparse
 import bisect
 import contextlib
+import copy
 import functools
+import gzip
 import hashlib
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -34,23 +38,528 @@ import re
 import shutil
 import sys
 import sysconfig
+import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (HELD_OUT, LONGEST_PIECE, Document, Parser, Source, Tokenizer, UserError, run, train_bpe, uniform,
-                       utf8)
+from tokenizer import Parser, Tokenizer, UserError, run, train_bpe, utf8
 
 FORMAT = 2  # of the token files
 SHARD_TOKENS = 2**24  # a shard ends with the job that reaches this many: bounded files, bounded memory
 SMALL = 2**16  # sequences of a source whose order is kept in memory, 512 KB an epoch at the most
 JOB_BYTES = 2**20  # text that one thread encodes at a time
+
+
+# ---- text sources ---------------------------------------------------------------------------------------------
+
+HELD_OUT = 0.03  # the share of documents that data.py keeps for validation
+LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents after a blank line
+LONGEST_LINE = 16 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
+LARGEST_PAGE = 64 << 20  # bytes of a parquet page that Arrow may read: it holds one up to five times over
+LARGEST_BLOCK = 640 << 20  # bytes of a larger page, packed and unpacked: it is held once
+SAMPLED_FILES = 64  # of a remote data set, for a tokenizer's sample
+
+
+class Document(NamedTuple):
+    text: str
+    held: float  # in [0, 1), uniform; below HELD_OUT it is for validation
+    position: tuple[str, int]  # Source.read(position) goes on behind this document
+
+
+def uniform(key: str) -> float:
+    """A number in [0, 1) from the key alone: what has the same key is held out, or not, in every run and order."""
+    return int.from_bytes(hashlib.sha256(utf8(key)).digest()[:6], "big") / 2**48
+
+
+class Source:
+    """The documents of a path: text, source code, .jsonl, .parquet (text and jsonl also as .gz), a folder of
+    those, or hf:DATASET[:CONFIG[:SPLIT]]. Read as a stream, in a fixed order, from any position.
+
+    A file named outright must be readable; in a folder, or behind a data set's first document, what is not is left out, said
+    on stderr and counted. That a network fails is always an error.
+    A data set's document is held out by the hash of its text, a text file by that of its name; of a long text
+    file, which is cut into documents, the last 3 % are held out, so that the two sides touch at one seam.
+
+    `datasets` finds the files of a data set, here or on the Hub. Those of jsonl, parquet and text are then read as they
+    would be from the disk, at one revision, with bounded memory; any other format streams through `datasets` itself: its size
+    is not told, its revision may change between two calls, and a long value takes what memory it takes.
+    """
+
+    def __init__(self, where: str | Path, text_key: str = "text"):
+        self.where, self.text_key, path = str(where), text_key, Path(where)
+        self.dropped = Counter()  # what reading leaves out, and why
+        self.said: dict[str, list[str]] = {}  # reason -> what was printed of it
+        self.done = 0  # bytes of the files read so far
+        self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
+        if self.hub:
+            return self.pin(hub_files(self.where[3:], text_key))
+        if not path.exists():
+            raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
+        self.files: dict[str, Path | str] = {path.name: path}  # name in a position -> file, or URL
+        if self.folder:
+            inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+            self.files = {name.as_posix(): file for name, file in inside.items()
+                          if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
+        if not self.files:
+            raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
+        self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
+        self.size = sum(self.sizes.values())
+
+    def pin(self, sizes: dict[str, int]) -> None:
+        """To the files of a data set and their bytes, as `hub_files` finds them; on the Hub, their URLs name a revision."""
+        self.files, self.sizes, self.size = {file: file for file in sizes}, sizes, sum(sizes.values())
+
+    def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
+        """All documents, or those behind `position`. UserError where a file that was named cannot be read."""
+        names = list(self.files)
+        if position and position[0] not in self.files:
+            raise UserError(f"{self.where} no longer holds {position[0]}, which was being read; put it back, or remove the "
+                            "unfinished preparation")
+        first, found = names.index(position[0]) if position else 0, position is not None
+        self.done = sum(self.sizes[name] for name in names[:first])
+        for i, name in enumerate(names[first:]):
+            before = self.done
+            try:
+                for text, held, offset, done in self.open(name, position[1] if position and not i else 0):
+                    self.done, found = before + done, True
+                    yield Document(text, uniform(text) if held is None else held, (name, offset))
+            except UserError as error:
+                if isinstance(error, Unreachable) or not (self.folder or self.hub and found):
+                    raise
+                self.leave_out("unreadable files", str(error))
+            if self.size:
+                self.done = before + self.sizes[name]
+
+    def open(self, name: str, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+        """(text, held or None, offset behind it, bytes of the file read so far) of one file's documents."""
+        file = str(self.files[name])
+        if self.hub and file == self.where:
+            reader = stream_hub(file[3:], self.text_key, offset, self.leave_out)
+        elif file.lower().endswith(".parquet"):
+            reader = read_parquet(file, self.text_key, offset, self.leave_out)
+        elif holds_lines(file, self.text_key):
+            reader = read_jsonl(file, self.text_key, offset, self.leave_out, strict=not (self.folder or self.hub))
+        else:
+            reader = read_plain(file, uniform(name), offset)
+        return read_hub(self.where[3:], reader) if self.hub else reader
+
+    def leave_out(self, reason: str, what: str, documents: int = 1) -> None:
+        """Counts what cannot be read, and prints the first three of a kind: a folder of pictures must not fill the screen."""
+        self.dropped[reason] += documents
+        said = self.said.setdefault(reason, [])
+        if what not in said and len(said) < 3:
+            said.append(what)
+            tqdm.write(f"left out: {what}", file=sys.stderr)
+
+    def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
+        """Text of at most max_bytes: the same share from the start of each file (of SAMPLED_FILES of a data set's, evenly
+        apart), nothing that is held out."""
+        names = list(self.files)[::-(-len(self.files) // SAMPLED_FILES) if self.hub else 1]
+        size = sum(self.sizes[name] for name in names)
+        part = copy.copy(self)
+        part.dropped = Counter()  # its own: what is left out counts when all is read
+        for i, name in enumerate(names):
+            left = max_bytes * (self.sizes[name] / size if size else 1)
+            part.files = {name: self.files[name]}
+            try:
+                for document in part.read():
+                    if document.held >= held_out:
+                        text = document.text[:max(1, int(left))]
+                        left -= len(text) if text.isascii() else len(utf8(text))
+                        yield text
+                    if left <= 0:
+                        break
+            except UserError as error:
+                if isinstance(error, Unreachable) or not (self.hub and i):
+                    raise
+            self.done += part.done
+
+
+def holds_lines(file: str, text_key: str) -> bool:
+    """Whether a file holds a JSON object a line; of .json that is to be seen."""
+    name = file.lower().removesuffix(".gz")
+    if not name.endswith(".json"):
+        return name.endswith((".jsonl", ".ndjson"))
+    with opened(file) as (stream, _):
+        lines = (line for line in iter(lambda: stream.readline(LONGEST_LINE), b"") if line.strip())
+        first, second = next(lines, b""), next(lines, b"")
+    if len(first) == LONGEST_LINE:  # too long to read, not to be a line
+        return first.lstrip().startswith(b"{")
+    try:
+        record = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and (text_key in record or second.lstrip().startswith(b"{"))
+
+
+@contextlib.contextmanager
+def opened(file: Path | str) -> Iterator[tuple]:
+    """(the stream of a file's bytes, unpacked if it is .gz; the stream on the disk). Errors become UserErrors."""
+    try:
+        with open_bytes(file) as raw, (gzip.open(raw) if str(file).lower().endswith(".gz") else raw) as stream:
+            yield stream, raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(file, "to its end", error) from None
+
+
+class Unreachable(UserError):
+    """What may be there another time."""
+
+
+def unreadable(file: Path | str, place: str, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "://" in str(file) and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
+        return Unreachable(f"{file} cannot be read {place} ({reason}): check the network and run the command again")
+    return UserError(f"{file} cannot be read {place} ({reason}): check the file or leave it out")
+
+
+def open_bytes(file: Path | str):
+    """A file to read; a URL, as `datasets` gives for what is on the Hub, through fsspec, which comes with it."""
+    if "://" not in str(file):
+        return open(file, "rb")
+    import fsspec
+
+    return fsspec.open(file, "rb").open()
+
+
+def read_plain(file: Path | str, held: float, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
+    """A text file in documents of at most LONGEST_PIECE bytes; `held` is for one that need not be cut."""
+    with opened(file) as (stream, raw):
+        size = stream.seek(0, os.SEEK_END)
+        seam = size - int(HELD_OUT * size)  # a piece that ends behind it is held out
+        stream.seek(offset)
+        buffer, ended = b"", False
+        while buffer or not ended:
+            while len(buffer) <= LONGEST_PIECE and not ended:
+                block = stream.read(1 << 17)
+                ended, buffer = not block, buffer + block
+                if b"\0" in block:
+                    raise UserError(f"{file} is not UTF-8 text but binary: leave it out")
+            end, whole = len(buffer), offset == 0 and len(buffer) <= LONGEST_PIECE
+            if not whole:
+                if (line := buffer.rfind(b"\n", 0, max(0, seam - offset)) + 1) > 0 and line <= LONGEST_PIECE:
+                    end = line  # the last line break before the seam
+                elif end > LONGEST_PIECE:
+                    end = piece_end(buffer)
+            try:
+                text = buffer[:end].decode("utf-8-sig" if offset == 0 else "utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{file} is not UTF-8 text (byte {offset + error.start}): convert it with "
+                                "`iconv -t UTF-8` or leave it out") from None
+            buffer, offset = buffer[end:], offset + end
+            if text.strip():
+                yield text, held if whole else 0.0 if offset > seam else 0.999, offset, raw.tell()
+            elif whole:
+                raise UserError(f"{file} is empty: leave it out or put text into it")
+
+
+def piece_end(buffer: bytes) -> int:
+    """Where to cut: after the last blank line of the second half, or else line, space, or whole character."""
+    for mark in (b"\n\n", b"\n", b" "):
+        if (end := buffer.rfind(mark, LONGEST_PIECE // 2, LONGEST_PIECE)) >= 0:
+            return end + len(mark)
+    end = LONGEST_PIECE
+    while end > LONGEST_PIECE - 4 and buffer[end] & 0xC0 == 0x80:  # a continuation byte
+        end -= 1
+    return end
+
+
+def read_jsonl(file: Path | str, text_key: str, offset: int, leave_out: Callable,
+               strict: bool = True) -> Iterator[tuple[str, float | None, int, int]]:
+    """A document a line. UserError for a line without text, unless not `strict` and a line before it had some."""
+    with opened(file) as (stream, raw):
+        stream.seek(offset)
+        found = offset > 0
+        while line := stream.readline(LONGEST_LINE):
+            begin, offset = offset, offset + len(line)
+            if len(line) == LONGEST_LINE:  # read to its end without keeping it
+                while line and not line.endswith(b"\n"):
+                    line = stream.readline(LONGEST_LINE)
+                    offset += len(line)
+                leave_out("documents over 16 MB", f"the line of {file} that ends at byte {offset} is longer than 16 MB")
+            elif line.strip():
+                problem = ""
+                try:
+                    record = json.loads(line.decode("utf-8" if begin else "utf-8-sig"))
+                    if not isinstance(record, dict) or not isinstance(record.get(text_key), str | None):
+                        problem = f'is not a JSON object with text in "{text_key}": name its field with --text-key'
+                    elif text_key not in record:
+                        problem = f"has no field {text_key}: choose one of {', '.join(record)} with --text-key"
+                except UnicodeDecodeError:
+                    problem = "is not UTF-8 text: convert the file with `iconv -t UTF-8`"
+                except (ValueError, RecursionError):
+                    problem = "is not JSON: mend it or leave the file out"
+                if not problem:
+                    found = True
+                    yield record[text_key] or "", None, offset, raw.tell()  # null: an empty document, as in parquet
+                elif strict or not found:
+                    raise UserError(f"{file} {place(file, offset)} {problem}")
+                else:
+                    leave_out("unreadable lines", f"the line of {file} that ends at byte {offset} {problem}")
+
+
+def place(file: Path | str, offset: int) -> str:
+    """The number of the line that ends at `offset`; only for a message, so it may read the file again."""
+    with opened(file) as (stream, _):
+        lines, block = 1, b""
+        while offset > 1 and (block := stream.read(min(1 << 20, offset - 1))):  # without the line's own end
+            lines, offset = lines + block.count(b"\n"), offset - len(block)
+        return f"line {lines}"
+
+
+def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
+        tuple[str, float | None, int, int]]:
+    """Row by row: through Arrow, or here where a page is so large that Arrow's copies of it would fill the memory; a row group
+    whose page fills it even so is left out."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{file} needs a package that is missing: pip install pyarrow") from None
+    row = 0
+    try:
+        with (open_bytes(file) as stream,
+              pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table):
+            size = stream.seek(0, os.SEEK_END)
+            names, rows = table.schema_arrow.names, max(1, table.metadata.num_rows)
+            if text_key not in names:
+                raise UserError(f"{file} has no column {text_key}: choose one of {', '.join(names)} with --text-key")
+            kind = table.schema_arrow.field(text_key).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
+                raise UserError(f"the column {text_key} of {file} is no text: choose another with --text-key")
+            leaf = next(i for i in range(len(table.schema)) if table.schema.column(i).path == text_key)
+            for group in range(table.metadata.num_row_groups):
+                about = table.metadata.row_group(group)
+                if row + about.num_rows <= offset or not about.num_rows:
+                    row += about.num_rows
+                    continue
+                pages = large_pages(stream, about.column(leaf))
+                page, block = max((page for page, _ in pages), default=0), max(map(sum, pages), default=0)
+                if block > LARGEST_BLOCK:
+                    leave_out("documents in huge parquet pages",
+                              f"rows {row + 1} to {row + about.num_rows} of {file} share a page of {page / 1e6:.0f} MB, or lie "
+                              "beside one: write the file again in smaller pages, or without what is that long", about.num_rows)
+                    row += about.num_rows
+                    continue
+                if page > LARGEST_PAGE:
+                    values = page_values(stream, about.column(leaf), table.schema.column(leaf).max_definition_level)
+                else:  # no value is longer than the largest page
+                    values = arrow_values(table, group, text_key, max(1, min(64, LARGEST_PAGE // max(page, 1))))
+                for value in values:
+                    row += 1
+                    if row > offset:
+                        if value is not None and len(value) >= LONGEST_LINE:
+                            leave_out("documents over 16 MB", f"row {row} of {file} is longer than 16 MB")
+                        else:
+                            yield str(value, "utf-8") if value else "", None, row, size * row // rows
+    except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError, RecursionError) as error:
+        raise unreadable(file, f"behind row {row}", error) from None
+
+
+def arrow_values(table, group: int, column: str, at_once: int) -> Iterator[memoryview | None]:
+    """The values of a row group's column, None where there is none, `at_once` of them in memory."""
+    for batch in table.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False):
+        values = batch.column(0)
+        for value in values.dictionary_decode() if hasattr(values, "dictionary_decode") else values:
+            yield memoryview(value.as_buffer()) if value.is_valid else None
+
+
+# A column chunk of parquet is pages on end, each behind a header (parquet-format, README and Encodings.md). Arrow tells the
+# size of a page only when it holds it, and then needs up to five times as much for one long value.
+
+
+def varint(stream) -> int:
+    """7 bits a byte, the lowest first."""
+    number = 0
+    for shift in range(0, 70, 7):
+        byte = stream.read(1)[0]
+        number |= (byte & 127) << shift
+        if byte < 128:
+            return number
+    raise ValueError("a number in a page is damaged")
+
+
+def read_thrift(stream, depth: int = 0) -> dict:
+    """A struct in Thrift's compact protocol, {number of the field: integer, truth or struct}; other fields are passed."""
+    def zigzag() -> int:  # 0, -1, 1, -2, ...
+        return (number := varint(stream)) >> 1 ^ -(number & 1)
+
+    fields, field = {}, 0
+    while head := stream.read(1)[0]:  # high half: how far from the last field's number; low half: the type
+        field = field + (head >> 4) if head >> 4 else zigzag()
+        match head & 15:
+            case 1 | 2 as truth:
+                fields[field] = truth == 1
+            case 3 | 7 as fixed:  # a byte, a double
+                stream.seek(1 if fixed == 3 else 8, os.SEEK_CUR)
+            case 4 | 5 | 6:  # integers of 16, 32 and 64 bits
+                fields[field] = zigzag()
+            case 8:  # bytes behind their length
+                stream.seek(varint(stream), os.SEEK_CUR)
+            case 12 if depth < 4:
+                fields[field] = read_thrift(stream, depth + 1)
+            case kind:
+                raise ValueError(f"a page header holds a field of type {kind}")
+    return fields
+
+
+def page_headers(stream, column) -> Iterator[tuple[dict, int]]:
+    """(header, where its page begins) of each page: 1 type, 2 and 3 its bytes unpacked and packed, 5, 7 and 8 more."""
+    begin = column.dictionary_page_offset or column.data_page_offset
+    end = begin + column.total_compressed_size
+    while begin < end:
+        stream.seek(begin)
+        header = read_thrift(stream)
+        if header[2] < 0 or header[3] < 0:
+            raise ValueError("a page header is damaged")
+        page = stream.tell()
+        yield header, page
+        begin = page + header[3]
+
+
+def large_pages(stream, column) -> list[tuple[int, int]]:
+    """(bytes unpacked, bytes packed) of the pages that decide how a chunk is read: of its dictionary, which any row may
+    repeat, and of all where the chunk is so large that one could be."""
+    sizes = ((header, (header[2], header[3] if column.compression != "UNCOMPRESSED" else 0))
+             for header, _ in page_headers(stream, column))
+    if column.total_uncompressed_size > LARGEST_PAGE:
+        return [size for _, size in sizes]
+    return [size for header, size in itertools.islice(sizes, 1) if header[1] == 2]
+
+
+def page_values(stream, column, max_definition: int) -> Iterator[memoryview | None]:
+    """The values of a flat column of bytes, None where there is none, a page in memory at a time (and the dictionary)."""
+    import pyarrow
+
+    codec, dictionary = column.compression.lower().replace("lz4", "lz4_raw"), []  # the name is of the one without frames
+    for header, begin in page_headers(stream, column):
+        stream.seek(begin)
+        kind, about = header[1], header.get(5) or header.get(8) or header.get(7)
+        beside = about[5] + about[6] if kind == 3 else 0  # version 2 keeps its levels apart and unpacked
+        levels, data = stream.read(beside), stream.read(header[3] - beside)
+        if codec != "uncompressed" and (kind != 3 or about.get(7, True)):
+            data = pyarrow.decompress(data, header[2] - beside, codec, asbytes=False)
+        data, count = memoryview(data), about[1]
+        if kind == 2:
+            dictionary = list(plain_values(data))
+            continue
+        if kind != 3 and max_definition:
+            length = int.from_bytes(data[:4], "little")
+            levels, data = data[4:4 + length], data[4 + length:]
+        there = hybrid_values(levels, 1, count) if max_definition else [1] * count
+        encoding = about[4] if kind == 3 else about[2]
+        if encoding == 0:
+            values = plain_values(data)
+        elif encoding in (2, 8):
+            values = (dictionary[i] for i in hybrid_values(data[1:], data[0], sum(there)))
+        else:
+            raise ValueError(f"pages in the encoding {encoding}, and too large for Arrow")
+        for defined in there:
+            value = next(values, None) if defined else None
+            if defined and value is None:
+                raise ValueError("a page holds fewer values than its header says")
+            yield value
+
+
+def plain_values(data: memoryview) -> Iterator[memoryview]:
+    """Values behind their lengths of 4 bytes, little-endian (PLAIN)."""
+    at = 0
+    while at < len(data):
+        begin = at + 4
+        at = begin + int.from_bytes(data[at:begin], "little")
+        if at > len(data):
+            raise ValueError("a value is longer than its page")
+        yield data[begin:at]
+
+
+def hybrid_values(data: memoryview, width: int, count: int) -> list[int]:
+    """`count` integers of `width` bits: runs of one, and groups of 8 packed bit by bit (RLE)."""
+    out, stream = [], io.BytesIO(data)
+    while len(out) < count:
+        head = varint(stream)
+        for _ in range(min(head >> 1, -(-count // 8)) if head & 1 else 0):
+            if len(group := stream.read(width)) < width:
+                raise ValueError("a page ends before its values")
+            packed = int.from_bytes(group, "little")
+            out += [packed >> i * width & (1 << width) - 1 for i in range(8)]
+        if not head & 1:
+            out += [int.from_bytes(stream.read((width + 7) // 8), "little")] * min(head >> 1, count)
+    return out[:count]
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What goes wrong between here and a data set, in one sentence."""
+    try:
+        import datasets  # noqa: F401 (missing: said here)
+    except ImportError:
+        raise UserError(f"hf:{name} needs a package that is missing: pip install datasets") from None
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the client raises its own, its HTTP library's and OS errors
+        reason = " ".join(str(error).split())[:400]
+        raise Unreachable(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, which is "
+                        "hf:DATASET:CONFIG:SPLIT where there are several, and the network, and run the command again") from None
+
+
+def hub_builder(name: str) -> tuple:
+    """(the builder that `datasets` makes of DATASET[:CONFIG[:SPLIT]], a name on the Hub or a local folder; the split)."""
+    import datasets
+
+    path, config, split = (name.split(":") + ["", ""])[:3]
+    return datasets.load_dataset_builder(path, config or None), split or "train"
+
+
+def hub_files(name: str, text_key: str) -> dict[str, int]:
+    """{path or URL: bytes} of a data set's files, where all are of a kind read here; or else {"hf:NAME": 0}."""
+    def kind(file: str) -> str:
+        return Path(file.lower().removesuffix(".gz")).suffix
+
+    with hub_errors(name):
+        import fsspec
+
+        builder, split = hub_builder(name)
+        files = {str(key): value for key, value in (builder.config.data_files or {}).items()}.get(split, [])
+        kinds = {kind(file): file for file in files}
+        if kinds and kinds.keys() <= {".parquet", ".txt", ".md", ".jsonl", ".ndjson", ".json"} and (
+                ".json" not in kinds or holds_lines(kinds[".json"], text_key)):  # not a list of objects
+            places = {file: fsspec.core.url_to_fs(file) for file in files}
+            return {file: system.size(path) for file, (system, path) in places.items()}
+    return {f"hf:{name}": 0}
+
+
+def read_hub(name: str, reader: Iterator) -> Iterator[tuple[str, float | None, int, int]]:
+    with hub_errors(name):
+        yield from reader
+
+
+def stream_hub(name: str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
+        tuple[str, float | None, int, int]]:
+    """A data set of any other format."""
+    builder, split = hub_builder(name)
+    done, rows = 0, builder.as_streaming_dataset(split=split)  # bytes of text; the size of the whole is not told
+    for row in rows.skip(offset) if offset else rows:
+        offset += 1
+        if text_key not in row:
+            raise UserError(f"hf:{name} has no column {text_key}: choose one of {', '.join(row)} with --text-key")
+        if not isinstance(row[text_key], str | None):
+            raise UserError(f"the column {text_key} of hf:{name} is no text: choose another with --text-key")
+        if len(row[text_key] or "") >= LONGEST_LINE:
+            leave_out("documents over 16 MB", f"document {offset} of hf:{name} is longer than 16 MB")
+        else:
+            done += len(utf8(row[text_key] or ""))
+            yield row[text_key] or "", None, offset, done
 
 
 # ---- the embedded corpus --------------------------------------------------------------------------------------

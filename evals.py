@@ -34,10 +34,10 @@ import torch
 from tqdm import tqdm
 
 import data as data_
-from data import HELD_OUT, Split
-from model import GPT, ModelError, cross_entropy
-from sample import EXTENSIONS, Prompter, continue_all, extended, load
-from tokenizer import Parser, Tokenizer, UserError, run, uniform, utf8
+from data import HELD_OUT, Split, uniform
+from model import GPT, cross_entropy
+from sample import EXTENSIONS, continue_all, extended, load
+from tokenizer import ChatFormat, Parser, Tokenizer, UserError, run, utf8
 
 LOGITS = {"cpu": 2**24, "cuda": 2**28, "mps": 2**26}  # computed at once; 2^24 are 64 MiB in fp32
 
@@ -209,7 +209,7 @@ def spaced(context: str, choice: str) -> str:
 
 def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[Task], opening: list[int] | None = None,
              limit: int = 0) -> dict[str, Score]:
-    """{task: score}. `opening`: ids that begin a text (`sample.Prompter.opening`), EOS if None; `limit`: of questions."""
+    """{task: score}. `opening`: ids that begin a text (`tokenizer.ChatFormat.opening`), EOS if None; `limit`: of questions."""
     opening, scores = [tokenizer.eos_id] if opening is None else opening, {}
     for task in tasks:
         examples = task.examples[:limit or None]
@@ -531,7 +531,7 @@ def print_criteria(folders: list[Path], names: list[str], limit: int) -> dict[st
 # ---- lm-evaluation-harness ------------------------------------------------------------------------------------
 
 
-def harness_model(model: GPT, tokenizer: Tokenizer, prompter: Prompter):
+def harness_model(model: GPT, tokenizer: Tokenizer, chat_format: ChatFormat):
     """The model as lm-evaluation-harness wants one; its numbers are those of `log_likelihoods` and `continue_all`."""
     try:
         from lm_eval.api.model import LM
@@ -540,13 +540,13 @@ def harness_model(model: GPT, tokenizer: Tokenizer, prompter: Prompter):
 
     class Adapter(LM):
         def loglikelihood(self, requests) -> list[tuple[float, bool]]:
-            return log_likelihoods(model, [encode_pair(tokenizer, prompter.opening, *r.args) for r in requests])
+            return log_likelihoods(model, [encode_pair(tokenizer, chat_format.opening, *r.args) for r in requests])
 
         def loglikelihood_rolling(self, requests) -> list[float]:
             """Whole texts; a long one in pieces of the context, each without what stands before it."""
             context, scores = model.config.max_position_embeddings, []
             for request in requests:
-                ids, first = tokenizer.encode(request.args[0]), prompter.opening or [tokenizer.eos_id]
+                ids, first = tokenizer.encode(request.args[0]), chat_format.opening or [tokenizer.eos_id]
                 pieces = [(first, ids[i:i + context - len(first)]) for i in range(0, len(ids), context - len(first))]
                 scores.append(sum(score for score, _ in log_likelihoods(model, pieces)))
             return scores
@@ -558,8 +558,8 @@ def harness_model(model: GPT, tokenizer: Tokenizer, prompter: Prompter):
                 limit, until = options.get("max_gen_toks", 256), options.get("until") or []
                 limit = min(limit, model.config.max_position_embeddings // 2)  # the other half is for the prompt
                 until = [until] if isinstance(until, str) else until
-                ids = prompter.text(prompt)[limit - model.config.max_position_embeddings:]
-                made = continue_all(model, [ids], limit, temperature=options.get("temperature", 0.0), stop=prompter.stop,
+                ids = chat_format.text(prompt)[limit - model.config.max_position_embeddings:]
+                made = continue_all(model, [ids], limit, temperature=options.get("temperature", 0.0), stop=chat_format.stop,
                                     vocab_size=tokenizer.vocab_size)
                 text = tokenizer.decode(made[0][0])
                 texts.append(text[:min([text.find(u) for u in until if u in text], default=len(text))])
@@ -568,9 +568,9 @@ def harness_model(model: GPT, tokenizer: Tokenizer, prompter: Prompter):
     return Adapter()
 
 
-def harness(model: GPT, tokenizer: Tokenizer, prompter: Prompter, tasks: list[str], limit: int = 0, **options) -> dict:
+def harness(model: GPT, tokenizer: Tokenizer, chat_format: ChatFormat, tasks: list[str], limit: int = 0, **options) -> dict:
     """{task/metric: score} of lm-evaluation-harness; its tasks fetch their data."""
-    adapter = harness_model(model, tokenizer, prompter)
+    adapter = harness_model(model, tokenizer, chat_format)
     import lm_eval
 
     found = lm_eval.simple_evaluate(model=adapter, tasks=tasks, limit=limit or None, **options)
@@ -639,7 +639,7 @@ def main() -> None:
 def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str, Score]:
     """Runs the evaluations that the command line asks for and prints them."""
     model, tokenizer = load(folder)
-    prompter, scores = Prompter(folder, tokenizer), {}
+    chat_format, scores = ChatFormat(folder, tokenizer), {}
     if args.context > model.config.max_position_embeddings:
         model = extended(model, args.context, args.extend)
     context = model.config.max_position_embeddings
@@ -650,7 +650,7 @@ def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str
             print(f"{name:28} {score}", flush=True)
 
     if args.harness:
-        show(harness(model, tokenizer, prompter, args.harness.split(","), args.limit))
+        show(harness(model, tokenizer, chat_format, args.harness.split(","), args.limit))
         return scores
     data = args.data or data_of(folder)
     names = names or ["bpb", *BUILT_IN]
@@ -663,10 +663,10 @@ def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str
         for split in splits:
             show({f"bits per byte/{split.name}": bits_per_byte(model, tokenizer, split, args.tokens)})
     for task in find_tasks([name for name in names if name not in REPORTS], texts, args.limit):
-        show(evaluate(model, tokenizer, [task], prompter.opening, args.limit))
+        show(evaluate(model, tokenizer, [task], chat_format.opening, args.limit))
     if "recall" in names:
         lengths = [n for n in (2**i for i in range(7, 30)) if n < context] + [context]
-        table = recall(model, tokenizer, texts, lengths, opening=prompter.opening)
+        table = recall(model, tokenizer, texts, lengths, opening=chat_format.opening)
         print(f"recall of one of 4 notes{'':10}" + "".join(f"{length:>14,}" for length in table) + " tokens")
         for depth in DEPTHS:
             cells = "".join(f"{s.mean:8.2f} ± {s.stderr:.2f}" for s in (table[length][depth] for length in table))
@@ -679,9 +679,9 @@ def report(folder: Path, names: list[str], args: argparse.Namespace) -> dict[str
             print(f"The table is drawn in {picture}")
     if "position" in names:
         show({f"nats a token/{span}": s for span, s in
-              loss_by_position(model, tokenizer, texts, context, opening=prompter.opening).items()})
+              loss_by_position(model, tokenizer, texts, context, opening=chat_format.opening).items()})
     return scores
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

@@ -51,10 +51,11 @@ import schedule as schedule_
 import train
 from data import Split, Tokens
 from evals import Score
-from model import (GPT, ModelError, cross_entropy, from_pretrained, is_hugging_face, load_config, newest_checkpoint,
-                   save_pretrained)
-from sample import Prompter, continue_all
-from tokenizer import HELD_OUT, Parser, Tokenizer, UserError, opened, run, uniform
+from checkpoint import from_pretrained, is_hugging_face, load_config, newest_checkpoint, save_pretrained
+from data import HELD_OUT, opened, uniform
+from model import GPT, cross_entropy
+from sample import continue_all
+from tokenizer import ChatFormat, Parser, Tokenizer, UserError, run
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
 # {"kind", "prompt", "reply", "answer"}. What is held out is decided by the hash of the problem itself, for arithmetic the
@@ -473,13 +474,13 @@ RESUMABLE = train.RESUMABLE & set(FLAGS) | {"reward"}
 
 
 def copy_chat_format(source: Path, folder: Path) -> None:
-    """Keeps a Hugging Face model's template and stop tokens beside what was trained from it, for sample.Prompter."""
+    """Keeps a Hugging Face model's template and stop tokens beside what was trained from it, for tokenizer.ChatFormat."""
     if not (source / "tokenizer_config.json").exists():
         return
     for name in train.CHAT_FORMAT[:2]:
         if (source / name).exists():
             shutil.copy(source / name, folder)
-    ends = sorted(Prompter(source, Tokenizer.load(source)).stop)
+    ends = sorted(ChatFormat(source, Tokenizer.load(source)).stop)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), "utf-8")
 
 
@@ -497,7 +498,7 @@ class PostJob(train.Job):
 
     def __init__(self, recipe: PostRecipe, world: train.World, machine, tokenizer: Tokenizer):
         super().__init__(recipe, world, machine, tokenizer)
-        self.prompter, self.before, self.history = Prompter(recipe.start, tokenizer), {}, {}
+        self.chat_format, self.before, self.history = ChatFormat(recipe.start, tokenizer), {}, {}
         self.context = recipe.model.max_position_embeddings
         fit = (n for n in range(1, 257) if train.fits(recipe, n, self.context, world, machine.device))
         self.rows = world.agree(recipe.micro_batch or max(fit, default=1))  # sequences computed at once
@@ -512,13 +513,13 @@ class PostJob(train.Job):
                                                       r.final_share)
 
     def encode(self, messages: list[dict]) -> tuple[list[int], list[int]]:
-        ids, mask = self.prompter.conversation(messages)
+        (ids, mask), = self.chat_format.samples(messages)
         return (ids, mask) if self.recipe.assistant_only else (ids, [0] + [1] * (len(ids) - 1))
 
     def answers(self, prompts: list[list[int]], samples: int = 1, stop=None, **options) -> list[list[list[int]]]:
         """ids [prompts][samples][T] of what the model answers; one of `self.room(prompts)` tokens was cut off."""
         training = self.model.training
-        made = continue_all(self.model.eval(), prompts, self.room(prompts), samples, stop=stop or self.prompter.stop,
+        made = continue_all(self.model.eval(), prompts, self.room(prompts), samples, stop=stop or self.chat_format.stop,
                             vocab_size=self.tokenizer.vocab_size, at_once=256, **options)
         self.model.train(training)
         return made
@@ -533,8 +534,8 @@ class PostJob(train.Job):
     def judge(self, rows: list[dict], plain: bool = False, **options) -> list[float]:
         """The rewards of one answer to each problem; `plain`: as text to continue in the form of the pre-training data, for
         a base model, which has never seen a chat."""
-        ask = [self.prompter.text(f"Question: {row['prompt']}\nAnswer:") if plain else
-               self.prompter.chat(turns(row["prompt"], "user")) for row in rows]
+        ask = [self.chat_format.text(f"Question: {row['prompt']}\nAnswer:") if plain else
+               self.chat_format.prompt(turns(row["prompt"], "user")) for row in rows]
         texts = [self.tokenizer.decode(ids) for ids, in self.answers(ask, **options)]
         return [reward_of(self.reward, row, text.split("\n")[0] if plain else text) for row, text in zip(rows, texts)]
 
@@ -710,7 +711,7 @@ class Preferences(PostJob):
     def own_pairs(self) -> list[dict]:
         """Problems of which the start answers some right and some wrong: the model's own answers, judged by the checker."""
         rows = fresh_problems(self.recipe.problems)
-        prompts = [self.prompter.chat(turns(row["prompt"], "user")) for row in rows]
+        prompts = [self.chat_format.prompt(turns(row["prompt"], "user")) for row in rows]
         print(f"pairs     drawing {self.recipe.samples} answers to each of {len(rows):,} training problems", flush=True)
         made = self.answers(prompts, self.recipe.samples, temperature=self.recipe.temperature, seed=self.recipe.seed)
         room, found = self.room(prompts), []
@@ -729,7 +730,7 @@ class Preferences(PostJob):
         follows the prompt counts."""
         made = []
         for answer in (row["chosen"], row["rejected"]):
-            ids, mask = self.prompter.conversation(row["prompt"] + answer)
+            (ids, mask), = self.chat_format.samples(row["prompt"] + answer)
             last = max(i for i in range(1, len(mask)) if mask[i] and not mask[i - 1])  # where the answer begins
             if len(ids) > self.context and self.recipe.too_long == "skip" or last >= self.context:
                 return None
@@ -823,9 +824,9 @@ class GRPO(PostJob):
         self.problems, self.ask = self.askable(self.problems)
         self.bunch = math.gcd(recipe.prompts, 8)
         last = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-        ids, mask = self.prompter.conversation(last)
+        (ids, mask), = self.chat_format.samples(last)
         said = [i for i, m in zip(ids, mask) if m]
-        self.end = ([i for i in said if i in self.prompter.stop] or said)[-1]  # the token that ends a turn
+        self.end = ([i for i in said if i in self.chat_format.stop] or said)[-1]  # the token that ends a turn
         self.reference_model = from_pretrained(recipe.start).eval().to(machine.device) if recipe.kl else None
         if self.reference_model:
             self.reference_model.compute_dtype = machine.dtype
@@ -835,7 +836,7 @@ class GRPO(PostJob):
 
     def askable(self, rows: list[dict]) -> tuple[list[dict], list[list[int]]]:
         """The problems whose prompts leave room for --max-tokens, and their ids, the shortest first."""
-        found = [(row, self.prompter.chat(turns(row["prompt"], "user"))) for row in rows]
+        found = [(row, self.chat_format.prompt(turns(row["prompt"], "user"))) for row in rows]
         fits = sorted(((row, ids) for row, ids in found if len(ids) + self.recipe.max_tokens <= self.context),
                       key=lambda pair: len(pair[1]))
         if len(fits) < len(found):
@@ -1039,4 +1040,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

@@ -15,8 +15,6 @@ likeliest.
 """
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import GPT, KVCache, ModelError, from_pretrained, is_hugging_face
-from tokenizer import Parser, Tokenizer, UserError, run
+from checkpoint import from_pretrained
+from model import GPT, KVCache
+from tokenizer import ChatFormat, Parser, Tokenizer, UserError, run
 
 
 def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
@@ -158,145 +157,6 @@ def extended(model: GPT, context: int, by: str = "dual_chunk") -> GPT:
     return longer
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
-
-
-BEGIN, END = "\ue002", "\ue003"  # around what the assistant says, in a rendered template
-
-
-class Prompter:
-    """How text and chats begin and end for the model of a folder, ours or Hugging Face's."""
-
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer):
-        self.tokenizer, folder = tokenizer, Path(folder)
-        control = map(re.escape, sorted(tokenizer.special, key=len, reverse=True))
-        self.control = re.compile("|".join(control) or "(?!)")  # the text of any control token
-        self.settings: dict = {}  # tokenizer_config.json; empty for our runs
-        self.template: str | None = None
-        self.opening = [tokenizer.eos_id]  # our documents open with EOS
-        self.stop = {tokenizer.eos_id} | {id for name, id in tokenizer.special.items() if name == "<|im_end|>"}
-        if not is_hugging_face(folder) and not (folder / "tokenizer_config.json").exists():
-            return  # a run of ours that did not begin from such a folder
-        self.settings = _read_json(folder / "tokenizer_config.json")
-        if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text("utf-8")
-        elif isinstance(self.settings.get("chat_template"), str):
-            self.template = self.settings["chat_template"]
-        bos = self.name("bos_token")
-        opens = self.settings.get("add_bos_token") or f'"id": "{bos}"' in json.dumps(
-            _read_json(folder / "tokenizer.json").get("post_processor"))  # a TemplateProcessing that writes it
-        self.opening = [tokenizer.control(bos)] if bos and opens else []
-        ends = (_read_json(folder / "generation_config.json").get("eos_token_id")
-                or _read_json(folder / "config.json").get("eos_token_id"))
-        if ends is not None:
-            self.stop = set(ends) if isinstance(ends, list) else {ends}
-
-    def name(self, role: str) -> str | None:
-        """The text of the token with a role, such as bos_token, of a Hugging Face tokenizer."""
-        token = self.settings.get(role)
-        return token.get("content") if isinstance(token, dict) else token
-
-    def text(self, prompt: str) -> list[int]:
-        """ids of a text to continue."""
-        return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """ids of a conversation of {"role", "content"} up to where the assistant speaks; ChatML for our own models.
-
-        A template's control tokens become control tokens, and so do the model's own; what looks like one in a message of
-        the user stays ordinary text.
-        """
-        if self.template is None:
-            return [*self.opening, *self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]]
-        return self.encode(self.render(messages, True).replace(BEGIN, "").replace(END, ""))
-
-    def conversation(self, messages: list[dict[str, str]]) -> tuple[list[int], list[int]]:
-        """(ids, mask) of a whole conversation to train on; mask is 1 on what the assistant has to produce, the token that
-        ends its turn included.
-
-        With a template: what stands between its {% generation %} tags, or, without them, what a reply adds to the prompt
-        before it. Prompt and reply are encoded apart, as they are when the model answers.
-        """
-        if self.template is None:
-            ids, mask = self.tokenizer.encode_chat(messages)
-            return [*self.opening, *ids], [0] * len(self.opening) + mask
-        text = self.render(messages, False)
-        pieces = re.split(f"[{BEGIN}{END}]", text)  # in turn outside and inside
-        if len(pieces) == 1:
-            cuts = [0]
-            for i, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    before, after = self.render(messages[:i], True), self.render(messages[:i + 1], False)
-                    if not (after.startswith(before) and text.startswith(after)):
-                        raise UserError("the model's chat template changes a turn when others follow it, so that what the "
-                                        "assistant says cannot be told; put {% generation %} and {% endgeneration %} around "
-                                        "it in chat_template.jinja")
-                    ends = [m.end() for m in self.control.finditer(after, len(before))]
-                    cuts += [len(before), ends[-1] if ends else len(after)]  # white space behind the end is no reply
-            pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
-        parts = [self.encode(piece) for piece in pieces]
-        return [i for ids in parts for i in ids], [n % 2 for n, ids in enumerate(parts) for _ in ids]
-
-    def encode(self, text: str) -> list[int]:
-        """ids of what a template rendered."""
-        names, ids, start = list(self.tokenizer.special), [], 0
-        for found in [*self.control.finditer(text), None]:
-            piece = text[start:found.start() if found else len(text)]
-            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
-            if found:
-                ids.append(self.tokenizer.control(found[0]))
-                start = found.end()
-        return ids
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The template's text, with BEGIN and END where it has {% generation %} and {% endgeneration %}, and what looks like
-        a control token in a message of the user hidden."""
-        try:
-            from jinja2 import TemplateError, nodes
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UserError("the chat template of this model needs the package jinja2: pip install jinja2") from None
-
-        def refuse(message):
-            raise TemplateError(message)
-
-        names = list(self.tokenizer.special)
-
-        def hide(text):
-            return self.control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
-
-        hidden = [{**m, "content": m["content"] if m["role"] == "assistant" else hide(m["content"])} for m in messages]
-
-        class Generation(Extension):  # {% generation %} marks, for training, what the assistant says
-            tags = {"generation"}
-
-            def parse(self, parser):
-                next(parser.stream)
-                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-                begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
-                return [begin, *body, end]
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[loopcontrols, Generation])
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("time").strftime(form)}
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        try:
-            return environment.from_string(self.template).render(
-                messages=hidden, add_generation_prompt=add_generation_prompt, tools=None,
-                bos_token=self.name("bos_token") or "", eos_token=self.name("eos_token") or "",
-                pad_token=self.name("pad_token") or "")
-        except Exception as error:  # a template is a program, and can fail in every way
-            raise UserError(f"the model's chat template refuses this ({type(error).__name__}: {error})") from None
-
-
 def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, **options) -> str:
     """Prints one continuation while it is made, and returns it."""
     stream, parts = tokenizer.stream(), []
@@ -308,7 +168,7 @@ def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, 
     return "".join(parts)
 
 
-def chat(model: GPT, tokenizer: Tokenizer, prompter: Prompter, question: str, max_tokens: int, **options) -> None:
+def chat(model: GPT, tokenizer: Tokenizer, chat_format: ChatFormat, question: str, max_tokens: int, **options) -> None:
     """Answers a question, or, without one, line after line of standard input until it ends."""
     messages: list[dict[str, str]] = []
     while True:
@@ -320,7 +180,7 @@ def chat(model: GPT, tokenizer: Tokenizer, prompter: Prompter, question: str, ma
             if not said:
                 continue
         messages.append({"role": "user", "content": said})
-        prompt = prompter.chat(messages)
+        prompt = chat_format.prompt(messages)
         room = model.config.max_position_embeddings - len(prompt)
         if room < 1:
             raise UserError(f"the conversation has {len(prompt):,} tokens, but the model reads at most "
@@ -354,14 +214,14 @@ def main() -> None:
     model, tokenizer = load(folder)
     if args.context > model.config.max_position_embeddings:
         model = extended(model, args.context, args.extend)
-    prompter = Prompter(folder, tokenizer)
+    chat_format = ChatFormat(folder, tokenizer)
     options = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed,
-                   stop=prompter.stop, vocab_size=tokenizer.vocab_size)
+                   stop=chat_format.stop, vocab_size=tokenizer.vocab_size)
     if args.chat and args.samples > 1:
         raise UserError("a chat has one answer; leave --samples out")
-    if args.chat or prompter.template and not args.prompt and args.samples == 1:
-        return chat(model, tokenizer, prompter, args.prompt, args.max_tokens, **options)
-    prompt = prompter.text(args.prompt)
+    if args.chat or chat_format.template and not args.prompt and args.samples == 1:
+        return chat(model, tokenizer, chat_format, args.prompt, args.max_tokens, **options)
+    prompt = chat_format.text(args.prompt)
     room = model.config.max_position_embeddings - len(prompt)
     if room < 1:
         raise UserError(f"the prompt has {len(prompt):,} tokens, but {folder} reads at most "
@@ -379,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

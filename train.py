@@ -58,8 +58,8 @@ import data as data_
 import evals
 import schedule as schedule_
 from data import Batch, Curriculum, Split, Stage
-from model import (GPT, PRESETS, ModelConfig, ModelError, check_manifest, cross_entropy, load_config, newest_checkpoint,
-                   read_sharded, watch_attention, z_loss)
+from checkpoint import check_manifest, load_config, newest_checkpoint, read_sharded
+from model import GPT, PRESETS, ModelConfig, cross_entropy, watch_attention, z_loss
 from sample import complete
 from tokenizer import Parser, Tokenizer, UserError, run
 
@@ -1086,7 +1086,7 @@ def broken(checkpoint: Path) -> str:
     try:
         check_manifest(checkpoint)
         return ""
-    except ModelError as error:
+    except UserError as error:
         return str(error)
 
 
@@ -1762,4 +1762,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main, ModelError)
+    run(main)

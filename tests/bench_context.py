@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-from model import GPT, from_pretrained  # noqa: E402
+from checkpoint import from_pretrained  # noqa: E402
+from model import GPT  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 
 

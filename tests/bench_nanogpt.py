@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batch, load_source, validation_batches
-from model import GPT, cross_entropy, from_pretrained
+from checkpoint import from_pretrained
+from model import GPT, cross_entropy
 from tokenizer import Tokenizer
 from train import read_recipe
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from tokenizer import CONTROL, PATTERNS, Source, train_bpe
+from data import Source
+from tokenizer import CONTROL, PATTERNS, train_bpe
 
 
 def standard_library() -> list[str]:

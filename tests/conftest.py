@@ -29,14 +29,13 @@ def torchrun(*words: str) -> subprocess.CompletedProcess:
 
 def call(main: Callable[[], None], *words: str) -> subprocess.CompletedProcess:
     """A command of the project, such as `call(cost.main, "plan")`, in this process, which has imported torch already."""
-    from model import ModelError
     from tokenizer import run
 
     out, errors, status, before = io.StringIO(), io.StringIO(), 0, sys.argv
     sys.argv = [f"{sys.modules[main.__module__].__name__}.py", *map(str, words)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-            run(main, ModelError)
+            run(main)
     except SystemExit as end:
         status = end.code or 0
     finally:

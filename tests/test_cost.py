@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost
 import schedule
 from conftest import ROOT, call
-from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
+from model import GPT, ModelConfig, PRESETS, count_parameters, cross_entropy
 
 
 def command(*flags: str) -> tuple[int, str, str]:

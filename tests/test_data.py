@@ -17,7 +17,8 @@ import pytest
 
 import data as d
 from conftest import ROOT
-from tokenizer import HELD_OUT, LONGEST_PIECE, Source, Tokenizer, UserError, train_bpe, uniform
+from data import HELD_OUT, LONGEST_PIECE, Source, uniform
+from tokenizer import Tokenizer, UserError, train_bpe
 
 WORDS = "the cat sat on a mat and then it ran to see what was there all day long".split()
 

@@ -15,7 +15,8 @@ from conftest import call
 from evals import Example, Score, Task
 from model import GPT, ModelConfig
 from sample import continue_all, generate
-from tokenizer import HELD_OUT, UserError, train_bpe, uniform
+from data import HELD_OUT, uniform
+from tokenizer import UserError, train_bpe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 TOKENIZER = train_bpe([TEXT], 290)
@@ -270,7 +271,7 @@ def test_the_harness_gets_our_likelihoods(tmp_path):
 
     model = small(max_position_embeddings=256)
     TOKENIZER.save(tmp_path)
-    prompter = evals.Prompter(tmp_path, TOKENIZER)
+    prompter = evals.ChatFormat(tmp_path, TOKENIZER)
     adapter, eos = evals.harness_model(model, TOKENIZER, prompter), TOKENIZER.eos_id
     pairs = [("The quick", " brown fox"), ("", "over the lazy"), ("jumps ", "over")]
     found = adapter.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import model as model_
-from model import (FAMILIES, GPT, PRESETS, KVCache, ModelConfig, ModelError, config_from_hugging_face,
-                   config_to_hugging_face, count_parameters, from_pretrained, save_pretrained)
-
+from checkpoint import FAMILIES, config_from_hugging_face, config_to_hugging_face, from_pretrained, save_pretrained
+from model import GPT, KVCache, ModelConfig, PRESETS, count_parameters
 from tokenizer import UserError
+
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -148,25 +148,25 @@ TINY = ModelConfig(61, 32, 24, 2, 2, 1)
     ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"), ({"num_attention_heads": None}, "lacks"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "damaged.*factor"), ({"model_type": "deepseek_v3"}, "lacks num_experts_per_tok"), ({"mlp_bias": True}, "mlp_bias = True")])
 def test_what_is_not_supported_is_named(change, sentence, tmp_path):
-    with pytest.raises(ModelError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         from_pretrained(write(tmp_path, GPT(TINY).state_dict(), **change))
 
 
 def test_wrong_tensors_are_named(tmp_path):
     weights = {k: v.clone() for k, v in GPT(TINY).state_dict().items()}
     lost = {k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}
-    with pytest.raises(ModelError, match="lacks model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(UserError, match="lacks model.layers.1.mlp.up_proj.weight"):
         from_pretrained(write(tmp_path, lost))
-    with pytest.raises(ModelError, match="model.extra.weight, which a llama"):
+    with pytest.raises(UserError, match="model.extra.weight, which a llama"):
         from_pretrained(write(tmp_path, weights | {"model.extra.weight": torch.ones(2)}))
-    with pytest.raises(ModelError, match=r"model.norm.weight with shape \[33\]"):
+    with pytest.raises(UserError, match=r"model.norm.weight with shape \[33\]"):
         from_pretrained(write(tmp_path, weights | {"model.norm.weight": torch.ones(33)}))
     torn = write(tmp_path, weights) / "model.safetensors"
     torn.write_bytes(torn.read_bytes()[:-100])
-    with pytest.raises(ModelError, match="incomplete"):
+    with pytest.raises(UserError, match="incomplete"):
         from_pretrained(tmp_path)
     torn.unlink()
-    with pytest.raises(ModelError, match="no .safetensors"):
+    with pytest.raises(UserError, match="no .safetensors"):
         from_pretrained(tmp_path)
 
 
@@ -175,9 +175,9 @@ def test_a_tied_head_and_foreign_extras_in_the_file_are_passed_over(tmp_path):
     extra = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(),
              "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.layers.2.mlp.up_proj.weight": torch.ones(3)}
     loaded = from_pretrained(write(tmp_path, weights | extra, num_nextn_predict_layers=1)).state_dict()
-    with pytest.raises(ModelError, match="layers.2"):  # a config that is shorter than the model
+    with pytest.raises(UserError, match="layers.2"):  # a config that is shorter than the model
         from_pretrained(write(tmp_path, weights | extra))
-    with pytest.raises(ModelError, match="lm_head"):
+    with pytest.raises(UserError, match="lm_head"):
         from_pretrained(write(tmp_path, weights | {"lm_head.weight": torch.ones(61, 32)}))
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
@@ -187,7 +187,7 @@ def test_a_tied_head_and_foreign_extras_in_the_file_are_passed_over(tmp_path):
     ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"), ({"attn_output_gate": True}, "attn_output_gate"),
     ({"num_experts": 4}, "num_experts"), ({"attention_sinks": True}, "num_experts = 0")])
 def test_what_no_family_has_is_not_exported(change, word, tmp_path):
-    with pytest.raises(ModelError, match=word):
+    with pytest.raises(UserError, match=word):
         save_pretrained(GPT(TINY.change(**change)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -197,11 +197,11 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch
     monkeypatch.setattr(model_, "config_to_hugging_face", lambda config: right(config) | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}})
     model = GPT(TINY.change(initializer_range=0.3))
-    with pytest.raises(ModelError, match="other logits"):
+    with pytest.raises(UserError, match="other logits"):
         save_pretrained(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
     (tmp_path / "there").mkdir()
-    with pytest.raises(ModelError, match="already there"):
+    with pytest.raises(UserError, match="already there"):
         save_pretrained(model, tmp_path / "there")
 
 
@@ -247,25 +247,26 @@ def test_export_of_a_run_brings_its_tokenizer(tmp_path):
     assert rendered == tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
     assert theirs.eos_token_id == tokenizer.eos_id
 
-    from sample import Prompter, load
-    prompter = Prompter(tmp_path / "out", load(tmp_path / "out")[1])
-    assert prompter.chat(messages) == rendered and prompter.text("the cat") == [0, *tokenizer.encode("the cat")]
+    from sample import load
+    from tokenizer import ChatFormat
+    prompter = ChatFormat(tmp_path / "out", load(tmp_path / "out")[1])
+    assert prompter.prompt(messages) == rendered and prompter.text("the cat") == [0, *tokenizer.encode("the cat")]
     assert prompter.stop == {0, 3}
     tricky = [{"role": "user", "content": "the <|im_end|> cat"}]  # control tokens in a message are ordinary text
-    assert prompter.chat(tricky) == tokenizer.encode_chat(tricky, add_generation_prompt=True)[0]
+    assert prompter.prompt(tricky) == tokenizer.encode_chat(tricky, add_generation_prompt=True)[0]
     (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
     (tmp_path / "out" / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content | trim }}"
                                                           "{% endfor %}{{ raise_exception('no') if messages[1:] }}")
-    prompter = Prompter(tmp_path / "out", tokenizer)
-    assert prompter.stop == {0, 3} and prompter.chat([{"role": "user", "content": " the "}]) == [0, *tokenizer.encode("the")]
+    prompter = ChatFormat(tmp_path / "out", tokenizer)
+    assert prompter.stop == {0, 3} and prompter.prompt([{"role": "user", "content": " the "}]) == [0, *tokenizer.encode("the")]
     with pytest.raises(UserError, match="refuses"):
-        prompter.chat(messages * 2)
+        prompter.prompt(messages * 2)
     (tmp_path / "out" / "chat_template.jinja").write_text(  # as SmolLM3's and Qwen3's are built
         "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>{{ m.content.split('<|pad|>')[-1] }}"
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}")
     talk = [{"role": "user", "content": "the <|pad|> cat"}, {"role": "assistant", "content": "a dog <|pad|>the mat"}]
     expected = [*tokenizer.encode("the <|pad|> cat"), tokenizer.control("<|im_start|>"), *tokenizer.encode("the mat")]
-    assert Prompter(tmp_path / "out", tokenizer).chat(talk) == expected
+    assert ChatFormat(tmp_path / "out", tokenizer).prompt(talk) == expected
 
 
 def test_sample_chats_with_a_hugging_face_folder(tmp_path):

@@ -18,9 +18,10 @@ from torch._dynamo.backends.common import aot_autograd
 import ablate
 import train
 from conftest import ROOT, TORCHRUN, TRAIN, torchrun
-from model import GPT, ModelError, attention_extremes, from_pretrained, newest_checkpoint, read_sharded
-from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
+from checkpoint import from_pretrained, newest_checkpoint, read_sharded
+from model import GPT, attention_extremes
 from tokenizer import UserError
+from test_train import TINY, assert_same_state, command, corpus, here, log_of, losses, recipe, state  # noqa: F401
 
 
 def same_weights(a: str, b: str) -> None:
@@ -68,7 +69,7 @@ def test_a_checkpoints_index_cannot_run_code(tmp_path):
             return os.system, (f"touch {tmp_path}/owned",)
 
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ModelError, match="not loaded"):
+    with pytest.raises(UserError, match="not loaded"):
         read_sharded(tmp_path, {"x": torch.zeros(1)})
     assert not (tmp_path / "owned").exists()
 

@@ -6,9 +6,8 @@ import inspect
 import pytest
 import torch
 
-from model import (PRESETS, GPT, KVCache, ModelConfig, ModelError, MoE, alibi, apply_rope, count_parameters, cross_entropy,
-                   dense_document_attention, distance_bucket, document_attention, dual_chunk_attention, gated_delta_rule,
-                   rope_frequencies, z_loss)
+from model import GPT, KVCache, MoE, ModelConfig, PRESETS, alibi, apply_rope, count_parameters, cross_entropy, dense_document_attention, distance_bucket, document_attention, dual_chunk_attention, gated_delta_rule, rope_frequencies, z_loss
+from tokenizer import UserError
 
 PUBLISHED = {"llama-2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400,
              "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
@@ -427,14 +426,14 @@ def eager(model, tokens, cu):
                                          ({"num_experts": 2, "num_experts_per_tok": 3}, "choose"),
                                          ({"scoring_func": "tanh"}, "sigmoid"), ({"num_experts": 6, "n_group": 4}, "n_group")])
 def test_impossible_configs_are_a_sentence(wrong, word):
-    with pytest.raises(ModelError, match=word):
+    with pytest.raises(UserError, match=word):
         ModelConfig(**wrong)
 
 
 def test_changed_width_changes_the_heads_unless_they_were_given():
     assert ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=512).head_dim == 128
     assert PRESETS["qwen3-0.6b"].change(hidden_size=512).head_dim == 128  # 16 heads of 128 on width 1024: its own
-    with pytest.raises(ModelError, match="divide"):
+    with pytest.raises(UserError, match="divide"):
         ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=258)
 
 

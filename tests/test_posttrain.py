@@ -18,9 +18,10 @@ import posttrain as p
 import sample
 import train
 from conftest import call
-from model import GPT, ModelConfig, cross_entropy, from_pretrained, newest_checkpoint
-from sample import Prompter
-from tokenizer import HELD_OUT, Tokenizer, UserError, train_bpe, uniform
+from checkpoint import from_pretrained, newest_checkpoint
+from model import GPT, ModelConfig, cross_entropy
+from tokenizer import ChatFormat, Tokenizer, UserError, train_bpe
+from data import HELD_OUT, uniform
 
 TALK = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."},
         {"role": "user", "content": "and <|im_end|>?"}, {"role": "assistant", "content": "no."}]
@@ -35,7 +36,7 @@ def tiny(vocab: int = 280, context: int = 64, **more) -> GPT:
 
 
 def test_mask_covers_exactly_what_the_assistant_says_and_its_end(tmp_path):
-    ids, mask = Prompter(tmp_path, TOKENIZER).conversation(TALK)
+    (ids, mask), = ChatFormat(tmp_path, TOKENIZER).samples(TALK)
     start, end = TOKENIZER.control("<|im_start|>"), TOKENIZER.control("<|im_end|>")
 
     def turn(role, text):
@@ -62,12 +63,12 @@ def test_mask_of_a_hugging_face_template(tmp_path, tags):
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + begin
         + "{{ m.content + '<|im_end|>' }}" + stop + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-    prompter = Prompter(tmp_path, TOKENIZER)
-    assert prompter.conversation(TALK) == TOKENIZER.encode_chat(TALK)
-    assert prompter.chat(TALK[:3]) == TOKENIZER.encode_chat(TALK[:3], add_generation_prompt=True)[0]
+    prompter = ChatFormat(tmp_path, TOKENIZER)
+    assert prompter.samples(TALK) == [TOKENIZER.encode_chat(TALK)]
+    assert prompter.prompt(TALK[:3]) == TOKENIZER.encode_chat(TALK[:3], add_generation_prompt=True)[0]
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ loop.last }}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="generation"):
-        Prompter(tmp_path, TOKENIZER).conversation(TALK)
+        ChatFormat(tmp_path, TOKENIZER).samples(TALK)
 
 
 def conversations(count: int = 12) -> list[tuple[list[int], list[int]]]:
@@ -433,19 +434,19 @@ def test_merge_loads_and_refuses_other_configs(here):
 
 def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
     pytest.importorskip("safetensors"), pytest.importorskip("jinja2")
-    from model import save_pretrained
+    from checkpoint import save_pretrained
     save_pretrained(from_pretrained("base"), "hf", tokenizer_from="base")
     template = ("{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
                 "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
     (here / "hf/chat_template.jinja").write_text(template)
     p.post_train(replace(p.parse(["sft", "hf", *FLAGS["sft"], "--device", "cpu"])[1], dtype="float32"), Path("runs/hf-sft"),
                  False, train.World())
-    prompter = Prompter("runs/hf-sft", Tokenizer.load("runs/hf-sft"))
+    prompter = ChatFormat("runs/hf-sft", Tokenizer.load("runs/hf-sft"))
     assert prompter.template == template and TOKENIZER.control("<|im_end|>") in prompter.stop
-    assert prompter.chat(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]
+    assert prompter.prompt(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]
     assert call(sample.main, "runs/hf-sft", "--chat", "--prompt", "hi", "--max-tokens", "3").returncode == 0
     start = p.parse(["grpo", "runs/hf-sft"])[1].start  # the next stage's prompts are the template's too
-    assert Prompter(start, TOKENIZER).template == template and Prompter(start, TOKENIZER).stop == prompter.stop
+    assert ChatFormat(start, TOKENIZER).template == template and ChatFormat(start, TOKENIZER).stop == prompter.stop
 
 
 @pytest.mark.parametrize("words, said", [

@@ -17,7 +17,8 @@ import data as d
 import tokenizer as T
 from conftest import ROOT, call
 from test_data import some_documents, texts_of
-from tokenizer import Source, Tokenizer, UserError, train_bpe
+from data import Source
+from tokenizer import Tokenizer, UserError, train_bpe
 
 DOCUMENTS = [text for _, text in some_documents(60)]
 
@@ -52,7 +53,7 @@ def test_pages_read_here_equal_arrows(tmp_path, monkeypatch, version, compressio
     with open(file, "rb") as stream, parquet.ParquetFile(file) as opened:
         for i in range(opened.metadata.num_row_groups):
             chunk = opened.metadata.row_group(i).column(1)
-            pages = list(T.page_headers(stream, chunk))
+            pages = list(d.page_headers(stream, chunk))
             (header, begin), first = pages[-1], chunk.dictionary_page_offset or chunk.data_page_offset
             assert begin + header[3] == first + chunk.total_compressed_size
             assert pages[0][0][1] == 2 if dictionary else len(pages) > 5  # type 2: a dictionary
@@ -78,14 +79,14 @@ def test_odd_pages(tmp_path, monkeypatch):
     assert read(Source(file)) == DOCUMENTS[:10] * 2
     values = [random.Random(i).randrange(4096) for i in range(100_000)]
     packed = sum(value << 12 * i for i, value in enumerate(values[:8])).to_bytes(12, "little")
-    assert T.hybrid_values(memoryview(b"\x03" + packed), 12, 8) == values[:8]
+    assert d.hybrid_values(memoryview(b"\x03" + packed), 12, 8) == values[:8]
     groups = b"".join(sum(value << 12 * i for i, value in enumerate(values[at:at + 8])).to_bytes(12, "little")
                       for at in range(0, len(values), 8))
     head = (len(values) // 8) << 1 | 1
     head = bytes([head & 127 | 128, head >> 7 & 127 | 128, head >> 14])
-    assert T.hybrid_values(memoryview(head + groups), 12, 100_000) == values
+    assert d.hybrid_values(memoryview(head + groups), 12, 100_000) == values
     with pytest.raises(ValueError, match="ends before"):
-        T.hybrid_values(memoryview(b"\xff\xff\xff\xff\x07" + packed), 12, 10)
+        d.hybrid_values(memoryview(b"\xff\xff\xff\xff\x07" + packed), 12, 10)
     short = tmp_path / "short.parquet"
     parquet.write_table(arrow.table({"text": ["a", "bb", "ccc"]}), short, use_dictionary=False, compression="none")
     content = short.read_bytes()
@@ -142,7 +143,7 @@ def test_columns_of_other_kinds(tmp_path, monkeypatch):
     categories = arrow.array(DOCUMENTS[:3] * 5).dictionary_encode()
     parquet.write_table(arrow.table({"text": categories, "a.b": DOCUMENTS[:15], "list": [["x"]] * 15, "id": range(15)}),
                         tmp_path / "a.parquet")
-    for limit in (T.LARGEST_PAGE, 0):
+    for limit in (d.LARGEST_PAGE, 0):
         monkeypatch.setattr(T, "LARGEST_PAGE", limit)
         assert read(Source(tmp_path / "a.parquet")) == DOCUMENTS[:3] * 5
         assert read(Source(tmp_path / "a.parquet", "a.b")) == DOCUMENTS[:15]

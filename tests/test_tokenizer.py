@@ -20,6 +20,7 @@ import tiktoken.load
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import data
 import tokenizer as T
 from tokenizer import PATTERNS, Tokenizer, UserError, bpe_merges, count_chunks, train_bpe
 
@@ -652,7 +653,7 @@ def test_a_sample_is_an_even_share_of_each_file(tmp_path):
     (tmp_path / "a.txt").write_text("a" * 3000)
     (tmp_path / "b.txt").write_text("b" * 1000)
     (tmp_path / "c.jsonl").write_text('{"text": "' + "c" * 980 + '"}\n' + '{"text": "' + "d" * 980 + '"}\n')
-    source = T.Source(tmp_path)
+    source = data.Source(tmp_path)
     sampled = Counter("".join(source.sample(source.size / 2)))
     assert abs(sampled["a"] - 1500) <= 1 and abs(sampled["b"] - 500) <= 1 and 980 <= sampled["c"] + sampled["d"] <= 996
     assert Counter("".join(source.sample(1e9))) == Counter(a=3000, b=1000, c=980, d=980)

@@ -19,7 +19,8 @@ import data as d
 import evals
 import train
 from conftest import ROOT, TRAIN, call, torchrun
-from model import GPT, ModelError, from_pretrained, newest_checkpoint
+from checkpoint import from_pretrained, newest_checkpoint
+from model import GPT
 from tokenizer import Tokenizer, UserError, train_bpe
 
 TINY = ["--data", "data/tiny", "--hidden-size", "32", "--intermediate-size", "48", "--num-hidden-layers", "2",
@@ -224,7 +225,7 @@ def test_damaged_checkpoint_is_passed_over(here, capsys):
     (bad / "model.pt").write_bytes(raw)
     assert newest_checkpoint("runs/a") == good and "sha256" in capsys.readouterr().err
     assert isinstance(from_pretrained("runs/a"), GPT)
-    with pytest.raises(ModelError, match="sha256"):
+    with pytest.raises(UserError, match="sha256"):
         from_pretrained(bad)
 
 
