@@ -54,8 +54,6 @@ def reading(path: str | Path) -> Iterator[None]:
 
 # ---- our checkpoints: write ---------------------------------------------------------------------------------------
 
-CHAT_FILES = ("tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
 
 def sync_folder(folder: Path) -> None:
     """Makes what was created or renamed in a folder survive a power cut, where the system can (not on Windows)."""
@@ -76,21 +74,36 @@ def write_json(path: Path, content: dict) -> None:
     sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def _new_folder(place: Path) -> Iterator[Path]:
+    """A folder to write into, beside its place; it gets its name at the end, and is removed if anything fails."""
+    partial = place.with_name(place.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(place, ignore_errors=True)  # a damaged one
+        partial.rename(place)
+        sync_folder(place.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def copy_chat_format(source: str | Path, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Keeps a Hugging Face model's template and special tokens beside what is trained from it, for ChatFormat.
 
-    What training teaches to end a turn joins the model's own stops: a base model's files often name only the end of
-    a text. Our own runs have no such files, and nothing is copied.
+    The token that ends a turn in training joins the model's own stops: a base model's files often name only the end
+    of a text. Runs that did not start from such a model have no such files; nothing is copied then.
     """
     source, folder = Path(source), Path(folder)
     if not (source / "tokenizer_config.json").exists():
         return
     tokenizer = tokenizer or Tokenizer.load(source)
-    chat = ChatFormat(source, tokenizer)
-    stops = set(chat.stop)
-    with contextlib.suppress(UserError):  # a template that refuses this conversation teaches no end
+    chat, last = ChatFormat(source, tokenizer), []
+    with contextlib.suppress(UserError):  # a template that refuses this conversation
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
-        stops |= {id for id, taught in list(zip(ids, mask))[::-1] if taught and id in tokenizer.special.values()}
+        last = [id for id, trained in zip(ids, mask) if trained][-1:]
+    stops = set(chat.stop) | set(last) & set(tokenizer.special.values())
     with reading(source / "tokenizer_config.json"):
         settings = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
         write_json(folder / "tokenizer_config.json", settings | {"add_bos_token": bool(chat.opening)})
@@ -101,38 +114,25 @@ def copy_chat_format(source: str | Path, folder: str | Path, tokenizer: Tokenize
 
 def _write_checkpoint(place: Path, config: ModelConfig, weights: dict, moments: dict, state: dict, tokenizer: Tokenizer,
                       chat_from: Path) -> None:
-    partial = place.with_name(place.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        torch.save(weights, partial / "model.pt")
+    with _new_folder(place) as folder:
+        torch.save(weights, folder / "model.pt")
         if moments:
-            torch.save(moments, partial / "optimizer.pt")
-        write_json(partial / "config.json", asdict(config))
-        write_json(partial / "training.json", state | {"moments": bool(moments)})
-        tokenizer.save(partial)
-        copy_chat_format(chat_from, partial, tokenizer)
+            torch.save(moments, folder / "optimizer.pt")
+        write_json(folder / "config.json", asdict(config))
+        write_json(folder / "training.json", state | {"moments": bool(moments)})
+        tokenizer.save(folder)
+        copy_chat_format(chat_from, folder, tokenizer)
         hashes = {}
-        for path in sorted(partial.iterdir()):
+        for path in sorted(folder.iterdir()):
             with open(path, "rb+") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
-        write_json(partial / "manifest.json", {"format": 2, "files": hashes})
-        shutil.rmtree(place, ignore_errors=True)  # a damaged one
-        partial.rename(place)
-        sync_folder(place.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        write_json(folder / "manifest.json", {"format": 2, "files": hashes})
 
 
 def save_weights(model: GPT, tokenizer: Tokenizer, out: str | Path, chat_from: str | Path) -> None:
     """Weights alone as a checkpoint folder, in the chat format of the folder `chat_from`; training can start from it."""
     _write_checkpoint(Path(out), model.config, model.state_dict(), {}, {"step": 0}, tokenizer, Path(chat_from))
-
-
-def _parts(optimizer) -> list[torch.optim.Optimizer]:
-    return list(getattr(optimizer, "optimizers", [optimizer]))
 
 
 class Saver:
@@ -148,28 +148,27 @@ class Saver:
         self.keep, self.keep_every, self.keepers = keep, keep_every, set(keepers)
         self.pool, self.pending = ThreadPoolExecutor(1), None
 
-    def save(self, step: int, model: GPT, optimizer, state: dict, must: bool = False, protect: int | None = None) -> str:
+    def save(self, step: int, model: GPT, optimizer, state: dict, must: bool = False,
+             protect: int | None = None) -> str:
         """Copies weights and moments to the host and writes them in a thread.
 
         Returns "" or one sentence about the save before this one, if that failed: training can continue without it.
         must: waits, and raises UserError if this save fails. protect: the step at which a running loss spike began; the
         newest checkpoint from before it stays.
         """
-        trouble = self.finish()  # first: the host need not hold two copies
-        if any(part.state for part in _parts(optimizer)):
-            weights, moments = get_state_dict(model, _parts(optimizer))
-        else:  # get_state_dict would make moments, and there are none before the first update
-            weights, moments = get_model_state_dict(model), {"state": {}}
+        def host(tensors):
+            if isinstance(tensors, dict):
+                return {name: host(tensor) for name, tensor in tensors.items()}
+            whole = tensors.full_tensor() if isinstance(tensors, DTensor) else tensors
+            return whole.detach().to("cpu", copy=True) if self.leader else None
 
-        def host(tensor: Tensor) -> Tensor | None:
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            return tensor.detach().to("cpu", copy=True) if self.leader else None
-
-        weights = {name: host(w) for name, w in weights.items()}
-        moments = {name: {kind: host(m) for kind, m in kinds.items()} for name, kinds in moments["state"].items()}
+        trouble, parts = self.finish(), _parts(optimizer)  # the host need not hold two copies
+        weights, moments = get_model_state_dict(model), {}
+        if any(part.state for part in parts):  # before the first update get_state_dict would make moments
+            moments = get_state_dict(model, parts)[1]["state"]
+        weights, moments, state = host(weights), host(moments), copy.deepcopy(state) | {"step": step}
         if self.leader:
-            self.pending = self.pool.submit(self._write, step, model.config, weights, moments,
-                                            copy.deepcopy(state) | {"step": step}, protect)
+            self.pending = self.pool.submit(self._write, step, protect, model.config, weights, moments, state)
         if must and (failed := self.finish()):
             raise UserError(failed + " and resume")
         return trouble
@@ -179,27 +178,23 @@ class Saver:
         pending, self.pending = self.pending, None
         return pending.result() if pending else ""
 
-    def _write(self, step, config, weights, moments, state, protect) -> str:
+    def _write(self, step: int, protect: int | None, *content) -> str:
         try:
             for rest in self.folder.glob("*.partial"):  # of a process that was killed
                 shutil.rmtree(rest, ignore_errors=True)
-            _write_checkpoint(self.folder / f"step-{step:08d}", config, weights, moments, state, self.tokenizer,
-                              self.folder.parent)
+            _write_checkpoint(self.folder / f"step-{step:08d}", *content, self.tokenizer, self.folder.parent)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk by RuntimeError
             free, reason = shutil.disk_usage(self.folder.parent).free, str(error).strip().splitlines()[0][:120]
             return (f"a checkpoint could not be written to {self.folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
                     "the ones before it are whole; make room")
-        self._rotate(step, protect)
-        return ""
-
-    def _rotate(self, step: int, protect: int | None) -> None:
-        """Looks only at checkpoints up to `step`: later ones are damaged ones that a resume skipped."""
+        # Checkpoints after this step are damaged ones that a resume skipped; they neither count nor go.
         found = sorted(at for path in self.folder.glob("step-????????") if (at := int(path.name[5:])) <= step)
         before = [at for at in found if protect is not None and at < protect]
         stay = {*found[-self.keep:], *before[-1:], *self.keepers}
         for at in found:
             if at not in stay and not (self.keep_every and at % self.keep_every == 0):
                 shutil.rmtree(self.folder / f"step-{at:08d}", ignore_errors=True)
+        return ""
 
 
 # ---- our checkpoints: read ----------------------------------------------------------------------------------------
@@ -209,8 +204,8 @@ def check_manifest(checkpoint: str | Path) -> None:
     """Raises UserError unless every file has the sha256 that manifest.json names."""
     checkpoint = Path(checkpoint)
     if (checkpoint / "guard.json").exists() or (checkpoint / "sharded").exists():
-        raise UserError(f"{checkpoint} was written by the first version of this project, whose checkpoints are not read any "
-                        "more; export it with that version and start from the exported folder")
+        raise UserError(f"{checkpoint} was written by the first version of this project, whose checkpoints are no longer "
+                        "read; export it with that version and start from the exported folder")
     with reading(checkpoint):
         files = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
@@ -241,6 +236,10 @@ def find_checkpoint(path: str | Path) -> Path:
     return Path(path)
 
 
+def _parts(optimizer) -> list[torch.optim.Optimizer]:
+    return getattr(optimizer, "optimizers", [optimizer])
+
+
 def _shapes(tensors: dict) -> dict:
     return {name: (w.shape, w.is_floating_point()) for name, w in tensors.items()}
 
@@ -255,28 +254,26 @@ def load_checkpoint(folder: str | Path, model: GPT, optimizer) -> dict:
     All processes call it; the first reads the tensors and broadcasts them.
     """
     folder, parts, many = Path(folder), _parts(optimizer), dist.is_available() and dist.is_initialized()
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
     with reading(folder):
         state = json.loads((folder / "training.json").read_text("utf-8"))
         weights, moments = get_state_dict(model, parts)  # makes moments where there are none, to be filled
         if not many or dist.get_rank() == 0:
             expected, weights = _shapes(weights), _load_tensors(folder / "model.pt")
             if _shapes(weights) != expected:
-                raise UserError(f"{folder} is a model of other sizes than this run's; leave out the flags that change them, "
-                                "or give those that it was trained with")
+                raise UserError(f"{folder} is a model of other sizes than this run's; leave out the flags that change "
+                                "them, or give those that it was trained with")
             if state["moments"]:
-                loaded = _load_tensors(folder / "optimizer.pt")
-                if any(_shapes(loaded[name]) != _shapes(kinds) for name, kinds in moments["state"].items()):
-                    raise UserError(f"{folder} holds the moments of another optimizer than this run's; give --optimizer as "
-                                    "it was trained with")
-                moments["state"] = loaded
+                expected, moments["state"] = moments["state"], _load_tensors(folder / "optimizer.pt")
+                if any(_shapes(moments["state"][name]) != _shapes(kinds) for name, kinds in expected.items()):
+                    raise UserError(f"{folder} holds the moments of another optimizer than this run's; give the "
+                                    "--optimizer that it was trained with")
         options = StateDictOptions(full_state_dict=many, broadcast_from_rank0=many)
         set_model_state_dict(model, weights, options=options)
         if state["moments"]:
             set_optimizer_state_dict(model, parts, moments, options=options)
-        else:
-            for part in parts:
-                part.state.clear()
+        for part in () if state["moments"] else parts:
+            part.state.clear()
     return state
 
 
@@ -294,46 +291,36 @@ def load_config(folder: str | Path) -> ModelConfig:
     """The config of a folder in Hugging Face's format or of one of our checkpoint folders."""
     saved = _read_config(folder)
     with reading(Path(folder) / "config.json"):
-        return config_from_hugging_face(saved) if "model_type" in saved else _make_config(saved)
+        if max(saved["num_hidden_layers"], saved["num_attention_heads"]) > 1000:
+            raise ValueError("more than 1,000 layers or heads")
+        return config_from_hugging_face(saved) if "model_type" in saved else ModelConfig(**saved)
 
 
-def _make_config(values: dict) -> ModelConfig:
-    for name, value in values.items():
-        if isinstance(value, int) and value > 10**7 and "max_position" not in name:
-            raise UserError(f"config.json has {name} = {value}, which no model has")
-    return ModelConfig(**values)
-
-
-def _empty_model(config: ModelConfig, tensors: int) -> GPT:
-    """A model without memory; `tensors`: how many the files hold, at least one a layer."""
-    if config.num_hidden_layers > tensors:
-        raise UserError(f"config.json has {config.num_hidden_layers:,} layers, but the files hold {tensors:,} tensors")
-    with torch.device("meta"):
-        return GPT(config)
+def _empty_model(folder: Path) -> GPT:
+    with reading(folder / "config.json"), torch.device("meta"):
+        return GPT(load_config(folder))
 
 
 def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
     checkpoint folder, on the CPU."""
-    if not Path(folder).is_dir():
+    if not (folder := Path(folder)).is_dir():
         raise UserError(f"{folder} does not exist; give a run folder such as runs/laptop or a downloaded model's folder")
     if is_hugging_face(folder):
-        return _load_hugging_face(Path(folder), dtype)
-    folder = find_checkpoint(folder)
-    config = load_config(folder)
+        return _load_hugging_face(folder, dtype)
+    model = _empty_model(folder := find_checkpoint(folder))
     with reading(folder / "model.pt"):
         weights = _load_tensors(folder / "model.pt")
-        model = _empty_model(config, len(weights))
         if _shapes(weights) != _shapes(model.state_dict()):
             raise ValueError("config.json asks for other tensors")
-        weights = {name: w if name.endswith("e_score_correction_bias") else w.to(dtype) for name, w in weights.items()}
+        weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     return model
 
 
 # ---- Hugging Face: configs ----------------------------------------------------------------------------------------
-# A family is read by a table and written by the same table. A config is exported as the first family that, read back,
-# computes the same; if there is none, it is refused with the fields that the closest family lacks.
+# A family is read and written by one table. A config is exported as the first family that, read back, computes the
+# same; if there is none, it is refused with the fields that the closest family lacks.
 
 
 class Family(NamedTuple):
@@ -352,36 +339,40 @@ _MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "route
 _DEEPSEEK = (*_LATENT, *_MOE, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
              "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor")
 _LOCAL = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
+_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_truncate": "truncate",
+         "yarn_mscale_all_dim": "mscale_all_dim"}
+_ROPE = {"rope_theta": "rope_theta", "original_max_position_embeddings": "original_max_position_embeddings", **_YARN}
 _OPTIONAL = {"head_dim", "num_key_value_heads", "initializer_range", "attention_bias", "q_lora_rank", "layer_types",
-             "router_aux_loss_coef", "tie_word_embeddings", "sliding_window"}
+             "router_aux_loss_coef", "sliding_window", *_ROPE}
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", _SIZES, fixed={"mlp_bias": (False,)}),
     "qwen3": Family("Qwen3ForCausalLM", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
-    "mistral": Family("MistralForCausalLM", (*_SIZES, "sliding_window"), fixed={"attention_bias": (False,)}),
-    "smollm3": Family("SmolLM3ForCausalLM", _WINDOWS, {"no_rope_layer_interval": 4, "tie_word_embeddings": True,
-                                                       "rope_theta": 2e6}, fixed={"mlp_bias": (False,)}),
+    "mistral": Family("MistralForCausalLM", (*_SIZES, "sliding_window"), {"layer_types": ["sliding"]},
+                      fixed={"attention_bias": (False,)}),
+    "smollm3": Family("SmolLM3ForCausalLM", (*_WINDOWS, "no_rope_layer_interval"),
+                      {"no_rope_layer_interval": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
+                      fixed={"mlp_bias": (False,)}),
     "qwen2": Family("Qwen2ForCausalLM", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
     "mixtral": Family("MixtralForCausalLM", (*_SIZES, "num_experts_per_tok", "router_aux_loss_coef", "sliding_window"),
-                      {"rope_theta": 1e6}, _LOCAL, {"attention_bias": (False,)}),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*_SIZES, *_MOE, "num_experts"), {"qk_norm": True},
-                        fixed={"decoder_sparse_step": (1,), "use_sliding_window": (False,)}),
+                      {"rope_theta": 1e6, "layer_types": ["sliding"]}, _LOCAL, {"attention_bias": (False,)}),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*_SIZES, *_MOE, "num_experts"), {"qk_norm": True}, fixed={
+        "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
     "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "swiglu_limit": 7.0,
-                       "head_dim": 64, "layer_types": ("sliding_attention", "full_attention"), "rms_norm_eps": 1e-5,
+                       "head_dim": 64, "layer_types": ["sliding", "full"], "rms_norm_eps": 1e-5,
                        "rope_theta": 150_000.0}, _LOCAL, {"swiglu_alpha": (1.702,)}),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {"router_aux_loss_coef": 0.0},
-                          {"num_experts": "n_routed_experts"},
-                          {"scoring_func": ("softmax",), "topk_method": ("greedy",), "moe_layer_freq": (1,),
-                           "attention_bias": (False,), "norm_topk_prob": (False,)}),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"),
-                          {"scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, {"num_experts": "n_routed_experts"},
-                          {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,),
-                           "rope_interleave": (True,), "attention_bias": (False,)}),
-    "qwen3_next": Family("Qwen3NextForCausalLM",
-                         (*_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
-                          "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim"),
-                         {"qk_norm": True, "attn_output_gate": True, "norm_zero_centered": True,
-                          "shared_expert_gate": True, "partial_rotary_factor": 0.25}, fixed={"decoder_sparse_step": (1,)}),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, {"num_experts": "n_routed_experts"}, {
+        "scoring_func": ("softmax",), "topk_method": ("greedy",), "moe_layer_freq": (1,), "attention_bias": (False,),
+        "norm_topk_prob": (False,)}),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"), {
+        "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, {"num_experts": "n_routed_experts"}, {
+        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "rope_interleave": (True,),
+        "attention_bias": (False,)}),
+    "qwen3_next": Family("Qwen3NextForCausalLM", (
+        *_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
+        "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor"), {
+        "qk_norm": True, "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True,
+        "partial_rotary_factor": 0.25}, fixed={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}),
 }
 
 
@@ -398,181 +389,144 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     """config.json as a dictionary -> our config. Raises UserError for what model.py does not compute."""
     if (kind := _family(hf)) not in FAMILIES:
         raise UserError(f"the architecture {kind} is not one of {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    method = (hf.get("quantization_config") or {}).get("quant_method", "fp8")
-    if method not in ("fp8", "mxfp4"):
-        raise UserError(f"the weights are quantised by {method}, but only fp8 and mxfp4 are read; take the bf16 version")
-    for key, allowed in {"hidden_act": ("silu", "swish"), **family.fixed}.items():
-        if hf.get(key) is not None and hf[key] not in allowed:
-            raise UserError(f"config.json has {key} = {hf[key]}, but model.py computes only {allowed[0]}")
-    values = {"tie_word_embeddings": False} | family.implied
-    for ours, theirs in (dict(zip(family.fields, family.fields)) | family.renamed).items():
-        if hf.get(theirs) is not None:
-            values[ours] = hf[theirs]
+    family, scaling = FAMILIES[kind], hf.get("rope_scaling") or {}  # the older name, still used to switch YaRN on
+    seen = (hf.get("quantization_config") or {}) | hf | (hf.get("rope_parameters") or {}) | scaling
+    position = scaling.get("rope_type") or scaling.get("type") or seen.get("rope_type") or "default"
+    seen |= {"rope_type": position, "mscale": seen.get("mscale") or 0}
+    fixed = {"hidden_act": ("silu", "swish"), "quant_method": ("fp8", "mxfp4"), "low_freq_factor": (1,),
+             "high_freq_factor": (4,), "rope_type": ("default", "llama3", "yarn"), "attention_factor": (),
+             "mscale": (seen.get("mscale_all_dim") or 0,), **family.fixed}
+    if "partial_rotary_factor" not in family.fields and "kv_lora_rank" not in family.fields:
+        fixed["partial_rotary_factor"] = (1,)
+    for key, allowed in fixed.items():
+        if seen.get(key) is not None and seen[key] not in allowed:
+            raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with "
+                            f"{' or '.join(map(str, allowed)) or 'its default'}")
+    values = {"tie_word_embeddings": False, "position": "rope" if position == "default" else position} | family.implied
+    for ours, theirs in (dict(zip(family.fields, family.fields)) | family.renamed | _ROPE).items():
+        if seen.get(theirs) is not None:
+            values[ours] = seen[theirs]
         elif ours not in values and ours not in _OPTIONAL:
             raise UserError(f"config.json lacks {theirs}, which a {kind} needs")
+    if position != "default":
+        values["rope_factor"] = seen["factor"]
+        values.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
     if values.get("num_experts", 1) < 1:
         raise UserError(f"config.json has no experts, but {kind} is a mixture of experts")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    values |= _read_layers(hf, kind, values) | _read_rope(hf, kind, values)
-    return _make_config(values)
+    return ModelConfig(**values | _read_layers(hf, kind, values))
 
 
 def _read_layers(hf: dict, kind: str, values: dict) -> dict:
-    """What the layers of a family differ in."""
-    found, layers = {}, values["num_hidden_layers"]
-    dense = hf.get("mlp_only_layers") or []
-    if dense:
-        found["first_k_dense_replace"] = len(dense)
-    types = values.get("layer_types")
-    if kind in ("mistral", "mixtral"):
-        types = ["sliding" if values.get("sliding_window") else "full"]
-    elif kind == "qwen3_next":
-        every = hf.get("full_attention_interval") or 4
-        types = types or ["linear"] * (every - 1) + ["full"]
+    """What layers differ in, and Qwen3-Next's shared experts."""
+    found, types = {}, list(values.get("layer_types") or ["full"])
+    if hf.get("use_sliding_window") and not hf.get("layer_types"):
+        raise UserError("config.json has use_sliding_window without layer_types; add layer_types, one for each layer")
+    if kind == "qwen3_next":
+        if not hf.get("layer_types"):
+            types = ["linear"] * ((hf.get("full_attention_interval") or 4) - 1) + ["full"]
         found["n_shared_experts"], rest = divmod(hf.get("shared_expert_intermediate_size", 512),
                                                  values["moe_intermediate_size"])
         if rest:
             raise UserError("config.json has a shared_expert_intermediate_size that is no multiple of "
-                            "moe_intermediate_size, but model.py has only shared experts as wide as the others")
-    elif types is None and hf.get("use_sliding_window"):
-        raise UserError("config.json has use_sliding_window without layer_types; add layer_types, one for each layer")
-    found["layer_types"] = ",".join(name.removesuffix("_attention") for name in _pattern(list(types or ["full"])))
-    if kind == "smollm3":
-        every = hf.get("no_rope_layer_interval") or 4
-        rope = _pattern((hf.get("no_rope_layers") or ([1] * (every - 1) + [0]) * layers)[:layers])
-        found["no_rope_layer_interval"] = len(rope) if 0 in rope else 0
-        if 0 in rope[:-1]:
-            raise UserError(f"config.json has no_rope_layers {rope}, but model.py has only every n-th layer without RoPE")
-    if dense != list(range(len(dense))) or hf.get("layer_types") and len(hf["layer_types"]) != layers:
-        raise UserError("config.json has mlp_only_layers or layer_types that model.py has not: dense layers come first, and "
-                        "each layer has its type")
-    return found
+                            "moe_intermediate_size; model.py has only shared experts as wide as the others")
+    if not values.get("sliding_window"):
+        types = [name.replace("sliding", "full") for name in types]
+    if kind == "smollm3" and hf.get("no_rope_layers"):
+        *turned, last = _pattern(hf["no_rope_layers"])
+        found["no_rope_layer_interval"] = 0 if last else len(turned) + 1
+        if 0 in turned:
+            raise UserError("config.json has no_rope_layers other than every n-th layer, which model.py has not")
+    return found | {"layer_types": ",".join(name.removesuffix("_attention") for name in _pattern(types))}
 
 
-def _read_rope(hf: dict, kind: str, values: dict) -> dict:
-    scaling = dict(hf.get("rope_scaling") or {})  # the older name, which people still add to switch YaRN on
-    if "type" in scaling:
-        scaling.setdefault("rope_type", scaling["type"])
-    rope = {name: hf.get(name) for name in ("rope_theta", "partial_rotary_factor")} | (hf.get("rope_parameters") or {}) | scaling
-    position = rope.get("rope_type", rope.get("type", "default"))
-    if position not in ("default", "llama3", "yarn"):
-        raise UserError(f"config.json has RoPE of type {position}, but model.py has default, llama3 and yarn")
-    found = {"position": "rope" if position == "default" else position}
-    if rope["rope_theta"]:
-        found["rope_theta"] = float(rope["rope_theta"])
-    if position != "default":
-        found |= {"rope_factor": float(rope["factor"]), "original_max_position_embeddings":
-                  rope.get("original_max_position_embeddings") or values["max_position_embeddings"]}
-    if position == "llama3" and (rope["low_freq_factor"], rope["high_freq_factor"]) != (1, 4):
-        raise UserError("config.json has llama3 RoPE with other borders than the 1 and 4 turns of model.py")
-    if position == "yarn":
-        whole = rope.get("mscale_all_dim") or 0.0
-        if rope.get("attention_factor") or (rope.get("mscale") or 0.0) != whole:
-            raise UserError("config.json has YaRN with a temperature (mscale, attention_factor) that model.py has not")
-        found |= {"yarn_beta_fast": float(rope.get("beta_fast") or 32), "yarn_beta_slow": float(rope.get("beta_slow") or 1),
-                  "yarn_truncate": rope.get("truncate", True), "yarn_mscale_all_dim": float(whole)}
-    share = rope["partial_rotary_factor"]
-    if kind == "qwen3_next" and share:
-        found["partial_rotary_factor"] = share
-    elif share not in (None, 1) and "kv_lora_rank" not in values:
-        raise UserError(f"config.json has partial_rotary_factor = {share}, which a {kind} does not compute")
-    return found
-
-
-def _effective(config: ModelConfig) -> dict:
+def _effective(c: ModelConfig) -> dict:
     """What a config computes: without the fields of training and those that change nothing here."""
-    c, layers = config, range(config.num_hidden_layers)
-    unused = {"initializer_range", "router_aux_loss_coef", "router_bias_update_rate", "router_z_loss_coef"}
-    for unless, names in (
-            (c.position in ("llama3", "yarn"), ("rope_factor", "original_max_position_embeddings")),
-            (c.num_experts, ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")),
-            (c.num_experts and c.n_shared_experts, ("shared_expert_gate",)),
-            (not c.num_experts or c.first_k_dense_replace, ("intermediate_size",)),
-            (not c.kv_lora_rank, ("num_key_value_heads",)), ("sliding" in c.layer_types, ("sliding_window",))):
-        unused |= set() if unless else set(names)
-    fields = asdict(c) | {"layer_types": ",".join(map(c.layer_type, layers)),
-                          "no_rope_layer_interval": any(c.uses_rope(i) for i in layers) and [c.uses_rope(i) for i in layers]}
-    return {name: value for name, value in fields.items() if name not in unused}
+    unused = ["initializer_range", "router_aux_loss_coef", "router_bias_update_rate", "router_z_loss_coef"]
+    unused += ["rope_factor", "original_max_position_embeddings"] * (c.position == "rope")
+    unused += ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"] * (not c.num_experts)
+    unused += ["shared_expert_gate"] * (not c.num_experts or not c.n_shared_experts)
+    unused += ["intermediate_size"] * (c.num_experts > 0 and not c.first_k_dense_replace)
+    unused += ["num_key_value_heads"] * (c.kv_lora_rank > 0) + ["sliding_window"] * ("sliding" not in c.layer_types)
+    layers = range(c.num_hidden_layers)
+    return (asdict(c) | {"layer_types": [c.layer_type(i) for i in layers],
+                         "no_rope_layer_interval": [c.uses_rope(i) for i in layers]} | dict.fromkeys(unused))
 
 
 def config_to_hugging_face(config: ModelConfig) -> dict:
     """Our config -> config.json as a dictionary. Raises UserError naming what no family there has."""
-    refused, closest = [], None
+    wanted, refused = _effective(config), []
     for kind in FAMILIES:
         hf = _write_config(config, kind)
         try:
             back = _effective(config_from_hugging_face(hf))
         except UserError as error:
-            refused.append(str(error))
+            refused.append((99, str(error)))
             continue
-        lost = [f"{name} = {getattr(config, name)}" for name, value in _effective(config).items() if back.get(name) != value]
+        lost = [f"{name} = {getattr(config, name)}" for name in wanted if wanted[name] != back[name]]
         if not lost:
             return hf
-        closest = min(closest or lost, lost, key=len)
-    raise UserError(f"no Hugging Face architecture has {', '.join(closest or refused[:1])}; keep the run's own checkpoint")
+        refused.append((len(lost), f"{kind} with {', '.join(lost)}"))
+    raise UserError(f"no Hugging Face architecture is {min(refused)[1]}; keep the run's own checkpoint")
 
 
 def _write_config(c: ModelConfig, kind: str) -> dict:
-    family, layers, windows = FAMILIES[kind], range(c.num_hidden_layers), "sliding" in c.layer_types
+    family, layers = FAMILIES[kind], range(c.num_hidden_layers)
     hf = {"model_type": kind, "architectures": [family.architecture], "hidden_act": "silu", "use_cache": True,
           "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     hf |= {name: getattr(c, name) for name in family.fields}
     hf |= {theirs: getattr(c, ours) for ours, theirs in family.renamed.items()}
     hf |= {key: allowed[0] for key, allowed in family.fixed.items()}
     hf["initializer_range"] = c.initializer_range or c.hidden_size ** -0.5
-    if "sliding_window" in family.fields:
-        hf["sliding_window"] = c.sliding_window if windows else None
+    hf["sliding_window"] = c.sliding_window if "sliding" in c.layer_types else None
     if "layer_types" in family.fields:
-        hf |= {"layer_types": [c.layer_type(i) + "_attention" for i in layers], "use_sliding_window": windows}
+        hf |= {"layer_types": [c.layer_type(i) + "_attention" for i in layers],
+               "use_sliding_window": "sliding" in c.layer_types}
     if kind == "smollm3":
-        hf |= {"no_rope_layer_interval": c.no_rope_layer_interval or 4, "no_rope_layers": [int(c.uses_rope(i)) for i in layers]}
-    if "kv_lora_rank" in family.fields:
-        hf |= {"head_dim": c.qk_rope_head_dim, "num_key_value_heads": c.num_attention_heads, "q_lora_rank": c.q_lora_rank or None}
-    if kind in ("qwen3_moe", "qwen3_next"):
-        hf["mlp_only_layers"] = list(range(c.first_k_dense_replace))
+        hf["no_rope_layers"] = [int(c.uses_rope(i)) for i in layers]
+    if "kv_lora_rank" in hf:
+        hf |= {"head_dim": c.qk_rope_head_dim, "num_key_value_heads": c.num_attention_heads,
+               "q_lora_rank": c.q_lora_rank or None}
     rope = {"rope_type": "default" if c.position == "rope" else c.position, "rope_theta": c.rope_theta}
     if c.position in ("llama3", "yarn"):
         rope |= {"factor": c.rope_factor, "original_max_position_embeddings": c.original_max_position_embeddings}
-    if c.position == "llama3":
-        rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    if c.position == "yarn":
-        rope |= {"beta_fast": c.yarn_beta_fast, "beta_slow": c.yarn_beta_slow, "truncate": c.yarn_truncate}
-        if c.yarn_mscale_all_dim:
-            rope |= {"mscale": c.yarn_mscale_all_dim, "mscale_all_dim": c.yarn_mscale_all_dim}
+        rope |= ({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if c.position == "llama3" else
+                 {theirs: getattr(c, ours) for ours, theirs in _YARN.items()} | {"mscale": c.yarn_mscale_all_dim})
     if kind == "qwen3_next":
-        rope["partial_rotary_factor"] = hf["partial_rotary_factor"] = c.partial_rotary_factor
+        rope["partial_rotary_factor"] = c.partial_rotary_factor
         hf["shared_expert_intermediate_size"] = c.n_shared_experts * c.moe_intermediate_size
-    # transformers 5 reads rope_parameters, 4 the other two
-    return hf | {"rope_parameters": rope, "rope_theta": c.rope_theta,
+    return hf | {"rope_parameters": rope, "rope_theta": c.rope_theta,  # transformers 5 reads the first, 4 the others
                  "rope_scaling": rope if c.position in ("llama3", "yarn") else None}
 
 
 # ---- Hugging Face: tensors ----------------------------------------------------------------------------------------
 
+_EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf16 it would choose others
 _NAMES = {  # family: (ours, theirs)
-    "gpt_oss": ((".mlp.gate.", ".mlp.router."),), "qwen3_next": ((".shared_experts.", ".shared_expert."),),
-    "mixtral": ((".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))}
+    "gpt_oss": ((".mlp.gate.", ".mlp.router."),), "qwen3_next": ((".shared_experts.", ".shared_expert."),), "mixtral": (
+        (".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))}
 
 
 def their_tensors(weights: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[str, Tensor]:
     """{name in the family: the part of our tensors that it is}, views to read from and to copy into.
 
-    Our experts are stacked; theirs have a tensor each, but in gpt-oss, where they are stacked as [E, in, out] with gate
-    and up alternating: there gate_up_proj is [E, C, M, 2], to be flattened at its end.
+    Our experts are stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], but gate and up alternate:
+    its gate_up_proj is [E, C, M, 2] here, to be flattened at the end.
     """
     found = {}
     for name, w in weights.items():
-        if (name.endswith("e_score_correction_bias") and config.scoring_func == "softmax"
-                or kind == "qwen2" and name.endswith("o_proj.bias")):
-            continue  # zeros here, absent there
-        parts, (stem, _, last) = {name: w}, name.rpartition(".")
+        stem, _, last = name.rpartition(".")
+        if last == _EXACT and config.scoring_func == "softmax" or kind == "qwen2" and name.endswith("o_proj.bias"):
+            if w.any():
+                raise UserError(f"no Hugging Face architecture has {name} here; keep the run's own checkpoint")
+            continue
+        parts = {name: w}
         if ".experts." in name and kind == "gpt_oss":
-            w = w.unflatten(1, (2, -1)).transpose(1, 2) if "gate_up" in last else w  # [E, M, 2, C], or [E, M, 2] of a bias
+            w = w.unflatten(1, (2, -1)).transpose(1, 2) if "gate_up" in last else w  # [E, M, 2, C]; a bias [E, M, 2]
             parts = {name: w if last.endswith("_bias") else w.movedim(-1, 1)}
         elif ".experts." in name:
             halves = zip(("gate", "up"), w.chunk(2, 1)) if "gate_up" in last else [("down", w)]
-            parts = {f"{stem}.{e}.{half}_proj.weight": part for half, experts in halves for e, part in enumerate(experts)}
+            parts = {f"{stem}.{e}.{half}_proj.weight": part for half, stack in halves for e, part in enumerate(stack)}
         for theirs, part in parts.items():
             for before, after in _NAMES.get(kind, ()):
                 theirs = theirs.replace(before, after)
@@ -581,7 +535,7 @@ def their_tensors(weights: dict[str, Tensor], config: ModelConfig, kind: str) ->
 
 
 def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """gpt-oss' 4-bit weights: blocks [E, rows, C/32, 16] of two values a byte, scales [E, rows, C/32] -> [E, C, rows]."""
+    """gpt-oss' 4-bit weights, two a byte: blocks [E, rows, C/32, 16], scales [E, rows, C/32] -> [E, C, rows]."""
     table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
     def expert(block, scale):
@@ -606,75 +560,69 @@ def _import_safetensors():
     return safetensors
 
 
-def _open_weights(folder: Path) -> tuple[dict, int]:
-    """{tensor: the open safetensors file that holds it} of a folder, and the size of its files in bytes.
+def _open_weights(folder: Path) -> dict:
+    """{tensor: the open safetensors file that holds it}; the index decides, where there is one.
 
-    The index decides, tensor by tensor, where there is one. Adapters and Mistral's own format lie beside, unread.
+    Adapters and Mistral's own format may lie beside the model's files.
     """
-    safetensors = _import_safetensors()
-    files = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(("adapter", "consolidated"))]
-    index, chosen = folder / "model.safetensors.index.json", {}
+    safe_open, index, where = _import_safetensors().safe_open, folder / "model.safetensors.index.json", {}
     if index.exists():
         with reading(index):
-            chosen = {name: folder / Path(file).name for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-        files = sorted({*chosen.values(), *(path for path in files if path.name == "model.safetensors")})
-    if not files:
+            where = {name: folder / Path(file).name
+                     for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        if (whole := folder / "model.safetensors").exists() and whole not in where.values():
+            raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
+    else:
+        for file in sorted(folder.glob("*.safetensors")):
+            if not file.name.startswith(("adapter", "consolidated")):
+                with reading(file), safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():
+                        if where.setdefault(name, file) != file:
+                            raise UserError(f"{folder} has {name} in {where[name].name} and in {file.name}; remove the "
+                                            "file that does not belong to the model")
+    if not where:
         raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
-    where: dict = {}
-    for file in files:
-        with reading(file):
-            opened = safetensors.safe_open(file, framework="pt")
-            for name in opened.keys():
-                if chosen.get(name, file) != file and file.name != "model.safetensors":
-                    continue
-                if name in where or chosen.get(name, file) != file:
-                    raise UserError(f"{folder} has {name} in two files, {file.name} among them; remove the files that do not "
-                                    "belong to the model")
-                where[name] = opened
-    if lost := [name for name in chosen if name not in where]:
-        raise UserError(f"{folder} lacks {lost[0]}, which its index names; download it again")
-    return where, sum(file.stat().st_size for file in files)
+    with reading(folder):
+        opened = {file: safe_open(file, framework="pt") for file in set(where.values())}
+    return {name: opened[file] for name, file in where.items()}
 
 
 def _load_hugging_face(folder: Path, dtype: torch.dtype) -> GPT:
-    hf, config = _read_config(folder), load_config(folder)
-    where, size = _open_weights(folder)
+    hf, model, where = _read_config(folder), _empty_model(folder), _open_weights(folder)
+    config, kind, expected = model.config, _family(hf), model.state_dict()
     with reading(folder):
-        model, kind = _empty_model(config, len(where)), _family(hf)
-        expected = model.state_dict()
-        if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
+        asked, size = sum(w.numel() for w in expected.values()), sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        if asked > 2 * size:  # two a byte: 4 bits each
             raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
         _check_ids(folder, config.vocab_size)
-        # e_score_correction_bias chooses experts: in bf16 it would choose others
-        weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith("e_score_correction_bias") else dtype)
+        weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
                    for name, w in expected.items()}
         views, head = their_tensors(weights, config, kind), None
-        missing, later = set(views), config.num_hidden_layers + (hf.get("num_nextn_predict_layers") or 0)
+        missing, extra = set(views), config.num_hidden_layers + (hf.get("num_nextn_predict_layers") or 0)
         for name, file in where.items():
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
-                    or layer and config.num_hidden_layers <= int(layer[1]) < later):
+                    or layer and config.num_hidden_layers <= int(layer[1]) < extra):
                 continue  # multi-token prediction is not computed here
             tensor, stem = file.get_tensor(name), name.removesuffix("_blocks")
-            if stem + "_scales" in where:
-                name, tensor = stem, _mxfp4(tensor, where[stem + "_scales"].get_tensor(stem + "_scales"))
-            elif name + "_scale_inv" in where:
-                tensor = _fp8(tensor, where[name + "_scale_inv"].get_tensor(name + "_scale_inv"))
+            if (scales := stem + "_scales") in where:
+                name, tensor = stem, _mxfp4(tensor, where[scales].get_tensor(scales))
+            elif (scales := name + "_scale_inv") in where:
+                tensor = _fp8(tensor, where[scales].get_tensor(scales))
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 head = tensor
                 continue
             if name not in views:
                 raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
-            view = views[name]
-            pairs = kind == "gpt_oss" and "gate_up" in name
-            shape = list(view.flatten(-2).shape if pairs else view.shape)
-            if list(tensor.shape) != shape or not tensor.is_floating_point():
-                raise UserError(f"{folder} has {name} as {tensor.dtype} of shape {list(tensor.shape)}, but config.json asks for "
-                                f"floats of shape {shape}")
+            view, pairs = views[name], "gate_up" in name
+            shape = (view.flatten(-2) if pairs else view).shape
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but config.json "
+                                f"asks for floats of {list(shape)}")
             view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
             missing.discard(name)
     if missing:
-        raise UserError(f"{folder} lacks {min(missing)} and {len(missing) - 1} more tensors; download it again")
+        raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
     if head is not None and not torch.equal(head.to(dtype), weights["model.embed_tokens.weight"]):
         raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
     model.load_state_dict(weights, strict=True, assign=True)
@@ -687,8 +635,8 @@ def _check_ids(folder: Path, rows: int) -> None:
             spec = json.loads(path.read_text("utf-8"))
             ids = max(len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"]))
         if ids > rows:
-            raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer that "
-                            "it was trained with")
+            raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
+                            "that it was trained with")
 
 
 # ---- Hugging Face: export -----------------------------------------------------------------------------------------
@@ -701,75 +649,61 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
 @torch.no_grad()
 def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path | None = None,
                     shard_bytes: float = 5e9) -> str:
-    """Writes a new folder that `transformers` loads: config.json, safetensors of at most `shard_bytes`, and the
+    """Writes a new folder that `transformers` loads: config.json, safetensors of about `shard_bytes`, and the
     tokenizer of the folder `tokenizer_from`. Returns what was checked: logits and ids against transformers, where
     installed; raises UserError if they differ.
 
-    For GGUF: llama.cpp's converter does not know our pre-tokenizer by its hash; have get_vocab_base_pre return "qwen2".
+    For GGUF: llama.cpp's converter does not know our pre-tokenizer by its hash; let its get_vocab_base_pre return
+    "qwen2", which cuts text in the same way.
     """
     safetensors, folder = _import_safetensors(), Path(folder)
     if folder.exists():
         raise UserError(f"{folder} is already there; give a new folder")
-    hf, partial = config_to_hugging_face(model.config), folder.with_name(folder.name + ".partial")
-    if any(w.any() for name, w in model.state_dict().items()
-           if name.endswith("e_score_correction_bias") and model.config.scoring_func == "softmax"):
-        raise UserError("no Hugging Face architecture has a softmax router with router_bias_update_rate; keep the run's "
-                        "own checkpoint")
-    views, shards, size = their_tensors(model.state_dict(), model.config, hf["model_type"]), [[]], 0
+    hf = config_to_hugging_face(model.config) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    views = their_tensors(model.state_dict(), model.config, hf["model_type"])
+    size, shards, weight_map = 0, {}, {}
     for name, view in views.items():
-        if shards[-1] and size + view.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
+        shards.setdefault(size // shard_bytes, []).append(name)
         size += view.nbytes
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        weight_map = {}
-        for number, names in enumerate(shards, start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else "model.safetensors"
-            shard = {n: views[n].flatten(-2) if hf["model_type"] == "gpt_oss" and "gate_up" in n else views[n] for n in names}
-            safetensors.torch.save_file({n: w.clone(memory_format=torch.contiguous_format) for n, w in shard.items()},
-                                        partial / file, metadata={"format": "pt"})
+    with _new_folder(folder) as partial:
+        for number, names in enumerate(shards.values(), start=1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            tensors = {name: views[name].flatten(-2) if "gate_up" in name else views[name] for name in names}
+            tensors = {name: w.clone(memory_format=torch.contiguous_format) for name, w in tensors.items()}
+            safetensors.torch.save_file(tensors, partial / file, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(names, file)
-        if shards[1:]:
-            write_json(partial / "model.safetensors.index.json", {
-                "metadata": {"total_size": sum(view.nbytes for view in views.values())}, "weight_map": weight_map})
-        hf["dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            write_json(partial / "model.safetensors.index.json", index)
         if tokenizer_from:
             hf |= _write_tokenizer(Path(tokenizer_from), partial, hf["max_position_embeddings"])
         write_json(partial / "config.json", hf)
-        checked = _compare_with_transformers(model, partial, tokenizer_from)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.rename(folder)
-    return checked
+        return _compare_with_transformers(model, partial, tokenizer_from)
 
 
 def _write_tokenizer(source: Path, folder: Path, context: int) -> dict:
-    """The tokenizer's files, so that transformers opens texts, renders chats and stops as ChatFormat does; what joins
-    config.json."""
+    """The tokenizer's files, so that transformers opens texts, renders chats and stops as ChatFormat does. Returns what
+    config.json says of it."""
     tokenizer = Tokenizer.load(source)
     chat, names = ChatFormat(source, tokenizer), {id: name for name, id in tokenizer.special.items()}
-    for name in ("tokenizer.json", "special_tokens_map.json", "tiktoken.model", *CHAT_FILES):
+    for name in ("tokenizer.json", "tiktoken.model", "special_tokens_map.json", "tokenizer_config.json",
+                 "chat_template.jinja", "generation_config.json"):
         if (source / name).exists():
             shutil.copy(source / name, folder)
-    opening, pad = names.get((chat.opening or [None])[0]), names.get(tokenizer.pad_id)
-    if (path := folder / "tokenizer.json").exists() and opening:  # what transformers obeys; add_bos_token it does not
+    if (path := folder / "tokenizer.json").exists() and chat.opening:  # transformers ignores add_bos_token
         spec, (id,) = json.loads(path.read_text("utf-8")), chat.opening
-        text = [{"SpecialToken": {"id": opening, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        spec["post_processor"] = spec.get("post_processor") or {
+        text = [{"SpecialToken": {"id": names[id], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        spec["post_processor"] = spec["post_processor"] or {
             "type": "TemplateProcessing", "single": text, "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {opening: {"id": opening, "ids": [id], "tokens": [opening]}}}
+            "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}
         path.write_text(json.dumps(spec, ensure_ascii=False, indent=1), "utf-8")
-    if not (folder / "tokenizer_config.json").exists():
-        write_json(folder / "tokenizer_config.json", {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": names[tokenizer.eos_id], "bos_token": opening,
-            "add_bos_token": True, "pad_token": pad, "model_max_length": context, "chat_template": CHAT_TEMPLATE})
-    if not (folder / "generation_config.json").exists():
-        write_json(folder / "generation_config.json", {"eos_token_id": sorted(chat.stop), "bos_token_id": tokenizer.eos_id})
-    return {"eos_token_id": tokenizer.eos_id, "bos_token_id": (chat.opening or [None])[0], "pad_token_id": tokenizer.pad_id}
+    ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": next(iter(chat.opening), None), "pad_token_id": tokenizer.pad_id}
+    if not (folder / "tokenizer_config.json").exists():  # ours
+        write_json(folder / "generation_config.json", ids | {"eos_token_id": sorted(chat.stop)})
+        write_json(folder / "tokenizer_config.json", {role.removesuffix("_id"): names.get(id) for role, id in ids.items()} | {
+            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "model_max_length": context,
+            "chat_template": CHAT_TEMPLATE})
+    return ids
 
 
 def _compare_with_transformers(model: GPT, folder: Path, tokenizer_from: str | Path | None) -> str:
@@ -780,38 +714,36 @@ def _compare_with_transformers(model: GPT, folder: Path, tokenizer_from: str | P
         return "not checked: transformers is not installed (pip install transformers)"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    version, device = f"transformers {transformers.__version__}", model.model.embed_tokens.weight.device
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    c, generator = model.config, torch.Generator().manual_seed(0)
-    tokens = torch.randint(c.vocab_size, (8 if c.num_experts else 2, min(200, c.max_position_embeddings)), generator=generator)
-    before, training, model.compute_dtype = model.compute_dtype, model.training, torch.float32
-    ours, expected = model.eval()(tokens.to(device)), theirs(tokens.to(device)).logits.float()
-    model.train(training).compute_dtype = before
-    # Experts whose scores nearly tie are chosen by rounding, and one such token changes the rest of its row: with
-    # experts, one row of the eight must agree.
-    worst = (ours - expected).abs().flatten(1).amax(1)
-    worst = (worst.min() if c.num_experts else worst.max()).item()
+    version, config = f"transformers {transformers.__version__}", model.config
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(next(model.parameters()).device)
+    tokens = torch.randint(config.vocab_size, (8, min(200, config.max_position_embeddings)),  # longer than gpt-oss' window
+                           generator=torch.Generator().manual_seed(0)).to(theirs.device)
+    dtype, training, model.compute_dtype = model.compute_dtype, model.training, torch.float32
+    ours, expected = model.eval()(tokens), theirs(tokens).logits
+    model.train(training).compute_dtype = dtype
+    # Rounding decides between experts whose scores nearly tie, and one such token changes the rest of its row: with
+    # experts one row of the eight has to agree, without all.
+    worst = (ours - expected).abs().amax((1, 2)).sort().values[0 if config.num_experts else -1].item()
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"{version} gives other logits for {folder} (largest difference {worst:.1e}); please report this")
     if tokenizer_from:
-        tokenizer = Tokenizer.load(tokenizer_from)
-        chat, hf = ChatFormat(tokenizer_from, tokenizer), transformers.AutoTokenizer.from_pretrained(folder)
-        messages = [{"role": "user", "content": "What is 12 + 30?"}]
-        wanted = {"texts": (chat.text("a b"), hf("a b")["input_ids"])}
+        tokenizer, hf = Tokenizer.load(tokenizer_from), transformers.AutoTokenizer.from_pretrained(folder)
+        chat, messages = ChatFormat(tokenizer_from, tokenizer), [{"role": "user", "content": "What is 12 + 30?"}]
+        pairs = [(chat.text("a b"), hf("a b")["input_ids"])]
         if hf.chat_template and "<|im_start|>" in tokenizer.special:
-            wanted["chats"] = (chat.prompt(messages), hf.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-                                                                            return_dict=False))
-        for what, (run_ids, ids) in wanted.items():
-            if run_ids != ids:
-                raise UserError(f"{version} begins {what} with the ids {ids[:5]}, the run with {run_ids[:5]}; please report this")
+            pairs.append((chat.prompt(messages), hf.apply_chat_template(messages, add_generation_prompt=True,
+                                                                       return_dict=False)))
+        for wanted, ids in pairs:
+            if wanted != ids:
+                raise UserError(f"{version} begins with the ids {ids[:5]}, the run with {wanted[:5]}; please report this")
     return f"{version} loads it; largest difference of a logit {worst:.1e}"
 
 
 def main() -> None:
-    argv = sys.argv[1:]
-    if argv[:1] != ["export"] or len(argv) != 3:
+    if sys.argv[1:2] != ["export"] or len(sys.argv) != 4:
         raise UserError("give a run and a new folder: python checkpoint.py export runs/laptop exported")
-    print(f"{argv[2]} is written; {save_pretrained(from_pretrained(argv[1]), argv[2], tokenizer_from=argv[1])}")
+    source, folder = sys.argv[2:]
+    print(f"{folder} is written; {save_pretrained(from_pretrained(source), folder, tokenizer_from=source)}")
 
 
 if __name__ == "__main__":
