@@ -291,7 +291,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     """The config of a folder in Hugging Face's format or of one of our checkpoint folders."""
     saved = _read_config(folder)
     with reading(Path(folder) / "config.json"):
-        if max(saved["num_hidden_layers"], saved["num_attention_heads"]) > 1000:
+        if max(saved.get(name) or 0 for name in ("num_hidden_layers", "num_attention_heads")) > 1000:
             raise ValueError("more than 1,000 layers or heads")
         return config_from_hugging_face(saved) if "model_type" in saved else ModelConfig(**saved)
 
@@ -390,7 +390,8 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     if (kind := _family(hf)) not in FAMILIES:
         raise UserError(f"the architecture {kind} is not one of {', '.join(FAMILIES)}")
     family, scaling = FAMILIES[kind], hf.get("rope_scaling") or {}  # the older name, still used to switch YaRN on
-    seen = (hf.get("quantization_config") or {}) | hf | (hf.get("rope_parameters") or {}) | scaling
+    seen = ({"num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
+            | (hf.get("rope_parameters") or {}) | scaling)
     position = scaling.get("rope_type") or scaling.get("type") or seen.get("rope_type") or "default"
     seen |= {"rope_type": position, "mscale": seen.get("mscale") or 0}
     fixed = {"hidden_act": ("silu", "swish"), "quant_method": ("fp8", "mxfp4"), "low_freq_factor": (1,),
@@ -411,8 +412,8 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     if position != "default":
         values["rope_factor"] = seen["factor"]
         values.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    if values.get("num_experts", 1) < 1:
-        raise UserError(f"config.json has no experts, but {kind} is a mixture of experts")
+    if min(values.get("num_experts", 1), values.get("kv_lora_rank", 1)) < 1:
+        raise UserError(f"config.json has num_experts or kv_lora_rank = 0, which a {kind} needs")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
     return ModelConfig(**values | _read_layers(hf, kind, values))
 
