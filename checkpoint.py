@@ -52,6 +52,11 @@ def reading(path: str | Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be read ({reason}); it is damaged or not what its name says") from None
 
 
+def read_json(path: Path) -> dict:
+    with reading(path):
+        return dict(json.loads(path.read_text("utf-8")))
+
+
 # ---- our checkpoints: write ---------------------------------------------------------------------------------------
 
 
@@ -104,9 +109,8 @@ def copy_chat_format(source: str | Path, folder: str | Path, tokenizer: Tokenize
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
         last = [id for id, trained in zip(ids, mask) if trained][-1:]
     stops = set(chat.stop) | set(last) & set(tokenizer.special.values())
-    with reading(source / "tokenizer_config.json"):
-        settings = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
-        write_json(folder / "tokenizer_config.json", settings | {"add_bos_token": bool(chat.opening)})
+    write_json(folder / "tokenizer_config.json",
+               read_json(source / "tokenizer_config.json") | {"add_bos_token": bool(chat.opening)})
     if (source / "chat_template.jinja").exists():
         shutil.copy(source / "chat_template.jinja", folder)
     write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
@@ -162,7 +166,7 @@ class Saver:
             whole = tensors.full_tensor() if isinstance(tensors, DTensor) else tensors
             return whole.detach().to("cpu", copy=True) if self.leader else None
 
-        trouble, parts = self.finish(), _parts(optimizer)  # the host need not hold two copies
+        trouble, parts = self.finish(), getattr(optimizer, "optimizers", [optimizer])  # the host need not hold two copies
         weights, moments = get_model_state_dict(model), {}
         if any(part.state for part in parts):  # before the first update get_state_dict would make moments
             moments = get_state_dict(model, parts)[1]["state"]
@@ -202,12 +206,11 @@ class Saver:
 
 def check_manifest(checkpoint: str | Path) -> None:
     """Raises UserError unless every file has the sha256 that manifest.json names."""
-    checkpoint = Path(checkpoint)
-    if (checkpoint / "guard.json").exists() or (checkpoint / "sharded").exists():
+    if ((checkpoint := Path(checkpoint)) / "guard.json").exists():
         raise UserError(f"{checkpoint} was written by the first version of this project, whose checkpoints are no longer "
                         "read; export it with that version and start from the exported folder")
     with reading(checkpoint):
-        files = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["files"]
+        files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != files[name]:
@@ -236,10 +239,6 @@ def find_checkpoint(path: str | Path) -> Path:
     return Path(path)
 
 
-def _parts(optimizer) -> list[torch.optim.Optimizer]:
-    return getattr(optimizer, "optimizers", [optimizer])
-
-
 def _shapes(tensors: dict) -> dict:
     return {name: (w.shape, w.is_floating_point()) for name, w in tensors.items()}
 
@@ -253,10 +252,10 @@ def load_checkpoint(folder: str | Path, model: GPT, optimizer) -> dict:
 
     All processes call it; the first reads the tensors and broadcasts them.
     """
-    folder, parts, many = Path(folder), _parts(optimizer), dist.is_available() and dist.is_initialized()
+    folder, parts, many = Path(folder), getattr(optimizer, "optimizers", [optimizer]), dist.is_initialized()
     model.zero_grad()
     with reading(folder):
-        state = json.loads((folder / "training.json").read_text("utf-8"))
+        state = read_json(folder / "training.json")
         weights, moments = get_state_dict(model, parts)  # makes moments where there are none, to be filled
         if not many or dist.get_rank() == 0:
             expected, weights = _shapes(weights), _load_tensors(folder / "model.pt")
@@ -279,18 +278,14 @@ def load_checkpoint(folder: str | Path, model: GPT, optimizer) -> dict:
 
 def is_hugging_face(folder: str | Path) -> bool:
     """Whether a folder holds a model in Hugging Face's format."""
-    return (Path(folder) / "config.json").exists() and "model_type" in _read_config(folder)
-
-
-def _read_config(folder: str | Path) -> dict:
-    with reading(path := Path(folder) / "config.json"):
-        return dict(json.loads(path.read_text("utf-8")))
+    path = Path(folder) / "config.json"
+    return path.exists() and "model_type" in read_json(path)
 
 
 def load_config(folder: str | Path) -> ModelConfig:
     """The config of a folder in Hugging Face's format or of one of our checkpoint folders."""
-    saved = _read_config(folder)
-    with reading(Path(folder) / "config.json"):
+    with reading(path := Path(folder) / "config.json"):
+        saved = read_json(path)
         if max(saved.get(name) or 0 for name in ("num_hidden_layers", "num_attention_heads")) > 1000:
             raise ValueError("more than 1,000 layers or heads")
         return config_from_hugging_face(saved) if "model_type" in saved else ModelConfig(**saved)
@@ -338,56 +333,49 @@ _WINDOWS = (*_SIZES, "layer_types", "sliding_window")
 _MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
 _DEEPSEEK = (*_LATENT, *_MOE, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
              "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor")
+_ROUTED = {"num_experts": "n_routed_experts"}
 _LOCAL = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_truncate": "truncate",
          "yarn_mscale_all_dim": "mscale_all_dim"}
-_ROPE = {"rope_theta": "rope_theta", "original_max_position_embeddings": "original_max_position_embeddings", **_YARN}
-_OPTIONAL = {"head_dim", "num_key_value_heads", "initializer_range", "attention_bias", "q_lora_rank", "layer_types",
-             "router_aux_loss_coef", "sliding_window", *_ROPE}
+_ROPE = {name: name for name in ("rope_theta", "original_max_position_embeddings")} | _YARN
+_OPTIONAL = {"head_dim", "num_key_value_heads", "initializer_range", "attention_bias", "q_lora_rank", "sliding_window",
+             "router_aux_loss_coef", "original_max_position_embeddings", *_YARN}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _SIZES, fixed={"mlp_bias": (False,)}),
+    "llama": Family("LlamaForCausalLM", _SIZES, {"rope_theta": 10_000.0}, fixed={"mlp_bias": (False,)}),
     "qwen3": Family("Qwen3ForCausalLM", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
     "mistral": Family("MistralForCausalLM", (*_SIZES, "sliding_window"), {"layer_types": ["sliding"]},
                       fixed={"attention_bias": (False,)}),
     "smollm3": Family("SmolLM3ForCausalLM", (*_WINDOWS, "no_rope_layer_interval"),
-                      {"no_rope_layer_interval": 4, "tie_word_embeddings": True, "rope_theta": 2e6},
-                      fixed={"mlp_bias": (False,)}),
+                      {"no_rope_layer_interval": 4, "tie_word_embeddings": True}, fixed={"mlp_bias": (False,)}),
     "qwen2": Family("Qwen2ForCausalLM", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
     "mixtral": Family("MixtralForCausalLM", (*_SIZES, "num_experts_per_tok", "router_aux_loss_coef", "sliding_window"),
-                      {"rope_theta": 1e6, "layer_types": ["sliding"]}, _LOCAL, {"attention_bias": (False,)}),
+                      {"layer_types": ["sliding"]}, _LOCAL, {"attention_bias": (False,)}),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", (*_SIZES, *_MOE, "num_experts"), {"qk_norm": True}, fixed={
         "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
     "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
-                      {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "swiglu_limit": 7.0,
-                       "head_dim": 64, "layer_types": ["sliding", "full"], "rms_norm_eps": 1e-5,
-                       "rope_theta": 150_000.0}, _LOCAL, {"swiglu_alpha": (1.702,)}),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, {"num_experts": "n_routed_experts"}, {
-        "scoring_func": ("softmax",), "topk_method": ("greedy",), "moe_layer_freq": (1,), "attention_bias": (False,),
-        "norm_topk_prob": (False,)}),
+                      {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
+                       "layer_types": ["sliding", "full"]}, _LOCAL, {"swiglu_alpha": (1.702,)}),
+    "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
+        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,),
+        "attention_bias": (False,)}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"), {
-        "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, {"num_experts": "n_routed_experts"}, {
-        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "moe_layer_freq": (1,), "rope_interleave": (True,),
+        "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, _ROUTED, {
+        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,), "moe_layer_freq": (1,),
         "attention_bias": (False,)}),
     "qwen3_next": Family("Qwen3NextForCausalLM", (
         *_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
-        "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor"), {
+        "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor",
+        "n_shared_experts"), {
         "qk_norm": True, "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True,
-        "partial_rotary_factor": 0.25}, fixed={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)}),
+        "partial_rotary_factor": 0.25, "layer_types": ["linear", "linear", "linear", "full"]}, fixed={
+        "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}),
 }
-
-
-def _pattern(items: list) -> list:
-    """The shortest list whose repetition gives `items`."""
-    return next(items[:n] for n in range(1, len(items) + 1) if all(x == items[i % n] for i, x in enumerate(items)))
-
-
-def _family(hf: dict) -> str:
-    return {"kimi_k2": "deepseek_v3"}.get(hf["model_type"], hf["model_type"])
+FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
 
 
 def config_from_hugging_face(hf: dict) -> ModelConfig:
     """config.json as a dictionary -> our config. Raises UserError for what model.py does not compute."""
-    if (kind := _family(hf)) not in FAMILIES:
+    if (kind := hf["model_type"]) not in FAMILIES:
         raise UserError(f"the architecture {kind} is not one of {', '.join(FAMILIES)}")
     family, scaling = FAMILIES[kind], hf.get("rope_scaling") or {}  # the older name, still used to switch YaRN on
     seen = ({"num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
@@ -397,48 +385,38 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     fixed = {"hidden_act": ("silu", "swish"), "quant_method": ("fp8", "mxfp4"), "low_freq_factor": (1,),
              "high_freq_factor": (4,), "rope_type": ("default", "llama3", "yarn"), "attention_factor": (),
              "mscale": (seen.get("mscale_all_dim") or 0,), **family.fixed}
-    if "partial_rotary_factor" not in family.fields and "kv_lora_rank" not in family.fields:
+    if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields}:
         fixed["partial_rotary_factor"] = (1,)
+    if not hf.get("layer_types"):
+        fixed |= {"use_sliding_window": (False,), "full_attention_interval": (4,)}
+    if kind == "qwen3_next":  # the shared experts are one of their width together
+        width, shared = hf["moe_intermediate_size"], hf.get("shared_expert_intermediate_size", 512)
+        seen["n_shared_experts"] = shared // (width or 1)
+        fixed["shared_expert_intermediate_size"] = (shared // (width or 1) * width,)
+    if kind == "smollm3" and (turned := hf.get("no_rope_layers")):
+        every = seen["no_rope_layer_interval"] = turned.index(0) + 1 if 0 in turned else 0
+        fixed["no_rope_layers"] = ([int(not every or (i + 1) % every > 0) for i in range(len(turned))],)
     for key, allowed in fixed.items():
         if seen.get(key) is not None and seen[key] not in allowed:
             raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with "
                             f"{' or '.join(map(str, allowed)) or 'its default'}")
-    values = {"tie_word_embeddings": False, "position": "rope" if position == "default" else position} | family.implied
+    values = {"tie_word_embeddings": False, "position": position.replace("default", "rope"), "layer_types": ["full"]}
+    values |= family.implied
     for ours, theirs in (dict(zip(family.fields, family.fields)) | family.renamed | _ROPE).items():
         if seen.get(theirs) is not None:
             values[ours] = seen[theirs]
-        elif ours not in values and ours not in _OPTIONAL:
+        needed = ours not in _OPTIONAL
+        if needed and values.get(ours) is None or ours in ("num_experts", "kv_lora_rank") and not values[ours]:
             raise UserError(f"config.json lacks {theirs}, which a {kind} needs")
     if position != "default":
         values["rope_factor"] = seen["factor"]
         values.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    if min(values.get("num_experts", 1), values.get("kv_lora_rank", 1)) < 1:
-        raise UserError(f"config.json has num_experts or kv_lora_rank = 0, which a {kind} needs")
     values.setdefault("num_key_value_heads", values["num_attention_heads"])
-    return ModelConfig(**values | _read_layers(hf, kind, values))
-
-
-def _read_layers(hf: dict, kind: str, values: dict) -> dict:
-    """What layers differ in, and Qwen3-Next's shared experts."""
-    found, types = {}, list(values.get("layer_types") or ["full"])
-    if hf.get("use_sliding_window") and not hf.get("layer_types"):
-        raise UserError("config.json has use_sliding_window without layer_types; add layer_types, one for each layer")
-    if kind == "qwen3_next":
-        if not hf.get("layer_types"):
-            types = ["linear"] * ((hf.get("full_attention_interval") or 4) - 1) + ["full"]
-        found["n_shared_experts"], rest = divmod(hf.get("shared_expert_intermediate_size", 512),
-                                                 values["moe_intermediate_size"])
-        if rest:
-            raise UserError("config.json has a shared_expert_intermediate_size that is no multiple of "
-                            "moe_intermediate_size; model.py has only shared experts as wide as the others")
+    types = [name.removesuffix("_attention") for name in values["layer_types"]]
     if not values.get("sliding_window"):
         types = [name.replace("sliding", "full") for name in types]
-    if kind == "smollm3" and hf.get("no_rope_layers"):
-        *turned, last = _pattern(hf["no_rope_layers"])
-        found["no_rope_layer_interval"] = 0 if last else len(turned) + 1
-        if 0 in turned:
-            raise UserError("config.json has no_rope_layers other than every n-th layer, which model.py has not")
-    return found | {"layer_types": ",".join(name.removesuffix("_attention") for name in _pattern(types))}
+    shortest = next(n for n in range(1, len(types) + 1) if (types[:n] * len(types))[:len(types)] == types)
+    return ModelConfig(**values | {"layer_types": ",".join(types[:shortest])})
 
 
 def _effective(c: ModelConfig) -> dict:
@@ -473,8 +451,8 @@ def config_to_hugging_face(config: ModelConfig) -> dict:
 
 def _write_config(c: ModelConfig, kind: str) -> dict:
     family, layers = FAMILIES[kind], range(c.num_hidden_layers)
-    hf = {"model_type": kind, "architectures": [family.architecture], "hidden_act": "silu", "use_cache": True,
-          "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    hf = {"model_type": kind, "architectures": [family.architecture], "hidden_act": "silu"}
+    hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # no family's own
     hf |= {name: getattr(c, name) for name in family.fields}
     hf |= {theirs: getattr(c, ours) for ours, theirs in family.renamed.items()}
     hf |= {key: allowed[0] for key, allowed in family.fixed.items()}
@@ -537,12 +515,9 @@ def their_tensors(weights: dict[str, Tensor], config: ModelConfig, kind: str) ->
 
 def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """gpt-oss' 4-bit weights, two a byte: blocks [E, rows, C/32, 16], scales [E, rows, C/32] -> [E, C, rows]."""
-    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-    def expert(block, scale):
-        values = table[torch.stack((block & 15, block >> 4), -1).int()].flatten(-2)  # [rows, C/32, 32]
-        return torch.ldexp(values, scale.int()[..., None] - 127).flatten(-2).t()
-    return torch.stack([expert(b, s) for b, s in zip(blocks, scales)])
+    positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    values = torch.cat((positive, -positive))[torch.stack((blocks & 15, blocks >> 4), -1).int()].flatten(-2)
+    return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2).transpose(1, 2)
 
 
 def _fp8(weight: Tensor, scales: Tensor) -> Tensor:
@@ -566,53 +541,52 @@ def _open_weights(folder: Path) -> dict:
 
     Adapters and Mistral's own format may lie beside the model's files.
     """
-    safe_open, index, where = _import_safetensors().safe_open, folder / "model.safetensors.index.json", {}
-    if index.exists():
-        with reading(index):
-            where = {name: folder / Path(file).name
-                     for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-        if (whole := folder / "model.safetensors").exists() and whole not in where.values():
-            raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
-    else:
-        for file in sorted(folder.glob("*.safetensors")):
-            if not file.name.startswith(("adapter", "consolidated")):
-                with reading(file), safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():
-                        if where.setdefault(name, file) != file:
-                            raise UserError(f"{folder} has {name} in {where[name].name} and in {file.name}; remove the "
-                                            "file that does not belong to the model")
-    if not where:
+    safe_open, index, chosen, where = _import_safetensors().safe_open, folder / "model.safetensors.index.json", {}, {}
+    files = [f.name for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter", "consolidated"))]
+    with reading(index):
+        if index.exists():
+            chosen = read_json(index)["weight_map"]
+            files = {Path(file).name for file in chosen.values()} | {"model.safetensors"} & set(files)
+    if not files:
         raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
-    with reading(folder):
-        opened = {file: safe_open(file, framework="pt") for file in set(where.values())}
-    return {name: opened[file] for name, file in where.items()}
+    for file in sorted(files):
+        with reading(folder / file):
+            opened = safe_open(folder / file, framework="pt")
+            for name in opened.keys():
+                mine = chosen.get(name, file) == file
+                if name in where if mine else file == "model.safetensors":
+                    raise UserError(f"{folder} has {name} in two files, {file} and another; remove the one that does not "
+                                    "belong to the model")
+                where |= {name: opened} if mine else {}
+    return where
 
 
 def _load_hugging_face(folder: Path, dtype: torch.dtype) -> GPT:
-    hf, model, where = _read_config(folder), _empty_model(folder), _open_weights(folder)
-    config, kind, expected = model.config, _family(hf), model.state_dict()
+    hf, model, where = read_json(folder / "config.json"), _empty_model(folder), _open_weights(folder)
+    config, kind, expected = model.config, hf["model_type"], model.state_dict()
+
+    def read(name):
+        return where[name].get_tensor(name)
+
     with reading(folder):
-        asked, size = sum(w.numel() for w in expected.values()), sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-        if asked > 2 * size:  # two a byte: 4 bits each
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
             raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
-        _check_ids(folder, config.vocab_size)
         weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
                    for name, w in expected.items()}
-        views, head = their_tensors(weights, config, kind), None
-        missing, extra = set(views), config.num_hidden_layers + (hf.get("num_nextn_predict_layers") or 0)
-        for name, file in where.items():
+        views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
+        missing = set(views)
+        for name in where:
             layer = re.match(r"model\.layers\.(\d+)\.", name)
             if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
-                    or layer and config.num_hidden_layers <= int(layer[1]) < extra):
+                    or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
+                    or tied and name == "lm_head.weight"):
                 continue  # multi-token prediction is not computed here
-            tensor, stem = file.get_tensor(name), name.removesuffix("_blocks")
-            if (scales := stem + "_scales") in where:
-                name, tensor = stem, _mxfp4(tensor, where[scales].get_tensor(scales))
-            elif (scales := name + "_scale_inv") in where:
-                tensor = _fp8(tensor, where[scales].get_tensor(scales))
-            if name == "lm_head.weight" and config.tie_word_embeddings:
-                head = tensor
-                continue
+            tensor, stem = read(name), name.removesuffix("_blocks")
+            if stem + "_scales" in where:
+                name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
+            elif name + "_scale_inv" in where:
+                tensor = _fp8(tensor, read(name + "_scale_inv"))
             if name not in views:
                 raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
             view, pairs = views[name], "gate_up" in name
@@ -622,20 +596,20 @@ def _load_hugging_face(folder: Path, dtype: torch.dtype) -> GPT:
                                 f"asks for floats of {list(shape)}")
             view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
             missing.discard(name)
-    if missing:
-        raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
-    if head is not None and not torch.equal(head.to(dtype), weights["model.embed_tokens.weight"]):
-        raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
+        if missing:
+            raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
+        if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
+                                                                  weights["model.embed_tokens.weight"]):
+            raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
+        _check_ids(folder, config.vocab_size)
     model.load_state_dict(weights, strict=True, assign=True)
     return model
 
 
 def _check_ids(folder: Path, rows: int) -> None:
     if (path := folder / "tokenizer.json").exists():
-        with reading(path):
-            spec = json.loads(path.read_text("utf-8"))
-            ids = max(len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"]))
-        if ids > rows:
+        spec = read_json(path)
+        if (ids := max(len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"]))) > rows:
             raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
                             "that it was trained with")
 
@@ -648,11 +622,10 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
 
 
 @torch.no_grad()
-def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path | None = None,
-                    shard_bytes: float = 5e9) -> str:
-    """Writes a new folder that `transformers` loads: config.json, safetensors of about `shard_bytes`, and the
-    tokenizer of the folder `tokenizer_from`. Returns what was checked: logits and ids against transformers, where
-    installed; raises UserError if they differ.
+def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path | None = None) -> str:
+    """Writes a new folder that `transformers` loads: config.json, model.safetensors, and the tokenizer of the folder
+    `tokenizer_from`. Returns what was checked: logits and ids against transformers, where installed; raises UserError
+    if they differ.
 
     For GGUF: llama.cpp's converter does not know our pre-tokenizer by its hash; let its get_vocab_base_pre return
     "qwen2", which cuts text in the same way.
@@ -661,21 +634,11 @@ def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path |
     if folder.exists():
         raise UserError(f"{folder} is already there; give a new folder")
     hf = config_to_hugging_face(model.config) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
-    views = their_tensors(model.state_dict(), model.config, hf["model_type"])
-    size, shards, weight_map = 0, {}, {}
-    for name, view in views.items():
-        shards.setdefault(size // shard_bytes, []).append(name)
-        size += view.nbytes
+    tensors = their_tensors(model.state_dict(), model.config, hf["model_type"])
     with _new_folder(folder) as partial:
-        for number, names in enumerate(shards.values(), start=1):
-            file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-            tensors = {name: views[name].flatten(-2) if "gate_up" in name else views[name] for name in names}
-            tensors = {name: w.clone(memory_format=torch.contiguous_format) for name, w in tensors.items()}
-            safetensors.torch.save_file(tensors, partial / file, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(names, file)
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            write_json(partial / "model.safetensors.index.json", index)
+        safetensors.torch.save_file({
+            name: (w.flatten(-2) if "gate_up" in name else w).clone(memory_format=torch.contiguous_format)
+            for name, w in tensors.items()}, partial / "model.safetensors", metadata={"format": "pt"})
         if tokenizer_from:
             hf |= _write_tokenizer(Path(tokenizer_from), partial, hf["max_position_embeddings"])
         write_json(partial / "config.json", hf)
@@ -691,20 +654,21 @@ def _write_tokenizer(source: Path, folder: Path, context: int) -> dict:
                  "chat_template.jinja", "generation_config.json"):
         if (source / name).exists():
             shutil.copy(source / name, folder)
-    if (path := folder / "tokenizer.json").exists() and chat.opening:  # transformers ignores add_bos_token
-        spec, (id,) = json.loads(path.read_text("utf-8")), chat.opening
-        text = [{"SpecialToken": {"id": names[id], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-        spec["post_processor"] = spec["post_processor"] or {
-            "type": "TemplateProcessing", "single": text, "pair": [*text, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}
-        path.write_text(json.dumps(spec, ensure_ascii=False, indent=1), "utf-8")
-    ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": next(iter(chat.opening), None), "pad_token_id": tokenizer.pad_id}
+    for id in chat.opening:  # transformers ignores add_bos_token and obeys this
+        path, opening = folder / "tokenizer.json", {"SpecialToken": {"id": names[id], "type_id": 0}}
+        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        spec = read_json(path)
+        write_json(path, spec | {"post_processor": spec["post_processor"] or {
+            "type": "TemplateProcessing", "single": [opening, a], "pair": [opening, a, b],
+            "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}})
+    ids = {"eos_token": tokenizer.eos_id, "bos_token": next(iter(chat.opening), None), "pad_token": tokenizer.pad_id}
+    config = {f"{role}_id": id for role, id in ids.items()}
     if not (folder / "tokenizer_config.json").exists():  # ours
-        write_json(folder / "generation_config.json", ids | {"eos_token_id": sorted(chat.stop)})
-        write_json(folder / "tokenizer_config.json", {role.removesuffix("_id"): names.get(id) for role, id in ids.items()} | {
+        write_json(folder / "generation_config.json", config | {"eos_token_id": sorted(chat.stop)})
+        write_json(folder / "tokenizer_config.json", {role: names.get(id) for role, id in ids.items()} | {
             "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "model_max_length": context,
             "chat_template": CHAT_TEMPLATE})
-    return ids
+    return config
 
 
 def _compare_with_transformers(model: GPT, folder: Path, tokenizer_from: str | Path | None) -> str:

@@ -135,8 +135,7 @@ def test_32_greedy_tokens_equal_transformers(pair):
 def test_export_loads_in_transformers_and_comes_back(pair, tmp_path):
     """transformers' own loader is the judge: it must find every tensor and give the logits of the model it came from."""
     name, theirs, ours, _ = pair
-    assert "loads it" in save_pretrained(ours, tmp_path / "out", shard_bytes=50_000)
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert "loads it" in save_pretrained(ours, tmp_path / "out")
     again, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     tokens = torch.randint(61, (2, 20))
@@ -269,16 +268,16 @@ def test_what_is_not_supported_is_named(change, sentence, tmp_path):
 
 def test_qwen3_next_folders(tmp_path):
     kind, changes = MODELS["qwen3-next"]
-    theirs = make(kind, changes | {"shared_expert_intermediate_size": 30}, tmp_path / "wide")
+    make(kind, changes | {"shared_expert_intermediate_size": 30}, tmp_path / "wide")
     with pytest.raises(UserError, match="shared_expert_intermediate_size"):
         from_pretrained(tmp_path / "wide")
-    theirs = make(kind, changes | {"layer_types": ["linear_attention", "full_attention"] * 2}, tmp_path / "half")
+    make(kind, changes | {"layer_types": ["linear_attention", "full_attention"] * 2}, tmp_path / "half")
     config = json.loads((tmp_path / "half/config.json").read_text())
+    assert load_config(tmp_path / "half").layer_types == "linear,full"
     del config["layer_types"]
     (tmp_path / "half/config.json").write_text(json.dumps(config | {"full_attention_interval": 2}))
-    tokens = torch.randint(61, (1, 20))
-    with torch.no_grad():
-        torch.testing.assert_close(from_pretrained(tmp_path / "half")(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    with pytest.raises(UserError, match="full_attention_interval = 2"):
+        from_pretrained(tmp_path / "half")
 
 
 def test_smollm3_slides_where_its_layer_types_say_so(tmp_path):
@@ -288,7 +287,7 @@ def test_smollm3_slides_where_its_layer_types_say_so(tmp_path):
         torch.testing.assert_close(from_pretrained(tmp_path)(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": None, "use_sliding_window": True}))
-    with pytest.raises(UserError, match="layer_types"):
+    with pytest.raises(UserError, match="use_sliding_window = True"):
         load_config(tmp_path)
 
 
@@ -332,7 +331,7 @@ def test_which_files_the_weights_come_from(tmp_path):
         safetensors.save_file(other, folder / f"{beside}.safetensors")
     assert torch.equal(from_pretrained(folder).state_dict()[names[0]], weights[names[0]])
     safetensors.save_file(other, folder / "optimizer_copy.safetensors")
-    with pytest.raises(UserError, match=f"{names[0]} in model.safetensors and in optimizer_copy"):
+    with pytest.raises(UserError, match="in two files, optimizer_copy"):
         from_pretrained(folder)
     (folder / "optimizer_copy.safetensors").unlink()
 
@@ -346,7 +345,7 @@ def test_which_files_the_weights_come_from(tmp_path):
     loaded = from_pretrained(folder).state_dict()
     assert all(torch.equal(loaded[name], (weights if file == "a" else other)[name]) for name, file in chosen.items())
     safetensors.save_file(weights, folder / "model.safetensors")
-    with pytest.raises(UserError, match="model.safetensors and an index"):
+    with pytest.raises(UserError, match="in two files, model.safetensors"):
         from_pretrained(folder)
 
 
