@@ -1224,9 +1224,7 @@ class Loader:
 def bits_per_byte(job: "Job", split: Split, tokens: float) -> float:
     """`evals.bits_per_byte` with the shapes and the masks of training, so that nothing is compiled anew; the processes take
     turns."""
-    documents = job.curriculum.most_documents[job.model.config.max_position_embeddings]
-    return evals.bits_per_byte(job.model, job.tokenizer, split, tokens, job.rows, job.recipe.document_mask, documents,
-                               job.world).mean
+    return evals.bits_per_byte(job.model, job.tokenizer, split, tokens, job.rows, job.recipe.document_mask, job.world).mean
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------
