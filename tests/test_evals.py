@@ -1,4 +1,4 @@
-"""evals.py: likelihoods against a loop over single sequences, scores by hand, bad input."""
+"""evals.py: likelihoods against a loop over single sequences, scores by hand, lm_eval's own numbers, bad input."""
 
 import json
 import math
@@ -11,20 +11,23 @@ import torch
 
 import data as d
 import evals
+from checkpoint import save_pretrained
 from conftest import call
-from evals import Example, Score, Task
-from model import GPT, ModelConfig
-from sample import continue_all, generate
 from data import HELD_OUT, uniform
-from tokenizer import UserError, train_bpe
+from evals import Example, Score
+from model import GPT, ModelConfig
+from sample import generate
+from tokenizer import UserError, draw, train_bpe
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5
 TOKENIZER = train_bpe([TEXT], 290)
+EOS = TOKENIZER.eos_id
 
 
 def small(**changes) -> GPT:
     torch.manual_seed(1)
-    return GPT(ModelConfig(290, 32, 48, 2, 2, 1, max_position_embeddings=64, initializer_range=0.3).change(**changes)).eval()
+    config = ModelConfig(290, 32, 48, 2, 2, 1, max_position_embeddings=64, initializer_range=0.3)
+    return GPT(config.change(**changes)).eval()
 
 
 def alone(model: GPT, before: list[int], after: list[int]) -> tuple[float, bool]:
@@ -45,80 +48,111 @@ def ragged(n: int, longest: int) -> list[tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"layer_types": "sliding,full", "sliding_window": 8}, {"position": "learned"}])
-def test_packed_likelihoods_equal_one_sequence_at_a_time(changes):
+def test_likelihoods_in_batches_equal_one_sequence_at_a_time(changes, monkeypatch):
     model, pairs = small(**changes), ragged(40, 50)
     before, _ = pairs[0]
     greedy = [step[0] for step in generate(model, before, 4, temperature=0)]
-    pairs.append((before, greedy))  # random continuations are never the likeliest
+    pairs.append((before, greedy))  # random continuations are never the most likely
     found = evals.log_likelihoods(model, pairs)
     for (score, exact), pair in zip(found, pairs):
-        expected, likeliest = alone(model, *pair)
-        assert abs(score - expected) < 1e-4 and exact == likeliest
-    assert found[-1][1] and not found[1][1]
-
-
-def test_a_likelihood_does_not_depend_on_the_batch(monkeypatch):
-    model, pairs = small(), ragged(30, 50)
-    together = evals.log_likelihoods(model, pairs)
-    monkeypatch.setitem(evals.LOGITS, "cpu", 1)  # one row at a time
-    for one, other in zip(evals.log_likelihoods(model, pairs[::-1])[::-1], together):
+        expected, likely = alone(model, *pair)
+        assert abs(score - expected) < 1e-4 and exact == likely
+    assert found[-1][1] and not found[1][1] and evals.log_likelihoods(model, []) == []
+    monkeypatch.setattr(evals, "AT_ONCE", 1)  # one row at a time
+    for one, other in zip(evals.log_likelihoods(model, pairs[::-1])[::-1], found):
         assert one == pytest.approx(other, rel=1e-5)
-    assert evals.log_likelihoods(model, []) == []
 
 
 def test_what_is_too_long_loses_its_beginning():
     model, ids = small(), random.Random(3).choices(range(290), k=90)
     (score, _), = evals.log_likelihoods(model, [(ids[:85], ids[85:])])
     assert score == pytest.approx(alone(model, ids[90 - 65:85], ids[85:])[0], abs=1e-4)
-    with pytest.raises(UserError, match="nothing to score"):
-        evals.log_likelihoods(model, [([1], [])])
+    with pytest.raises(UserError, match="more than the context of 64"):
+        evals.log_likelihoods(model, [([1], ids)])
 
 
-def test_cloze_and_letters_by_hand():
-    """The choice with the largest log-likelihood by character, and, shown as letters, the likeliest letter."""
-    model, eos = small(), TOKENIZER.eos_id
-    examples = [Example(f"The {a}", (b, "lazy dog and fox", "over"), 1) for a in ("quick", "lazy") for b in ("fox", "dog.")]
-    scores = evals.evaluate(model, TOKENIZER, [Task("cloze", examples), Task("letters", examples, "letters")])
+def write_task(folder, examples: list[Example]):
+    lines = [json.dumps({"context": e.context, "choices": e.choices, "answer": e.answer}) for e in examples]
+    (folder / "my.jsonl").write_text("\n".join(lines))
+    return folder / "my.jsonl"
+
+
+def test_cloze_letters_and_exact_by_hand(tmp_path):
+    """The choice with the largest log-likelihood per character; shown as letters, the most likely letter; the right one
+    written by greedy sampling."""
+    model = small()
+    written = TOKENIZER.decode([id for (id,) in generate(model, [EOS, *TOKENIZER.encode("The")], 2, temperature=0)])
+    examples = [Example(f"The {a}", (b, "lazy dog and fox", "over"), 1)
+                for a in ("quick", "lazy") for b in ("fox", "dog.")]
+    path = write_task(tmp_path, [*examples, Example("The", (written, "y"), 0)])
+    tasks = evals.tasks_of(f"{path},{path}:letters,{path}:exact", "")
+    scores = evals.evaluate(model, TOKENIZER, tasks, limit=4)
     right, letters = [], []
     for e in examples:
-        sums = [alone(model, [eos, *TOKENIZER.encode(e.context)], TOKENIZER.encode(" " + c))[0] / len(c) for c in e.choices]
+        sums = [alone(model, [EOS, *TOKENIZER.encode(e.context)], TOKENIZER.encode(" " + c))[0] / len(c)
+                for c in e.choices]
         right.append(float(np.argmax(sums) == 1))
         shown = e.context + "".join(f"\n{letter}. {c}" for letter, c in zip("ABC", e.choices)) + "\nAnswer:"
-        sums = [alone(model, [eos, *TOKENIZER.encode(shown)], TOKENIZER.encode(" " + letter))[0] for letter in "ABC"]
+        sums = [alone(model, [EOS, *TOKENIZER.encode(shown)], TOKENIZER.encode(" " + letter))[0] for letter in "ABC"]
         letters.append(float(np.argmax(sums) == 1))
-    assert scores["cloze"].mean == np.mean(right) and scores["letters"].mean == np.mean(letters)
-    assert scores["cloze"].chance == pytest.approx(1 / 3) and scores["cloze"].n == 4
+    cloze, lettered, exact = scores.values()
+    assert cloze.mean == np.mean(right) and lettered.mean == np.mean(letters)
+    assert cloze.chance == lettered.chance == pytest.approx(1 / 3) and cloze.n == 4
+    assert cloze.stderr == pytest.approx(Score.of(right, groups=[e.context for e in examples]).stderr)
+    assert exact[:1] == (0,) and exact.chance == 0  # a random model writes none of these
+    whole, = evals.evaluate(model, TOKENIZER, tasks[2:]).values()
+    same = TOKENIZER.encode("The" + written) == [*TOKENIZER.encode("The"), *TOKENIZER.encode(written)]
+    assert whole.mean == (0.2 if same and written[:1].isspace() else 0)
     assert evals.as_letters(Example("Question: Why?\nAnswer:", ("a", "b"), 0)).context == (
         "Question: Why?\nA. a\nB. b\nAnswer:")
 
 
 def test_standard_errors_by_hand():
     assert Score.of([1, 0, 0, 1])[:3] == pytest.approx((0.5, math.sqrt((4 * 0.25 / 3) / 4), 4))
-    assert math.isnan(Score.of([1]).stderr)
+    assert math.isnan(Score.of([0.5]).stderr)
     twice = Score.of([1, 1, 0, 0, 0, 0, 1, 1], groups=list("aabbccdd"))  # every question asked in two wordings
     assert twice.stderr == pytest.approx(Score.of([1, 0, 0, 1]).stderr) and twice.n == 8
+    distinct = Score.of([1, 0] * 20)
+    assert Score.of([1, 0] * 20, groups=["same"] * 40) == distinct  # a single thing tells nothing of a spread
 
 
-def test_batches_of_prompts_of_any_length_equal_one_at_a_time():
-    model, rng = small(), random.Random(0)
-    prompts = [[rng.randrange(1, 290) for _ in range(rng.choice([2, 3, 5]))] for _ in range(9)]
-    made = continue_all(model, prompts, 12, 2, temperature=0, stop=7, at_once=4)
-    for prompt, samples in zip(prompts, made):
-        expected = [id for (id,) in generate(model, prompt, 12, temperature=0, stop=7)]
-        assert samples == [expected, expected]
-    drawn = continue_all(model, [[1, 2]] * 4, 12, 3, temperature=1.0, at_once=3)
-    assert len({tuple(ids) for samples in drawn for ids in samples}) == 12  # no batch repeats another's draws
-    texts = {i: TOKENIZER.decode(samples[0]) for i, samples in enumerate(made)}
-    seen = {}
-    score = evals.generation_accuracy(model, TOKENIZER, prompts, lambda i, text: seen.setdefault(i, text) == text and i % 2,
-                                      12, stop=[7])
-    assert seen == texts and score.mean == pytest.approx(4 / 9) and score.n == 9
+@pytest.mark.parametrize("right, n", [(0, 100), (100, 100), (1, 100), (0, 5)])
+def test_scores_near_0_and_1_are_not_certain(right, n):
+    """Two errors around the mean reach the end of Wilson's 95 % interval, or nearly."""
+    score = Score.of([1] * right + [0] * (n - right))
+    p, z = right / n, 1.96
+    middle = (p + z * z / 2 / n) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    far = max(abs(middle + half - p), abs(middle - half - p))
+    assert 0.6 * far < 2 * score.stderr < 1.2 * far
+    grouped = Score.of([0] * 100, groups=[str(i // 10) for i in range(100)])  # ten things, not a hundred
+    assert grouped.stderr == pytest.approx(Score.of([0] * 10).stderr)
+
+
+def test_questions_with_an_empty_context_are_distinct(tmp_path):
+    """FAULTS A19: 40 questions without a context, and as many with one and the same."""
+    for context in ("", "Which is right?"):
+        path = write_task(tmp_path, [Example(context, (f"the cat sits {i}", f"the cat sit {i}"), 0) for i in range(40)])
+        evals.tasks_of.cache_clear()
+        score, = evals.evaluate(small(), TOKENIZER, evals.tasks_of(str(path), "")).values()
+        assert score.n == 40 and score.stderr >= math.sqrt(score.mean * (1 - score.mean) / 39) > 0
 
 
 def split_of(texts: list[str]) -> d.Split:
-    ids = [[TOKENIZER.eos_id, *TOKENIZER.encode(text)] for text in texts]
+    ids = [[EOS, *TOKENIZER.encode(text)] for text in texts]
     tokens = np.concatenate([np.array(i, np.uint16) for i in ids])
     return d.Split("it", d.Tokens([tokens]), np.cumsum([0, *map(len, ids)]), sum(map(len, texts)), "")
+
+
+class Process:
+    """One of `size` processes in turn: what the others add is kept in `sums`."""
+
+    def __init__(self, rank: int, size: int, sums: list):
+        self.rank, self.size, self.sums = rank, size, sums
+
+    def sum(self, tensor):
+        self.sums.append(tensor)
+        return sum(self.sums)
 
 
 def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
@@ -136,8 +170,11 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
                 size[row] += TOKENIZER.token_bytes[target]
     scores = [evals.bits_per_byte(model, TOKENIZER, split, 64 * count, rows) for rows in (1, 5, 12)]
     again = evals.encoded("it", [TOKENIZER.decode(split.tokens[a + 1:b].tolist())
-                                 for a, b in zip(split.starts, split.starts[1:])], TOKENIZER)  # what another tokenizer gets
-    for score in [*scores, evals.bits_per_byte(model, TOKENIZER, again, 64 * count)]:
+                                 for a, b in zip(split.starts, split.starts[1:])], TOKENIZER)  # as another tokenizer's
+    sums = []
+    _, shared = (evals.bits_per_byte(model, TOKENIZER, split, 64 * count, 5, world=Process(rank, 2, sums))
+                 for rank in (0, 1))
+    for score in [*scores, evals.bits_per_byte(model, TOKENIZER, again, 64 * count), shared]:
         assert score.mean == pytest.approx(sum(nats) / math.log(2) / sum(size), rel=1e-5)
         assert score == pytest.approx(scores[0], rel=1e-5, nan_ok=True)
     left = [(sum(nats) - a) / math.log(2) / (sum(size) - b) for a, b in zip(nats, size)]
@@ -146,21 +183,36 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
 
 
 def test_criteria_by_hand():
-    assert evals.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(1 - 6 * 2 / (4 * 15))  # 1 - 6 sum d^2 / n(n^2-1)
-    assert evals.spearman([1, 2, 3], [3, 2, 1]) == -1 and math.isnan(evals.spearman([1, 2], [5, 5]))
+    expected = 1 - 6 * 2 / (4 * 15)  # 1 - 6 sum d^2 / n(n^2-1)
+    assert evals.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(expected)
+    assert evals.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
     assert evals.spearman([1, 2, 3], [1, 1, 2]) == pytest.approx(math.sqrt(3) / 2)
-    assert evals.ranks([3, 1, 3]).tolist() == [1.5, 0, 1.5]
     assert evals.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx((5 - 1) / 6)
     run = {1: Score(0.25, 0.02, 100, 0.25), 2: Score(0.4, 0.02, 100, 0.25), 3: Score(0.5, 0.02, 100, 0.25)}
-    alone = evals.criteria([run])
-    assert alone["monotonic"] == pytest.approx(1) and alone["noise"] == pytest.approx(25) and math.isnan(alone["order"])
-    assert alone["above"] == pytest.approx(12.5) and alone["early signal"]
+    one = evals.criteria([run])
+    assert one["monotonic"] == pytest.approx(1) and one["noise"] == pytest.approx(25) and math.isnan(one["order"])
+    assert one["above"] == pytest.approx(12.5) and one["early signal"]
     chance = {step: Score(0.25 + 0.001 * step, 0.02, 100, 0.25) for step in (1, 2, 3)}
     assert not evals.criteria([chance])["early signal"]
+    flat = evals.criteria([{step: Score(0.5, 0.02, 100, 0.25) for step in (1, 2, 3)}])
+    assert math.isnan(flat["monotonic"]) and not flat["early signal"]
     other = {1: Score(0.3, 0.02, 100, 0.25), 2: Score(0.3, 0.02, 100, 0.25), 3: Score(0.52, 0.02, 100, 0.25)}
     both = evals.criteria([run, other])  # they change places, and change back; deviation of .50 and .52
     assert both["order"] == -1 and both["noise"] == pytest.approx(0.51 / (0.02 / math.sqrt(2)))
     assert both["above"] == pytest.approx((0.52 - 0.25) / (0.02 / math.sqrt(2)))
+
+
+def test_criteria_read_the_logs_of_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, means in (("a", (0.2, 0.4, 0.6)), ("b", (0.3, 0.5, 0.7))):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": i, "tasks": {"my": [mean, 0.01, 100, 0.25]}}) for i, mean in enumerate(means)]
+        (tmp_path / name / "log.jsonl").write_text("\n".join([*lines, '{"step": 3, "loss": 1}', '{"step"']))  # killed
+    done = call(evals.main, "criteria", "a", "b", "--json")
+    found = json.loads(done.stdout)
+    assert found["my"]["monotonic"] == pytest.approx(1) and found["my"]["order"] == 1 and "0, 1, 2:" in done.stderr
+    found = json.loads(call(evals.main, "criteria", "a", "--json").stdout)
+    assert found["my"]["order"] is None and found["my"]["early signal"] is True
 
 
 def test_what_evaluations_ask_was_never_trained_on(monkeypatch):
@@ -177,130 +229,189 @@ def test_what_evaluations_ask_was_never_trained_on(monkeypatch):
         (asked if side else trained).update(notes)
         around[side].update(re.findall(r"line (\d+) of text", text))
     assert trained and asked and not trained & asked and not around[True] & around[False]
-    questions = evals.lookup({}, 200)
+    questions = evals.lookup("", 200)
     pairs = {(e.context.split()[-1], e.choices[e.answer]) for e in questions}
-    assert not {" ".join(pair) for pair in pairs} & trained
+    assert not {" ".join(pair) for pair in pairs} & trained and {e.answer for e in questions} == {0, 1, 2, 3}
     for e in questions:
         assert f"Note: {e.context.split()[-1]} {e.choices[e.answer]}." in e.context and len(set(e.choices)) == 4
-    split = {uniform(key) < HELD_OUT: set() for key in "ab"} | {True: set(), False: set()}
+    split = {False: set(), True: set()}
     for key, text in d.generated_math():
         split[uniform(key) < HELD_OUT].add(text.split("Answer:")[0])
     problems = {q.removesuffix("Answer:") for q, *_ in evals.held_out_problems("+-*")}
     assert problems and not problems & split[False]
-    for e in evals.carry({}, 100):
+    for e in evals.carry("", 100):
         *_, a, b = e.context.removesuffix(" =").rpartition("So ")[2].split(" + ")
         assert int(e.choices[e.answer]) == int(a) + int(b)
-    for e in evals.arithmetic({}, 100):
-        assert len(set(e.choices)) == 4
+    for e in evals.arithmetic("", 100):
+        assert len(set(e.choices)) == 4 and e.about
+        problem, result = re.search(r"(\d+ [-+*] \d+) = (\d+)\.$", e.choices[e.answer]).groups()
+        assert eval(problem) == int(result)
+
+
+def test_continuations_come_from_other_documents(monkeypatch):
+    texts = {"a": [f"{i} " * 600 for i in range(5)], "short": ["none"]}
+    monkeypatch.setattr(evals, "held_out_texts", lambda data: texts)
+    examples = evals.continuation("", 12)
+    assert len(examples) == 12
+    for e in examples:
+        assert (len(e.context), *map(len, e.choices)) == (240, 120, 120, 120, 120) and len(set(e.choices)) == 4
+        assert set(e.choices[e.answer].split()) == set(e.context.split())
+    monkeypatch.setattr(evals, "held_out_texts", lambda data: {"a": ["x" * 500]})
+    with pytest.raises(UserError, match="finds no held-out documents"):
+        evals.continuation("", 12)
 
 
 class Reader(GPT):
     """Writes the value that the text notes for the key it ends with."""
 
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
-        step = len(cache.layers)
-        cache.layers[step] = tokens
-        logits = torch.zeros(len(tokens), 1, self.config.vocab_size)
-        for r, row in enumerate(cache.layers[0].tolist()):
+        logits = torch.zeros(*tokens.shape, self.config.vocab_size)
+        for r, row in enumerate(tokens.tolist()):
             text = self.tokenizer.decode(row)
-            key = text.rpartition("Answer: ")[2]
-            right = re.search(f"Note: {key} (\\w+)\\.", text)[1]
-            self.asked += step == 0
-            answer = self.tokenizer.encode(f" {right}.") + [0] * 9
-            logits[r, 0, answer[step]] = 1
+            key = re.findall(r"Answer: (\w+)", text)[-1]
+            right = self.tokenizer.encode(" " + re.search(f"Note: {key} (\\w+)\\.", text)[1])
+            self.depths.append(re.search(f"Note: {key} ", text).start() / len(text))
+            self.lengths.add(len(row) + 1)
+            logits[r, range(-len(right), 0), right] = 1
         return logits
 
 
 def test_recall_places_the_note_and_scores_it(tmp_path):
-    rng, lines = random.Random(0), [[1, 2, 3], [4, 5], [6]]
-    for depth in (0.0, 0.5, 1.0):
-        ids = evals.haystack(rng, lines, 60, [[100, 101], [102]], depth)
-        assert len(ids) == 60 and sorted(set(ids) - {1, 2, 3, 4, 5, 6}) == [100, 101, 102]
-        assert abs(ids.index(100) - depth * 58) <= 3 and ids[ids.index(100) + 1] == 101
     tokenizer = train_bpe(["".join(d.note(k, v) + d.note_question(k) for k, v in zip(d.KEYS, d.VALUES))] * 3, 700)
     config = ModelConfig(tokenizer.vocab_size, 32, 32, 1, 2, 1, max_position_embeddings=400)
     texts = {"it": ["some words\nto hide in\nand more words"]}
     model = Reader(config)
-    model.tokenizer, model.asked = tokenizer, 0
-    perfect = evals.recall(model, tokenizer, texts, [160, 320], questions=4)
-    assert [s.mean for row in perfect.values() for s in row.values()] == [1.0] * 10 and model.asked == 40
-    blind = evals.recall(GPT(config).eval(), tokenizer, texts, [160], questions=4)
-    assert [s.mean for s in blind[160].values()] == [0.0] * 5 and blind[160][0.5].chance == 0.25
+    model.tokenizer, model.depths, model.lengths = tokenizer, [], set()
+    perfect = evals.recall(model, tokenizer, texts, 320, [tokenizer.eos_id], questions=4)
+    assert perfect.shape == (5, 4) and perfect.all() and model.lengths == {320}
+    assert sorted(model.depths) == model.depths or len(model.depths) == 20
+    low, *_, high = np.sort(model.depths).reshape(5, 4).mean(1)
+    assert low < 0.1 and high > 0.7
+    blind = evals.recall(GPT(config).eval(), tokenizer, texts, 160, [tokenizer.eos_id], questions=4)
+    assert not blind.any()
+    with pytest.raises(UserError, match="more than 40 tokens"):
+        evals.recall(model, tokenizer, texts, 40, [])
     pytest.importorskip("matplotlib")
-    assert evals.draw_recall(perfect, tmp_path / "recall.png", "it") and (tmp_path / "recall.png").stat().st_size > 1000
+    assert evals.draw_recall({160: blind, 320: perfect}, tmp_path / "recall.png")
+    assert (tmp_path / "recall.png").stat().st_size > 1000
 
 
 def test_loss_by_position_by_hand():
     model = small(max_position_embeddings=128)
     texts = {"it": [TEXT * 3, "short", TEXT[7:] * 3]}
-    found = evals.loss_by_position(model, TOKENIZER, texts, 128)
-    rows = [([TOKENIZER.eos_id] + TOKENIZER.encode(text))[:129] for text in (TEXT * 3, TEXT[7:] * 3)]
+    found = dict(evals.loss_by_position(model, TOKENIZER, texts, 128, [EOS]))
+    rows = [([EOS] + TOKENIZER.encode(text))[:129] for text in (TEXT * 3, TEXT[7:] * 3)]
     expected = [[-alone(model, row[:i], row[i:i + 1])[0] for i in range(1, 129)] for row in rows if len(row) == 129]
-    assert list(found) == ["0-63", "64-127"]
-    assert found["0-63"].mean == pytest.approx(np.mean([e[:64] for e in expected]), rel=1e-5)
-    assert found["64-127"].mean == pytest.approx(np.mean([e[64:] for e in expected]), rel=1e-5)
+    assert list(found) == ["nats per token/0-63", "nats per token/64-127"]
+    assert found["nats per token/0-63"].mean == pytest.approx(np.mean([e[:64] for e in expected]), rel=1e-5)
+    assert found["nats per token/64-127"].mean == pytest.approx(np.mean([e[64:] for e in expected]), rel=1e-5)
+    with pytest.raises(UserError, match="position needs"):
+        dict(evals.loss_by_position(model, TOKENIZER, {"it": ["short"]}, 128, [EOS]))
 
 
-@pytest.mark.parametrize("line", ["{", '{"context": "a", "choices": ["b", "c"], "answer": 2}',
-                                  '{"context": "a", "choices": ["b"]}', '{"context": "a", "choices": "bc", "answer": 0}', "[]",
-                                  '{"context": "a", "choices": ["b", " "], "answer": 0}'])
+@pytest.mark.parametrize("line", ["{", "[]", "[" * 100_000, b"\xff\xfe{", '{"context": "a", "choices": ["b"]}',
+                                  '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+                                  '{"context": "a", "choices": "bc", "answer": 0}',
+                                  '{"context": "a", "choices": ["b", " "], "answer": 0}',
+                                  '{"context": 1, "choices": ["b", "c"], "answer": 0}'])
 def test_malformed_questions_name_file_and_line(tmp_path, line):
     good = json.dumps({"context": "a", "choices": ["b", "c"], "answer": 1})
-    (tmp_path / "my.jsonl").write_text(f"{good}\n\n{line}\n")
-    with pytest.raises(UserError, match="my.jsonl line 3"):
+    line = line.encode() if isinstance(line, str) else line
+    (tmp_path / "my.jsonl").write_bytes(good.encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(UserError, match="my.jsonl line 3") as caught:
         evals.read_task(tmp_path / "my.jsonl")
-    (tmp_path / "my.jsonl").write_text(good)
-    task, = evals.find_tasks([f"{tmp_path}/my.jsonl:letters"], {})
-    assert task.kind == "letters" and task.examples == [Example("a", ("b", "c"), 1)]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_file_may_begin_with_a_byte_order_mark(tmp_path):
+    """FAULTS B4: what Windows editors write."""
+    lines = [json.dumps({"context": f"The number after {i} is", "choices": [str(i + 1), "7"], "answer": 0})
+             for i in range(3)]
+    (tmp_path / "my.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    assert [e.choices for e in evals.read_task(tmp_path / "my.jsonl")] == [("1", "7"), ("2", "7"), ("3", "7")]
 
 
 @pytest.mark.parametrize("flags, words", [(["runs/none"], "does not exist"), (["a", "b"], "one model at a time"),
-                                          (["criteria", "runs/none"], "0 checkpoint(s)"),
-                                          (["x", "--limit", "0"], "--limit")])
+                                          (["criteria", "runs/none"], "criteria need three scores"),
+                                          (["x", "--limit", "0"], "--limit"), (["x", "--extend", "y"], "dual_chunk")])
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     done = call(evals.main, *flags)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    with pytest.raises(UserError, match="there is no task"):
+        evals.tasks_of("my:louder", "")
 
 
-def test_the_harness_gets_our_likelihoods(tmp_path):
-    """Requests and a local task through lm-evaluation-harness give the numbers of a loop over single sequences."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A model of random weights and prepared data."""
+    pytest.importorskip("safetensors")
+    folder = tmp_path_factory.mktemp("run")
+    rng = random.Random(0)
+    prose = [(str(i), " ".join(rng.choice(TEXT.split()) for _ in range(400))) for i in range(300)]
+    d.prepare({"prose": prose}, folder / "data", TOKENIZER)
+    save_pretrained(small(max_position_embeddings=256), folder / "model", folder / "data")
+    return folder
+
+
+def test_the_command_line_measures_everything(run, tmp_path):
+    """Bits per byte, a built-in task, recall and position of a folder; also through another tokenizer's data."""
+    flags = ["--tasks", "bpb,lookup,recall,position", "--limit", "10", "--tokens", "2k", "--context", "320", "--data"]
+    done = call(evals.main, run / "model", *flags, run / "data", "--json", "--picture", tmp_path / "recall.png")
+    found = json.loads(done.stdout)
+    assert list(found) == ["bits per byte/prose", "lookup", "recall/256", "recall/320", "nats per token/0-63",
+                           "nats per token/64-127", "nats per token/128-255", "nats per token/256-319"]
+    assert found["lookup"]["chance"] == 0.25 and found["bits per byte/prose"]["chance"] is None
+    assert found["recall/256"]["n"] == 100 and found["recall/256"]["stderr"] > 0
+    assert "recall/256 by depth: 0% 0.00" in done.stderr
+    assert (tmp_path / "recall.png").exists() == draw(tmp_path / "x.png", lambda axes: None)
+    other = train_bpe([TEXT], 280)
+    texts = [(str(i), f"{TEXT} number {i}") for i in range(300)]
+    d.prepare({"prose": texts}, tmp_path / "data", other)
+    done = call(evals.main, run / "model", "--tasks", "bpb", "--data", tmp_path / "data")
+    assert done.returncode == 0 and "bits per byte/prose" in done.stdout, done.stderr
+
+
+def test_the_harness_scores_an_export(run, tmp_path, capsys):
+    """A local task through lm_eval's own model: its likelihoods and greedy texts are those of a loop over sequences."""
+    pytest.importorskip("lm_eval"), pytest.importorskip("accelerate"), pytest.importorskip("datasets")
     from lm_eval.tasks import TaskManager
+    from transformers import AutoTokenizer
 
     model = small(max_position_embeddings=256)
-    TOKENIZER.save(tmp_path)
-    prompter = evals.ChatFormat(tmp_path, TOKENIZER)
-    adapter, eos = evals.harness_model(model, TOKENIZER, prompter), TOKENIZER.eos_id
-    pairs = [("The quick", " brown fox"), ("", "over the lazy"), ("jumps ", "over")]
-    found = adapter.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs])
-    for (context, after), (score, greedy) in zip(pairs, found):
-        whole = [eos, *TOKENIZER.encode(context + after)]
-        cut = next((i for i, (a, b) in enumerate(zip(whole, [eos, *TOKENIZER.encode(context)])) if a != b),
-                   1 + len(TOKENIZER.encode(context)))
-        assert (score, greedy) == pytest.approx(alone(model, whole[:cut], whole[cut:]), rel=1e-4)
-    text = TEXT[:40]
-    rolled, = adapter.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
-    assert rolled == pytest.approx(alone(model, [eos], TOKENIZER.encode(text))[0], rel=1e-4)
-    written, = adapter.generate_until([Instance("generate_until", {}, ("The", {"until": ["x"], "max_gen_toks": 8}), 0)])
-    assert "x" not in written
-    questions = [{"q": f"The {word}", "choices": ["fox", "lazy dog", "over"], "gold": i % 3}
+    opening = AutoTokenizer.from_pretrained(run / "model")("")["input_ids"]
+    questions = [{"q": f"The {word} ", "choices": ["fox", "lazy dog", "over"], "gold": i % 3}  # a space too many
                  for i, word in enumerate(TEXT.split()[:9])]
+    for question in questions:
+        prompt = opening + TOKENIZER.encode(question["q"])
+        question["written"] = TOKENIZER.decode([id for (id,) in generate(model, prompt, 3, temperature=0, stop=EOS)])
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/my.jsonl}}}}\ntest_split: test\n"
     (tmp_path / "my.yaml").write_text(f"""task: my
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/my.jsonl}}}}
-test_split: test
-output_type: multiple_choice
+{common}output_type: multiple_choice
 doc_to_text: "{{{{q}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: gold
+target_delimiter: ""
 metric_list:
   - metric: acc_norm
 """)
-    scores = evals.harness(model, TOKENIZER, prompter, ["my"], bootstrap_iters=0,
-                           task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False))
-    examples = [Example(q["q"], tuple(q["choices"]), q["gold"]) for q in questions]
-    ours = evals.evaluate(model, TOKENIZER, [Task("my", examples)])
-    assert scores["my/acc_norm"].mean == pytest.approx(ours["my"].mean) and scores["my/acc_norm"].n == 9
+    (tmp_path / "written.yaml").write_text(f"""task: written
+{common}output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{written}}}}"
+generation_kwargs: {{until: [], max_gen_toks: 3, do_sample: false, temperature: 1}}
+metric_list:
+  - metric: exact_match
+""")
+    options = {"bootstrap_iters": 0, "task_manager": TaskManager(include_path=str(tmp_path), include_defaults=False)}
+    scores = dict(evals.harness(run / "model", "my,written", limit=8, **options))
+    examples = [Example(q["q"], tuple(q["choices"]), q["gold"]) for q in questions[:8]]
+    ours = evals.evaluate(model, TOKENIZER, [("my", examples)], opening)
+    assert scores["my/acc_norm"].mean == pytest.approx(ours["my"].mean) and scores["my/acc_norm"].n == 8
+    assert scores["written/exact_match"].mean == 1  # greedy and three tokens, whatever the temperature says
+    with pytest.raises(UserError, match="none_such") as caught:
+        dict(evals.harness(run / "model", "none_such", **options))
+    chat = dict(evals.harness(run / "model", "written", limit=8, apply_chat_template=True, **options))
+    assert chat["written/exact_match"].mean < 1
+    assert "\n" not in str(caught.value)

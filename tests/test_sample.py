@@ -1,12 +1,18 @@
-"""sample.py: filters by hand, batches, streaming, bad input."""
+"""sample.py: filters by hand and against transformers, batches, streaming, chats, bad input."""
+
+import io
+import json
+import os
 
 import pytest
 import torch
 
 import sample
+from checkpoint import save_pretrained
 from conftest import call
 from model import GPT, ModelConfig
-from sample import filter_logits, generate
+from sample import continue_all, filter_logits, generate
+from tokenizer import train_bpe
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
 
@@ -21,6 +27,21 @@ def test_filters_by_hand():
     assert kept(top_p=0.5) == [0] and kept(top_p=0.51) == [0, 1] and kept(top_p=1e-9) == [0]
     assert kept(min_p=0.25) == [0, 1, 2] and kept(min_p=1.0) == [0]
     torch.testing.assert_close(filter_logits(LOGITS, temperature=0.5).softmax(-1), (LOGITS * 2).softmax(-1))
+
+
+@pytest.mark.parametrize("top_k, top_p, min_p", [(0, 0.8, 0.05), (20, 0.9, 0.02), (7, 0.6, 0.1), (0, 0.5, 0.3),
+                                                 (3, 1.0, 0.5)])
+def test_filters_together_keep_what_transformers_keeps(top_k, top_p, min_p):
+    """FAULTS A18: the same sets, so the same order."""
+    transformers = pytest.importorskip("transformers")
+    logits, kept = 3 * torch.randn(50, 200), filter_logits
+    expected = transformers.TemperatureLogitsWarper(0.7)(None, logits)
+    for warper, value, off in ((transformers.TopKLogitsWarper, top_k, 0), (transformers.TopPLogitsWarper, top_p, 1),
+                               (transformers.MinPLogitsWarper, min_p, 0)):
+        expected = expected if value == off else warper(value)(None, expected)
+    ours = kept(logits, 0.7, top_k, top_p, min_p)
+    assert torch.equal(ours.isfinite(), expected.isfinite())
+    torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
 
 
 def test_filters_work_row_by_row():
@@ -52,6 +73,26 @@ def test_samples_follow_the_probabilities():
     assert ((observed - expected) ** 2 / expected).sum() < 99.6
 
 
+def test_generation_can_be_followed_by_training():
+    """GPU.md 4: nothing that generation leaves behind is an inference tensor."""
+    model = GPT(ModelConfig(61, 32, 32, 2, 2, 1))
+    list(generate(model, [1, 2], 5))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    assert not any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_batches_of_prompts_of_any_length_equal_one_at_a_time():
+    model, prompts = GPT(ModelConfig(61, 32, 32, 2, 2, 1, initializer_range=0.3)).eval(), []
+    for length in (2, 3, 5, 2, 5, 3, 3, 2, 2):
+        prompts.append(torch.randint(1, 61, (length,)).tolist())
+    made = continue_all(model, prompts, 12, 2, temperature=0, stop=7, at_once=4)
+    for prompt, samples in zip(prompts, made):
+        expected = [id for (id,) in generate(model, prompt, 12, temperature=0, stop=7)]
+        assert samples == [expected, expected]
+    drawn = continue_all(model, [[1, 2]] * 4, 12, 3, temperature=1.0, at_once=3)
+    assert len({tuple(ids) for samples in drawn for ids in samples}) == 12  # no batch repeats another's draws
+
+
 def test_a_sample_ends_at_stop_and_the_others_go_on():
     model = GPT(ModelConfig(5, 32, 32, 2, 2, 1)).eval()
     steps = list(generate(model, [1], 40, 4, stop=0, temperature=1.0))
@@ -67,8 +108,84 @@ def test_padded_rows_of_the_vocabulary_are_never_drawn():
 
 
 @pytest.mark.parametrize("flags, words", [([], "python train.py"), (["runs/none"], "does not exist"),
-                                          (["--top-p", "7"], "--top-p 7.0")])
+                                          (["--top-p", "7"], "7.0"), (["--max-tokens", "0"], "0"),
+                                          (["--topp", "1"], "--top_p")])
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
     done = call(sample.main, *flags)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+TOKENIZER = train_bpe(["the cat sat on the mat, and the dog sat on the cat"] * 3, 275)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model of random weights with a context of 64, as a Hugging Face folder without a chat template."""
+    pytest.importorskip("safetensors")
+    root = tmp_path_factory.mktemp("sample")
+    TOKENIZER.save(root / "run")
+    model = GPT(ModelConfig(TOKENIZER.vocab_size, 32, 32, 2, 2, 1, max_position_embeddings=64, initializer_range=0.3))
+    save_pretrained(model, root / "model", root / "run")
+    config = json.loads((root / "model/tokenizer_config.json").read_text())
+    (root / "model/tokenizer_config.json").write_text(json.dumps(config | {"chat_template": None}))
+    (root / "model/chat_template.jinja").unlink(missing_ok=True)
+    return root / "model"
+
+
+def test_a_space_at_the_end_of_a_prompt_becomes_that_of_the_next_word(folder):
+    """NEWCOMER 1: "the " continues as "the" does where a word follows, and never within the word."""
+    model, tokenizer = sample.load(folder, "cpu")
+    for seed in range(5):
+        done = call(sample.main, folder, "--prompt", "the ", "--max-tokens", "3", "--seed", seed)
+        assert done.stdout.startswith("the ") and not done.stderr
+    text, first = sample.split_prompt(tokenizer, "the ")
+    assert text == "the" and all(tokenizer.decode([id]).startswith(" ") for id in first)
+    assert {" ", *(f" {word}" for word in ("cat", "sat", "on"))} <= set(map(tokenizer.decode, ([id] for id in first)))
+    with torch.no_grad():
+        logits = model(torch.tensor([[tokenizer.eos_id, *tokenizer.encode("the")]]))[0, -1]
+    best = max(first, key=lambda id: logits[id])
+    spaced, = sample.complete(model, tokenizer, "the ", 1, temperature=0)
+    assert " " + spaced == tokenizer.decode([best])
+    assert sample.split_prompt(tokenizer, "the") == ("the", [])
+
+
+def test_samples_are_numbered_and_a_full_context_is_named(folder):
+    done = call(sample.main, folder, "--prompt", "the", "--samples", "3", "--temperature", "0", "--max-tokens", "500")
+    assert [line for line in done.stdout.splitlines() if line.startswith("---")] == ["--- 1", "--- 2", "--- 3"]
+    assert done.returncode == 0 and "context of 64 tokens is full" in done.stderr
+    longer = call(sample.main, folder, "--prompt", "the", "--context", "100", "--max-tokens", "90", "--temperature=0")
+    assert longer.returncode == 0 and "is full" not in longer.stderr
+    full = call(sample.main, folder, "--prompt", "the cat " * 64)
+    assert full.returncode == 2 and "shorten it" in full.stderr
+
+
+def test_the_newest_run_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("new", "old"):  # written last, whatever the name
+        (tmp_path / f"runs/{run}/checkpoints/step-00000001").mkdir(parents=True)
+        (tmp_path / f"runs/{run}/checkpoints/step-00000001/manifest.json").write_text("{}")
+        written = 2e9 if run == "old" else 1e9
+        os.utime(tmp_path / f"runs/{run}/checkpoints/step-00000001/manifest.json", (written, written))
+    model, names = sample.load(folder, "cpu"), []
+    monkeypatch.setattr(sample, "load", lambda name: (names.append(name), model)[1])
+    done = call(sample.main, "--prompt", "the", "--max-tokens", "3")
+    assert done.returncode == 0 and str(names[0]) == "runs/old" and "(runs/old is the newest run)" in done.stderr
+
+
+def test_a_chat_drops_its_oldest_turns_and_warns_on_a_base_model(folder, monkeypatch):
+    """NEWCOMER 10: eight questions fit into a context of 64 tokens, one after the other."""
+    seen, prompt = [], sample.ChatFormat.prompt
+    monkeypatch.setattr(sample.ChatFormat, "prompt", lambda *args: seen.append(list(args[1])) or prompt(*args))
+    monkeypatch.setattr("sys.stdin", io.StringIO("the cat?\n\n" * 8))
+    done = call(sample.main, folder, "--chat", "--max-tokens", "5")
+    assert done.returncode == 0 and done.stdout.count("> ") == 17, done.stderr
+    assert "never trained on chats" in done.stderr and "oldest turn is dropped" in done.stderr
+    assert all(messages[0]["role"] == "user" for messages in seen) and max(map(len, seen)) > 1
+    once = call(sample.main, folder, "--chat", "--prompt", "the cat?", "--max-tokens", "5")
+    assert once.returncode == 0 and "> " not in once.stdout
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    try:
+        assert "never" not in call(sample.main, folder, "--prompt", "the", "--chat", "--max-tokens", "5").stderr
+    finally:
+        (folder / "chat_template.jinja").unlink()
