@@ -18,12 +18,15 @@ Nothing in it is code: tensors are read with weights_only, all else is JSON.
 import contextlib
 import copy
 import hashlib
+import importlib
 import json
+import math
 import os
 import re
+import secrets
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -35,9 +38,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from model import GPT, ModelConfig
-from tokenizer import ChatFormat, Tokenizer, UserError, run
+from tokenizer import ChatFormat, Tokenizer, UserError, draw, run
 
 
 @contextlib.contextmanager
@@ -55,6 +59,143 @@ def reading(path: str | Path) -> Iterator[None]:
 def read_json(path: Path) -> dict:
     with reading(path):
         return dict(json.loads(path.read_text("utf-8")))
+
+
+# ---- a run's folder and its log -------------------------------------------------------------------------------
+# runs/NAME/: recipe.json, log.jsonl, loss.png, tokenizer.json, checkpoints/step-NNNNNNNN/.
+
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
+
+
+def new_run_folder(name: str) -> Path:
+    """runs/name, or runs/name-2, runs/name-3, ... : no run is overwritten."""
+    folder, number = Path("runs") / name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
+
+
+def check_trackers(names: str) -> None:
+    """UserError unless --log names trackers that are installed."""
+    for name in filter(None, names.split(",")):
+        if name not in TRACKERS:
+            raise UserError(f"--log {name} is not one of {', '.join(TRACKERS)}")
+        try:
+            importlib.import_module(TRACKERS[name])
+        except ImportError:
+            raise UserError(f"--log {name} needs the package {name}: pip install {name}") from None
+
+
+class Log:
+    """log.jsonl: one JSON object per line; {"step", "loss", ...} of training, {"step", "val", ...} of evaluations, and
+    {"step", "event", ...}. Also sends numbers to the trackers of --log."""
+
+    def __init__(self, folder: Path, recipe=None, resumed_at: int | None = None):
+        """Appends to what is there. `resumed_at`: drops entries after that step, except events."""
+        self.path, self.trackers, self.failed = folder / "log.jsonl", [], False
+        self.sent = max((entry["step"] for entry in self.entries()), default=-1)  # trackers know the steps up to here
+        if resumed_at is not None:
+            self.forget(resumed_at)
+        self.events = [entry for entry in self.entries() if "event" in entry]
+        if recipe and recipe.log:
+            self.trackers = open_trackers(recipe, folder)
+
+    def entries(self) -> Iterator[dict]:
+        """Read from the file, which a long run makes too large to hold."""
+        with open(self.path, encoding="utf-8") if self.path.exists() else contextlib.nullcontext(()) as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                    if isinstance(entry := json.loads(line), dict) and isinstance(entry.get("step"), int):
+                        yield entry
+
+    def forget(self, step: int) -> None:
+        """Drops entries after `step`, except events."""
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in self.entries()
+                            if entry["step"] <= step or "event" in entry)
+        partial.replace(self.path)
+
+    def write(self, **entry) -> None:
+        entry = finite(entry)
+        if "event" in entry:
+            if entry in self.events:
+                return  # a resumed run meets again what it met before
+            self.events.append(entry)
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:  # a full disk costs lines of the log, not the run
+            if not self.failed:
+                tqdm.write(f"warning   {self.path} cannot be written ({error}); training continues", file=sys.stderr)
+            self.failed = True
+        numbers = {f"{name}/{part}" if part else name: value for name, group in entry.items() if name != "step"
+                   for part, value in (group.items() if isinstance(group, dict) else (("", group),))
+                   if isinstance(value, (int, float))}
+        for tracker in list(self.trackers if entry["step"] > self.sent else ()):
+            try:
+                tracker[0](entry["step"], numbers)
+            except Exception as error:  # a service that is down must not end the run
+                self.trackers.remove(tracker)
+                tqdm.write(f"warning   a tracker of --log failed and gets no more: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        for _, finish in self.trackers:
+            finish()
+
+
+def finite(value):
+    """With null for what is not finite: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_trackers(recipe, folder: Path) -> list[tuple[Callable[[int, dict], None], Callable[[], None]]]:
+    """(write the numbers of a step, finish) for each tracker that --log names."""
+    opened, known = [], folder / "tracker-id"
+    if not known.exists():  # unique: another run of this name is another one there
+        known.write_text(f"{folder.name}-{secrets.token_hex(4)}", "utf-8")
+    for name in recipe.log.split(","):
+        module, run_id = importlib.import_module(TRACKERS[name]), known.read_text("utf-8")
+        if name == "tensorboard":
+            writer = module.SummaryWriter(str(folder / "tensorboard"))
+            opened.append((lambda step, numbers, w=writer: [w.add_scalar(k, v, step) for k, v in numbers.items()],
+                           writer.close))
+        else:
+            more = {"id": run_id, "dir": str(folder)} if name == "wandb" else {}
+            module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **more)
+            opened.append((lambda step, numbers, m=module: m.log(numbers, step=step), module.finish))
+    return opened
+
+
+def draw_log(folder: Path) -> bool:
+    """The loss and held-out curves of a run as loss.png; False without matplotlib."""
+    entries = list(Log(folder).entries())
+    curve, begins = [(e["tokens"], e["loss"], e["lr"]) for e in entries if "loss" in e], {}
+    for e in entries:
+        if "stage" in e:
+            begins.setdefault(e["stage"], e["tokens"])
+    scores = [(e["tokens"], e["val"]) for e in entries if "val" in e]
+    tokens, losses, rates = zip(*curve) if curve else ((), (), ())
+
+    def paint(axes):
+        left, right = axes
+        left.plot(tokens, losses, lw=0.8)
+        left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
+        rate = left.twinx()
+        rate.plot(tokens, rates, color="tab:gray", lw=0.8, label="learning rate")
+        rate.legend(loc="upper right")
+        for begin in begins.values():
+            left.axvline(begin, color="lightgray", lw=0.8, zorder=0)
+        for source in scores[-1][1] if scores else ():
+            right.plot([at for at, _ in scores], [found[source] for _, found in scores], marker=".", label=source)
+        right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
+        right.legend()
+        for axis in axes:
+            axis.locator_params(axis="x", nbins=5)
+    return draw(folder / "loss.png", paint, columns=2, size=(11, 4))
 
 
 # ---- our checkpoints: write ---------------------------------------------------------------------------------------
@@ -217,9 +358,12 @@ def check_manifest(checkpoint: str | Path) -> None:
                     raise UserError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
 
 
-def newest_checkpoint(run: str | Path) -> Path:
-    """The last checkpoint of a run folder that is whole; a damaged one is named on stderr and skipped."""
+def newest_checkpoint(run: str | Path, before: float = math.inf) -> Path:
+    """The last checkpoint of a run folder that is whole, from before a step; a damaged one is named on stderr and
+    skipped."""
     for checkpoint in sorted(Path(run).glob("checkpoints/step-????????"), reverse=True):
+        if int(checkpoint.name[5:]) >= before:
+            continue
         try:
             check_manifest(checkpoint)
             return checkpoint
@@ -227,7 +371,7 @@ def newest_checkpoint(run: str | Path) -> Path:
             if (checkpoint / "guard.json").exists():
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run} holds no whole checkpoint; give a run folder such as runs/laptop or train one with "
+    raise UserError(f"{run} holds no whole checkpoint{f' from before step {before}' if before < math.inf else ''}; give a run folder such as runs/laptop or train one with "
                     "`python train.py`")
 
 
