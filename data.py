@@ -42,7 +42,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -1365,6 +1365,7 @@ class Stage:
     rope_theta: float = 0.0  # RoPE's base; 0: the model's
     learning_rate: float = 0.0  # a peak of its own, after warmup_steps, then a cosine to 0; 0: the run's schedule
     warmup_steps: int = 0  # of a stage with a learning rate of its own
+    batch_tokens: int = 0  # 0: the recipe's
 
     def shares(self, sources: list[str], tokens: list[int]) -> list[float]:
         """Weights in the order of `sources`, summing to 1."""
@@ -1405,10 +1406,10 @@ def cut_sequences(packing: Packing, indices: np.ndarray) -> tuple[np.ndarray, np
     return tokens, targets, starts
 
 
-def pack_cu_seqlens(starts: list[np.ndarray], context: int, length: int) -> np.ndarray:
-    """Row starts -> cu_seqlens [length] int32 over the flattened batch."""
+def pack_cu_seqlens(starts: list[np.ndarray], context: int) -> np.ndarray:
+    """Row starts -> cu_seqlens int32 over the flattened batch, padded with its end to a power of two."""
     flat = np.concatenate([row * context + s for row, s in enumerate(starts)])
-    out = np.full(length, len(starts) * context, np.int32)
+    out = np.full(max(16, 1 << len(flat).bit_length()), len(starts) * context, np.int32)
     out[:len(flat)] = flat
     return out
 
@@ -1420,38 +1421,37 @@ class Curriculum:
     Shuffled at sequence level, anew each epoch (playbook).
     """
 
-    def __init__(self, sources: list[Split], stages: list[Stage], context: int, rows: int, seed: int = 0,
-                 packing: str = "concat", held_out: Iterable[Split] = ()):
-        """`rows` of `context` tokens make a global batch; a stage of another context has as many tokens in fewer or more
-        rows. `held_out`: splits whose batches should have cu_seqlens of the same length."""
-        if packing not in PACKINGS:
-            raise UserError(f"--packing {packing} is not one of {', '.join(PACKINGS)}")
+    def __init__(self, sources: list[Split], stages: list[Stage], context: int, batch_tokens: int, seed: int = 0,
+                 packing: str = "concat"):
         self.sources, self.stages, self.seed = sources, stages, seed
-        self.context, self.rows, self.batch_tokens = context, rows, rows * context
         self.contexts = [stage.context or context for stage in stages]
-        names, sizes = [s.name for s in sources], [len(s.tokens) for s in sources]
-        self.shares = [stage.shares(names, sizes) for stage in stages]
-        for stage, length, shares in zip(stages, self.contexts, self.shares):
-            if self.batch_tokens % length:
-                raise UserError(f"stage {stage.name}: a batch of {self.batch_tokens:,} tokens does not divide into "
-                                f"sequences of {length:,}; the nearest that do are {self.batch_tokens // length * length:,} and "
-                                f"{-(-self.batch_tokens // length) * length:,}")
-            for split, share in zip(sources, shares):
-                if share and packing == "concat" and len(split.tokens) <= length:
-                    raise UserError(f"{split.name} has {len(split.tokens):,} tokens, fewer than one sequence of {length}; "
-                                    "give more text or a shorter --max_position_embeddings")
+        self.batches = [stage.batch_tokens or batch_tokens for stage in stages]
+        for stage, length, batch in zip(stages, self.contexts, self.batches):
+            if batch % length:
+                raise UserError(f"stage {stage.name}: a batch of {batch:,} tokens does not divide into sequences of {length:,}")
         self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}
-        self.most_documents = {
-            length: max(p.most_documents() for p in (*packings, *(Packing(split, length) for split in held_out)))
-            for length, packings in self.packings.items()}
-        ends = np.cumsum([stage.tokens for stage in stages]) / self.batch_tokens
-        self.ends = [max(1, round(end)) for end in ends]  # the step at which each stage ends
+        names = [s.name for s in sources]
+        self.shares = [stage.shares(names, [p.count for p in self.packings[length]]) for stage, length in zip(stages, self.contexts)]
+        self.ends, done = [], 0.0
+        for stage, batch in zip(stages, self.batches):
+            done += stage.tokens / batch
+            self.ends.append(max(1, round(done)))
         self.steps = self.ends[-1]
-        self.before = []  # sequences of each source before each stage; another context cuts, and so counts, anew
+        self.before = []
         self.used = {length: np.zeros(len(sources), np.int64) for length in self.packings}
-        for begin, end, length, shares in zip([0, *self.ends], self.ends, self.contexts, self.shares):
+        for begin, end, length, batch, shares in zip([0, *self.ends], self.ends, self.contexts, self.batches, self.shares):
             self.before.append(self.used[length])
-            self.used[length] = self.used[length] + dealt((end - begin) * self.batch_tokens // length, shares)
+            self.used[length] = self.used[length] + dealt((end - begin) * (batch // length), shares)
+
+    def rows(self, step: int) -> int:
+        number = self.stage(step)
+        return self.batches[number] // self.contexts[number]
+
+    def tokens(self, step: int) -> int:
+        total = 0
+        for begin, end, batch in zip([0, *self.ends], self.ends, self.batches):
+            total += max(0, min(step, end) - begin) * batch
+        return total
 
     def stage(self, step: int) -> int:
         return int(np.searchsorted(self.ends, step, side="right").clip(max=len(self.ends) - 1))
@@ -1465,7 +1465,7 @@ class Curriculum:
         """What the playbook would say of the mixture: epochs, and the share of other languages than English."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
-        lines += [f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step of {self.batch_tokens:,}"
+        lines += [f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step"
                   for stage, begin, end in zip(self.stages, [0, *self.ends], self.ends) if begin == end]
         foreign = [i for i, split in enumerate(self.sources) if split.name.startswith("multilingual")]
         if foreign:
@@ -1479,7 +1479,7 @@ class Curriculum:
         """(source, sequence index in it) of the rows first .. first + count of a step's global batch."""
         stage = self.stage(step)
         begin, length = self.ends[stage - 1] if stage else 0, self.contexts[stage]
-        index = (step - begin) * (self.batch_tokens // length) + np.arange(first, first + count, dtype=np.int64)
+        index = (step - begin) * self.rows(step) + np.arange(first, first + count, dtype=np.int64)
         source, rank = interleave(index, self.shares[stage])
         rank = rank + self.before[stage][source]
         sequence = np.empty(count, np.int64)
@@ -1495,13 +1495,13 @@ class Curriculum:
         """How many targets of a step's global batch count: what its mean loss is divided by, however many processes share
         it. A mean of their means would give a token more weight where there are few."""
         packings = self.packings[self.contexts[self.stage(step)]]
-        rows = self.batch_tokens // packings[0].context
+        rows = self.rows(step)
         return sum(packings[source].targets(int(row)) for source, row in zip(*self.locate(step, 0, rows)))
 
     def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
         """The rows first .. first + count of the global batch of a step (all without them)."""
         context = self.contexts[self.stage(step)]
-        count = self.batch_tokens // context if count is None else count
+        count = self.rows(step) if count is None else count
         source, sequence = self.locate(step, first, count)
         tokens, targets = np.empty((count, context), np.int64), np.empty((count, context), np.int64)
         starts: list[np.ndarray] = [None] * count
@@ -1510,11 +1510,10 @@ class Curriculum:
             tokens[rows], targets[rows], parts = cut_sequences(self.packings[context][s], sequence[rows])
             for row, part in zip(rows, parts):
                 starts[row] = part
-        length = count * self.most_documents[context] + 1
-        return Batch(tokens, targets, pack_cu_seqlens(starts, context, length), source)
+        return Batch(tokens, targets, pack_cu_seqlens(starts, context), source)
 
 
-def validation_batches(split: Split, context: int, rows: int, sequences: int, documents: int) -> Iterator[Batch]:
+def validation_batches(split: Split, context: int, rows: int, sequences: int) -> Iterator[Batch]:
     """The first `sequences` sequences of a split: a fixed slice, whatever the batch size. The last batch is filled up
     with rows that have no targets, so that all have one shape. `documents`: at most so many touch a row."""
     packing = Packing(split, context)
@@ -1525,7 +1524,32 @@ def validation_batches(split: Split, context: int, rows: int, sequences: int, do
         tokens = np.pad(tokens, ((0, missing), (0, 0)))
         targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
         starts += [np.zeros(1, np.int64)] * missing
-        yield Batch(tokens, targets, pack_cu_seqlens(starts, context, rows * documents + 1), np.zeros(rows, np.int64))
+        yield Batch(tokens, targets, pack_cu_seqlens(starts, context), np.zeros(rows, np.int64))
+
+
+def load_data(data: str, vocab_size: int = 8192, verify: bool = True) -> tuple[Tokenizer, list[dict[str, Split]]]:
+    """The tokenizer and the sources of prepared folders. With `verify` their sha256 is checked, and the embedded corpus
+    is made, with a tokenizer of `vocab_size`, if it is asked for and not there yet."""
+    if verify and data.split(",")[0] == "data/laptop" and not Path("data/laptop").exists():
+        print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
+        prepare_embedded("data/laptop", vocab_size)
+    tokenizer = Tokenizer.load(find_tokenizer(data))
+    if verify and "data/recall" in data.split(",") and not Path("data/recall").exists():
+        print("data      data/recall is not there yet: writing documents with notes to look up, encoding")
+        prepare_recall("data/recall", tokenizer)
+    return tokenizer, [load_source(folder, tokenizer, verify) for folder in source_folders(data)]
+
+
+def fit_stages(stages: tuple[Stage, ...], names: list[str], tokens: float = 0) -> tuple[Stage, ...]:
+    """The stages with a mixture that the sources have, and `tokens` in all (0: as many as the stages say)."""
+    total, wanted = sum(stage.tokens for stage in stages), {name for stage in stages for name in stage.mixture}
+    if wanted - set(names):
+        print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: the "
+              "sources are taken as large as they are")
+        stages = tuple(replace(stage, mixture={}) for stage in stages)
+        if all(replace(stage, name="", tokens=0) == Stage("", 0, {}) for stage in stages):  # nothing tells them apart
+            stages = (Stage("train", total, {}),)
+    return tuple(replace(stage, tokens=stage.tokens * (tokens or total) / total) for stage in stages)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
