@@ -128,8 +128,7 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, split: Split, tokens: float,
     Standard error of a ratio of sums over n sequences (Cochran): sqrt(n / (n - 1) sum (bits - ratio bytes)^2) / bytes.
     """
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
-    batches = list(validation_batches(split, context, rows, max(1, round(tokens / context)),
-                                      Packing(split, context).most_documents()))
+    batches = list(validation_batches(split, context, rows, max(1, round(tokens / context))))
     (rank, processes), count = (world.rank, world.size) if world else (0, 1), len(batches)
     batches += batches[-1:] * (-count % processes)  # a sharded model needs every process for every batch
     token_bytes = torch.tensor(tokenizer.token_bytes, device=device)

@@ -21,6 +21,7 @@ your languages and domain; train one for low-resource languages or an unusual mi
 import argparse
 import base64
 import codecs
+import contextlib
 import difflib
 import hashlib
 import heapq
@@ -858,6 +859,23 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.
         raise UserError(f"there is no flag {unknown[0]}; "
                         + (f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"))
     return args
+
+
+def given_options(args: argparse.Namespace, *classes: type) -> dict:
+    """The options of dataclasses that a command line gives."""
+    return {f.name: value for kind in classes for f in fields(kind)
+            if f.metadata and (value := getattr(args, f.name, None)) is not None}
+
+
+@contextlib.contextmanager
+def reading(path):
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{path} cannot be read ({reason}); it is damaged or not what its name says") from None
 
 
 def draw(path: str | Path, paint: Callable, columns: int = 1, size: tuple[float, float] = (8, 4)) -> bool:

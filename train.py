@@ -29,7 +29,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -44,14 +44,14 @@ from tqdm import tqdm
 import cost
 import data as data_
 import evals
-import schedule
+
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
                         newest_checkpoint, write_json)
 from data import Curriculum, Split, Stage
 from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
                    z_loss)
 from sample import complete
-from schedule import Guard
+from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, learning_rate
 from tokenizer import Parser, Tokenizer, UserError, add_options, check_options, given_options, number
 from tokenizer import option, parse_options, reading
 from tokenizer import run as run_command
@@ -68,12 +68,12 @@ class Recipe:
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
     micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0, 10**9)
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=tuple(schedule.OPTIMIZERS))
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=tuple(OPTIMIZERS))
     learning_rate: float = option(3e-3, "peak rate", 1e-12, 1e30)
-    schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=tuple(schedule.SCHEDULES))
+    schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=tuple(SCHEDULES))
     warmup_steps: int = option(50, "steps until the peak rate", 0, 10**12)
     decay_share: float = option(0.2, "share of the steps that decay, for wsd; -1: the last stage", -1, 1)
-    decay_shape: str = option("linear", "linear, sqrt (1-sqrt) or cosine, for wsd", choices=tuple(schedule.DECAYS))
+    decay_shape: str = option("linear", "linear, sqrt (1-sqrt) or cosine, for wsd", choices=tuple(DECAYS))
     final_share: float = option(0.0, "rate of the last step, as a share of the peak", 0, 1)
     weight_decay: float = option(0.1, "AdamW's decay, on all but the embedding", 0, 1e6)
     beta1: float = option(0.9, "AdamW's memory of the gradient", 0, 0.999999)
@@ -223,7 +223,7 @@ class Run:
     machine: cost.Machine
     tokenizer: Tokenizer
     model: GPT  # computes, is evaluated and saved
-    optimizer: schedule.Optimizer
+    optimizer: Optimizers
     guard: Guard
     steps: int  # of the whole run
     rate: Callable[[int], float]  # learning rate of the update that begins at a step
@@ -630,7 +630,7 @@ def make_run(recipe: Recipe, folder: Path, world: World, machine: cost.Machine, 
             fully_shard(block, mp_policy=policy)
         fully_shard(model, mp_policy=policy)
     model = model.to(machine.device)
-    optimizer = schedule.build_optimizer(model, recipe.learning_rate, recipe.weight_decay, (recipe.beta1, recipe.beta2),
+    optimizer = build_optimizer(model, recipe.learning_rate, recipe.weight_decay, (recipe.beta1, recipe.beta2),
                                          recipe.eps, recipe.optimizer, machine.dtype)
     run = Run(recipe, folder, world, machine, tokenizer, model, optimizer, Guard(recipe.guard, machine.device),
               steps, rate, parallel=model, **more)
@@ -693,7 +693,7 @@ def set_up(recipe: Recipe, folder: Path, world: World | None = None, resume: boo
     memory = cost.check_memory(recipe, machine, world.size, rows, curriculum)
     torch.manual_seed(recipe.seed)
     run = make_run(recipe, folder, world, machine, tokenizer, GPT(recipe.model), curriculum.steps,
-                   functools.partial(schedule.learning_rate, recipe, curriculum), begun, resume, curriculum=curriculum,
+                   functools.partial(learning_rate, recipe, curriculum), begun, resume, curriculum=curriculum,
                    sources=sources, rows=rows, loader=Loader(curriculum, machine.device), memory=memory,
                    keepers=tuple(curriculum.ends), fingerprint=fingerprint)
     inputs, _, cu_seqlens = run.loader.get((0, 0, rows[0]))
@@ -894,8 +894,8 @@ def main(world: World) -> None:
     args, recipe = parse(sys.argv[1:])
     if args.minutes is not None:
         machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
-        rows = cost.stage_rows(recipe, world.size, machine.device)[0]
-        speed = world.size * cost.quick_speed(recipe.model, machine, rows)
+        rows, context = cost.stage_rows(recipe, world.size, machine.device)[0], recipe.model.max_position_embeddings
+        speed = world.size * cost.measure_training(recipe.model, machine, rows, context, 2, 2.0)
         recipe = replace(recipe, tokens=world.agree(60 * args.minutes * speed))
         if not recipe.tokens >= 20 * recipe.batch_tokens:
             raise UserError(f"--minutes {args.minutes:g} is less than 20 steps here; the nearest possible is --minutes "
