@@ -43,7 +43,7 @@ from checkpoint import from_pretrained, is_hugging_face, save_pretrained
 from data import (HELD_OUT, Packing, Split, draw_notes, find_tokenizer, generated_math, load_source,
                   note, note_question, source_folders, uniform, validation_batches)
 from model import GPT, cross_entropy
-from sample import EXTENSIONS, command_options, extended, load, recipe_of
+from sample import ContextOptions, command_options, extended, load, recipe_of
 from tokenizer import ChatFormat, Parser, Tokenizer, UserError, draw, option, run
 
 Ids, Texts = list[int], dict[str, list[str]]  # of one sequence; the documents of each source
@@ -77,8 +77,8 @@ class Score(NamedTuple):
         least that of Agresti and Coull (1998): sqrt(p (1 - p) / (G + 4)), p = (mean G + 2) / (G + 4); here 0.013.
         """
         x = np.asarray(list(values), np.float64)
-        sums = np.bincount(np.unique(groups or range(len(x)), return_inverse=True)[1], x - x.mean())  # [G]
-        sums = sums if len(sums) > 1 else x - x.mean()
+        groups = groups if groups and len(set(groups)) > 1 else range(len(x))
+        sums = np.bincount(np.unique(groups, return_inverse=True)[1], x - x.mean())  # [G]
         mean, count = float(x.mean()), len(sums)
         error = math.sqrt(count / (count - 1) * (sums**2).sum()) / len(x) if count > 1 else math.nan
         if np.isin(x, (0, 1)).all():
@@ -87,8 +87,8 @@ class Score(NamedTuple):
         return cls(mean, error, len(x), chance)
 
     def __str__(self) -> str:
-        beside = "" if math.isnan(self.chance) else f"   chance {self.chance:.3f}"
-        return f"{self.mean:.3f} ± {self.stderr:.3f}{beside}   n {self.n:,}"
+        chance = f"   chance {self.chance:.3f}" if self.chance >= 0 else ""
+        return f"{self.mean:.3f} ± {self.stderr:.3f}{chance}   n {self.n:,}"
 
 
 # ---- likelihoods ----------------------------------------------------------------------------------------------
@@ -133,9 +133,9 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, split: Split, tokens: float,
     batches += batches[-1:] * (-count % processes)  # a sharded model needs every process for every batch
     token_bytes = torch.tensor(tokenizer.token_bytes, device=device)
     sums = torch.zeros(2, len(batches), rows, dtype=torch.float64)
-    for k in range(rank, len(batches), processes):
-        inputs, targets, starts = (torch.from_numpy(x).to(device) for x in (
-            batches[k].tokens, batches[k].targets, batches[k].cu_seqlens))
+    for k, batch in list(enumerate(batches))[rank::processes]:
+        arrays = batch.tokens, batch.targets, batch.cu_seqlens
+        inputs, targets, starts = (torch.from_numpy(array).to(device) for array in arrays)
         for i, (logits, target) in enumerate(zip(model(inputs, starts if document_mask else None), targets)):
             sums[0, k, i] = cross_entropy(logits[None], target[None]) / math.log(2)
             sums[1, k, i] = token_bytes[target[target >= 0]].sum()
@@ -158,7 +158,10 @@ class Example(NamedTuple):
     about: str = ""  # examples about the same thing are one draw for the standard error; "": about nothing else
 
 
-def read_task(path: str | Path) -> list[Example]:
+Task = tuple[str, list[Example]]
+
+
+def read_task(path: str) -> list[Example]:
     """Questions from lines of {"context": text, "choices": [text, text, ...], "answer": number of the right one}."""
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
@@ -169,8 +172,6 @@ def read_task(path: str | Path) -> list[Example]:
                 if answer not in range(len(choices)) or not choices[1:] or not all(c.strip() for c in choices):
                     raise ValueError("it needs two choices or more, and the number of the right one, from 0")
                 examples.append(Example(context, tuple(choices), answer, context))
-    if not examples:
-        raise UserError(f"{path} holds no questions")
     return examples
 
 
@@ -199,7 +200,7 @@ def encode_pair(tokenizer: Tokenizer, opening: Ids, context: str, choice: str) -
     return (opening + whole[:same]) or [tokenizer.eos_id], whole[same:]
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[tuple[str, list[Example]]], opening: Ids | None = None,
+def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[Task], opening: Ids | None = None,
              limit: int = 0) -> dict[str, Score]:
     """{task: score}. `opening`: ids that begin a text (`tokenizer.ChatFormat.opening`), EOS if None; `limit`: at most
     so many questions per task."""
@@ -217,17 +218,17 @@ def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[tuple[str, list[Examp
 
 
 # ---- built-in tasks -------------------------------------------------------------------------------------------
-# Made from a seed, without a network, of what training has never seen; `data` names prepared data.
+# Made from a seed, without a network, of what training has never seen; `data`: folders of prepared data.
 
 
-def held_out_problems(signs: str) -> list[tuple[str, str, str]]:
+def held_out_problems(kinds: str) -> list[tuple[str, str, str]]:
     """(question up to "Answer:", worked answer, problem without its story) of the math source's held-out problems."""
     parts = ((key, *text.rstrip("\n").split("Answer:")) for key, text in generated_math(40_000, seed=1))
     return [(question + "Answer:", answer, key) for key, question, answer in dict.fromkeys(parts)
-            if uniform(key) < HELD_OUT and set(signs) & set(key)]
+            if uniform(key) < HELD_OUT and set(kinds) & set(key)]
 
 
-def mixed(rng: random.Random, context: str, right: str, wrong: list[str], about: str = "") -> Example:
+def mixed(rng: random.Random, context: str, right: str, wrong: list[str], about: str) -> Example:
     """An example of the right choice and three of the wrong ones, in random order."""
     choices = rng.sample([right, *rng.sample(wrong, 3)], 4)
     return Example(context, tuple(choices), choices.index(right), about)
@@ -263,8 +264,6 @@ def continuation(data: str, count: int) -> list[Example]:
             others = sorted({other[240:] for n, other in pieces if n != number} - {piece[240:]})
             if len(others) > 2:
                 examples.append(mixed(rng, piece[:240], piece[240:], others, piece[:240]))
-    if not examples:
-        raise UserError(f"the task continuation finds no held-out documents of 360 characters in {data}; leave it out")
     return rng.sample(examples, min(count, len(examples)))
 
 
@@ -305,7 +304,7 @@ def encoded(name: str, texts: list[str], tokenizer: Tokenizer) -> Split:
 
 
 @functools.lru_cache
-def tasks_of(names: str, data: str, count: int = 200) -> list[tuple[str, list[Example]]]:
+def tasks_of(names: str, data: str, count: int = 200) -> list[Task]:
     """(name, questions) of tasks from a list with commas: built-in ones by name, which ask about the held-out documents
     of prepared data, and .jsonl files by path. NAME:letters shows the choices and compares their letters; NAME:exact
     wants the right one written by greedy sampling."""
@@ -316,6 +315,8 @@ def tasks_of(names: str, data: str, count: int = 200) -> list[tuple[str, list[Ex
             raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, with "
                             ":letters or :exact behind it")
         examples = BUILT_IN[name](data, count) if name in BUILT_IN else read_task(name)
+        if not examples:  # in a file, or of 360 characters in the data
+            raise UserError(f"task {full} finds no questions; leave it out with --tasks")
         tasks.append((full, list(map(KINDS[kind], examples))))
     return tasks
 
@@ -325,15 +326,14 @@ def tasks_of(names: str, data: str, count: int = 200) -> list[tuple[str, list[Ex
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def recall(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int, opening: Ids,
-           questions: int = 20) -> np.ndarray:
-    """[depths, questions] bool, which were answered: a stretch of held-out text, `length` tokens with all the rest,
-    hides one note after the share `depth` of it and three anywhere. The first is asked for, and greedy sampling has to
-    write its value. Chance is naming the value of any of the four."""
+def recall(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int, opening: Ids) -> np.ndarray:
+    """[depths, 20], 1 for each question that was answered: a stretch of held-out text, `length` tokens with all the
+    rest, hides one note after the share `depth` of it and three anywhere. The first is asked for, and greedy sampling
+    has to write its value. Chance is naming the value of any of the four."""
     rng, pairs = random.Random(length), []
     text = tokenizer.encode("\n".join(sum(texts.values(), [])) + "\n")
     text *= 1 + length // len(text)
-    for depth in np.repeat(DEPTHS, questions):
+    for depth in np.repeat(DEPTHS, 20):
         keys, values = zip(*draw_notes(rng, 4, held_out=True))
         needles = [tokenizer.encode("\n" + line) for line in map(note, keys, values)]
         question, answer = tokenizer.encode(note_question(keys[0])), tokenizer.encode(" " + values[0])
@@ -345,14 +345,14 @@ def recall(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int, opening:
         for share, needle in sorted(zip(shares, needles), reverse=True):  # from the back: no place moves
             hay[int(share * room):int(share * room)] = needle
         pairs.append((opening + hay + question, answer))
-    return np.array([exact for _, exact in log_likelihoods(model, pairs)]).reshape(len(DEPTHS), questions)
+    return np.array(log_likelihoods(model, pairs))[:, 1].reshape(len(DEPTHS), 20)
 
 
-def draw_recall(table: dict[int, np.ndarray], path: str | Path) -> bool:
+def draw_recall(table: dict[int, np.ndarray], path: str) -> bool:
     """`recall` by length and depth as a picture; False without matplotlib."""
     def paint(axes):
         axes.imshow(np.mean(list(table.values()), -1).T, vmin=0, vmax=1)  # [depths, lengths]
-        axes.set(title="recalled: all yellow, none violet", xlabel="tokens", ylabel="depth of the note",
+        axes.set(xlabel="tokens", ylabel="depth of the note",
                  xticks=range(len(table)), xticklabels=table, yticks=range(len(DEPTHS)), yticklabels=DEPTHS)
 
     return draw(path, paint)
@@ -360,13 +360,14 @@ def draw_recall(table: dict[int, np.ndarray], path: str | Path) -> bool:
 
 def loss_by_position(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int,
                      opening: Ids) -> Iterator[tuple[str, Score]]:
-    """("first-last place", nats per token) over 24 held-out documents of more than `length` tokens, in doubling spans.
-    Where context helps, the loss falls with the place; beyond what the model can read it rises."""
-    ids = (opening + tokenizer.encode(text) for source in texts.values() for text in source if len(text) > length)
+    """("first-last place", nats per token) over 24 held-out documents of more than `length` tokens, in four spans, each
+    as long as all before it. Where context helps, the loss falls with the place; beyond what the model can read it
+    rises."""
+    ids = (opening + tokenizer.encode(text) for text in sum(texts.values(), []) if len(text) > length)
     rows = [row for row in ids if len(row) > length][:24]
     if not rows:
         raise UserError(f"position needs held-out documents of more than {length} tokens; name other data with --data")
-    edges = [0, *(2**i for i in range(6, 30) if 2**i < length), length]
+    edges = [0, length // 8, length // 4, length // 2, length]
     for a, b in zip(edges, edges[1:]):
         found = log_likelihoods(model, [(row[:a + 1], row[a + 1:b + 1]) for row in rows])
         yield f"nats per token/{a}-{b - 1}", Score.of(-nats / (b - a) for nats, _ in found)
@@ -380,64 +381,47 @@ def signs(x: np.ndarray) -> np.ndarray:
     return np.sign(np.subtract.outer(x, x))
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks; nan where one side is constant."""
-    return np.corrcoef(signs(x).sum(1), signs(y).sum(1))[0, 1]
-
-
-def kendall(x: np.ndarray, y: np.ndarray) -> float:
-    """Kendall's tau-a: (pairs in the same order - pairs in opposite order) / all pairs; ties are neither."""
-    a, b = signs(x), signs(y)
-    return (a * b).sum() / (a.size - len(a))
-
-
 @np.errstate(all="ignore")  # nan where a criterion cannot be told
 def criteria(runs: list[dict[int, Score]]) -> dict[str, float | bool]:
     """The playbook's four criteria of one task, over runs of {step: score}, at the steps that all of them have.
 
-    monotonic: mean over runs of Spearman's correlation of score and step, >= 0.5. noise: last score over its noise,
-    > 20; the noise is the deviation between runs (of other seeds), with one run the standard error. above: the best
-    last score's distance from chance in noises, > 3. order: mean Kendall's tau between how neighbouring steps rank
-    the runs, nan for a single run; it has no threshold (higher is better).
+    monotonic: mean over runs of Spearman's correlation of score and step (Pearson's of the ranks), >= 0.5. noise: last
+    score over its noise, > 20; the noise is the deviation between runs (of other seeds), with one run the standard
+    error. above: the best last score's distance from chance in noises, > 3. order: how neighbouring steps rank the
+    runs, mean of Kendall's tau-a, (pairs in the same order - pairs in opposite order) / all pairs; nan for a single
+    run; it has no threshold (higher is better).
     """
-    steps = sorted(set.intersection(*map(set, runs)))
+    steps, count = sorted(set.intersection(*map(set, runs))), len(runs)
     means = np.array([[run[step].mean for step in steps] for run in runs])  # [runs, steps]
     last, score = means[:, -1], runs[0][steps[-1]]
-    noise = last.std(ddof=1) if len(runs) > 1 else np.float64(score.stderr)
-    found = {"monotonic": np.mean([spearman(steps, row) for row in means]), "noise": last.mean() / noise,
-             "above": (last.max() - score.chance) / noise,
-             "order": np.mean([kendall(a, b) for a, b in zip(means.T, means.T[1:])])}
+    noise = last.std(ddof=1) if count > 1 else np.float64(score.stderr)
+    spearman = [np.corrcoef(signs(steps).sum(1), signs(row).sum(1))[0, 1] for row in means]
+    kendall = [(signs(a) * signs(b)).sum() / (count * (count - 1)) for a, b in zip(means.T, means.T[1:])]
+    found = {"monotonic": np.mean(spearman), "noise": last.mean() / noise, "above": (last.max() - score.chance) / noise,
+             "order": np.mean(kendall)}
     early = found["monotonic"] >= 0.5 and found["noise"] > 20 and found["above"] > 3
     return found | {"early signal": bool(early)}
 
 
-def logged_scores(folder: Path) -> dict[str, dict[int, Score]]:
-    """{task: {step: score}} of a run's log."""
-    scores, log = {}, folder / "log.jsonl"
-    for line in log.read_bytes().splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-            entry = json.loads(line)
-            for name, score in entry.get("tasks", {}).items():
-                scores.setdefault(name, {})[entry["step"]] = Score(*score)
-    return scores
-
-
 def print_criteria(folders: list[Path], names: list[str]) -> dict[str, dict]:
-    """criteria() of the tasks that the logs of all runs have three scores or more of, as a table."""
-    runs, found = [logged_scores(folder) for folder in folders], {}
-    for name in names or runs[0]:
-        scores = [run.get(name, {}) for run in runs]
-        if len(set.intersection(*map(set, scores))) > 2:
-            found[name] = criteria(scores)
+    """criteria() of the tasks that the logs of all runs have three common scores or more of, as a table."""
+    scores, found = {}, {}  # scores: {task: {run: {step: score}}}
+    for folder in folders:
+        for line in (folder / "log.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
+                entry = json.loads(line)
+                for name, score in entry.get("tasks", {}).items():
+                    scores.setdefault(name, {}).setdefault(folder, {})[entry["step"]] = Score(*score)
+    print(f"{'task':24}{'Spearman >= 0.5':>16}{'signal/noise > 20':>19}{'over chance > 3':>17}{'Kendall':>9}   steps")
+    for name, runs in scores.items():
+        steps = sorted(set.intersection(*map(set, runs.values())))
+        if name in (names or scores) and len(runs) == len(folders) and len(steps) > 2:
+            found[name] = c = criteria(list(runs.values()))
+            print(f"{name:24}{c['monotonic']:16.2f}{c['noise']:19.1f}{c['above']:17.1f}{c['order']:9.2f}   "
+                  f"{', '.join(map(str, steps))}: {'' if c['early signal'] else 'no '}early signal")
     if not found:
         raise UserError(f"criteria need three scores of a task in the log of {' and '.join(map(str, folders))}; train "
                         "with --eval-tasks arithmetic,carry,continuation")
-    print(f"{'task':24}{'Spearman >= 0.5':>16}{'signal/noise > 20':>19}{'over chance > 3':>17}{'Kendall':>9}   steps")
-    for name, c in found.items():
-        print(f"{name:24}{c['monotonic']:16.2f}{c['noise']:19.1f}{c['above']:17.1f}{c['order']:9.2f}   "
-              f"{', '.join(map(str, runs[0][name]))}: {'' if c['early signal'] else 'no '}early signal")
-    if len(runs) == 1:
-        print("(one run: noise is the standard error of its questions, and runs cannot be ranked; give several runs)")
     return found
 
 
@@ -448,14 +432,14 @@ def harness(folder: Path, tasks: str, **options) -> Iterator[tuple[str, Score]]:
     """(task/metric, score) of lm-evaluation-harness, through its own model `hf` on the folder or on a run's export; its
     tasks fetch their data. `options`: of lm_eval.simple_evaluate."""
     with tempfile.TemporaryDirectory() as place:
-        exported = folder if is_hugging_face(folder) else f"{place}/model"
-        if exported != folder:
-            save_pretrained(from_pretrained(folder), exported, tokenizer_from=folder)
+        if not is_hugging_face(folder):
+            save_pretrained(from_pretrained(folder), f"{place}/model", tokenizer_from=folder)
+            folder = f"{place}/model"
         try:
             import lm_eval
 
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            found = lm_eval.simple_evaluate("hf", {"pretrained": str(exported)}, tasks.split(","), batch_size=8,
+            found = lm_eval.simple_evaluate("hf", {"pretrained": str(folder)}, tasks.split(","), batch_size=8,
                                             device=device, **options)
         except Exception as error:  # tasks are programs, and can fail in every way
             raise UserError(f"--harness {tasks} fails ({' '.join(str(error).split())}); it needs pip install "
@@ -469,19 +453,15 @@ def harness(folder: Path, tasks: str, **options) -> Iterator[tuple[str, Score]]:
 
 
 @dataclass
-class EvalOptions:
-    run: list[str]
+class EvalOptions(ContextOptions):
+    run: tuple[str, ...] = ()
     json: bool = False
-    chat: bool = False
     tasks: str = option("", f"of {', '.join([*REPORTS, *BUILT_IN])} and .jsonl files (NAME:letters, NAME:exact), with "
                         "commas; without it all built-in ones but recall and position")
     limit: int = option(300, "questions per task", 1)
     tokens: float = option(2**17, "held-out tokens of each source for bits per byte", 1)
     data: str = option("", "prepared data; without it what the run learned from, or data/laptop")
-    context: int = option(0, "tokens to read, beyond the trained context by --extend", 0)
-    extend: str = option("dual_chunk", f"how to read beyond the trained context: {', '.join(EXTENSIONS)}",
-                         choices=EXTENSIONS)
-    harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas")
+    harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
     picture: str = option("", "file for a picture of recall, such as recall.png")
 
 
@@ -501,13 +481,13 @@ def measure(folder: Path, names: list[str], asked: EvalOptions) -> Iterator[tupl
     for task in tasks:
         yield from evaluate(model, tokenizer, [task], opening, asked.limit).items()
     if "recall" in names:
-        lengths, table = [*(2**i for i in range(8, 30) if 2**i < context), context], {}
-        for length in lengths:
+        table = {}
+        for length in [*(2**i for i in range(8, 30) if 2**i < context), context]:
             table[length] = recall(model, tokenizer, texts, length, opening)
-            print(f"recall/{length} by depth: " + ", ".join(map("{:.0%} {:.2f}".format, DEPTHS, table[length].mean(1))))
+            print(f"recall/{length} by depth {DEPTHS}: {table[length].mean(1)}")
             yield f"recall/{length}", Score.of(table[length].flat, 1 / 4)
-        if asked.picture and draw_recall(table, asked.picture):
-            print(f"{asked.picture} shows recall by length and depth")
+        if asked.picture and not draw_recall(table, asked.picture):
+            print(f"{asked.picture} needs the package matplotlib: pip install matplotlib")
     if "position" in names:
         yield from loss_by_position(model, tokenizer, texts, context, opening)
 
@@ -518,9 +498,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)
-    names, folders, found = list(filter(None, asked.tasks.split(","))), [Path(run) for run in asked.run], {}
+    names, folders, found = list(filter(None, asked.tasks.split(","))), list(map(Path, asked.run)), {}
     with contextlib.redirect_stdout(sys.stderr if asked.json else sys.stdout):
-        if asked.run[0] == "criteria":
+        if asked.run[0] == "criteria" and folders[1:]:
             found = print_criteria(folders[1:], names)
         elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")

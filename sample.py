@@ -143,12 +143,12 @@ def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, sam
     return [tokenizer.decode(ids).removeprefix(prompt[len(text):]) for ids in made[0]]
 
 
-def newest_run(root: str | Path = "runs") -> Path:
-    """The run folder whose checkpoint was written last."""
-    checkpoints = [p for p in Path(root).glob("*/checkpoints/step-????????") if (p / "manifest.json").exists()]
-    if not checkpoints:
-        raise UserError(f"there is no trained model in {root}/; run `python train.py` first")
-    return max(checkpoints, key=lambda p: (p / "manifest.json").stat().st_mtime).parent.parent
+def newest_run() -> Path:
+    """The run folder in runs/ whose checkpoint was written last."""
+    manifests = list(Path("runs").glob("*/checkpoints/step-????????/manifest.json"))
+    if not manifests:
+        raise UserError("there is no trained model in runs/; run `python train.py` first")
+    return max(manifests, key=lambda path: path.stat().st_mtime).parents[2]
 
 
 def recipe_of(folder: str | Path) -> dict:
@@ -232,13 +232,16 @@ def chat(model: GPT, tokenizer: Tokenizer, chat_format: ChatFormat, question: st
 
 
 @dataclass
-class SampleOptions:
-    run: str = ""
+class ContextOptions:
     chat: bool = False
-    prompt: str = option("", "text to continue")
     context: int = option(0, "tokens to read and write, beyond the trained context by --extend", 0)
-    extend: str = option("dual_chunk", f"how to read beyond the trained context: {', '.join(EXTENSIONS)}",
-                         choices=EXTENSIONS)
+    extend: str = option("dual_chunk", "how to read beyond the trained context", choices=EXTENSIONS)
+
+
+@dataclass
+class SampleOptions(ContextOptions):
+    run: str = ""
+    prompt: str = option("", "text to continue")
     max_tokens: int = option(200, "length of a sample or answer", 1)
     samples: int = option(1, "how many, drawn at once", 1)
     temperature: float = option(0.8, "0: greedy", 0)

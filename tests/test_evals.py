@@ -183,11 +183,14 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
 
 
 def test_criteria_by_hand():
-    expected = 1 - 6 * 2 / (4 * 15)  # 1 - 6 sum d^2 / n(n^2-1)
-    assert evals.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(expected)
-    assert evals.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
-    assert evals.spearman([1, 2, 3], [1, 1, 2]) == pytest.approx(math.sqrt(3) / 2)
-    assert evals.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx((5 - 1) / 6)
+    def rank(*runs: list[float]) -> dict:
+        return evals.criteria([{i: Score(mean, 0.01, 100, 0.25) for i, mean in enumerate(run)} for run in runs])
+
+    expected = 1 - 6 * 2 / (4 * 15)  # Spearman: 1 - 6 sum d^2 / n(n^2-1)
+    assert rank([10, 30, 20, 40])["monotonic"] == pytest.approx(expected) and rank([3, 2, 1])["monotonic"] == -1
+    assert rank([1, 1, 2])["monotonic"] == pytest.approx(math.sqrt(3) / 2)
+    four = rank([1, 1], [2, 3], [3, 2], [4, 4])  # Kendall: five pairs in the same order, one in the opposite
+    assert four["order"] == pytest.approx((5 - 1) / 6)
     run = {1: Score(0.25, 0.02, 100, 0.25), 2: Score(0.4, 0.02, 100, 0.25), 3: Score(0.5, 0.02, 100, 0.25)}
     one = evals.criteria([run])
     assert one["monotonic"] == pytest.approx(1) and one["noise"] == pytest.approx(25) and math.isnan(one["order"])
@@ -211,6 +214,8 @@ def test_criteria_read_the_logs_of_runs(tmp_path, monkeypatch):
     done = call(evals.main, "criteria", "a", "b", "--json")
     found = json.loads(done.stdout)
     assert found["my"]["monotonic"] == pytest.approx(1) and found["my"]["order"] == 1 and "0, 1, 2:" in done.stderr
+    missing = call(evals.main, "criteria", "a", "--tasks", "other")
+    assert missing.returncode == 2 and "criteria need three scores" in missing.stderr
     found = json.loads(call(evals.main, "criteria", "a", "--json").stdout)
     assert found["my"]["order"] is None and found["my"]["early signal"] is True
 
@@ -257,8 +262,8 @@ def test_continuations_come_from_other_documents(monkeypatch):
         assert (len(e.context), *map(len, e.choices)) == (240, 120, 120, 120, 120) and len(set(e.choices)) == 4
         assert set(e.choices[e.answer].split()) == set(e.context.split())
     monkeypatch.setattr(evals, "held_out_texts", lambda data: {"a": ["x" * 500]})
-    with pytest.raises(UserError, match="finds no held-out documents"):
-        evals.continuation("", 12)
+    with pytest.raises(UserError, match="continuation finds no questions"):
+        evals.tasks_of("continuation", "few")
 
 
 class Reader(GPT):
@@ -282,12 +287,11 @@ def test_recall_places_the_note_and_scores_it(tmp_path):
     texts = {"it": ["some words\nto hide in\nand more words"]}
     model = Reader(config)
     model.tokenizer, model.depths, model.lengths = tokenizer, [], set()
-    perfect = evals.recall(model, tokenizer, texts, 320, [tokenizer.eos_id], questions=4)
-    assert perfect.shape == (5, 4) and perfect.all() and model.lengths == {320}
-    assert sorted(model.depths) == model.depths or len(model.depths) == 20
-    low, *_, high = np.sort(model.depths).reshape(5, 4).mean(1)
+    perfect = evals.recall(model, tokenizer, texts, 320, [tokenizer.eos_id])
+    assert perfect.shape == (5, 20) and perfect.all() and model.lengths == {320}
+    low, *_, high = np.sort(model.depths).reshape(5, 20).mean(1)
     assert low < 0.1 and high > 0.7
-    blind = evals.recall(GPT(config).eval(), tokenizer, texts, 160, [tokenizer.eos_id], questions=4)
+    blind = evals.recall(GPT(config).eval(), tokenizer, texts, 160, [tokenizer.eos_id])
     assert not blind.any()
     with pytest.raises(UserError, match="more than 40 tokens"):
         evals.recall(model, tokenizer, texts, 40, [])
@@ -302,9 +306,9 @@ def test_loss_by_position_by_hand():
     found = dict(evals.loss_by_position(model, TOKENIZER, texts, 128, [EOS]))
     rows = [([EOS] + TOKENIZER.encode(text))[:129] for text in (TEXT * 3, TEXT[7:] * 3)]
     expected = [[-alone(model, row[:i], row[i:i + 1])[0] for i in range(1, 129)] for row in rows if len(row) == 129]
-    assert list(found) == ["nats per token/0-63", "nats per token/64-127"]
-    assert found["nats per token/0-63"].mean == pytest.approx(np.mean([e[:64] for e in expected]), rel=1e-5)
-    assert found["nats per token/64-127"].mean == pytest.approx(np.mean([e[64:] for e in expected]), rel=1e-5)
+    assert list(found) == [f"nats per token/{span}" for span in ("0-15", "16-31", "32-63", "64-127")]
+    for (a, b), score in zip([(0, 16), (16, 32), (32, 64), (64, 128)], found.values()):
+        assert score.mean == pytest.approx(np.mean([e[a:b] for e in expected]), rel=1e-5)
     with pytest.raises(UserError, match="position needs"):
         dict(evals.loss_by_position(model, TOKENIZER, {"it": ["short"]}, 128, [EOS]))
 
@@ -332,7 +336,7 @@ def test_a_task_file_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [(["runs/none"], "does not exist"), (["a", "b"], "one model at a time"),
-                                          (["criteria", "runs/none"], "criteria need three scores"),
+                                          (["criteria", "runs/none"], "runs/none/log.jsonl"),
                                           (["x", "--limit", "0"], "--limit"), (["x", "--extend", "y"], "dual_chunk")])
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
@@ -359,11 +363,11 @@ def test_the_command_line_measures_everything(run, tmp_path):
     flags = ["--tasks", "bpb,lookup,recall,position", "--limit", "10", "--tokens", "2k", "--context", "320", "--data"]
     done = call(evals.main, run / "model", *flags, run / "data", "--json", "--picture", tmp_path / "recall.png")
     found = json.loads(done.stdout)
-    assert list(found) == ["bits per byte/prose", "lookup", "recall/256", "recall/320", "nats per token/0-63",
-                           "nats per token/64-127", "nats per token/128-255", "nats per token/256-319"]
+    assert list(found) == ["bits per byte/prose", "lookup", "recall/256", "recall/320", "nats per token/0-39",
+                           "nats per token/40-79", "nats per token/80-159", "nats per token/160-319"]
     assert found["lookup"]["chance"] == 0.25 and found["bits per byte/prose"]["chance"] is None
     assert found["recall/256"]["n"] == 100 and found["recall/256"]["stderr"] > 0
-    assert "recall/256 by depth: 0% 0.00" in done.stderr
+    assert "recall/256 by depth (0.0, 0.25" in done.stderr
     assert (tmp_path / "recall.png").exists() == draw(tmp_path / "x.png", lambda axes: None)
     other = train_bpe([TEXT], 280)
     texts = [(str(i), f"{TEXT} number {i}") for i in range(300)]

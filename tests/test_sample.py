@@ -73,6 +73,19 @@ def test_samples_follow_the_probabilities():
     assert ((observed - expected) ** 2 / expected).sum() < 99.6
 
 
+@pytest.mark.cuda
+def test_tokens_are_drawn_deterministically_on_cuda():
+    """GPU.md 7: no float cumsum, which raises there; the same chi-squared."""
+    probabilities = torch.randn(61, device="cuda").softmax(-1).expand(2000, -1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, two = (sample.draw_tokens(probabilities, torch.Generator("cuda").manual_seed(1)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    expected, observed = 2000 * probabilities[0], torch.bincount(one[:, 0], minlength=61)
+    assert torch.equal(one, two) and ((observed - expected) ** 2 / expected).sum() < 99.6
+
+
 def test_generation_can_be_followed_by_training():
     """GPU.md 4: nothing that generation leaves behind is an inference tensor."""
     model = GPT(ModelConfig(61, 32, 32, 2, 2, 1))
