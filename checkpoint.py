@@ -41,19 +41,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import GPT, ModelConfig
-from tokenizer import ChatFormat, Tokenizer, UserError, draw, run
-
-
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a UserError of one line that names the path."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{path} cannot be read ({reason}); it is damaged or not what its name says") from None
+from tokenizer import ChatFormat, Tokenizer, UserError, draw, reading, run
 
 
 def read_json(path: Path) -> dict:

@@ -40,22 +40,14 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import from_pretrained, is_hugging_face, save_pretrained
-from data import (HELD_OUT, Packing, Split, draw_notes, find_tokenizer, generated_math, load_source,
+from data import (HELD_OUT, Split, draw_notes, find_tokenizer, generated_math, load_source,
                   note, note_question, source_folders, uniform, validation_batches)
 from model import GPT, cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, Tokenizer, UserError, draw, option, run
+from tokenizer import ChatFormat, Parser, Tokenizer, UserError, draw, option, reading, run
 
 Ids, Texts = list[int], dict[str, list[str]]  # of one sequence; the documents of each source
 AT_ONCE = 2048  # tokens whose logits are computed together
-
-
-@contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:  # until tokenizer.py has it
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}): {' '.join(str(error).split())}") from None
 
 
 class Score(NamedTuple):
