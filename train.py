@@ -890,7 +890,7 @@ def command_line(work: Callable[[World], None]) -> None:
         dist.destroy_process_group()
 
 
-def main(world: World) -> None:
+def start(world: World) -> None:
     args, recipe = parse(sys.argv[1:])
     if args.minutes is not None:
         machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
@@ -906,5 +906,9 @@ def main(world: World) -> None:
     pretrain(recipe, folder, bool(args.resume), world)
 
 
+def main() -> None:
+    command_line(start)
+
+
 if __name__ == "__main__":
-    run_command(lambda: command_line(main))
+    run_command(main)
