@@ -1,15 +1,16 @@
-"""Hyperparameters: the optimizer, its schedules, how large a batch and how high a rate.
+"""Hyperparameters: the optimizer, learning-rate schedules, and laws of rate, batch size and loss.
 
-The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (with decay on
-it 2.189, without 2.202: noise), gradients clipped at norm 1. Warmup-stable-decay (WSD) ends as low as cosine (2.204
-both with a 10 % decay, 2.184 with 20 %), and its length need not be known beforehand: a longer run goes on from the
-checkpoint before the decay, if one was kept. SmolLM3: 2e-4, 2000 steps of warmup, linear to zero over the last 11 %.
+The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (its ablation:
+2.189 with decay on the embedding, 2.202 without, which is noise), gradients clipped at norm 1. Warmup-stable-decay
+(WSD) ends as low as cosine (2.204 both with a 10 % decay; 2.184 with 20 %), and the length of the run may change
+later: a longer run resumes from the checkpoint before the decay. SmolLM3: peak rate 2e-4, 2000 steps of warmup, a
+linear decay to zero over the last 11 % of the steps.
 
-    python schedule.py                    # the shapes side by side; what the laws say for 1B parameters, 45B tokens
-    python schedule.py 3.08e9 11.1e12     # and for another size and length
+    python schedule.py               # the schedules side by side; the laws for 1B parameters and 45B tokens
+    python schedule.py 3.08B 11.1T   # the laws for another size and length
 
-Every schedule is a function of the step alone. Step `total - 1`, the last, has exactly the final rate. A law that is
-asked outside the range it was fitted on answers, and warns (`Extrapolation`): there it is a place to start a search.
+A schedule is a function of the step alone. Step `total - 1`, the last one, has exactly the final rate. A law that is
+asked outside the range of its fit still answers, with a warning (`Extrapolation`): start a search there.
 """
 
 import argparse
@@ -22,97 +23,88 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-# ---- the shape of the learning rate ---------------------------------------------------------------------------
+from tokenizer import Parser, UserError, number, run
 
+# ---- learning-rate schedules ----------------------------------------------------------------------------------
+
+# The shape of a decay: 1 at its start (progress 0), 0 at its end (progress 1). Add yours here.
 DECAYS = {
-    "linear": lambda t: 1 - t,
-    "sqrt": lambda t: 1 - math.sqrt(t),  # "1-sqrt" (Haegele et al. 2024): quick at first, long at low rates
-    "cosine": lambda t: (1 + math.cos(math.pi * t)) / 2,
+    "linear": lambda progress: 1 - progress,
+    "sqrt": lambda progress: 1 - math.sqrt(progress),  # "1-sqrt" (Haegele et al. 2024): drops fast, then stays low
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
 
 
 def warmup(step: int, warmup_steps: int) -> float:
-    """Share of the peak rate: (step + 1) / warmup_steps, never 0, and 1 from step warmup_steps - 1 on."""
+    """Share of the peak rate: (step + 1) / warmup_steps, which is never 0, and 1 from step warmup_steps - 1 on."""
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
 def wsd(step: int, total: int, warmup_steps: int, decay_steps: int, decay: str = "linear", final: float = 0.0) -> float:
-    """Warmup-stable-decay (Hu et al. 2024): share of the peak rate at a step, `final` at step total - 1."""
-    progress = max(0.0, (step + 1 - (total - decay_steps)) / max(1, decay_steps))  # 0 until the decay, 1 at the end
-    return warmup(step, warmup_steps) * (final + (1 - final) * DECAYS[decay](min(1.0, progress)))
+    """Warmup-stable-decay (Hu et al. 2024), as a share of the peak: rises, stays at 1, falls to `final` at the end."""
+    progress = (step + 1 - (total - decay_steps)) / max(1, decay_steps)  # of the decay: 1 at step total - 1
+    falling = DECAYS[decay](min(1.0, max(0.0, progress)))
+    return warmup(step, warmup_steps) * (final + (1 - final) * falling)
 
 
-def cosine(step: int, total: int, warmup_steps: int, final: float = 0.1) -> float:
+def cosine(step: int, total: int, warmup_steps: int, final: float = 0.1, **_) -> float:
     """Warmup, then half a cosine down to `final` at step total - 1 (Loshchilov and Hutter 2017)."""
     return wsd(step, total, warmup_steps, total - warmup_steps, "cosine", final)
 
 
-def multistep(step: int, total: int, warmup_steps: int) -> float:
+def multistep(step: int, total: int, warmup_steps: int, **_) -> float:
     """DeepSeek LLM: 1 for 80 % of the steps, then sqrt(0.1) = 0.316 for 10 %, then 0.1 for the last 10 %."""
     drops = (step >= round(0.8 * total)) + (step >= round(0.9 * total))
     return warmup(step, warmup_steps) * 0.1 ** (drops / 2)
 
 
-SCHEDULES = ("wsd", "cosine", "multistep")
+# Add yours here: (step, total, warmup_steps, *, decay_steps, decay, final) -> share of the peak rate.
+SCHEDULES = {"wsd": wsd, "cosine": cosine, "multistep": multistep}
 
 
-def rate_share(schedule: str, step: int, total: int, warmup_steps: int, decay_steps: int, decay: str, final: float) -> float:
+def rate_share(schedule: str, step: int, total: int, warmup_steps: int, decay_steps: int, decay: str,
+               final: float) -> float:
     """Share of the peak learning rate at a step under one of SCHEDULES."""
-    if schedule == "wsd":
-        return wsd(step, total, warmup_steps, decay_steps, decay, final)
-    if schedule == "cosine":
-        return cosine(step, total, warmup_steps, final)
-    return multistep(step, total, warmup_steps)
-
-
-def batch_multiple(step: int, doublings: list[int]) -> int:
-    """Batch warm-up (Merrill et al. 2025): how many times the first batch an update takes, doubled at each of these
-    steps. The critical batch size is near 0 at the start and grows, so a run that starts small wastes no tokens and
-    can end large; their rule doubles as soon as the critical size is twice the batch, with the rate times sqrt(2)."""
-    return 2 ** sum(step >= at for at in doublings)
+    return SCHEDULES[schedule](step, total, warmup_steps, decay_steps=decay_steps, decay=decay, final=final)
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Named groups: every parameter in exactly one.
-
-    `embedding` is not decayed; `head` (an untied output head; a tied one is the embedding) and `matrix` are; so is
-    `gain` (RMSNorm weights and other vectors), as in SmolLM3, whose rule excludes the embedding only.
-    """
-    groups = {"embedding": [], "head": [], "matrix": [], "gain": []}
+    """Named groups that hold every parameter once. All but `embedding` have weight decay, as in SmolLM3: `head`
+    (untied), `gain` (norms, other vectors), `matrix` (hidden ones), `stacked` (3 dimensions: experts, convolutions)."""
+    groups = {}
     for name, parameter in model.named_parameters():  # names a shared parameter once
-        kind = "embedding" if "embed_" in name else "head" if "lm_head" in name else "matrix"
-        groups["gain" if parameter.ndim < 2 or "bias" in name else kind].append(parameter)
-    decay = {"embedding": 0.0, "head": weight_decay, "matrix": weight_decay, "gain": weight_decay}
-    return [{"name": name, "params": params, "weight_decay": decay[name]} for name, params in groups.items() if params]
+        kind = ("gain" if parameter.ndim < 2 or "bias" in name else "embedding" if "embed_" in name
+                else "head" if "lm_head" in name else "matrix" if parameter.ndim == 2 else "stacked")
+        groups.setdefault(kind, []).append(parameter)
+    return [{"name": kind, "params": params, "weight_decay": 0.0 if kind == "embedding" else weight_decay}
+            for kind, params in groups.items()]
 
 
-class Both:
-    """Two optimizers that step, save and load as one."""
+class Optimizers:
+    """torch optimizers that step as one; `torch.distributed.checkpoint.state_dict` takes `.optimizers`."""
 
-    def __init__(self, **optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = list(optimizers)
+        self.found_inf = None  # a float tensor of one element; 1 makes `step` leave weights and moments unchanged
 
     @property
     def param_groups(self) -> list[dict]:
-        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self) -> None:
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        for optimizer in self.optimizers:
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = self.found_inf  # read on the device, so that the host need not wait
+                optimizer.step()
+            elif not self.found_inf:
+                optimizer.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict:
-        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state[name])
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
 
 
 class NoBfloat16(TorchFunctionMode):
@@ -123,52 +115,49 @@ class NoBfloat16(TorchFunctionMode):
 
 
 class Float32Muon(torch.optim.Muon):
-    """torch's Muon takes its Newton-Schulz steps in bfloat16, which a CPU without it emulates at a hundredth of its speed
-    (laptop model, 2 cores: 0.56 s a step of this optimizer, and 0.03 s in fp32, in which they stay here)."""
+    """torch's Muon takes its Newton-Schulz steps in bfloat16. A CPU without bfloat16 emulates it 20 times slower than
+    fp32 (laptop model, 2 cores: 0.56 against 0.03 s a step), so this one stays in fp32."""
 
     def step(self, closure=None):
         with NoBfloat16():
             return super().step(closure)
 
 
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = {"adamw": (), "muon": ("matrix",)}  # the parameter groups that Muon updates; AdamW updates the others
 
 
 def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.1,
                     betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                    name: str = "adamw", dtype: torch.dtype = torch.bfloat16) -> torch.optim.Optimizer | Both:
-    """torch's fused AdamW (Loshchilov and Hutter 2019) over `parameter_groups`; or, with "muon", torch's Muon (Jordan
-    et al. 2024) on the hidden matrices and AdamW on the rest: embedding, head, gains, and experts, which are stacked.
+                    name: str = "adamw", dtype: torch.dtype = torch.bfloat16) -> Optimizers:
+    """torch's fused AdamW (Loshchilov and Hutter 2019) over `parameter_groups`. With "muon", torch's Muon (Jordan et
+    al. 2024) updates the hidden matrices, and AdamW the rest: embedding, head, gains and stacked experts.
 
-    Muon with Moonlight's settings (Liu et al. 2025), which the playbook takes: updates times 0.2 sqrt(max(rows,
-    columns)), so that their size, and so the rate and the decay, are AdamW's; Nesterov momentum 0.95; 5 Newton-Schulz
-    steps, in `dtype`. The playbook: better than AdamW when tuned at 1B, but diverged more often at 3B; AdamW stayed.
-    """
-    groups = parameter_groups(model, weight_decay)
+    Muon has Moonlight's settings (Liu et al. 2025), as in the playbook: updates times 0.2 sqrt(max(rows, columns)), so
+    that AdamW's rate and decay fit; Nesterov momentum 0.95; 5 Newton-Schulz steps in `dtype`. The playbook found Muon
+    better than AdamW when tuned at 1B, but it diverged more often at 3B, so SmolLM3 stayed with AdamW."""
+    mine, rest = [], []
+    for group in parameter_groups(model, weight_decay):
+        (mine if group["name"] in OPTIMIZERS[name] else rest).append(group)
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
-    hidden = [p for group in groups if group["name"] == "matrix" for p in group["params"] if p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    rest = [group | {"params": kept} for group in groups if (kept := [p for p in group["params"] if id(p) not in chosen])]
+    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    if not mine:
+        return Optimizers(adamw)
     muon = torch.optim.Muon if dtype == torch.bfloat16 else Float32Muon
-    return Both(
-        muon=muon([{"name": "hidden", "params": hidden}], lr=learning_rate, weight_decay=weight_decay,
-                  momentum=0.95, nesterov=True, ns_steps=5, adjust_lr_fn="match_rms_adamw"),
-        adamw=torch.optim.AdamW(rest, lr=learning_rate, betas=betas, eps=eps, fused=fused))
+    return Optimizers(adamw, muon(mine, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, nesterov=True,
+                                  ns_steps=5, adjust_lr_fn="match_rms_adamw"))
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------
 
 
 class Extrapolation(UserWarning):
-    """A law was asked outside the range that it was fitted on."""
+    """A law was asked outside the range of its fit."""
 
 
 def check_range(law: str, value: float, low: float, high: float, unit: str) -> None:
-    """Warns, in a sentence, if low <= value <= high does not hold."""
+    """Warns unless low <= value <= high."""
     if not low <= value <= high:
-        warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}: a place to start a search",
+        warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}: start a search there",
                       Extrapolation, stacklevel=3)
 
 
@@ -185,15 +174,14 @@ def deepseek_batch(compute: float) -> float:
 
 
 def step_law_rate(parameters: float, tokens: float) -> float:
-    """Peak rate 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025), N without embeddings; grid of 0.06 to 1.1B
-    parameters and 2 to 100B tokens."""
+    """Peak rate 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025), N without embeddings."""
     check_range("Step Law's rate", parameters, 0.06e9, 1.1e9, "parameters")
     check_range("Step Law's rate", tokens, 2e9, 100e9, "tokens")
     return 1.79 * parameters**-0.713 * tokens**0.307
 
 
 def step_law_batch(tokens: float) -> float:
-    """Batch in tokens, 0.58 D^0.571, whatever the size (Step Law, Li et al. 2025); grid of 2 to 100B tokens."""
+    """Batch in tokens, 0.58 D^0.571, whatever the size (Step Law, Li et al. 2025)."""
     check_range("Step Law's batch", tokens, 2e9, 100e9, "tokens")
     return 0.58 * tokens**0.571
 
@@ -201,8 +189,8 @@ def step_law_batch(tokens: float) -> float:
 def scale_rate(rate: float, k: float) -> float:
     """The rate for a batch k times as large: sqrt(k) times as HIGH (playbook; many summaries invert it).
 
-    The variance of an update goes as rate^2 / batch, so sqrt(k) keeps it. Holds while the batch stays below the
-    critical size; a batch more than 16 times another's is hardly on the same side.
+    The variance of an update is proportional to rate^2 / batch, so sqrt(k) keeps it. Holds while both batches are below
+    the critical size, which is unlikely if one is more than 16 times the other.
     """
     check_range("square-root scaling", k, 1 / 16, 16, "times the batch")
     return rate * math.sqrt(k)
@@ -210,27 +198,27 @@ def scale_rate(rate: float, k: float) -> float:
 
 def scale_adam(k: float, rate: float, beta1: float = 0.9, beta2: float = 0.95,
                eps: float = 1e-8) -> tuple[float, float, float, float]:
-    """(rate, beta1, beta2, eps) of Adam for a batch k times as large (Malladi et al. 2022): sqrt(k) rate, 1 - beta
-    times k, eps over sqrt(k). The betas then forget per token as before; a k at which they would turn negative is
-    out of the rule's reach."""
+    """(rate, beta1, beta2, eps) of Adam for a batch k times as large (Malladi et al. 2022): the rate times sqrt(k),
+    1 - beta times k, eps divided by sqrt(k). The moments then average over as many tokens as before. The rule ends
+    where a beta would become negative."""
     check_range("Adam's scaling", k * (1 - min(beta1, beta2)), 0, 0.5, "as k (1 - beta)")
     return rate * math.sqrt(k), max(0.0, 1 - k * (1 - beta1)), max(0.0, 1 - k * (1 - beta2)), eps / math.sqrt(k)
 
 
 def decay_timescale(rate: float, weight_decay: float) -> float:
-    """Steps over which AdamW's decay forgets a weight, 1 / (rate * decay) (Wang and Aitchison 2024)."""
+    """Steps in which AdamW's decay shrinks a weight by a factor e: 1 / (rate * decay) (Wang and Aitchison 2024)."""
     return 1 / (rate * weight_decay) if weight_decay else math.inf
 
 
 def suggest_weight_decay(rate: float, steps: float) -> float:
-    """0.1, as nearly all labs (playbook). It averages the weights over `decay_timescale` steps: below 1 % of a run it
-    forgets most of what was read, above the whole run it does nothing (rule of thumb), and this warns."""
+    """0.1, as in nearly all labs (playbook). The weights average the updates of the last `decay_timescale` steps: warns
+    below 1 % of the run, where they forget most of the data, and above the whole run, where decay has no effect."""
     check_range("weight decay 0.1", decay_timescale(rate, 0.1) / steps, 0.01, 1, "runs of timescale")
     return 0.1
 
 
 def suggest_warmup(steps: int) -> int:
-    """Steps of warmup: 2000, and 4 % of runs too short for that (playbook: 2000, or 1 to 5 % of short runs)."""
+    """Steps of warmup: 2000, or 4 % of a shorter run (playbook: 2000, or 1 to 5 % of short runs)."""
     check_range("the warmup", steps, 100, math.inf, "steps")
     return max(1, min(2000, round(0.04 * steps)))
 
@@ -248,61 +236,62 @@ class LossLaw:
     B: float
     alpha: float
     beta: float
-    parameters: tuple[float, float] = (70e6, 16e9)  # fitted on this range
+    parameters: tuple[float, float] = (70e6, 16e9)  # the range of the fit
     tokens: tuple[float, float] = (5e9, 500e9)
 
     def loss(self, parameters: float, tokens: float) -> float:
+        """Predicted loss; warns outside the range of the fit."""
         check_range(self.source, parameters, *self.parameters, "parameters")
         check_range(self.source, tokens, *self.tokens, "tokens")
         return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
 
     def covers(self, parameters: float, tokens: float) -> bool:
-        """Whether the law was fitted there."""
+        """Whether that is inside the range of the fit."""
         return self.parameters[0] <= parameters <= self.parameters[1] and self.tokens[0] <= tokens <= self.tokens[1]
 
     def optimum(self, compute: float) -> tuple[float, float]:
-        """(parameters, tokens) of the lowest loss for C = 6ND FLOPs: where the last FLOP is worth as much in either."""
+        """(parameters, tokens) of the lowest loss for C = 6ND FLOPs: one more FLOP gains as much in either."""
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         parameters = G * (compute / 6) ** (self.beta / (self.alpha + self.beta))
         return parameters, compute / 6 / parameters
 
     def tokens_for(self, parameters: float) -> float:
-        """How many tokens make this size the optimum of its compute."""
+        """The tokens for which this size is compute-optimal."""
         return (self.beta * self.B / (self.alpha * self.A) * parameters**self.alpha) ** (1 / self.beta)
 
     def parameters_for(self, tokens: float) -> float:
-        """The size that is optimal for so many tokens."""
+        """The compute-optimal size for so many tokens."""
         return (self.alpha * self.A / (self.beta * self.B) * tokens**self.beta) ** (1 / self.alpha)
 
     def tokens_to_reach(self, loss: float, parameters: float) -> float:
-        """Tokens with which a size reaches a loss; inf if it never does."""
+        """Tokens that a model of this size needs to reach a loss; inf if it never does."""
         gap = loss - self.E - self.A * parameters**-self.alpha
         return (self.B / gap) ** (1 / self.beta) if gap > 0 else math.inf
 
 
-# Besiroglu et al. (2024) corrected the fit of Hoffmann et al. (2022): about 20 tokens a parameter only follow from theirs.
+# Besiroglu et al. (2024) corrected the fit of Hoffmann et al. (2022): only theirs gives about 20 tokens a parameter.
 HOFFMANN = LossLaw("Hoffmann et al. 2022", 1.69, 406.4, 410.7, 0.34, 0.28)
 CHINCHILLA = LossLaw("Besiroglu et al. 2024", 1.8172, 482.01, 2085.43, 0.3478, 0.3658)
-# Measured: `fit_law` on the runs of `python cost.py fit` from 0.2M tokens on, the laptop recipe, `train.py --minutes 5`, and
-# width 64 at 2.7M tokens; within 1.7 % of each. Bits per byte of held-out prose and code.
+# `fit_law` on nine runs of 0.3 to 1.8M parameters from 0.2M tokens on, the laptop recipe, `train.py --minutes 5` and
+# width 64 at 2.7M tokens; within 1.7 % of each. In bits per byte of held-out prose and code.
 LAPTOP_LAW = LossLaw("fitted to the laptop's runs", 0.745, 8368, 19.69, 0.825, 0.2, (0.15e6, 7e6), (0.1e6, 10e6))
 
 
 def overtrain(law: LossLaw, compute: float, k: float) -> dict[str, float]:
-    """A model k times smaller than the compute-optimal one, trained k times longer at equal compute (SmolLM3: about
-    3,600 tokens a parameter): what it loses, what every token read or written later saves (2N FLOPs), and how much
-    compute it would take to lose nothing (inf: no amount)."""
-    parameters, tokens = law.optimum(compute)
-    best = law.loss(parameters, tokens)
-    needed = law.tokens_to_reach(best, parameters / k)
-    return {"parameters": parameters / k, "tokens": tokens * k, "loss_penalty": law.loss(parameters / k, tokens * k) - best,
-            "inference_saving": 1 - 1 / k, "compute_to_match": needed / (tokens * k),
-            "fitted": law.covers(parameters / k, tokens * k)}
+    """A model k times smaller than the compute-optimal one, trained on k times the tokens at equal compute (SmolLM3:
+    about 3,600 tokens a parameter). `loss_penalty`: how much higher its loss is. `inference_saving`: share of the FLOPs
+    of a generated token (2N) that it saves. `compute_to_match`: times the compute to reach the same loss (inf: never).
+    `fitted`: inside the range of the law."""
+    best = law.loss(*law.optimum(compute))
+    parameters, tokens = law.optimum(compute)[0] / k, law.optimum(compute)[1] * k
+    return {"parameters": parameters, "tokens": tokens, "loss_penalty": law.loss(parameters, tokens) - best,
+            "inference_saving": 1 - 1 / k, "compute_to_match": law.tokens_to_reach(best, parameters) / tokens,
+            "fitted": law.covers(parameters, tokens)}
 
 
 def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> LossLaw:
-    """The law nearest, in least squares, to (parameters, tokens, loss) points of several sizes and lengths: for each
-    pair of exponents on a grid the best E, A, B >= 0 are a linear problem."""
+    """The law with the least squared error on (parameters, tokens, loss) points of several sizes and lengths: for each
+    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. ValueError if no law fits."""
     N, D, L = (np.array(x, dtype=float) for x in zip(*points))
     best = None
     for alpha in np.arange(0.05, 1.21, 0.025):
@@ -319,21 +308,20 @@ def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> Lo
     return LossLaw(source, E, A, B, alpha, beta, (N.min() / 2, N.max() * 2), (D.min() / 2, D.max() * 2))
 
 
-# ---- the critical batch size, measured ------------------------------------------------------------------------
+# ---- measuring the batch size and the rate --------------------------------------------------------------------
 
 
 class NoiseScale:
     """The gradient noise scale tr(S) / |G|^2 in examples, the batch at which the gradient's noise equals its signal
     (McCandlish et al. 2018, appendix A.2), from the squared norms of gradients of two batch sizes.
 
-    |G|^2 and tr(S) are averaged each on its own and divided last: single measurements are too noisy to divide. The default
-    averages some 100 measurements: on a regression whose noise scale is known, 86 % of such averages are within 15 % of it
-    (47 % with a memory of 0.95), and what grows is followed so much later. It stands in for the critical batch size, which
-    Merrill et al. (2025) found far above it: branches measure that (`python ablate.py branch`).
+    |G|^2 and tr(S) are averaged separately and divided last, because single measurements are too noisy to divide. The
+    default memory averages about 100 measurements: on a regression whose noise scale is known, 86 % of the averages are
+    within 15 % of it (47 % with a memory of 0.95). The critical batch size is far larger than the noise scale (Merrill
+    et al. 2025); `python ablate.py branch` measures it directly.
     """
 
-    def __init__(self, memory: float = 0.99):
-        """`memory`: the share of the past in the averages after a measurement."""
+    def __init__(self, memory: float = 0.99):  # the share that past measurements keep in the averages
         self.memory, self.signal, self.noise = memory, 0.0, 0.0
 
     @staticmethod
@@ -343,19 +331,16 @@ class NoiseScale:
         return signal, (small_square - large_square) / (1 / small - 1 / large)
 
     def add(self, signal: float, noise: float) -> float:
-        """Takes in a measurement; returns the noise scale so far, nan while the averaged |G|^2 is not positive."""
-        self.signal = self.memory * self.signal + (1 - self.memory) * signal  # both start at 0: it cancels
+        """Adds a measurement; returns the noise scale so far, nan while the averaged |G|^2 is not positive."""
+        self.signal = self.memory * self.signal + (1 - self.memory) * signal  # both start at 0, which cancels
         self.noise = self.memory * self.noise + (1 - self.memory) * noise
         return self.noise / self.signal if self.signal > 0 else math.nan
 
 
 def critical_multiple(losses: dict[int, float], epsilon: float) -> int:
-    """The branch method's answer (Merrill et al. 2025): the largest k whose loss is within epsilon of every smaller k's.
-    `losses`: of branches with k times the batch and sqrt(k) times the rate."""
+    """The largest k whose loss is within epsilon of the loss of every smaller k (Merrill et al. 2025). `losses`: for
+    each k, the loss of a branch with k times the batch and sqrt(k) times the rate."""
     return max(k for k in losses if all(losses[k] <= loss + epsilon for smaller, loss in losses.items() if smaller < k))
-
-
-# ---- the learning-rate range test -----------------------------------------------------------------------------
 
 
 def range_test_rate(step: int, total: int, low: float, high: float) -> float:
@@ -364,7 +349,7 @@ def range_test_rate(step: int, total: int, low: float, high: float) -> float:
 
 
 def smoothed(losses: list[float], memory: float = 0.9) -> list[float]:
-    """Exponential average, corrected for its start."""
+    """Exponential average of the losses so far, corrected for its start at 0."""
     out, mean = [], 0.0
     for i, loss in enumerate(losses):
         mean = memory * mean + (1 - memory) * loss
@@ -373,8 +358,8 @@ def smoothed(losses: list[float], memory: float = 0.9) -> list[float]:
 
 
 def suggest_rates(rates: list[float], losses: list[float], width: int = 10) -> tuple[float, float]:
-    """(where the smoothed loss falls fastest over `width` steps, a tenth of where it is lowest): a good peak lies about
-    between them, since a whole run stays at its peak far longer than the test did (rule of thumb)."""
+    """(rate where the smoothed loss falls fastest over `width` steps, a tenth of the rate where it is lowest). A good
+    peak rate lies between the two: a run stays at its peak far longer than the test did (rule of thumb)."""
     smooth = smoothed(losses)
     width = min(width, len(smooth) - 1)
     fall = min(range(len(smooth) - width), key=lambda i: smooth[i + width] - smooth[i])
@@ -384,39 +369,32 @@ def suggest_rates(rates: list[float], losses: list[float], width: int = 10) -> t
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
-def print_shapes(total: int = 40, warm: int = 4) -> None:
-    print("step  " + "".join(f"{name:>14}" for name in ("wsd linear", "wsd 1-sqrt", "cosine", "multistep")))
-    for step in [*range(0, total, 3)]:
-        row = (wsd(step, total, warm, 8), wsd(step, total, warm, 8, "sqrt"), cosine(step, total, warm),
-               multistep(step, total, warm))
-        print(f"{step:4}  " + "".join(f"{share:14.3f}" for share in row))
-
-
-def print_laws(parameters: float, tokens: float) -> None:
-    """What each law says, and where it is outside its range; DeepSeek's take 6ND here, attention's FLOPs left out."""
-    compute = 6 * parameters * tokens
-    rows = [("DeepSeek's rate", deepseek_rate, (compute,), "{:.2g}"),
-            ("Step Law's rate", step_law_rate, (parameters, tokens), "{:.2g}"),
-            ("DeepSeek's batch", deepseek_batch, (compute,), "{:,.0f} tokens"),
-            ("Step Law's batch", step_law_batch, (tokens,), "{:,.0f} tokens")]
-    print(f"\n{parameters:.3g} parameters (without embeddings), {tokens:.3g} tokens, 6ND = {compute:.3g} FLOPs")
-    for name, law, arguments, form in rows:
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parameters", nargs="?", type=number, default=1e9, help="without embeddings")
+    parser.add_argument("tokens", nargs="?", type=number, default=45e9)
+    args = parser.parse_args()
+    if not (1 <= args.parameters <= 1e15 and 1 <= args.tokens <= 1e18):
+        raise UserError("give between 1 and 1e15 parameters and between 1 and 1e18 tokens")
+    columns = [("wsd", decay) for decay in DECAYS] + [(name, "linear") for name in SCHEDULES if name != "wsd"]
+    print("step  " + "".join(f"{f'wsd {decay}' if name == 'wsd' else name:>14}" for name, decay in columns))
+    for step in range(0, 40, 3):
+        shares = (rate_share(name, step, 40, 4, 8, decay, 0.0) for name, decay in columns)
+        print(f"{step:4}  " + "".join(f"{share:14.3f}" for share in shares))
+    compute = 6 * args.parameters * args.tokens  # DeepSeek's laws would also count attention's FLOPs
+    print(f"\n{args.parameters:.3g} parameters without embeddings, {args.tokens:.3g} tokens, 6ND = {compute:.3g} FLOPs")
+    for name, law, arguments in (("DeepSeek's rate", deepseek_rate, (compute,)),
+                                 ("Step Law's rate", step_law_rate, (args.parameters, args.tokens)),
+                                 ("DeepSeek's batch", deepseek_batch, (compute,)),
+                                 ("Step Law's batch", step_law_batch, (args.tokens,))):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             value = law(*arguments)
-        print(f"{name:18} {form.format(value):>20}" + "".join(f"\n    outside its range: {w.message}" for w in caught))
-    rate, beta1, beta2, eps = scale_adam(4, 1.0)
-    print(f"4 times the batch: {rate:g} times the rate, betas 0.9 and 0.95 -> {beta1:.2g} and {beta2:.2g}, eps 1e-8 -> "
-          f"{eps:.0e}")
+        print(f"{name:18}" + (f"{value:20.2g}" if value < 1 else f"{value:13,.0f} tokens")
+              + "".join(f"\n    outside its range: {warning.message}" for warning in caught))
+    more = "4 times the batch: {:g} times the rate, betas 0.9 and 0.95 -> {:.2g} and {:.2g}, eps 1e-8 -> {:.0e}"
+    print(more.format(*scale_adam(4, 1.0)))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parameters", nargs="?", type=float, default=1e9, help="without embeddings")
-    parser.add_argument("tokens", nargs="?", type=float, default=45e9)
-    parser.error = lambda message: parser.exit(2, f"error: {message}; see `python schedule.py --help`\n")
-    args = parser.parse_args()
-    if not (1 <= args.parameters <= 1e15 and 1 <= args.tokens <= 1e18):
-        parser.error("parameters must lie between 1 and 1e15, tokens between 1 and 1e18")
-    print_shapes()
-    print_laws(args.parameters, args.tokens)
+    run(main)

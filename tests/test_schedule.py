@@ -1,5 +1,6 @@
 """schedule.py against hand-worked values and torch's optimizer."""
 
+import copy
 import math
 import warnings
 
@@ -7,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
 import schedule
+from conftest import call
 from model import GPT, ModelConfig
-from schedule import (CHINCHILLA, HOFFMANN, Extrapolation, NoiseScale, build_optimizer, cosine, multistep, parameter_groups,
-                      rate_share, warmup, wsd)
+from schedule import (CHINCHILLA, HOFFMANN, Extrapolation, NoiseScale, build_optimizer, cosine, multistep,
+                      parameter_groups, rate_share, warmup, wsd)
 
 
 def test_warmup_never_zero_and_ends_at_the_peak():
@@ -43,10 +47,23 @@ def test_multistep_drops_at_80_and_90_percent():
     assert shares[80:90] == pytest.approx([0.31623] * 10, abs=1e-5) and shares[90:] == pytest.approx([0.1] * 10)
 
 
-def test_rate_share_chooses():
+def test_rate_share_is_the_named_schedule():
     assert rate_share("wsd", 9, 10, 2, 4, "linear", 0.0) == 0
+    assert rate_share("wsd", 7, 10, 2, 4, "sqrt", 0.0) == 1 - math.sqrt(0.5)
     assert rate_share("cosine", 9, 10, 2, 4, "linear", 0.2) == pytest.approx(0.2)
     assert rate_share("multistep", 9, 10, 2, 4, "linear", 0.0) == pytest.approx(0.1)
+
+
+def test_a_schedule_and_a_decay_are_added_in_one_place(monkeypatch):
+    """A new entry of the table trains as itself and shows in the table of shapes; an unknown name is an error."""
+    monkeypatch.setitem(schedule.SCHEDULES, "inverse", lambda step, total, warmup_steps, **_: 1 / (step + 1))
+    monkeypatch.setitem(schedule.DECAYS, "square", lambda progress: (1 - progress) ** 2)
+    assert rate_share("inverse", 3, 10, 2, 4, "linear", 0.0) == 0.25
+    assert rate_share("wsd", 7, 10, 2, 4, "square", 0.0) == 0.25
+    out = call(schedule.main).stdout
+    assert "inverse" in out and "wsd square" in out
+    with pytest.raises(KeyError):
+        rate_share("cosin", 3, 10, 2, 4, "linear", 0.0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -77,12 +94,13 @@ def test_optimizer_step_equals_adamw_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_muon_orthogonalises_hidden_matrices_only(dtype):
-    """One step from nothing against the exact polar factor U V^T of the gradient: Moonlight's scale 0.2 sqrt(max(A, B)),
-    decay 0.1, singular values that five Newton-Schulz steps leave between 0.6 and 1.3. The rest moves as AdamW."""
+    """One step from nothing against the exact polar factor U V^T of the gradient: Moonlight's scale 0.2 sqrt(max(A,
+    B)), decay 0.1, singular values that five Newton-Schulz steps leave between 0.6 and 1.3. AdamW moves the rest."""
     model = GPT(ModelConfig(61, 16, 48, 2, 2, 1, tie_word_embeddings=False, qk_norm=True))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = build_optimizer(model, 0.01, weight_decay=0.1, name="muon", dtype=dtype)
-    assert sorted(id(p) for g in optimizer.param_groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
     model(torch.randint(61, (2, 8))).square().sum().backward()
     optimizer.step()
     for name, p in model.named_parameters():
@@ -102,6 +120,57 @@ def test_muon_orthogonalises_hidden_matrices_only(dtype):
             torch.testing.assert_close(moved, 0.01 * p.grad / (p.grad.abs() + 1e-8), atol=1e-6, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("name, count", [("adamw", 1), ("muon", 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_found_inf_leaves_weights_and_moments_unchanged(name, count, dtype):
+    """A dropped update is as if the step had not been called: the run continues bit for bit like one without it."""
+    runs = []
+    for dropped in ([0.0, 1.0, 0.0], [0.0, 0.0]):
+        torch.manual_seed(0)
+        model = GPT(ModelConfig(61, 16, 16, 1, 2, 1))
+        optimizer = build_optimizer(model, 0.01, name=name, dtype=dtype)
+        assert len(optimizer.optimizers) == count
+        for i, value in enumerate(dropped):
+            factor = 100.0 if value else 1.0  # what the dropped update would have learned
+            (factor * model(torch.full((1, 8), 7)).square().sum()).backward()
+            optimizer.found_inf = torch.tensor(value)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((model.state_dict(), [o.state_dict()["state"] for o in optimizer.optimizers]))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_list_of_optimizers_saves_and_loads_through_distributed_checkpoint(name):
+    config, states = ModelConfig(61, 16, 16, 1, 2, 1), []
+    first, second = GPT(config), GPT(config)
+    optimizer, other = (build_optimizer(model, 0.01, name=name) for model in (first, second))
+    first(torch.randint(61, (2, 8))).square().sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(first, optimizer.optimizers)
+    set_state_dict(second, other.optimizers, model_state_dict=weights, optim_state_dict=copy.deepcopy(moments))
+    for model, kept in ((first, optimizer), (second, other)):
+        model.zero_grad()
+        model(torch.full((1, 8), 7)).square().sum().backward()
+        kept.step()
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_an_unknown_optimizer_is_an_error():
+    with pytest.raises(KeyError):
+        build_optimizer(GPT(ModelConfig(61, 16, 16, 1, 2, 1)), 0.01, name="sgd")
+
+
+@pytest.mark.parametrize("words, status, text", [
+    (("3B", "11T"), 0, "3e+09 parameters without embeddings, 1.1e+13 tokens, 6ND = 1.98e+23"),
+    (("0",), 2, "between 1 and 1e15 parameters"), (("many",), 2, "many")])
+def test_the_command_reads_sizes_as_people_write_them(words, status, text):
+    done = call(schedule.main, *words)
+    assert done.returncode == status and text in done.stdout + done.stderr
+    assert not status or len(done.stderr.splitlines()) == 1
+
+
 def test_laws_at_published_points():
     """1B on 45B and SmolLM3: the playbook's sizes worked out by hand (rates, batches in tokens)."""
     with warnings.catch_warnings():
@@ -116,10 +185,11 @@ def test_laws_at_published_points():
             assert schedule.step_law_batch(tokens) == pytest.approx(step_law[1], rel=0.05)
 
 
-@pytest.mark.parametrize("layers, width, rate, batch", [(30, 4096, 4.2e-4, 2304 * 4096), (95, 8192, 3.2e-4, 4608 * 4096)])
+@pytest.mark.parametrize("layers, width, rate, batch", [
+    (30, 4096, 4.2e-4, 2304 * 4096), (95, 8192, 3.2e-4, 4608 * 4096)])
 def test_deepseek_trained_by_its_law(layers, width, rate, batch):
-    """DeepSeek LLM 7B and 67B, 2T tokens of 4096: their rates and batches, from C = (72 L d^2 + 12 L d T) D (its section 3).
-    Their batches are rounded to hundreds of sequences."""
+    """DeepSeek LLM 7B and 67B, 2T tokens of 4096: their rates and batches, from C = (72 L d^2 + 12 L d T) D (section
+    3). Their batches are rounded to hundreds of sequences."""
     compute = (72 * layers * width**2 + 12 * layers * width * 4096) * 2e12
     with pytest.warns(Extrapolation):
         assert schedule.deepseek_rate(compute) == pytest.approx(rate, rel=0.03)
@@ -199,7 +269,8 @@ def test_overtraining_costs_loss_and_saves_inference():
 
 def test_fit_finds_a_known_law():
     law = schedule.LossLaw("", 1.5, 100, 400, 0.5, 0.4)
-    points = [(n, d, law.E + law.A * n**-law.alpha + law.B * d**-law.beta) for n in (1e5, 3e5, 1e6) for d in (1e6, 2e6, 4e6)]
+    points = [(n, d, law.E + law.A * n**-law.alpha + law.B * d**-law.beta)
+              for n in (1e5, 3e5, 1e6) for d in (1e6, 2e6, 4e6)]
     found = schedule.fit_law(points)
     assert (found.alpha, found.beta) == pytest.approx((0.5, 0.4)) and found.E == pytest.approx(1.5, rel=1e-3)
     with pytest.raises(ValueError, match="no law"):  # losses that grow with size
@@ -207,9 +278,9 @@ def test_fit_finds_a_known_law():
 
 
 def test_noise_scale_of_a_linear_regression():
-    """y = x w + noise, x normal, at distance e from the true weights: an example's gradient x (x e - noise) has mean e and
-    covariance of trace (d + 1) |e|^2 + d sigma^2, so the noise scale is known. Estimated, as training does, from
-    400 pairs of batches: within 15 % on most of 20 such problems."""
+    """y = x w + noise, x normal, at distance e from the true weights: an example's gradient x (x e - noise) has mean e
+    and covariance of trace (d + 1) |e|^2 + d sigma^2, so the noise scale is known. Estimated from 400 pairs of batches,
+    it is within 15 % on most of 20 such problems."""
     d, sigma, small, large, off = 20, 3.0, 8, 64, []
     for seed in range(20):
         rng, scale = np.random.default_rng(seed), NoiseScale()
@@ -228,11 +299,6 @@ def test_critical_multiple_by_hand():
     assert schedule.critical_multiple({1: 2.0, 2: 2.005, 4: 2.02, 8: 2.0}, 0.01) == 8  # whatever 4 does
     assert schedule.critical_multiple({1: 2.0, 2: 1.98, 4: 1.995}, 0.01) == 2  # within epsilon of the best smaller one
     assert schedule.critical_multiple({1: 2.0, 2: 1.9, 4: 1.9}, 0.01) == 4
-
-
-def test_batch_multiple_doubles_at_each_step_given():
-    assert [schedule.batch_multiple(s, [2, 5]) for s in range(7)] == [1, 1, 2, 2, 2, 4, 4]
-    assert schedule.batch_multiple(10**9, []) == 1
 
 
 def test_range_test_finds_the_valley():
