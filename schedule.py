@@ -157,8 +157,7 @@ class Extrapolation(UserWarning):
 def check_range(law: str, value: float, low: float, high: float, unit: str) -> None:
     """Warns unless low <= value <= high."""
     if not low <= value <= high:
-        warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}: start a search there",
-                      Extrapolation, stacklevel=3)
+        warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}", Extrapolation, stacklevel=3)
 
 
 def deepseek_rate(compute: float) -> float:
@@ -243,11 +242,14 @@ class LossLaw:
         """Predicted loss; warns outside the range of the fit."""
         check_range(self.source, parameters, *self.parameters, "parameters")
         check_range(self.source, tokens, *self.tokens, "tokens")
-        return self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta
+        return self.predict(parameters, tokens)["loss"]
 
-    def covers(self, parameters: float, tokens: float) -> bool:
-        """Whether that is inside the range of the fit."""
-        return self.parameters[0] <= parameters <= self.parameters[1] and self.tokens[0] <= tokens <= self.tokens[1]
+    def predict(self, parameters: float, tokens: float) -> dict:
+        """A row for tables: the predicted loss, without a warning; `fitted`: inside the range of the fit."""
+        (least, most), (fewest, longest) = self.parameters, self.tokens
+        return {"parameters": parameters, "tokens": tokens,
+                "loss": self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta,
+                "fitted": least <= parameters <= most and fewest <= tokens <= longest}
 
     def optimum(self, compute: float) -> tuple[float, float]:
         """(parameters, tokens) of the lowest loss for C = 6ND FLOPs: one more FLOP gains as much in either."""
@@ -281,12 +283,11 @@ def overtrain(law: LossLaw, compute: float, k: float) -> dict[str, float]:
     """A model k times smaller than the compute-optimal one, trained on k times the tokens at equal compute (SmolLM3:
     about 3,600 tokens a parameter). `loss_penalty`: how much higher its loss is. `inference_saving`: share of the FLOPs
     of a generated token (2N) that it saves. `compute_to_match`: times the compute to reach the same loss (inf: never).
-    `fitted`: inside the range of the law."""
-    best = law.loss(*law.optimum(compute))
-    parameters, tokens = law.optimum(compute)[0] / k, law.optimum(compute)[1] * k
-    return {"parameters": parameters, "tokens": tokens, "loss_penalty": law.loss(parameters, tokens) - best,
-            "inference_saving": 1 - 1 / k, "compute_to_match": law.tokens_to_reach(best, parameters) / tokens,
-            "fitted": law.covers(parameters, tokens)}
+    The rest as `LossLaw.predict`."""
+    parameters, tokens = law.optimum(compute)
+    best, row = law.predict(parameters, tokens)["loss"], law.predict(parameters / k, tokens * k)
+    return row | {"loss_penalty": row["loss"] - best, "inference_saving": 1 - 1 / k,
+                  "compute_to_match": law.tokens_to_reach(best, parameters / k) / (tokens * k)}
 
 
 def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> LossLaw:

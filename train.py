@@ -318,7 +318,7 @@ def hash_files(paths: Iterable[Path], root: Path) -> dict[str, str]:
 
 
 def parts_of(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    return list(getattr(optimizer, "optimizers", {"": optimizer}).values())
+    return optimizer.optimizers
 
 
 def training_state(model: GPT, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
@@ -912,12 +912,8 @@ def training_step(job: Job, step: int, rate: float, steps: int = 1, measure_nois
               "grad_norm": (norm.full_tensor() if isinstance(norm, DTensor) else norm) / world.size}
     values = dict(zip(local, world.sum(torch.stack([value.float() for value in local.values()])).unbind()))
     values |= job.guard.judge(values["loss"], values["grad_norm"])
-    if isinstance(job.optimizer, schedule_.Both):  # Muon cannot leave an update out by itself
-        if not values["dropped"].item():
-            job.optimizer.step()
-    else:
-        job.optimizer.found_inf = values["dropped"]  # on the device: 1 leaves weights and moments as they are
-        job.optimizer.step()
+    job.optimizer.found_inf = values["dropped"]  # on the device: 1 leaves weights and moments as they are
+    job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     for layer, uneven in enumerate(job.model.balance_experts(1 - values["dropped"])):
         values[f"expert_load/{layer}"] = uneven
@@ -1357,7 +1353,7 @@ class Pretraining(Job):
                 self.rows = self.world.agree(micro_batch_rows(recipe, self.world, self.machine.device))
             self.model.config = config
         changes = [end for end, a, b in zip(self.curriculum.ends, contexts, contexts[1:]) if a != b and end > step]
-        return min([step + schedule_.batch_multiple(step, self.recipe.doublings()), self.steps, *changes])
+        return min([step + 2 ** sum(step >= at for at in self.recipe.doublings()), self.steps, *changes])
 
     def rate(self, step: int) -> float:
         return learning_rate(self.recipe, self.curriculum, step)
@@ -1579,7 +1575,7 @@ def learning_rate(recipe: Recipe, curriculum: Curriculum, step: int) -> float:
     decay = total - before if recipe.decay_share == -1 else round(recipe.decay_share * total)
     share = schedule_.rate_share(recipe.schedule, step, total, recipe.warmup_steps, decay, recipe.decay_shape,
                                  recipe.final_share)
-    return recipe.learning_rate * share * math.sqrt(schedule_.batch_multiple(step, recipe.doublings()))
+    return recipe.learning_rate * share * math.sqrt(2 ** sum(step >= at for at in recipe.doublings()))
 
 
 def attended_length(job: Pretraining) -> float:
