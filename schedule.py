@@ -3,14 +3,14 @@
 The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (its ablation:
 2.189 with decay on the embedding, 2.202 without, which is noise), gradients clipped at norm 1. Warmup-stable-decay
 (WSD) ends as low as cosine (2.204 both with a 10 % decay; 2.184 with 20 %), and the length of the run may change
-later: a longer run resumes from the checkpoint before the decay. SmolLM3: peak rate 2e-4, 2000 steps of warmup, a
-linear decay to zero over the last 11 % of the steps.
+later: a longer run resumes from the checkpoint before the decay. SmolLM3: 2e-4, 2000 steps of warmup, linear to zero
+over the last 11 % of the steps.
 
     python schedule.py               # the schedules side by side; the laws for 1B parameters and 45B tokens
     python schedule.py 3.08B 11.1T   # the laws for another size and length
 
-A schedule is a function of the step alone. Step `total - 1`, the last one, has exactly the final rate. A law that is
-asked outside the range of its fit still answers, with a warning (`Extrapolation`): start a search there.
+The last step, `total - 1`, has exactly the final rate. A law that is asked outside the range of its fit still answers,
+with a warning (`Extrapolation`): start a search there.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def multistep(step: int, total: int, warmup_steps: int, **_) -> float:
     return warmup(step, warmup_steps) * 0.1 ** (drops / 2)
 
 
-# Add yours here: (step, total, warmup_steps, *, decay_steps, decay, final) -> share of the peak rate.
+# Add yours here: (step, total, warmup_steps, *, decay_steps, decay, final) -> share of the peak rate
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "multistep": multistep}
 
 
@@ -107,9 +107,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none)
 
 
-class NoBfloat16(TorchFunctionMode):
-    """Inside it, `tensor.bfloat16()` copies in fp32."""
-
+class NoBfloat16(TorchFunctionMode):  # inside it, `tensor.bfloat16()` copies in fp32
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].float().clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
@@ -189,8 +187,7 @@ def scale_rate(rate: float, k: float) -> float:
     """The rate for a batch k times as large: sqrt(k) times as HIGH (playbook; many summaries invert it).
 
     The variance of an update is proportional to rate^2 / batch, so sqrt(k) keeps it. Holds while both batches are below
-    the critical size, which is unlikely if one is more than 16 times the other.
-    """
+    the critical size, which is unlikely if one is more than 16 times the other."""
     check_range("square-root scaling", k, 1 / 16, 16, "times the batch")
     return rate * math.sqrt(k)
 
@@ -319,8 +316,7 @@ class NoiseScale:
     |G|^2 and tr(S) are averaged separately and divided last, because single measurements are too noisy to divide. The
     default memory averages about 100 measurements: on a regression whose noise scale is known, 86 % of the averages are
     within 15 % of it (47 % with a memory of 0.95). The critical batch size is far larger than the noise scale (Merrill
-    et al. 2025); `python ablate.py branch` measures it directly.
-    """
+    et al. 2025); `python ablate.py branch` measures it directly."""
 
     def __init__(self, memory: float = 0.99):  # the share that past measurements keep in the averages
         self.memory, self.signal, self.noise = memory, 0.0, 0.0
@@ -393,8 +389,11 @@ def main() -> None:
             value = law(*arguments)
         print(f"{name:18}" + (f"{value:20.2g}" if value < 1 else f"{value:13,.0f} tokens")
               + "".join(f"\n    outside its range: {warning.message}" for warning in caught))
-    more = "4 times the batch: {:g} times the rate, betas 0.9 and 0.95 -> {:.2g} and {:.2g}, eps 1e-8 -> {:.0e}"
-    print(more.format(*scale_adam(4, 1.0)))
+    print("4 times the batch: rate x {:g}, betas .9 -> {:.2g}, .95 -> {:.2g}, eps {:.0e}".format(*scale_adam(4, 1.0)))
+    print("\nA smaller model trained longer, at this compute, beside the compute-optimal one (Besiroglu et al. 2024):")
+    for k in (1, 1.5, 2, 3, 4, 8):
+        print("{:3g}x smaller, {tokens:.3g} tokens: loss {loss_penalty:.3f} higher, inference {inference_saving:.0%} "
+              "cheaper, {compute_to_match:.2f} x compute to match".format(k, **overtrain(CHINCHILLA, compute, k)))
 
 
 if __name__ == "__main__":

@@ -1712,7 +1712,7 @@ def fit_to_minutes(recipe: Recipe, minutes: float) -> Recipe:
     made = Path(recipe.data.split(",")[0]).exists()
     vocabulary = Tokenizer.load(data_.find_tokenizer(recipe.data)).vocab_size if made else recipe.model.vocab_size
     found = cost.plan_machine(machine, minutes, vocab_size=vocabulary)
-    cost.print_machine_plan(found, machine, minutes)
+    cost.print_machine_plan(found)
     steps = max(1, round(found["tokens"] / found["batch_tokens"]))
     return replace(recipe, model=found["config"], tokens=found["tokens"], batch_tokens=found["batch_tokens"],
                    learning_rate=found["learning_rate"], warmup_steps=schedule_.suggest_warmup(steps))
