@@ -41,6 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
+from glob import glob
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
@@ -147,12 +148,12 @@ def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
     equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts, so "aaa" holds
     (a, a) twice. Neither the order of the texts nor the hash seed matters.
 
-    A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only falls, so an
-    entry is an upper bound, and one that is out of date is pushed back with the present count.
+    A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only falls, so
+    an entry is an upper bound, and one that is out of date is pushed back with the present count.
     """
     tokens = SINGLE.copy()
     chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
-    pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # of (left, right): chunks that hold, or held, it
+    pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # by (left, right); chunks that hold or held it
     for c, ids in enumerate(chunks):
         for pair in zip(ids, ids[1:]):
             pair_count[pair] += counts[c]
@@ -480,9 +481,7 @@ def parse_tokenizer_json(spec: dict) -> tuple:
     if max(map(len, ids)) > MAX_TOKEN:
         raise ValueError(f"one of its tokens is longer than {MAX_TOKEN} characters")
 
-    def raw(token: str) -> bytes:
-        if not CHAR_TO_BYTE.keys() >= set(token):
-            raise ValueError(f"its token {token!r} is not byte-level")
+    def raw(token):  # KeyError for a token that is not byte-level
         return bytes(CHAR_TO_BYTE[c] for c in token)
 
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special and token not in added}
@@ -571,12 +570,13 @@ class ChatFormat:
         One sample for the whole conversation; or, where the template changes earlier turns (Qwen3 drops their
         thinking), one per assistant turn, each rendered as at inference. With a template the assistant's part is the
         text inside its {% generation %} tags, or, without them, the text that a reply adds to the prompt before it.
-        Prompt and reply are encoded apart, as they are when the model answers.
+        Without tags a greeting that opens the conversation is not trained on: no prompt leads to it. Prompt and reply
+        are encoded apart, as they are when the model answers.
         """
         whole, tags, outline = self.render(messages, tools)
         turns, seen = [], 0
         for i, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or i == 0 and not tags:
                 continue
             text, said, shape = self.render(messages[:i + 1], tools)
             said, seen = said[seen:], len(said)
@@ -584,8 +584,8 @@ class ChatFormat:
                 before = self.render(messages[:i], tools, True)[0]
                 if not text.startswith(before):
                     raise UserError("the model's chat template does not continue its own prompt with the reply, so the "
-                                    "reply cannot be told apart; put {% generation %} and {% endgeneration %} around it "
-                                    "in chat_template.jinja")
+                                    "reply cannot be told apart; put {% generation %} and {% endgeneration %} around "
+                                    "it in chat_template.jinja")
                 ends = [match.end() for match in self.control.finditer(shape, len(before))] or [len(text)]
                 said = [(len(before), ends[-1])]  # white space after the end is no reply
             turns.append((text, said, shape))
@@ -603,8 +603,7 @@ class ChatFormat:
             mask += [inside % 2] * (len(ids) - len(mask))
         return ids, mask
 
-    def render(self, messages: list[dict], tools: list[dict] | None = None,
-               add_generation_prompt: bool = False) -> tuple[str, Spans, str]:
+    def render(self, messages: list[dict], tools=None, add_generation_prompt=False) -> tuple[str, Spans, str]:
         """The conversation's text, the spans in which the assistant speaks if the format says so, and the text's
         outline: equally long, with x for each character of a control token's name that the user, a tool or the system
         wrote. UserError for what the format cannot show."""
@@ -613,7 +612,7 @@ class ChatFormat:
 
         write = self.program if self.template else self.chatml
         try:
-            for name, given in {"tools": tools, "tool_calls": any(m.get("tool_calls") for m in messages)}.items():
+            for name, given in ("tools", tools), ("tool_calls", any(m.get("tool_calls") for m in messages)):
                 if given and name not in (self.template or ""):
                     raise ValueError(f"it does not show {name}; leave such conversations out or take another model")
             others = [m if m["role"] == "assistant" else hidden(m) for m in messages]
@@ -624,10 +623,11 @@ class ChatFormat:
         except UserError:
             raise
         except Exception as error:  # a template is a program, and can fail in every way
-            raise UserError(f"the model's chat format refuses this ({type(error).__name__}: {error})") from None
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"the model's chat format refuses this ({reason})") from None
         return text, spans, outline
 
-    def chatml(self, messages: list[dict], tools, add_generation_prompt: bool) -> tuple[str, Spans]:
+    def chatml(self, messages, tools, add_generation_prompt) -> tuple[str, Spans]:
         """Our own format, as in Qwen and SmolLM3: <|im_start|>role\\ncontent<|im_end|>\\n per message."""
         self.tokenizer.control("<|im_start|>")
         text, spans = self.tokenizer.decode(self.opening), []
@@ -639,7 +639,7 @@ class ChatFormat:
         return text + "<|im_start|>assistant\n" * add_generation_prompt, spans
 
     @cached_property
-    def program(self) -> Callable[..., tuple[str, Spans]]:
+    def program(self) -> Callable:
         """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks.
 
         The spans are counted while the text is written, as in transformers; no character of the text marks them.
@@ -780,7 +780,7 @@ def check_options(config) -> None:
     """
     for name, (kind, rule) in options_of(type(config)).items():
         value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
-        typed = type(value) is kind or kind is float and type(value) is int
+        typed = type(value) in ((int, float) if kind is float else (kind,))
         if not typed or choices and value not in choices or low is not None and not low <= value <= high:
             bounds = "" if low is None else f", {low:g} to {high:g}"
             raise UserError(f"--{name} {value!r} is not {' or '.join(map(str, choices)) or kind.__name__ + bounds}")
@@ -861,7 +861,8 @@ def text_files(paths: list[str]) -> list[Path]:
     """The files at paths, folders opened, hidden files left out; UserError for what is missing or no plain text."""
     files = []
     for path in paths:
-        found = sorted(file for file in Path(path).rglob("[!.]*") if file.is_file()) or [Path(path)]
+        inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
+        found = sorted(file for file in inside if file.is_file()) or [Path(path)]
         if path.startswith("hf:") or any(file.suffix in DATA_SETS for file in found):
             raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
                             "--vocab-size N --out DIR`")
@@ -909,6 +910,8 @@ def main() -> None:
         print(f"{options.vocab_size} tokens from {share:.0%} of {len(files)} files -> {file}")
     else:
         names, paths = (names, paths) if paths else (names[:1], names[1:])
+        if not paths:
+            raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
         tokenizers = [Tokenizer.load(name) for name in names]
         print(" " * 9 + "".join(f"{name[-30:]:>32}" for name in names))
         print(f"{'words':>9}" + f"{'fertility':>11}{'PCW':>8}{'bytes/token':>13}" * len(names) + "  path")
