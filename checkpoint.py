@@ -20,6 +20,7 @@ import copy
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -247,7 +248,10 @@ def _shapes(tensors: dict) -> dict:
 
 
 def _load_tensors(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # whose message advises to load it without this protection
+        raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
 
 
 def load_checkpoint(folder: str | Path, model: GPT, optimizer) -> dict:
@@ -294,24 +298,23 @@ def load_config(folder: str | Path) -> ModelConfig:
         return config_from_hugging_face(saved) if "model_type" in saved else ModelConfig(**saved)
 
 
-def _empty_model(folder: Path) -> GPT:
-    with reading(folder / "config.json"), torch.device("meta"):
-        return GPT(load_config(folder))
-
-
 def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
     checkpoint folder, on the CPU."""
     if not (folder := Path(folder)).is_dir():
         raise UserError(f"{folder} does not exist; give a run folder such as runs/laptop, or a downloaded model's")
-    if is_hugging_face(folder):
-        return _load_hugging_face(folder, dtype)
-    model = _empty_model(folder := find_checkpoint(folder))
-    with reading(folder / "model.pt"):
-        weights = _load_tensors(folder / "model.pt")
-        if _shapes(weights) != _shapes(model.state_dict()):
-            raise ValueError("config.json asks for other tensors")
-        weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
+    if not (foreign := is_hugging_face(folder)):
+        folder = find_checkpoint(folder)
+    with reading(folder):
+        with torch.device("meta"):
+            model = GPT(load_config(folder))
+        if foreign:
+            weights = _read_hugging_face(folder, model, dtype)
+        else:
+            weights = _load_tensors(folder / "model.pt")
+            if _shapes(weights) != _shapes(model.state_dict()):
+                raise ValueError("config.json asks for other tensors than model.pt holds")
+            weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     return model
 
@@ -546,12 +549,11 @@ def _open_weights(folder: Path) -> dict:
     """
     safe_open, index, chosen, where = _import_safetensors().safe_open, folder / "model.safetensors.index.json", {}, {}
     files = {f.name for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter", "consolidated"))}
-    with reading(index):
-        if index.exists():
-            chosen = read_json(index)["weight_map"]
-            if "model.safetensors" in files - set(chosen.values()):
-                raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
-            files = {Path(file).name for file in chosen.values()}
+    if index.exists():
+        chosen = read_json(index)["weight_map"]
+        if "model.safetensors" in files - set(chosen.values()):
+            raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
+        files = {Path(file).name for file in chosen.values()}
     if not files:
         raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
     for file in sorted(files):
@@ -566,55 +568,54 @@ def _open_weights(folder: Path) -> dict:
     return where
 
 
-def _load_hugging_face(folder: Path, dtype: torch.dtype) -> GPT:
-    hf, model, where = read_json(folder / "config.json"), _empty_model(folder), _open_weights(folder)
+def _read_hugging_face(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a folder under our names, for a model without memory."""
+    hf, where = read_json(folder / "config.json"), _open_weights(folder)
     config, kind, expected = model.config, hf["model_type"], model.state_dict()
 
     def read(name):
         return where[name].get_tensor(name)
 
-    with reading(folder):
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
-            raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
-        weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
-                   for name, w in expected.items()}
-        views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
-        missing = set(views)
-        for name in where:
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
-                    or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
-                    or tied and name == "lm_head.weight"):
-                continue  # multi-token prediction is not computed here
-            tensor, stem = read(name), name.removesuffix("_blocks")
-            if stem + "_scales" in where:
-                name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
-            elif name + "_scale_inv" in where:
-                tensor = _fp8(tensor, read(name + "_scale_inv"))
-            if name not in views:
-                raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
-            view, pairs = views[name], "gate_up" in name
-            shape = (view.flatten(-2) if pairs else view).shape
-            if tensor.shape != shape or not tensor.is_floating_point():
-                raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but "
-                                f"config.json asks for floats of {list(shape)}")
-            view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
-            missing.discard(name)
-        if missing:
-            raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
-        if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
-                                                                  weights["model.embed_tokens.weight"]):
-            raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
-        _check_ids(folder, config.vocab_size)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
+        raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
+    weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
+               for name, w in expected.items()}
+    views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
+    missing = set(views)
+    for name in where:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
+                or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
+                or tied and name == "lm_head.weight"):
+            continue  # multi-token prediction is not computed here
+        tensor, stem = read(name), name.removesuffix("_blocks")
+        if stem + "_scales" in where:
+            name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
+        elif name + "_scale_inv" in where:
+            tensor = _fp8(tensor, read(name + "_scale_inv"))
+        if name not in views:
+            raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
+        view, pairs = views[name], "gate_up" in name
+        shape = (view.flatten(-2) if pairs else view).shape
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but "
+                            f"config.json asks for floats of {list(shape)}")
+        view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
+        missing.discard(name)
+    if missing:
+        raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
+    if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
+                                                              weights["model.embed_tokens.weight"]):
+        raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
+    _check_ids(folder, config.vocab_size)
+    return weights
 
 
 def _check_ids(folder: Path, rows: int) -> None:
     if (path := folder / "tokenizer.json").exists():
         spec = read_json(path)
-        if (ids := max(len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"]))) > rows:
+        if (ids := max([len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"])])) > rows:
             raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
                             "that it was trained with")
 
