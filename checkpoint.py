@@ -360,7 +360,7 @@ FAMILIES = {
         "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
     "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
-                       "layer_types": ["sliding", "full"]}, _LOCAL, {"swiglu_alpha": (1.702,)}),
+                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL, {"swiglu_alpha": (1.702,)}),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
         "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,),
         "attention_bias": (False,)}),
