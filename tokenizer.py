@@ -782,8 +782,9 @@ def check_options(config) -> None:
         value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
         typed = type(value) in ((int, float) if kind is float else (kind,))
         if not typed or choices and value not in choices or low is not None and not low <= value <= high:
-            bounds = "" if low is None else f", {low:g} to {high:g}"
-            raise UserError(f"--{name} {value!r} is not {' or '.join(map(str, choices)) or kind.__name__ + bounds}")
+            wanted = (f"one of {', '.join(map(str, choices))}" if choices else f"between {low:g} and {high:g}"
+                      if typed else f"of the type {kind.__name__}")
+            raise UserError(f"--{name} {value!r} is not {wanted}")
 
 
 def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
@@ -800,14 +801,11 @@ def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterab
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The command line; dashes and underscores in flags are the same. UserError names the flag nearest to an unknown
-    one."""
-    flags = {flag.replace("-", "_"): flag for flag in parser._option_string_actions}
-    args, unknown = parser.parse_known_args([flags.get(name.replace("-", "_"), name) + equals + value
-                                             for name, equals, value in (word.partition("=") for word in argv)])
+    """The command line; UserError names the flag nearest to an unknown one."""
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("-", "_"), flags, 1)
-        hint = f"did you mean {flags[near[0]]}?" if near else f"see `python {parser.prog} --help`"
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), vars(args), 1)
+        hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args
 
@@ -823,6 +821,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Dashes and underscores in flags are the same."""
+        flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+        words = (word.partition("=") for word in (sys.argv[1:] if args is None else args))
+        return super().parse_known_args([flags.get(flag.replace("-", "_"), flag) + equals + value
+                                         for flag, equals, value in words], namespace)
 
     def error(self, message: str):
         raise UserError(f"{message}; see `python {self.prog} --help`")
