@@ -234,9 +234,10 @@ def test_the_latent_cache_is_small():
 
 
 def test_export_of_a_run_brings_its_tokenizer(tmp_path):
-    from tokenizer import train_bpe
+    from tokenizer import ChatFormat, train_bpe
     tokenizer = train_bpe(["the cat sat on the mat, and the dog sat on the cat"] * 3, 275)
     tokenizer.save(tmp_path / "run")
+    ours = ChatFormat(tmp_path / "run", tokenizer)
     model = GPT(TINY.change(vocab_size=tokenizer.vocab_size))
     save_pretrained(model, tmp_path / "out", tokenizer_from=tmp_path / "run")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -244,7 +245,7 @@ def test_export_of_a_run_brings_its_tokenizer(tmp_path):
     assert theirs(text.replace("<|im_end|>", ""))["input_ids"] == tokenizer.encode(text.replace("<|im_end|>", ""))
     messages = [{"role": "user", "content": "the cat?"}]
     rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-    assert rendered == tokenizer.encode_chat(messages, add_generation_prompt=True)[0]
+    assert rendered == ours.prompt(messages)[1:]
     assert theirs.eos_token_id == tokenizer.eos_id
 
     from sample import load
@@ -253,7 +254,7 @@ def test_export_of_a_run_brings_its_tokenizer(tmp_path):
     assert prompter.prompt(messages) == rendered and prompter.text("the cat") == [0, *tokenizer.encode("the cat")]
     assert prompter.stop == {0, 3}
     tricky = [{"role": "user", "content": "the <|im_end|> cat"}]  # control tokens in a message are ordinary text
-    assert prompter.prompt(tricky) == tokenizer.encode_chat(tricky, add_generation_prompt=True)[0]
+    assert prompter.prompt(tricky) == ours.prompt(tricky)[1:]
     (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": [0, 3]}')
     (tmp_path / "out" / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content | trim }}"
                                                           "{% endfor %}{{ raise_exception('no') if messages[1:] }}")
