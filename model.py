@@ -43,26 +43,30 @@ LAYER_TYPES = ("full", "sliding", "chunked", "linear")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
+def amount(default, help, low=0, high=1e6):
+    """The option of a number; its upper bound keeps absurd sizes from being allocated."""
+    return option(default, help, low, high)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder. Names are those of Hugging Face's config.json where it has them; a 0 often means "derive it"."""
 
-    vocab_size: int = option(4096, "number of tokens; the tokenizer decides", 1, 4e6)
-    hidden_size: int = option(256, "width of the residual stream", 1, 1e5)
-    intermediate_size: int = option(768, "width of the MLP", 1, 1e6)
-    num_hidden_layers: int = option(4, "number of blocks", 1, 1000)
-    num_attention_heads: int = option(4, "query heads", 1, 4096)
-    num_key_value_heads: int = option(2, "as many as query heads: MHA; 1: MQA; between: GQA, a smaller KV cache", 1, 4096)
-    head_dim: int = option(0, "width of one head; 0: hidden_size / num_attention_heads", 0, 1e4)
-    max_position_embeddings: int = option(256, "context length trained on, in tokens", 1, 1e8)
+    vocab_size: int = amount(4096, "number of tokens; the tokenizer decides", 1, 4e6)
+    hidden_size: int = amount(256, "width of the residual stream", 1)
+    intermediate_size: int = amount(768, "width of the MLP", 1)
+    num_hidden_layers: int = amount(4, "number of blocks", 1, 1000)
+    num_attention_heads: int = amount(4, "query heads", 1, 4096)
+    num_key_value_heads: int = amount(2, "as many as query heads: MHA; 1: MQA; between: GQA, a small KV cache", 1, 4096)
+    head_dim: int = amount(0, "width of one head; 0: hidden_size / num_attention_heads")
+    max_position_embeddings: int = amount(256, "context length trained on, in tokens", 1, 1e8)
     tie_word_embeddings: bool = option(True, "one matrix for input embedding and output head")
-    rms_norm_eps: float = option(1e-6, "added to the mean square before its root", 1e-12, 1)
-    initializer_range: float = option(0.02, "standard deviation of every matrix at the start (OLMo 2: 0.02); "
-                                      "0: 1/sqrt(hidden_size) (SmolLM2)", 0, 10)
+    rms_norm_eps: float = amount(1e-6, "added to the mean square before its root", 1e-12)
+    initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
     # attention
     layer_types: str = option("full", "full, sliding, chunked or linear, repeated over the layers: sliding,full (gpt-oss)")
-    sliding_window: int = option(0, "tokens that a sliding layer sees, itself included", 0)
-    attention_chunk_size: int = option(0, "tokens of the chunk that a chunked layer sees (Llama 4: 8192)", 0)
+    sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
+    attention_chunk_size: int = amount(0, "tokens of the chunk that a chunked layer sees (Llama 4: 8192)")
     attention_sinks: bool = option(False, "a learned logit per head that takes probability from the tokens (gpt-oss)")
     attn_output_gate: bool = option(False, "a sigmoid gate on every head's output (Qwen3-Next)")
     attention_bias: bool = option(False, "biases on the q, k, v and o projections (gpt-oss)")
@@ -70,50 +74,49 @@ class ModelConfig:
     # positions
     position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
                            choices=POSITIONS)
-    rope_theta: float = option(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
-    partial_rotary_factor: float = option(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
-    no_rope_layer_interval: int = option(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never", 0)
-    rope_factor: float = option(1.0, "how many times longer llama3 and yarn make the context", 1, 1e6)
-    original_max_position_embeddings: int = option(8192, "the context before llama3, yarn or dual_chunk extended it", 1)
-    yarn_beta_fast: float = option(32.0, "pairs that rotate more often than this in the original context are kept", 1e-3)
-    yarn_beta_slow: float = option(1.0, "pairs that rotate less often than this are slowed by rope_factor", 1e-3)
+    rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
+    partial_rotary_factor: float = amount(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
+    no_rope_layer_interval: int = amount(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never")
+    rope_factor: float = amount(1.0, "how many times longer llama3 and yarn make the context", 1)
+    original_max_position_embeddings: int = amount(8192, "the context before llama3, yarn or dual_chunk extended it", 1)
+    yarn_beta_fast: float = amount(32.0, "pairs that rotate more often in the original context are kept", 0.001)
+    yarn_beta_slow: float = amount(1.0, "pairs that rotate less often than this are slowed by rope_factor", 0.001)
     yarn_truncate: bool = option(True, "round those two borders to whole pairs (gpt-oss: false)")
-    yarn_mscale_all_dim: float = option(0.0, "MLA: YaRN's temperature on the whole head, not its RoPE part (DeepSeek: 1)", 0)
+    yarn_mscale_all_dim: float = amount(0.0, "MLA: YaRN's temperature, on the whole head (DeepSeek: 1)")
     # multi-head latent attention (DeepSeek, Kimi)
-    kv_lora_rank: int = option(0, "width of the latent that keys and values are made from and cached as; 0: no MLA", 0, 1e5)
-    q_lora_rank: int = option(0, "the same for queries; 0: queries straight from the residual stream", 0, 1e5)
-    qk_nope_head_dim: int = option(0, "part of a query and key head without position", 0, 1e4)
-    qk_rope_head_dim: int = option(0, "part of it with RoPE, whose key all heads share", 0, 1e4)
-    v_head_dim: int = option(0, "width of a value head", 0, 1e4)
+    kv_lora_rank: int = amount(0, "width of the latent that keys and values are made from and cached as; 0: no MLA")
+    q_lora_rank: int = amount(0, "the same for queries; 0: queries straight from the residual stream")
+    qk_nope_head_dim: int = amount(0, "part of a query and key head without position")
+    qk_rope_head_dim: int = amount(0, "part of it with RoPE, whose key all heads share")
+    v_head_dim: int = amount(0, "width of a value head")
     # Gated DeltaNet, the linear layers (Qwen3-Next)
-    linear_num_key_heads: int = option(0, "0: num_key_value_heads", 0, 4096)
-    linear_num_value_heads: int = option(0, "0: num_attention_heads", 0, 4096)
-    linear_key_head_dim: int = option(0, "0: head_dim", 0, 1e4)
-    linear_value_head_dim: int = option(0, "0: head_dim", 0, 1e4)
-    linear_conv_kernel_dim: int = option(4, "tokens that the short convolution sees", 1, 64)
+    linear_num_key_heads: int = amount(0, "0: num_key_value_heads")
+    linear_num_value_heads: int = amount(0, "0: num_attention_heads")
+    linear_key_head_dim: int = amount(0, "0: head_dim")
+    linear_value_head_dim: int = amount(0, "0: head_dim")
+    linear_conv_kernel_dim: int = amount(4, "tokens that the short convolution sees", 1)
     # mixture of experts
-    num_experts: int = option(0, "routed experts per layer; 0: a dense model", 0, 1e4)
-    num_experts_per_tok: int = option(2, "experts that each token visits", 1, 1e4)
-    moe_intermediate_size: int = option(0, "width of one expert; 0: intermediate_size / num_experts_per_tok", 0, 1e6)
-    n_shared_experts: int = option(0, "experts that every token visits", 0, 1e3)
-    shared_expert_intermediate_size: int = option(0, "their width together; 0: n_shared_experts of an expert's", 0, 1e6)
+    num_experts: int = amount(0, "routed experts per layer; 0: a dense model")
+    num_experts_per_tok: int = amount(2, "experts that each token visits", 1)
+    moe_intermediate_size: int = amount(0, "width of one expert; 0: intermediate_size / num_experts_per_tok")
+    n_shared_experts: int = amount(0, "experts that every token visits")
+    shared_expert_intermediate_size: int = amount(0, "their width together; 0: n_shared_experts of an expert's")
     shared_expert_gate: bool = option(False, "a sigmoid gate on the shared experts (Qwen3-Next)")
-    first_k_dense_replace: int = option(0, "leading layers that stay dense", 0)
+    first_k_dense_replace: int = amount(0, "leading layers that stay dense")
     scoring_func: str = option("softmax", "the router's scores: softmax, or sigmoid (DeepSeek)", choices=("softmax", "sigmoid"))
     norm_topk_prob: bool = option(True, "scale the chosen experts' scores to a sum of 1")
-    routed_scaling_factor: float = option(1.0, "factor on those scores (DeepSeek)", 0)
-    n_group: int = option(1, "groups of experts; a token uses experts of topk_group of them (DeepSeek-V3)", 1, 1e4)
-    topk_group: int = option(1, "see n_group", 1, 1e4)
-    router_aux_loss_coef: float = option(0.01, "weight of the load-balancing loss, over the global batch", 0)
-    router_bias_update_rate: float = option(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)", 0)
-    router_z_loss_coef: float = option(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)", 0)
+    routed_scaling_factor: float = amount(1.0, "factor on those scores (DeepSeek)")
+    n_group: int = amount(1, "groups of experts; a token uses experts of topk_group of them (DeepSeek-V3)", 1)
+    topk_group: int = amount(1, "see n_group", 1)
+    router_aux_loss_coef: float = amount(0.01, "weight of the load-balancing loss, over the global batch")
+    router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
+    router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
     # details
-    hidden_act: str = option("silu", "activation of the gate in MLPs and experts: silu, gelu or relu2",
-                             choices=tuple(ACTIVATIONS))
+    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=tuple(ACTIVATIONS))
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
-    swiglu_limit: float = option(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU", 0)
+    swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
     norm_zero_centered: bool = option(False, "RMSNorm's gain is 1 + weight (Qwen3-Next)")
-    final_logit_softcapping: float = option(0.0, "c keeps logits below it by c tanh(x / c) (Gemma 2: 30); 0: off", 0)
+    final_logit_softcapping: float = amount(0.0, "c keeps logits below it by c tanh(x / c) (Gemma 2: 30); 0: off")
 
     def __post_init__(self):
         check_options(self)
@@ -269,26 +272,14 @@ def dense_attention(q, k, v, visible, bias=None, sink=None, scale=None):
     return y.transpose(1, 2)
 
 
-def dense_document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
-    """`document_attention` by its definition, for rows of `max_length` tokens that all start in cu_seqlens."""
-    positions = document_positions(cu_seqlens, len(q)).view(-1, max_length)  # [B, T]
-    visible = visible_keys(distances(max_length, max_length, q.device), positions, window)
-    q, k, v = (x.unflatten(0, (-1, max_length)) for x in (q, k, v))
-    return dense_attention(q, k, v, visible, sink=sink).flatten(0, 1)
-
-
-def document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, window: int = 0,
-                       sink: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + mask) v, causal inside each document of a flattened batch.
+def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
+    """softmax(q k^T / sqrt(d) + mask) v, causal inside each document of a flattened batch; CPU, and bf16 or fp16 on CUDA.
 
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
     no document is longer (a constant in compiled code); window: see the last `window` tokens, 0: all; sink [H].
     Returns [N, H, D].
     """
-    flash = q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0  # what the CUDA kernel supports
-    if flash or q.device.type == "cpu":
-        return _document_attention(q, k, v, cu_seqlens, max_length, window, sink)[0]
-    return dense_document_attention(q, k, v, cu_seqlens, max_length, window, sink)
+    return _document_attention(q, k, v, cu_seqlens, max_length, window, sink)[0]
 
 
 def _spans(cu_seqlens, window):
@@ -312,9 +303,9 @@ def _grouped(x, groups, ratio):
     return x.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3).expand(-1, ratio, -1, -1)
 
 
-@torch.library.custom_op("nanoplaybook::document_attention", mutates_args=())
-def _document_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, window: int,
-                        sink: Tensor | None) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("nanoplaybook::document_attention", mutates_args=(), schema=(
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, SymInt window, Tensor? sink) -> (Tensor, Tensor)"))
+def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
     """Output [N, H, D] and the logarithm of each softmax's sum [H, N], fp32."""
     if q.is_cuda:  # window_size_left counts the tokens before the query; -1: all of them
         out, lse = torch.ops.aten._flash_attention_forward(
@@ -339,9 +330,10 @@ def _(q, k, v, cu_seqlens, max_length, window, sink):
     return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("nanoplaybook::document_attention_backward", mutates_args=())
-def _document_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-                                 cu_seqlens: Tensor, max_length: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op("nanoplaybook::document_attention_backward", mutates_args=(), schema=(
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_length, SymInt window)"
+    " -> (Tensor, Tensor, Tensor)"))
+def _document_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_length, window):
     if q.is_cuda:
         no_dropout = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)  # the state that dropout would need
         return torch.ops.aten._flash_attention_backward(
@@ -405,15 +397,12 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None, scale=No
     if _watched is not None and layout.end == T:
         _watched.append(attention_extremes(q, k, layout.positions, window, chunk, scale or q.shape[-1] ** -0.5))
     starts = layout.chunks if chunk else layout.cu_seqlens
-    if starts is not None and bias is None:
-        y = document_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), starts, T, window, sink)
-        return y.unflatten(0, (-1, T))
-    if bias is None and sink is None and not chunk and (T == 1 or S == T and not window):
+    if bias is None and starts is not None:
+        if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
+            return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
+    elif bias is sink is None and not chunk and (T == 1 or S == T and not window):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if T == 1:  # the query heads of a KV head as its queries: [B, G, H/G, D]
-            y = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[-1]), k, v, scale=scale)
-            return y.flatten(1, 2)[:, None]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, enable_gqa=True).transpose(1, 2)
     distance = distances(T, S, q.device)
     visible = visible_keys(distance, layout.positions, window, chunk)
     return dense_attention(q, k, v, visible, bias and bias(distance), sink, scale)
@@ -456,7 +445,7 @@ def chunk_starts(positions, chunk, size):
 # ---- positions ------------------------------------------------------------------------------------------------
 
 
-def rope_frequencies(config: ModelConfig, device="cpu") -> Tensor:
+def rope_frequencies(config, device="cpu"):
     """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2].
 
     `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`, keep those that
@@ -481,7 +470,7 @@ def rope_frequencies(config: ModelConfig, device="cpu") -> Tensor:
     return frequencies * (keep + (1 - keep) / config.rope_factor)
 
 
-def yarn_temperature(config: ModelConfig) -> tuple[float, float]:
+def yarn_temperature(config):
     """Factors on queries and keys under YaRN: on what RoPE rotates, and on whole heads; 0.1 ln(rope_factor) + 1.
 
     YaRN as published and gpt-oss scale what RoPE rotates; DeepSeek and Kimi the whole head (yarn_mscale_all_dim).
@@ -493,12 +482,12 @@ def yarn_temperature(config: ModelConfig) -> tuple[float, float]:
     return (1.0, temperature) if whole else (temperature, 1.0)
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x, cos, sin):
     """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by the angles whose cos and sin are [T, 1, R/2]; numbers
     from R on stay."""
-    R = 2 * cos.shape[-1]
-    a, b, *rest = x.split([R // 2, R // 2] + [x.shape[-1] - R] * (x.shape[-1] > R), dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), dim=-1)
+    half = cos.shape[-1]
+    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
 
 
 def alibi(heads, distance):
@@ -507,7 +496,7 @@ def alibi(heads, distance):
     return slopes[:, None, None] * -distance
 
 
-def distance_bucket(distance: Tensor, buckets: int = 32, far: int = 128) -> Tensor:
+def distance_bucket(distance, buckets=32, far=128):
     """T5's relative positions (Raffel et al. 2020), causal: half the buckets exact, half logarithmic up to `far`."""
     exact, distance = buckets // 2, distance.clamp(min=0)
     log = exact + ((distance.clamp(min=1) / exact).log() / math.log(far / exact) * (buckets - exact)).long()
@@ -537,7 +526,7 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context, window=0, chu
     return torch.einsum("bhts,bshd->bthd", s.softmax(-1).to(v.dtype), v)
 
 
-def dual_chunk_size(context: int) -> int:
+def dual_chunk_size(context):
     return max(1, 3 * context // 4)
 
 
@@ -548,17 +537,17 @@ class KVCache:
     key's RoPE part; sliding and chunked layers: only what a later token can see; linear layers: a state of fixed size.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity):
         self.capacity, self.length = capacity, 0
-        self.layers: dict[int, tuple[Tensor, ...]] = {}
+        self.layers = {}  # by number
 
-    def append(self, layer: int, *new: Tensor, keep: int | None = None) -> tuple[Tensor, ...]:
-        """Stores new [B, T, ...] at the end and returns everything stored so far; with `keep`, forgets all but the last
-        `keep` tokens afterwards. `length` itself moves once per forward pass, after the last layer (`GPT.forward`)."""
+    def append(self, layer, *new, sees=0):
+        """Stores new [B, T, ...] at the end and returns everything stored so far. `sees`: tokens that a query sees, itself
+        included; what no later one can see is forgotten. `length` moves after the last layer, in `GPT.forward`."""
         old = self.layers.get(layer)
-        if keep is not None:
+        if sees:
             seen = [torch.cat(pair, 1) for pair in zip(old, new)] if old else new
-            self.layers[layer] = [x[:, max(0, x.shape[1] - keep):] for x in seen]
+            self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen]
             return seen
         if not old:
             old = self.layers[layer] = [x.new_empty(len(x), self.capacity, *x.shape[2:]) for x in new]
@@ -571,7 +560,7 @@ class KVCache:
 # ---- the modules ----------------------------------------------------------------------------------------------
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x, weight, bias=None):
     """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides, in one place."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu" and weight.numel() < 2**22:
@@ -584,26 +573,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class Linear(nn.Linear):
     """fp32 weights, any compute dtype: see `linear`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), or * (1 + weight); the mean in fp32."""
 
-    def __init__(self, size: int, eps: float, zero_centered: bool = False):
+    def __init__(self, size, eps, zero_centered=False):
         super().__init__(size, eps)
         self.zero_centered = zero_centered  # so that weight decay pulls the gain to 1 instead of 0
         if zero_centered:
             nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         if self.zero_centered:  # in fp32, because 1 + a small weight is 1 in bf16
             return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + 1, self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-def config_norm(config: ModelConfig, size: int) -> RMSNorm:
+def config_norm(config, size):
     return RMSNorm(size, config.rms_norm_eps, config.norm_zero_centered)
 
 
@@ -617,7 +606,6 @@ class Attention(nn.Module):
         self.config, self.layer, self.uses_rope = config, layer, config.uses_rope(layer)
         self.window = config.sliding_window if kind == "sliding" else 0
         self.chunk = config.attention_chunk_size if kind == "chunked" else 0
-        self.keep = max(self.window, self.chunk) - 1 if kind != "full" else None  # keys that a later token can see
         self.q_proj = Linear(C, H * D * (2 if config.attn_output_gate else 1), bias)
         self.k_proj = Linear(C, G * D, bias)
         self.v_proj = Linear(C, G * D, bias)
@@ -643,8 +631,8 @@ class Attention(nn.Module):
         dual = self.uses_rope and c.position == "dual_chunk"
         if self.uses_rope:
             q, k = q if dual else apply_rope(q, *layout.rope), apply_rope(k, *layout.rope)
-        if cache is not None:
-            k, v = cache.append(self.layer, k, v, keep=self.keep)
+        if cache:
+            k, v = cache.append(self.layer, k, v, sees=self.window or self.chunk)
         if dual:
             y = dual_chunk_attention(q, k, v, layout.positions, rope_frequencies(c, x.device),
                                      c.original_max_position_embeddings, self.window, self.chunk)
@@ -693,7 +681,7 @@ class LatentAttention(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_layernorm(latent), self.rotate(k_rope[:, :, None], layout)  # [B, T, R], [B, T, 1, Dr]
         q_rope = self.rotate(q_rope, layout)
-        if cache is not None:
+        if cache:
             latent, k_rope = cache.append(self.layer, latent, k_rope)
         if layout.end > T:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
@@ -788,13 +776,13 @@ class GatedDeltaNet(nn.Module):
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
         y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, -1), decay, b.sigmoid(), state)
-        if cache is not None:
+        if cache:
             cache.layers[self.layer] = torch.cat((tail, mixed), 1)[:, T:], state
         y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, -1))
         return self.out_proj(y.flatten(2))
 
 
-def gated(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
+def gated(gate, up, config):
     """act(gate) * up (Shazeer 2020); with swiglu_limit gpt-oss' variant: clamped, 1.702 steep, and up raised by one."""
     if limit := config.swiglu_limit:
         gate = gate.clamp(max=limit)
@@ -805,26 +793,26 @@ def gated(gate: Tensor, up: Tensor, config: ModelConfig) -> Tensor:
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, width: int):
+    def __init__(self, config, width):
         super().__init__()
         self.config = config
         self.gate_proj = Linear(config.hidden_size, width, config.mlp_bias)
         self.up_proj = Linear(config.hidden_size, width, config.mlp_bias)
         self.down_proj = Linear(width, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x), self.config))
 
 
 class Router(Linear):
     """Scores every expert and picks K of them for each token."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts, config.mlp_bias)
         self.config = config
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))  # moved by `balance_experts`
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x):
         """x [N, C] -> weights and indices of the chosen experts [N, K], all scores and logits [N, E]; in fp32."""
         c = self.config
         logits = super().forward(x.float())
@@ -858,7 +846,7 @@ class _Reorder(torch.autograd.Function):
 class Experts(nn.Module):
     """The routed MLPs of a layer, dropless: each token visits all of its experts, however uneven that makes them."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         C, E, M = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.config = config
@@ -867,7 +855,7 @@ class Experts(nn.Module):
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * M)) if config.mlp_bias else None
         self.down_proj_bias = nn.Parameter(torch.zeros(E, C)) if config.mlp_bias else None
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None, expert: Tensor, ends: Tensor) -> Tensor:
+    def product(self, x, weight, bias, expert, ends):
         """Row n of x [N*K, in] times the weight [E, out, in] of its expert; rows are sorted, `ends` where each stops."""
         weight = weight.to(x.dtype)
         if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):  # what grouped_mm requires of rows
@@ -879,7 +867,7 @@ class Experts(nn.Module):
             y = y + F.one_hot(expert, len(bias)).to(x.dtype) @ bias.to(x.dtype)
         return y
 
-    def forward(self, x: Tensor, weights: Tensor, index: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x, weights, index, counts):
         """x [N, C], weights and index [N, K], counts [E] of the tokens of each expert -> [N, C]."""
         N, K = index.shape
         expert, order = index.flatten().sort(stable=True)  # [N*K], expert after expert
@@ -898,7 +886,7 @@ class MoE(nn.Module):
     squared log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
@@ -907,7 +895,7 @@ class MoE(nn.Module):
         self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if width and config.shared_expert_gate else None
         self.routing, self.load = None, None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x):
         flat = x.flatten(0, 1)  # [N, C]
         weights, index, scores, logits = self.gate(flat)
         counts = torch.zeros_like(scores[0]).index_add(0, index.flatten(), torch.ones_like(weights).flatten())
@@ -923,7 +911,7 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). A linear layer has `linear_attn` instead of `self_attn`."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = config_norm(config, config.hidden_size)
         if config.layer_type(layer) == "linear":
@@ -934,14 +922,14 @@ class Block(nn.Module):
         sparse = config.num_experts and layer >= config.first_k_dense_replace
         self.mlp = MoE(config) if sparse else MLP(config, config.intermediate_size)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KVCache | None) -> Tensor:
+    def forward(self, x, layout, cache):
         mixer = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
         x = x + mixer(self.input_layernorm(x), layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":  # absolute positions (Vaswani et al. 2017, GPT-2), counted in each document
@@ -950,7 +938,7 @@ class Decoder(nn.Module):
         self.norm = config_norm(config, config.hidden_size)
 
 
-def _pieces(logits: Tensor, targets: Tensor, rows: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
+def _pieces(logits, targets, rows=512):
     """fp32 logits and targets, 512 rows at a time: a CPU's cache then holds them, which makes a loss about 3 times as fast."""
     for piece, target in zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows)):
         yield piece.float(), target
@@ -972,7 +960,7 @@ def z_loss(logits: Tensor, targets: Tensor) -> Tensor:
 class GPT(nn.Module):
     """tokens [B, T] int64 -> logits [B, T, V]."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
@@ -988,7 +976,7 @@ class GPT(nn.Module):
             elif parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2 found a plain normal more stable than scaled ones
                 nn.init.normal_(parameter, std=std)
 
-    def compile_blocks(self, backend: str | Callable = "inductor") -> None:
+    def compile_blocks(self, backend="inductor"):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
         chunks would unroll into a graph that grows with the context: its blocks stay eager."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
@@ -1027,7 +1015,7 @@ class GPT(nn.Module):
 
         `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
         """
-        start = cache.length if cache is not None else 0
+        start = cache.length if cache else 0
         if start and cu_seqlens is not None:
             raise UserError("a cache continues the last document of each row; leave cu_seqlens out")
         layout = self.layout(tokens, cu_seqlens, start)
@@ -1049,7 +1037,7 @@ class GPT(nn.Module):
                 x = recomputed(call, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = call(x, layout, cache)
-        if cache is not None:
+        if cache:
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
         tied = self.config.tie_word_embeddings
@@ -1058,7 +1046,7 @@ class GPT(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
-    def mixtures(self) -> list[MoE]:
+    def mixtures(self):
         return [m for m in self.modules() if isinstance(m, MoE)]
 
     def routing_loss(self) -> Tensor | float:
