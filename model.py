@@ -22,16 +22,13 @@ heads, D head_dim, V vocab_size, E experts, K experts per token, M width of an M
 
 import contextlib
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections import namedtuple
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from tokenizer import UserError, check_options, option, run
@@ -112,7 +109,7 @@ class ModelConfig:
     router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
     router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
     # details
-    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=tuple(ACTIVATIONS))
+    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS)
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
     swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
     norm_zero_centered: bool = option(False, "RMSNorm's gain is 1 + weight (Qwen3-Next)")
@@ -121,37 +118,41 @@ class ModelConfig:
     def __post_init__(self):
         check_options(self)
         kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
-        latent = self.kv_lora_rank
-        head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim if latent else self.head_dim or self.hidden_size // heads
+        latent, experts, chosen = self.kv_lora_rank, self.num_experts, self.num_experts_per_tok
+        head_dim = self.head_dim or self.hidden_size // heads
+        if latent:
+            head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
         derived = {"head_dim": head_dim}
         if "linear" in kinds:
             derived |= {"linear_num_key_heads": groups, "linear_num_value_heads": heads,
                         "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
-        if self.num_experts:  # the experts of a token are together as wide as the dense MLP
-            derived["moe_intermediate_size"] = max(1, self.intermediate_size // self.num_experts_per_tok)
-        derived = {name: value for name, value in derived.items() if not getattr(self, name) or latent and name == "head_dim"}
-        for name, value in (*derived.items(), ("_derived", derived)):
+        if experts:  # the experts of a token are together as wide as the dense MLP
+            derived["moe_intermediate_size"] = max(1, self.intermediate_size // chosen)
+        derived = {name: value for name, value in derived.items()
+                   if not getattr(self, name) or latent and name == "head_dim"}
+        for name, value in {**derived, "_derived": derived}.items():
             object.__setattr__(self, name, value)
         for wrong, sentence in (
             (heads % groups, f"num_key_value_heads {groups} must divide num_attention_heads {heads}: take one of "
-                             f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
+             f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
             ("head_dim" in derived and not latent and self.hidden_size % heads,
              f"hidden_size {self.hidden_size} does not divide by {heads} heads: change one of them or give head_dim"),
-            (kinds - set(LAYER_TYPES), f"layer_types {self.layer_types} may list {', '.join(LAYER_TYPES)}, separated by commas"),
-            ("sliding" in kinds and not self.sliding_window, "sliding layers need --sliding_window, a number of tokens"),
-            ("chunked" in kinds and not self.attention_chunk_size, "chunked layers need --attention_chunk_size, in tokens"),
-            (self.position == "dual_chunk" and self.attention_sinks, "position dual_chunk works without sinks only; take yarn"),
-            (latent and (kinds != {"full"} or self.position in ("alibi", "relative", "dual_chunk") or self.attention_sinks
-                         or self.attn_output_gate or self.qk_norm),
+            (kinds - set(LAYER_TYPES), f"layer_types {self.layer_types} may list {', '.join(LAYER_TYPES)}"),
+            ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
+             "sliding layers need --sliding_window and chunked layers --attention_chunk_size, in tokens"),
+            (self.position == "dual_chunk" and (self.attention_sinks or kinds & {"sliding", "chunked"}),
+             "position dual_chunk works with neither sliding nor chunked layers nor sinks; take yarn"),
+            (latent and (kinds != {"full"} or self.position in ("alibi", "relative", "dual_chunk")
+                         or self.attention_sinks or self.attn_output_gate or self.qk_norm),
              "kv_lora_rank (MLA) works with full layers and rope, llama3 or yarn, without sinks, gate and qk_norm"),
             (latent and not 0 < self.v_head_dim <= head_dim, "kv_lora_rank (MLA) needs --qk_nope_head_dim, "
              "--qk_rope_head_dim and a --v_head_dim of at most their sum"),
             ("linear" in kinds and self.linear_num_value_heads % (self.linear_num_key_heads or 1),
              "linear_num_key_heads must divide linear_num_value_heads"),
-            (self.num_experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > self.num_experts // 2,
-             f"n_group {self.n_group} must cut num_experts {self.num_experts} into groups of 2 or more, and be at least topk_group"),
-            (self.num_experts and self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group,
-             f"num_experts_per_tok {self.num_experts_per_tok} is more than a token may choose from; raise num_experts"),
+            (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2,
+             f"n_group {self.n_group} must be at least topk_group and cut num_experts {experts} into groups of 2 or more"),
+            (experts and chosen > experts // self.n_group * self.topk_group,
+             f"num_experts_per_tok {chosen} is more than a token may choose from; raise num_experts"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
             (self.swiglu_limit and self.hidden_act != "silu", "swiglu_limit needs --hidden_act silu"),
             (self.position in ROPE and (self.rotary_dim % 2 or not self.rotary_dim),
@@ -162,19 +163,19 @@ class ModelConfig:
                 raise UserError(sentence)
 
     @property
-    def rotary_dim(self) -> int:
+    def rotary_dim(self):
         """How many numbers of a head RoPE rotates."""
         return self.qk_rope_head_dim if self.kv_lora_rank else int(self.head_dim * self.partial_rotary_factor)
 
-    def layer_type(self, layer: int) -> str:
+    def layer_type(self, layer):
         kinds = self.layer_types.split(",")
         return kinds[layer % len(kinds)]
 
-    def uses_rope(self, layer: int) -> bool:
+    def uses_rope(self, layer):
         skipped = self.no_rope_layer_interval and (layer + 1) % self.no_rope_layer_interval == 0
         return self.position in ROPE and not skipped
 
-    def change(self, **fields) -> "ModelConfig":
+    def change(self, **fields):
         """A copy with other fields; what was derived, such as head_dim, is derived again."""
         return replace(self, **dict.fromkeys(self._derived, 0) | fields)
 
@@ -254,7 +255,7 @@ def visible_keys(distance, positions, window=0, chunk=0):
     return ((distance >= 0) & (distance <= positions[..., None]))[:, None]
 
 
-def dense_attention(q, k, v, visible, bias=None, sink=None, scale=None):
+def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype, slow.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S], sink [H].
@@ -263,10 +264,10 @@ def dense_attention(q, k, v, visible, bias=None, sink=None, scale=None):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D], [B, G, S, D], [B, G, S, Dv]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)
     if sink is None:  # the equation below, fused by PyTorch
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     else:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # a KV head serves H / G query heads
-        scores = q @ k.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5) + mask  # [B, H, T, S]
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask  # [B, H, T, S]
         sinks = sink.view(-1, 1, 1).expand(*scores.shape[:3], 1)  # one more score, whose value is zero
         y = torch.cat((scores.float(), sinks.float()), -1).softmax(-1)[..., :-1].to(v.dtype) @ v
     return y.transpose(1, 2)
@@ -297,10 +298,10 @@ def _spans(cu_seqlens, window):
             yield slice(first, last), slice(oldest, last), mask
 
 
-def _grouped(x, groups, ratio):
-    """One document's [L, H or G, D] as the CPU kernel's [G, ratio, L, D]: each KV head under its query heads, without
+def _grouped(x, q, k):
+    """One document's [L, H or G, D] as the CPU kernel's [G, H/G, L, D]: each KV head under its query heads, without
     a copy; in fp32, where that kernel is faster."""
-    return x.float().unflatten(1, (groups, -1)).permute(1, 2, 0, 3).expand(-1, ratio, -1, -1)
+    return x.float().unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).expand(-1, q.shape[1] // k.shape[1], -1, -1)
 
 
 @torch.library.custom_op("nanoplaybook::document_attention", mutates_args=(), schema=(
@@ -313,10 +314,9 @@ def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
             window_size_left=window - 1, window_size_right=0)[:2]
     else:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
-        groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
         for queries, keys, mask in _spans(cu_seqlens, window):
             out_span, lse_span = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(_grouped(x, groups, ratio) for x in (q[queries], k[keys], v[keys])), 0.0, mask is None, attn_mask=mask)
+                *(_grouped(x, q, k) for x in (q[queries], k[keys], v[keys])), 0.0, mask is None, attn_mask=mask)
             out[queries], lse[:, queries] = out_span.permute(2, 0, 1, 3).flatten(1, 2), lse_span.flatten(0, 1)
     if sink is not None:
         lse_with_sink = torch.logaddexp(lse, sink.float()[:, None])
@@ -325,9 +325,8 @@ def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
     return out, lse
 
 
-@_document_attention.register_fake
-def _(q, k, v, cu_seqlens, max_length, window, sink):
-    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+_document_attention.register_fake(
+    lambda q, *rest: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)))
 
 
 @torch.library.custom_op("nanoplaybook::document_attention_backward", mutates_args=(), schema=(
@@ -335,33 +334,27 @@ def _(q, k, v, cu_seqlens, max_length, window, sink):
     " -> (Tensor, Tensor, Tensor)"))
 def _document_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_length, window):
     if q.is_cuda:
-        no_dropout = q.new_zeros(2, dtype=torch.uint64), q.new_empty(0)  # the state that dropout would need
         return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, *no_dropout,
+            grad.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True,
+            q.new_zeros(2, dtype=torch.uint64), q.new_empty(0),  # the state that dropout would need
             window_size_left=window - 1, window_size_right=0)
-    new = torch.zeros_like if window else torch.empty_like
-    dq, dk, dv = torch.empty_like(q), new(k), new(v)
-    store = Tensor.add_ if window else Tensor.copy_  # bands overlap in the keys that they see, documents do not
-    groups, ratio = k.shape[1], q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros_like(x) for x in (q, k, v))
     for queries, keys, mask in _spans(cu_seqlens, window):
         dq_span, dk_span, dv_span = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_grouped(x, groups, ratio) for x in (grad[queries], q[queries], k[keys], v[keys], out[queries])),
-            lse[:, queries].unflatten(0, (groups, ratio)), 0.0, mask is None, attn_mask=mask)
+            *(_grouped(x, q, k) for x in (grad[queries], q[queries], k[keys], v[keys], out[queries])),
+            lse[:, queries].unflatten(0, (k.shape[1], -1)), 0.0, mask is None, attn_mask=mask)
         dq[queries] = dq_span.permute(2, 0, 1, 3).flatten(1, 2)
-        store(dk[keys], dk_span.sum(1).transpose(0, 1))  # over a KV head's query heads
-        store(dv[keys], dv_span.sum(1).transpose(0, 1))
+        dk[keys].add_(dk_span.sum(1).transpose(0, 1))  # over a KV head's query heads; bands overlap in keys
+        dv[keys].add_(dv_span.sum(1).transpose(0, 1))
     return dq, dk, dv
 
 
-@_document_attention_backward.register_fake
-def _(grad, q, k, v, out, lse, cu_seqlens, max_length, window):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+_document_attention_backward.register_fake(lambda grad, *qkv_and_rest: tuple(map(torch.empty_like, qkv_and_rest[:3])))
 
 
 def _save_for_backward(ctx, inputs, output):
     q, k, v, cu_seqlens, ctx.max_length, ctx.window, sink = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens, sink)
-    ctx.set_materialize_grads(False)  # the logarithms have none
 
 
 def _backward(ctx, grad, _):
@@ -377,17 +370,13 @@ def _backward(ctx, grad, _):
 _document_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-class Layout(NamedTuple):
-    """Where the tokens of a forward pass are, worked out once for all layers."""
-
-    end: int  # tokens of a row so far, those of this pass included; T without a cache
-    positions: Tensor  # [B or 1, T] in the document
-    rope: tuple[Tensor, Tensor] | None  # cos and sin of RoPE's angles, [T, 1, R/2] each
-    cu_seqlens: Tensor | None  # document starts
-    chunks: Tensor | None  # the same with the starts of the chunks of chunked layers
+# Where the tokens of a forward pass are, worked out once for all layers. end: tokens of a row so far, those of this pass
+# included; positions [B or 1, T] in the document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens:
+# document starts; chunks: the same with the starts of chunked layers' chunks. The last three may be None.
+Layout = namedtuple("Layout", "end positions rope cu_seqlens chunks")
 
 
-def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None, scale=None):
+def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     """`dense_attention` by the cheapest kernel that can do it: q [B, T, H, D] are the last T tokens of k, v [B, S, G, D],
     the last S of `layout.end`. Without a cache S = T = end. Returns [B, T, H, D].
 
@@ -395,24 +384,24 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None, scale=No
     """
     T, S = q.shape[1], k.shape[1]
     if _watched is not None and layout.end == T:
-        _watched.append(attention_extremes(q, k, layout.positions, window, chunk, scale or q.shape[-1] ** -0.5))
+        _watched.append(attention_extremes(q, k, layout.positions, window, chunk))
     starts = layout.chunks if chunk else layout.cu_seqlens
     if bias is None and starts is not None:
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
-    elif bias is sink is None and not chunk and (T == 1 or S == T and not window):
+    elif bias is None and sink is None and not chunk and (T == 1 or S == T and not window):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale, enable_gqa=True).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True).transpose(1, 2)
     distance = distances(T, S, q.device)
     visible = visible_keys(distance, layout.positions, window, chunk)
-    return dense_attention(q, k, v, visible, bias and bias(distance), sink, scale)
+    return dense_attention(q, k, v, visible, bias and bias(distance), sink)
 
 
 _watched = None
 
 
 @contextlib.contextmanager
-def watch_attention() -> Iterator[list[Tensor]]:
+def watch_attention():
     """Inside, forward passes run eagerly and every softmax attention appends its `attention_extremes` to the list."""
     global _watched
     _watched = []
@@ -423,23 +412,16 @@ def watch_attention() -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def attention_extremes(q, k, positions, window, chunk, scale):
+def attention_extremes(q, k, positions, window, chunk):
     """[largest score, smallest and largest entropy of a head in nats] of the first row's last queries (128 at most).
 
     Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023).
     """
     q, k = q[0, -128:].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], 1)  # [t, H, D], [T, H, D]
     visible = visible_keys(distances(len(q), len(k), q.device), positions[:1, -128:], window, chunk)[0]  # [1, t, T]
-    scores = (torch.einsum("thd,shd->hts", q, k) * scale).masked_fill(~visible, -torch.inf)
+    scores = (torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
     entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)  # [H]
     return torch.stack((scores.max(), entropy.min(), entropy.max()))
-
-
-def chunk_starts(positions, chunk, size):
-    """cu_seqlens of chunked attention (Llama 4), every document cut into chunks: int32 [size]; positions [N] in documents."""
-    N = len(positions)
-    starts = torch.where(positions % chunk == 0, torch.arange(N, device=positions.device), N).sort().values
-    return F.pad(starts, (0, 1), value=N)[:size].int()
 
 
 # ---- positions ------------------------------------------------------------------------------------------------
@@ -453,33 +435,26 @@ def rope_frequencies(config, device="cpu"):
     the pair, from yarn_beta_slow to yarn_beta_fast rotations, borders rounded to whole pairs if yarn_truncate.
     """
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
-    frequencies = theta ** (-torch.arange(0, R, 2, device=device, dtype=torch.float32) / R)
+    pairs, keep = torch.arange(R // 2, device=device).float(), 1.0
+    frequencies = theta ** (-2 * pairs / R)
     if config.position == "llama3":
-        keep = ((context * frequencies / (2 * math.pi) - 1) / (4 - 1)).clamp(0, 1)
-    elif config.position == "yarn":
-        def pair(rotations):  # the number of the pair that rotates so often in the original context
-            return R * math.log(context / (2 * math.pi * rotations)) / (2 * math.log(theta))
-        low, high = pair(config.yarn_beta_fast), pair(config.yarn_beta_slow)
+        keep = ((context * frequencies / math.tau - 1) / 3).clamp(0, 1)
+    elif config.position == "yarn":  # the numbers of the pairs that rotate so often in the original context
+        low, high = (R * math.log(context / (math.tau * rotations)) / (2 * math.log(theta))
+                     for rotations in (config.yarn_beta_fast, config.yarn_beta_slow))
         if config.yarn_truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, R - 1)
-        pairs = torch.arange(R // 2, device=device, dtype=torch.float32)
         keep = 1 - ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
-    else:
-        return frequencies
     return frequencies * (keep + (1 - keep) / config.rope_factor)
 
 
 def yarn_temperature(config):
-    """Factors on queries and keys under YaRN: on what RoPE rotates, and on whole heads; 0.1 ln(rope_factor) + 1.
-
-    YaRN as published and gpt-oss scale what RoPE rotates; DeepSeek and Kimi the whole head (yarn_mscale_all_dim).
-    """
+    """YaRN's factor on queries and keys, 0.1 ln(rope_factor) + 1: as published and in gpt-oss on the part that RoPE
+    rotates; with yarn_mscale_all_dim (DeepSeek, Kimi) on whole heads."""
     if config.position != "yarn":
-        return 1.0, 1.0
-    whole = config.yarn_mscale_all_dim
-    temperature = 0.1 * (whole or 1) * math.log(config.rope_factor) + 1
-    return (1.0, temperature) if whole else (temperature, 1.0)
+        return 1.0
+    return 0.1 * (config.yarn_mscale_all_dim or 1) * math.log(config.rope_factor) + 1
 
 
 def apply_rope(x, cos, sin):
@@ -496,14 +471,13 @@ def alibi(heads, distance):
     return slopes[:, None, None] * -distance
 
 
-def distance_bucket(distance, buckets=32, far=128):
-    """T5's relative positions (Raffel et al. 2020), causal: half the buckets exact, half logarithmic up to `far`."""
-    exact, distance = buckets // 2, distance.clamp(min=0)
-    log = exact + ((distance.clamp(min=1) / exact).log() / math.log(far / exact) * (buckets - exact)).long()
-    return torch.where(distance < exact, distance, log.clamp(max=buckets - 1))
+def distance_bucket(distance):
+    """T5's relative positions (Raffel et al. 2020), causal, in 32 buckets: 16 exact, 16 logarithmic up to 128."""
+    log = 16 + ((distance.clamp(min=1) / 16).log() / math.log(8) * 16).long()
+    return torch.where(distance < 16, distance.clamp(min=0), log.clamp(max=31))
 
 
-def dual_chunk_attention(q, k, v, positions, frequencies, context, window=0, chunk=0):
+def dual_chunk_attention(q, k, v, positions, frequencies, context):
     """Dual chunk attention (An et al. 2024): reads beyond the trained context c without training. For inference only.
 
     Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys of
@@ -513,17 +487,15 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context, window=0, chu
     """
     size, distance = dual_chunk_size(context), distances(q.shape[1], k.shape[1], q.device)
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
-
-    def scores(at):  # queries at these positions [B or 1, T]
-        angles = (at[..., None] * frequencies)[:, :, None]  # [B or 1, T, 1, R/2]
-        return torch.einsum("bthd,bshd->bhts", apply_rope(q, angles.cos().to(q.dtype), angles.sin().to(q.dtype)), k)
-
-    place, at = positions % size, positions[:, None, :, None]
-    apart = at // size - (at - distance) // size  # [B or 1, 1, T, S], in pieces
-    far = scores(torch.full_like(place, context - 1))
-    s = torch.where(apart == 0, scores(place), torch.where(apart == 1, scores((place + size).clamp(max=context - 1)), far))
-    s = (s.float() / q.shape[-1] ** 0.5).masked_fill(~visible_keys(distance, positions, window, chunk), -torch.inf)
-    return torch.einsum("bhts,bshd->bthd", s.softmax(-1).to(v.dtype), v)
+    place = positions % size
+    at = torch.stack((place, (place + size).clamp(max=context - 1), torch.full_like(place, context - 1)))
+    angles = (at[..., None] * frequencies)[..., None, :]  # [3, B or 1, T, 1, R/2]
+    q = apply_rope(q.expand(3, -1, -1, -1, -1), angles.cos().to(q.dtype), angles.sin().to(q.dtype))
+    scores = torch.einsum("nbthd,bshd->nbhts", q, k).float() / q.shape[-1] ** 0.5
+    at = positions[:, None, :, None]
+    apart = (at // size - (at - distance) // size).clamp(0, 2)  # [B or 1, 1, T, S], in pieces
+    scores = scores.gather(0, apart.expand(1, *scores.shape[1:]))[0].masked_fill(~visible_keys(distance, positions), -torch.inf)
+    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(v.dtype), v)
 
 
 def dual_chunk_size(context):
@@ -565,7 +537,7 @@ def linear(x, weight, bias=None):
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu" and weight.numel() < 2**22:
         # One token on a CPU: BLAS' matrix-vector product runs on one thread; this is 2.3 times as fast.
-        y = (weight * x.flatten()).sum(-1).view(*x.shape[:-1], -1)
+        y = (weight * x).sum(-1)[..., None, :]
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
 
@@ -580,11 +552,7 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), or * (1 + weight); the mean in fp32."""
 
-    def __init__(self, size, eps, zero_centered=False):
-        super().__init__(size, eps)
-        self.zero_centered = zero_centered  # so that weight decay pulls the gain to 1 instead of 0
-        if zero_centered:
-            nn.init.zeros_(self.weight)
+    zero_centered = False  # True: 1 + weight, so that weight decay pulls the gain to 1 instead of 0
 
     def forward(self, x):
         if self.zero_centered:  # in fp32, because 1 + a small weight is 1 in bf16
@@ -593,7 +561,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def config_norm(config, size):
-    return RMSNorm(size, config.rms_norm_eps, config.norm_zero_centered)
+    norm = RMSNorm(size, config.rms_norm_eps)
+    if config.norm_zero_centered:
+        norm.zero_centered = True
+        nn.init.zeros_(norm.weight)
+    return norm
 
 
 class Attention(nn.Module):
@@ -606,7 +578,7 @@ class Attention(nn.Module):
         self.config, self.layer, self.uses_rope = config, layer, config.uses_rope(layer)
         self.window = config.sliding_window if kind == "sliding" else 0
         self.chunk = config.attention_chunk_size if kind == "chunked" else 0
-        self.q_proj = Linear(C, H * D * (2 if config.attn_output_gate else 1), bias)
+        self.q_proj = Linear(C, H * D * (1 + config.attn_output_gate), bias)
         self.k_proj = Linear(C, G * D, bias)
         self.v_proj = Linear(C, G * D, bias)
         self.o_proj = Linear(H * D, C, bias)
@@ -628,20 +600,20 @@ class Attention(nn.Module):
         k, v = self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)  # [B, T, G, D]
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        dual = self.uses_rope and c.position == "dual_chunk"
         if self.uses_rope:
-            q, k = q if dual else apply_rope(q, *layout.rope), apply_rope(k, *layout.rope)
+            k = apply_rope(k, *layout.rope)
         if cache:
             k, v = cache.append(self.layer, k, v, sees=self.window or self.chunk)
-        if dual:
+        if self.uses_rope and c.position == "dual_chunk":
             y = dual_chunk_attention(q, k, v, layout.positions, rope_frequencies(c, x.device),
-                                     c.original_max_position_embeddings, self.window, self.chunk)
+                                     c.original_max_position_embeddings)
         else:
+            q = apply_rope(q, *layout.rope) if self.uses_rope else q
             bias = self.bias if c.position in ("alibi", "relative") else None
             y = attention(q, k, v, layout, self.window, self.chunk, self.sinks, bias)
         if gate:
             y = y * gate[0].sigmoid()
-        return self.o_proj(y.reshape(B, T, -1))
+        return self.o_proj(y.flatten(2))
 
 
 class LatentAttention(nn.Module):
@@ -656,14 +628,14 @@ class LatentAttention(nn.Module):
         super().__init__()
         C, H, R, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
         self.config, self.layer = config, layer
-        self.q_proj = Linear(C, H * config.head_dim, bias=False) if not rank else None
+        self.q_proj = Linear(C, H * config.head_dim, False) if not rank else None
         if rank:
             self.q_a_proj = Linear(C, rank, config.attention_bias)
             self.q_a_layernorm = RMSNorm(rank, 1e-6)  # 1e-6 whatever rms_norm_eps is, as published
-            self.q_b_proj = Linear(rank, H * config.head_dim, bias=False)
+            self.q_b_proj = Linear(rank, H * config.head_dim, False)
         self.kv_a_proj_with_mqa = Linear(C, R + config.qk_rope_head_dim, config.attention_bias)
         self.kv_a_layernorm = RMSNorm(R, 1e-6)
-        self.kv_b_proj = Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), bias=False)
+        self.kv_b_proj = Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), False)
         self.o_proj = Linear(H * config.v_head_dim, C, config.attention_bias)
 
     def rotate(self, x, layout):
@@ -674,10 +646,10 @@ class LatentAttention(nn.Module):
     def forward(self, x, layout, cache):
         B, T, _ = x.shape
         c, H, R = self.config, self.config.num_attention_heads, self.config.kv_lora_rank
-        query_parts, value_parts = [c.qk_nope_head_dim, c.qk_rope_head_dim], [c.qk_nope_head_dim, c.v_head_dim]
-        temperature = yarn_temperature(c)[1] ** 2
+        value_parts = [c.qk_nope_head_dim, c.v_head_dim]
+        temperature = yarn_temperature(c) ** 2 if c.yarn_mscale_all_dim else 1.0
         q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q_nope, q_rope = q.view(B, T, H, -1).split(query_parts, -1)
+        q_nope, q_rope = q.view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_layernorm(latent), self.rotate(k_rope[:, :, None], layout)  # [B, T, R], [B, T, 1, Dr]
         q_rope = self.rotate(q_rope, layout)
@@ -686,8 +658,12 @@ class LatentAttention(nn.Module):
         if layout.end > T:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
             q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)
-            k = torch.cat((latent[:, :, None], k_rope), -1)  # [B, S, 1, R + Dr]
-            y = attention(q, k, latent[:, :, None], layout, scale=temperature * c.head_dim ** -0.5)  # [B, T, H, R]
+            k, v = torch.cat((latent[:, :, None], k_rope), -1), latent[:, :, None]  # [B, S, 1, R + Dr], [B, S, 1, R]
+            q = q * (temperature * (q.shape[-1] / c.head_dim) ** 0.5)  # scores are still of heads of head_dim numbers
+            if T == 1:  # all heads share one key, so they are its queries
+                y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
+            else:
+                y = attention(q, k, v, layout)  # [B, T, H, R]
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
             k_nope, v = self.kv_b_proj(latent).view(B, T, H, -1).split(value_parts, -1)
@@ -695,7 +671,7 @@ class LatentAttention(nn.Module):
             k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1)
             v = F.pad(v, (0, c.head_dim - c.v_head_dim))  # flash kernels want values as wide as keys
             y = attention(q, k, v, layout)[..., :c.v_head_dim]
-        return self.o_proj(y.reshape(B, T, -1))
+        return self.o_proj(y.flatten(2))
 
 
 def gated_delta_rule(q, k, v, decay, beta, state):
@@ -718,11 +694,10 @@ def gated_delta_rule(q, k, v, decay, beta, state):
     sums = causal @ (causal.tril(-1) * decay[..., :, None])
     between = sums.exp() * causal
     reach = (sums[..., :1] + decay[..., :1, None]).exp()  # from the chunk's start to i
-    leave = between[..., -1, :, None]  # from j to the chunk's end
-    system = (k * beta @ k.transpose(-1, -2)) * between  # its diagonal is taken as ones
-    solved = torch.linalg.solve_triangular(system, beta * torch.cat((v, k * reach), -1), upper=False, unitriangular=True)
-    new, seen = solved.split([v.shape[-1], k.shape[-1]], -1)  # what to write, and what the old state already holds
-    scores, q, k = (q @ k.transpose(-1, -2)) * between, q * reach, k * leave
+    new, seen = torch.linalg.solve_triangular(  # what to write, and what the old state already holds
+        (k * beta @ k.transpose(-1, -2)) * between, beta * torch.cat((v, k * reach), -1), upper=False,
+        unitriangular=True).split([v.shape[-1], k.shape[-1]], -1)
+    scores, q, k = (q @ k.transpose(-1, -2)) * between, q * reach, k * between[..., -1, :, None]
     outputs = []
     for n in range(q.shape[2]):
         write = new[:, :, n] - seen[:, :, n] @ state
@@ -740,24 +715,23 @@ class GatedDeltaNet(nn.Module):
         self.key_dim = config.linear_key_head_dim
         keys, values = self.key_heads * self.key_dim, self.value_heads * config.linear_value_head_dim
         self.widths, channels = (keys, keys, values), 2 * keys + values
-        self.in_proj_qkvz = Linear(config.hidden_size, channels + values, bias=False)
-        self.in_proj_ba = Linear(config.hidden_size, 2 * self.value_heads, bias=False)
+        self.in_proj_qkvz = Linear(config.hidden_size, channels + values, False)
+        self.in_proj_ba = Linear(config.hidden_size, 2 * self.value_heads, False)
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
         self.A_log = nn.Parameter(torch.empty(self.value_heads).uniform_(0.01, 16).log())
         self.norm = RMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
-        self.out_proj = Linear(values, config.hidden_size, bias=False)
+        self.out_proj = Linear(values, config.hidden_size, False)
 
     def short_convolution(self, x, tail, layout):
         """Causal convolution of x [B, T, channels] after `tail` [B, kernel - 1, channels], inside documents."""
         T, kernel = x.shape[1], self.conv1d.weight[:, 0].t().to(x.dtype)  # [kernel, channels]
         x, y = torch.cat((tail, x), 1), 0
-        for back in range(len(kernel)):
-            start = len(kernel) - 1 - back
-            shifted = x[:, start:start + T]
+        for start, weight in enumerate(kernel):
+            back, shifted = len(kernel) - 1 - start, x[:, start:start + T]
             if back and layout.cu_seqlens is not None:
                 shifted = shifted * (layout.positions >= back)[..., None]
-            y = y + shifted * kernel[start]
+            y = y + shifted * weight
         return y
 
     def forward(self, x, layout, cache):
@@ -821,8 +795,7 @@ class Router(Linear):
         if c.n_group > 1:  # DeepSeek-V3: only the groups whose two best experts are best
             groups = choice.view(len(x), c.n_group, -1)
             best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices  # [N, topk_group]
-            allowed = torch.zeros_like(groups[..., 0]).scatter(1, best, 1.0).bool()
-            choice = groups.masked_fill(~allowed[..., None], -torch.inf).flatten(1)
+            choice = (groups + torch.full_like(groups[..., 0], -torch.inf).scatter(1, best, 0.0)[..., None]).flatten(1)
         index = choice.topk(c.num_experts_per_tok, -1).indices
         weights = scores.gather(1, index)
         if c.norm_topk_prob:  # of a softmax, this is the softmax over the chosen experts
@@ -855,27 +828,26 @@ class Experts(nn.Module):
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(E, 2 * M)) if config.mlp_bias else None
         self.down_proj_bias = nn.Parameter(torch.zeros(E, C)) if config.mlp_bias else None
 
-    def product(self, x, weight, bias, expert, ends):
-        """Row n of x [N*K, in] times the weight [E, out, in] of its expert; rows are sorted, `ends` where each stops."""
-        weight = weight.to(x.dtype)
-        if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):  # what grouped_mm requires of rows
-            y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-        else:
-            counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-            y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight)])
-        if bias is not None:  # bias[expert] as a product, whose backward needs no atomics
-            y = y + F.one_hot(expert, len(bias)).to(x.dtype) @ bias.to(x.dtype)
-        return y
-
     def forward(self, x, weights, index, counts):
         """x [N, C], weights and index [N, K], counts [E] of the tokens of each expert -> [N, C]."""
-        N, K = index.shape
         expert, order = index.flatten().sort(stable=True)  # [N*K], expert after expert
         inverse, ends = order.argsort(), counts.int().cumsum(0, dtype=torch.int32)
-        rows = _Reorder.apply(x[:, None].expand(-1, K, -1).reshape(N * K, -1), order, inverse)  # [N*K, C]
-        gate, up = self.product(rows, self.gate_up_proj, self.gate_up_proj_bias, expert, ends).chunk(2, -1)
-        y = self.product(gated(gate, up, self.config), self.down_proj, self.down_proj_bias, expert, ends)
-        y = _Reorder.apply(y, inverse, order).view(N, K, -1)
+        rows = _Reorder.apply(x.repeat_interleave(index.shape[1], 0), order, inverse)  # [N*K, C]
+
+        def product(x, weight, bias):  # row n times the weight [E, out, in] of its expert
+            weight = weight.to(x.dtype)
+            if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):  # what grouped_mm requires of rows
+                y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+            else:
+                counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
+                y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight)])
+            if bias is not None:  # bias[expert] as a product, whose backward needs no atomics
+                y = y + F.one_hot(expert, len(bias)).to(x.dtype) @ bias.to(x.dtype)
+            return y
+
+        gate, up = product(rows, self.gate_up_proj, self.gate_up_proj_bias).chunk(2, -1)
+        y = product(gated(gate, up, self.config), self.down_proj, self.down_proj_bias)
+        y = _Reorder.apply(y, inverse, order).view(*index.shape, -1)
         return (y * weights.to(y.dtype)[..., None]).sum(1)
 
 
@@ -892,7 +864,7 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         width = config.shared_expert_intermediate_size or config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config, width) if width else None
-        self.shared_expert_gate = Linear(config.hidden_size, 1, bias=False) if width and config.shared_expert_gate else None
+        self.shared_expert_gate = Linear(config.hidden_size, 1, False) if width and config.shared_expert_gate else None
         self.routing, self.load = None, None
 
     def forward(self, x):
@@ -938,23 +910,22 @@ class Decoder(nn.Module):
         self.norm = config_norm(config, config.hidden_size)
 
 
-def _pieces(logits, targets, rows=512):
-    """fp32 logits and targets, 512 rows at a time: a CPU's cache then holds them, which makes a loss about 3 times as fast."""
-    for piece, target in zip(logits.flatten(0, 1).split(rows), targets.flatten().split(rows)):
-        yield piece.float(), target
+def _summed(loss, logits, targets):
+    """loss(fp32 logits, targets) summed over pieces of 512 rows, which fit a CPU's cache: about 3 times as fast."""
+    return sum(loss(x.float(), t) for x, t in zip(logits.flatten(0, 1).split(512), targets.flatten().split(512)))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits, targets):
     """Summed negative log-likelihood in nats, fp32: logits [B, T, V] of any dtype, targets [B, T], -100 ignored."""
-    return sum(F.cross_entropy(piece, target, reduction="sum") for piece, target in _pieces(logits, targets))
+    return _summed(lambda x, t: F.cross_entropy(x, t, reduction="sum"), logits, targets)
 
 
-def z_loss(logits: Tensor, targets: Tensor) -> Tensor:
+def z_loss(logits, targets):
     """Summed squared log-partition log(Z)^2 of the targets that count (PaLM), which keeps logits from drifting.
 
     The playbook saw no effect (2.200 without, 2.194 with) and left it out; OLMo 2 trains with 1e-5 times this.
     """
-    return sum((piece.logsumexp(-1).square() * (target >= 0)).sum() for piece, target in _pieces(logits, targets))
+    return _summed(lambda x, t: (x.logsumexp(-1).square() * (t >= 0)).sum(), logits, targets)
 
 
 class GPT(nn.Module):
@@ -963,12 +934,11 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compute_dtype = torch.float32
+        self.compute_dtype, self.compiled = torch.float32, False
         self.recompute = False  # computes blocks again in the backward pass instead of keeping what they computed
-        self.compiled = False
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
         std = config.initializer_range or config.hidden_size ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith((".bias", "_proj_bias")):
@@ -985,7 +955,7 @@ class GPT(nn.Module):
             if hasattr(layer, "self_attn"):
                 layer.compile(fullgraph=True, dynamic=False, backend=backend)
 
-    def forget_compilation(self) -> bool:
+    def forget_compilation(self):
         """Back to eager blocks, where a machine turns out to have no compiler; returns whether they were compiled."""
         compiled, self.compiled = self.compiled, False
         return compiled
@@ -996,21 +966,25 @@ class GPT(nn.Module):
         if cu_seqlens is None and start == 0 and (c.attention_sinks or c.layer_types != "full"):
             cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)  # one document a row
         rope = chunks = None
-        positions = row = torch.arange(start, start + T, device=device)[None]
+        row = torch.arange(start, start + T, device=device)
+        positions = row[None]
         if cu_seqlens is not None:
-            positions = document_positions(cu_seqlens, B * T)
-            if "chunked" in c.layer_types:
-                chunks = chunk_starts(positions, c.attention_chunk_size, len(cu_seqlens) + B * T // c.attention_chunk_size)
-            positions = positions.view(B, T)
+            positions = document_positions(cu_seqlens, B * T).view(B, T)
+            if "chunked" in c.layer_types:  # Llama 4 cuts every document into chunks
+                starts = positions.flatten() % c.attention_chunk_size == 0
+                chunks = torch.where(starts, torch.arange(B * T, device=device), B * T).sort().values
+                most = len(cu_seqlens) + B * T // c.attention_chunk_size  # a length that does not depend on the documents
+                chunks = F.pad(chunks, (0, 1), value=B * T)[:most].int()
         if c.position in ROPE:
-            at = row[0] if c.position != "dual_chunk" else positions % dual_chunk_size(c.original_max_position_embeddings)
-            angles = at[..., None].float() * rope_frequencies(c, device)  # fp32, [T, R/2]; [B or 1, T, R/2] in dual_chunk
-            temperature = yarn_temperature(c)[0]
-            rope = tuple((f(angles) * temperature)[..., None, :].to(self.compute_dtype) for f in (torch.cos, torch.sin))
+            at = row
+            if c.position == "dual_chunk":
+                at = positions % dual_chunk_size(c.original_max_position_embeddings)
+            angles = at[..., None].float() * rope_frequencies(c, device)  # fp32, [T, R/2]; dual_chunk: [B or 1, T, R/2]
+            temperature = 1.0 if c.yarn_mscale_all_dim else yarn_temperature(c)
+            rope = [(f(angles) * temperature)[..., None, :].to(self.compute_dtype) for f in (torch.cos, torch.sin)]
         return Layout(start + T, positions, rope, cu_seqlens, chunks)
 
-    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None, cache: KVCache | None = None,
-                last_only: bool = False) -> Tensor:
+    def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
 
         `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
@@ -1040,8 +1014,8 @@ class GPT(nn.Module):
         if cache:
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
-        tied = self.config.tie_word_embeddings
-        logits = linear(x, self.model.embed_tokens.weight if tied else self.lm_head.weight)  # [B, T, V]
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits = linear(x, head.weight)  # [B, T, V]
         if cap := self.config.final_logit_softcapping:
             logits = cap * torch.tanh(logits / cap)
         return logits
@@ -1049,7 +1023,7 @@ class GPT(nn.Module):
     def mixtures(self):
         return [m for m in self.modules() if isinstance(m, MoE)]
 
-    def routing_loss(self) -> Tensor | float:
+    def routing_loss(self):
         """The routers' losses of the last forward pass in training, to be added to its mean loss; 0 without experts.
 
         Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), f the share of tokens that went to expert i,
@@ -1068,7 +1042,7 @@ class GPT(nn.Module):
         return total
 
     @torch.no_grad()
-    def balance_experts(self, applied: Tensor | float = 1.0) -> list[Tensor]:
+    def balance_experts(self, applied=1.0):
         """Call after an optimizer step. Returns how uneven each MoE layer was, the fullest expert's load over the mean load
         (1: even), and moves the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3); `applied`: 0 if
         the step was dropped."""
@@ -1085,7 +1059,7 @@ class GPT(nn.Module):
 # ---- counting -------------------------------------------------------------------------------------------------
 
 
-def count_parameters(config: ModelConfig) -> dict[str, int]:
+def count_parameters(config):
     """{"total", "active", "embedding", "non_embedding", "matmul"} of a config, without allocating any weights.
 
     `embedding`: input embedding and output head (once if tied). `active`: what one token uses, all but the experts it
@@ -1094,22 +1068,19 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     """
     with torch.device("meta"):
         model = GPT(config)
-    look_up, tied = config.vocab_size * config.hidden_size, config.tie_word_embeddings
-    total = active = 0
-    added = 0 if tied else look_up  # active, but not multiplied with: gains, biases, positions
+    look_up = config.vocab_size * config.hidden_size
+    embedding = look_up if config.tie_word_embeddings else 2 * look_up
+    total, active, added = 0, 0, embedding - look_up  # added: active, but not multiplied with: gains, biases, positions
     for name, p in model.named_parameters():
         used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
         total, active = total + p.numel(), active + used
         if p.ndim == 1 or name.endswith(("_proj_bias", "embed_positions.weight", "relative_bias.weight")):
             added += used
-    embedding = look_up * (1 if tied else 2)
     return {"total": total, "active": active, "embedding": embedding, "non_embedding": total - embedding,
             "matmul": active - added}
 
 
-def main() -> None:
-    if sys.argv[1:]:
-        raise UserError("python model.py takes no arguments; to export weights: python checkpoint.py export RUN FOLDER")
+def main():
     print("Parameters, in all and without embeddings; active: what one token uses. Published active counts include both,\n"
           "one (gpt-oss) or none (Moonlight) of the embeddings.")
     for name, config in PRESETS.items():
