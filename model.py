@@ -10,14 +10,13 @@ is no limit and a hybrid for very long context; everything in this file beyond t
     python model.py                                      # the presets and their parameter counts
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
-Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block and
-GPT; skip the rest.
+Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
+and GPT; skip the rest.
 
 Modules and parameters have Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so that loading a
 published checkpoint (`checkpoint.py`) is a strict `load_state_dict`. Parameters are fp32; `GPT.compute_dtype` is the
-dtype of activations and matrix products.
-Shapes in comments: B batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value
-heads, D head_dim, V vocab_size, E experts, K experts per token, M width of an MLP.
+dtype of activations and matrix products. Shapes: B batch, T sequence, S keys, N = B*T, C hidden_size, H query heads,
+G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M width of an MLP.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).squa
 
 
 def amount(default, help, low=0, high=1e6):
-    """The option of a number; its upper bound keeps absurd sizes from being allocated."""
+    """The option of a number; bounds keep absurd sizes from being allocated."""
     return option(default, help, low, high)
 
 
@@ -61,7 +60,7 @@ class ModelConfig:
     rms_norm_eps: float = amount(1e-6, "added to the mean square before its root", 1e-12)
     initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
     # attention
-    layer_types: str = option("full", "full, sliding, chunked or linear, repeated over the layers: sliding,full (gpt-oss)")
+    layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)")
     sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
     attention_chunk_size: int = amount(0, "tokens of the chunk that a chunked layer sees (Llama 4: 8192)")
     attention_sinks: bool = option(False, "a learned logit per head that takes probability from the tokens (gpt-oss)")
@@ -100,7 +99,7 @@ class ModelConfig:
     shared_expert_intermediate_size: int = amount(0, "their width together; 0: n_shared_experts of an expert's")
     shared_expert_gate: bool = option(False, "a sigmoid gate on the shared experts (Qwen3-Next)")
     first_k_dense_replace: int = amount(0, "leading layers that stay dense")
-    scoring_func: str = option("softmax", "the router's scores: softmax, or sigmoid (DeepSeek)", choices=("softmax", "sigmoid"))
+    scoring_func: str = option("softmax", "the router's scores (DeepSeek: sigmoid)", choices=("softmax", "sigmoid"))
     norm_topk_prob: bool = option(True, "scale the chosen experts' scores to a sum of 1")
     routed_scaling_factor: float = amount(1.0, "factor on those scores (DeepSeek)")
     n_group: int = amount(1, "groups of experts; a token uses experts of topk_group of them (DeepSeek-V3)", 1)
@@ -119,9 +118,8 @@ class ModelConfig:
         check_options(self)
         kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
         latent, experts, chosen = self.kv_lora_rank, self.num_experts, self.num_experts_per_tok
-        head_dim = self.head_dim or self.hidden_size // heads
-        if latent:
-            head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        head_dim = (self.qk_nope_head_dim + self.qk_rope_head_dim if latent
+                    else self.head_dim or self.hidden_size // heads)
         derived = {"head_dim": head_dim}
         if "linear" in kinds:
             derived |= {"linear_num_key_heads": groups, "linear_num_value_heads": heads,
@@ -150,7 +148,7 @@ class ModelConfig:
             ("linear" in kinds and self.linear_num_value_heads % (self.linear_num_key_heads or 1),
              "linear_num_key_heads must divide linear_num_value_heads"),
             (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2,
-             f"n_group {self.n_group} must be at least topk_group and cut num_experts {experts} into groups of 2 or more"),
+             f"n_group {self.n_group} must be at least topk_group and cut {experts} experts into groups of 2 or more"),
             (experts and chosen > experts // self.n_group * self.topk_group,
              f"num_experts_per_tok {chosen} is more than a token may choose from; raise num_experts"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
@@ -183,12 +181,12 @@ class ModelConfig:
 _LLAMA3 = {"position": "llama3", "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 _SMOLLM2 = {"rope_theta": 1e5, "rms_norm_eps": 1e-5, "initializer_range": 0.0}
 _QWEN3 = {"rope_theta": 1e6, "qk_norm": True}
-_DEEPSEEK = {"rope_theta": 5e4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-             "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
+_DEEPSEEK = {"rope_theta": 5e4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+             "v_head_dim": 128, "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
              "router_bias_update_rate": 0.001}
 
 # Published dimensions, after the preset that a laptop trains in minutes; tests check the published counts. In order:
-# vocabulary, width, MLP, layers, query heads, KV heads, head_dim (0: derived), context, tied embeddings (True if left out).
+# vocabulary, width, MLP, layers, query heads, KV heads, head_dim (0: derived), context, tied embeddings (default: yes).
 PRESETS = {
     "laptop": ModelConfig(8192, 128, 384, 4, 2, 1, 0, 128, initializer_range=0.05),
     "llama-2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 0, 4096, False, 1e-5),
@@ -203,35 +201,37 @@ PRESETS = {
     "smollm3-3b": ModelConfig(128256, 2048, 11008, 36, 16, 4, 0, 65536, rope_theta=5e6, no_rope_layer_interval=4),
     "gpt-oss-20b": ModelConfig(
         201088, 2880, 2880, 24, 64, 8, 64, 131072, False, 1e-5, layer_types="sliding,full", sliding_window=128,
-        attention_sinks=True, attention_bias=True, mlp_bias=True, swiglu_limit=7.0, num_experts=32, num_experts_per_tok=4,
-        moe_intermediate_size=2880, position="yarn", rope_theta=1.5e5, rope_factor=32.0,
+        attention_sinks=True, attention_bias=True, mlp_bias=True, swiglu_limit=7.0, num_experts=32,
+        num_experts_per_tok=4, moe_intermediate_size=2880, position="yarn", rope_theta=1.5e5, rope_factor=32.0,
         original_max_position_embeddings=4096, yarn_truncate=False),
     "qwen3-next-80b-a3b": ModelConfig(
         151936, 2048, 5632, 48, 16, 2, 256, 262144, False, layer_types="linear,linear,linear,full", qk_norm=True,
         attn_output_gate=True, norm_zero_centered=True, rope_theta=1e7, partial_rotary_factor=0.25,
         linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
-        num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, n_shared_experts=1, shared_expert_gate=True),
+        num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, n_shared_experts=1,
+        shared_expert_gate=True),
     "moonlight-16b-a3b": ModelConfig(
         163840, 2048, 11264, 27, 16, 16, 0, 8192, False, 1e-5, **_DEEPSEEK, num_experts=64, num_experts_per_tok=6,
         moe_intermediate_size=1408, n_shared_experts=2, routed_scaling_factor=2.446),
     "kimi-k2": ModelConfig(
         163840, 7168, 18432, 61, 64, 64, 0, 131072, False, **_DEEPSEEK, q_lora_rank=1536, num_experts=384,
-        num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1, routed_scaling_factor=2.827, position="yarn",
-        rope_factor=32.0, original_max_position_embeddings=4096, yarn_beta_fast=1.0, yarn_mscale_all_dim=1.0),
+        num_experts_per_tok=8, moe_intermediate_size=2048, n_shared_experts=1, routed_scaling_factor=2.827,
+        position="yarn", rope_factor=32.0, original_max_position_embeddings=4096, yarn_beta_fast=1.0,
+        yarn_mscale_all_dim=1.0),
 }
 
 
 # ---- attention ------------------------------------------------------------------------------------------------
 # Packed sequences hold several documents, and attention must not cross from one to the next. `cu_seqlens` (int32,
-# [M]) lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work is then
-# proportional to the sum of squared document lengths instead of B*T^2. One operator, two routes: CUDA's
+# [M]) lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work is
+# then proportional to the sum of squared document lengths instead of B*T^2. One operator, two routes: CUDA's
 # variable-length flash kernel, and the CPU's flash kernel once per document. Elsewhere a dense mask does it.
 #
-# A window keeps the last W keys, the query's own included. A sink (gpt-oss) is a learned logit s per head that joins the
-# softmax and is then dropped: with lse' = logaddexp(lse, s) the output is out * exp(lse - lse'). Passing out' and lse'
-# to the flash backward gives exact dq, dk, dv, because it recomputes P = exp(score - lse') and delta = rowsum(dO * out');
-# what remains is ds = -sum_t exp(s - lse'_t) delta_t. Gating the output with sigmoid(lse - s) and ignoring lse's own
-# gradient, as is often done, gets dq and dk wrong by a tenth and more.
+# A window keeps the last W keys, the query's own included. A sink (gpt-oss) is a learned logit s per head that joins
+# the softmax and is then dropped: with lse' = logaddexp(lse, s) the output is out * exp(lse - lse'). Passing out' and
+# lse' to the flash backward gives exact dq, dk, dv, because it recomputes P = exp(score - lse') and
+# delta = rowsum(dO * out'); what remains is ds = -sum_t exp(s - lse'_t) delta_t. Gating the output with
+# sigmoid(lse - s) and ignoring lse's own gradient, as is often done, gets dq and dk wrong by a tenth and more.
 
 
 def document_positions(cu_seqlens, tokens):
@@ -246,8 +246,8 @@ def distances(T, S, device):
 
 
 def visible_keys(distance, positions, window=0, chunk=0):
-    """The mask: which keys a query sees, bool [B or 1, 1, T, S]. `distance` [T, S] to the key, `positions` [B or 1, T] of
-    queries in their documents: a query sees itself and what came before it in its document, its window, its chunk."""
+    """The mask: which keys a query sees, bool [B or 1, 1, T, S]: itself and those before it in its document, its
+    window, its chunk. `distance` [T, S] from the key to the query, `positions` [B or 1, T] of queries in documents."""
     if window:
         positions = positions.clamp(max=window - 1)
     if chunk:
@@ -274,7 +274,7 @@ def dense_attention(q, k, v, visible, bias=None, sink=None):
 
 
 def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
-    """softmax(q k^T / sqrt(d) + mask) v, causal inside each document of a flattened batch; CPU, and bf16 or fp16 on CUDA.
+    """softmax(q k^T / sqrt(d) + mask) v, causal in each document of a flattened batch; CPU, or bf16 and fp16 on CUDA.
 
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
     no document is longer (a constant in compiled code); window: see the last `window` tokens, 0: all; sink [H].
@@ -305,7 +305,8 @@ def _grouped(x, q, k):
 
 
 @torch.library.custom_op("nanoplaybook::document_attention", mutates_args=(), schema=(
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, SymInt window, Tensor? sink) -> (Tensor, Tensor)"))
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_length, SymInt window, Tensor? sink)"
+    " -> (Tensor, Tensor)"))
 def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
     """Output [N, H, D] and the logarithm of each softmax's sum [H, N], fp32."""
     if q.is_cuda:  # window_size_left counts the tokens before the query; -1: all of them
@@ -330,8 +331,8 @@ _document_attention.register_fake(
 
 
 @torch.library.custom_op("nanoplaybook::document_attention_backward", mutates_args=(), schema=(
-    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_length, SymInt window)"
-    " -> (Tensor, Tensor, Tensor)"))
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, SymInt max_length, "
+    "SymInt window) -> (Tensor, Tensor, Tensor)"))
 def _document_attention_backward(grad, q, k, v, out, lse, cu_seqlens, max_length, window):
     if q.is_cuda:
         return torch.ops.aten._flash_attention_backward(
@@ -370,18 +371,16 @@ def _backward(ctx, grad, _):
 _document_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# Where the tokens of a forward pass are, worked out once for all layers. end: tokens of a row so far, those of this pass
-# included; positions [B or 1, T] in the document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens:
+# Where the tokens of a forward pass are, worked out once for all layers. end: tokens of a row so far, with those of
+# this pass; positions [B or 1, T] in the document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens:
 # document starts; chunks: the same with the starts of chunked layers' chunks. The last three may be None.
 Layout = namedtuple("Layout", "end positions rope cu_seqlens chunks")
 
 
 def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
-    """`dense_attention` by the cheapest kernel that can do it: q [B, T, H, D] are the last T tokens of k, v [B, S, G, D],
-    the last S of `layout.end`. Without a cache S = T = end. Returns [B, T, H, D].
-
-    `bias` maps distances [T, S] in tokens to what is added to the scores, [H, T, S].
-    """
+    """`dense_attention` by the cheapest kernel that can do it: q [B, T, H, D] are the last T tokens of k and v
+    [B, S, G, D]; without a cache S = T. `bias` maps distances [T, S] in tokens to what is added to the scores,
+    [H, T, S]. Returns [B, T, H, D]."""
     T, S = q.shape[1], k.shape[1]
     if _watched is not None and layout.end == T:
         _watched.append(attention_extremes(q, k, layout.positions, window, chunk))
@@ -428,11 +427,11 @@ def attention_extremes(q, k, positions, window, chunk):
 
 
 def rope_frequencies(config, device="cpu"):
-    """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2].
+    """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2]
 
-    `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`, keep those that
-    rotate often, and blend between. Llama 3.1 blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the number of
-    the pair, from yarn_beta_slow to yarn_beta_fast rotations, borders rounded to whole pairs if yarn_truncate.
+    `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`, keep those
+    that rotate often, and blend between. Llama 3.1 blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the
+    number of the pair, from yarn_beta_slow to yarn_beta_fast rotations, rounded to whole pairs if yarn_truncate.
     """
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
     pairs, keep = torch.arange(R // 2, device=device).float(), 1.0
@@ -480,12 +479,12 @@ def distance_bucket(distance):
 def dual_chunk_attention(q, k, v, positions, frequencies, context):
     """Dual chunk attention (An et al. 2024): reads beyond the trained context c without training. For inference only.
 
-    Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys of
-    their own piece; for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest distances
-    true; for all others they stand at c - 1. No distance is new to the model.
+    Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys
+    of their own piece; for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest
+    distances true; for all others they stand at c - 1. No distance is new to the model.
     q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries.
     """
-    size, distance = dual_chunk_size(context), distances(q.shape[1], k.shape[1], q.device)
+    size, distance = max(1, 3 * context // 4), distances(q.shape[1], k.shape[1], q.device)
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     place = positions % size
     at = torch.stack((place, (place + size).clamp(max=context - 1), torch.full_like(place, context - 1)))
@@ -494,12 +493,9 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
     scores = torch.einsum("nbthd,bshd->nbhts", q, k).float() / q.shape[-1] ** 0.5
     at = positions[:, None, :, None]
     apart = (at // size - (at - distance) // size).clamp(0, 2)  # [B or 1, 1, T, S], in pieces
-    scores = scores.gather(0, apart.expand(1, *scores.shape[1:]))[0].masked_fill(~visible_keys(distance, positions), -torch.inf)
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(v.dtype), v)
-
-
-def dual_chunk_size(context):
-    return max(1, 3 * context // 4)
+    scores = scores.gather(0, apart.expand(1, *scores.shape[1:]))[0]
+    p = scores.masked_fill(~visible_keys(distance, positions), -torch.inf).softmax(-1)
+    return torch.einsum("bhts,bshd->bthd", p.to(v.dtype), v)
 
 
 class KVCache:
@@ -514,8 +510,8 @@ class KVCache:
         self.layers = {}  # by number
 
     def append(self, layer, *new, sees=0):
-        """Stores new [B, T, ...] at the end and returns everything stored so far. `sees`: tokens that a query sees, itself
-        included; what no later one can see is forgotten. `length` moves after the last layer, in `GPT.forward`."""
+        """Stores new [B, T, ...] at the end and returns everything stored so far. `sees`: how many tokens a query sees;
+        what no later one sees is forgotten. `length` moves after the last layer, in `GPT.forward`."""
         old = self.layers.get(layer)
         if sees:
             seen = [torch.cat(pair, 1) for pair in zip(old, new)] if old else new
@@ -535,7 +531,7 @@ class KVCache:
 def linear(x, weight, bias=None):
     """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides, in one place."""
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu" and weight.numel() < 2**22:
+    if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.is_cpu and weight.numel() < 2**22:
         # One token on a CPU: BLAS' matrix-vector product runs on one thread; this is 2.3 times as fast.
         y = (weight * x).sum(-1)[..., None, :]
         return y if bias is None else y + bias
@@ -552,20 +548,16 @@ class Linear(nn.Linear):
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), or * (1 + weight); the mean in fp32."""
 
-    zero_centered = False  # True: 1 + weight, so that weight decay pulls the gain to 1 instead of 0
+    def __init__(self, config, size, eps=None):
+        super().__init__(size, eps or config.rms_norm_eps)
+        self.zero_centered = config.norm_zero_centered  # so that weight decay pulls the gain to 1 instead of 0
+        if self.zero_centered:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x):
         if self.zero_centered:  # in fp32, because 1 + a small weight is 1 in bf16
             return F.rms_norm(x.float(), self.normalized_shape, self.weight.float() + 1, self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
-def config_norm(config, size):
-    norm = RMSNorm(size, config.rms_norm_eps)
-    if config.norm_zero_centered:
-        norm.zero_centered = True
-        nn.init.zeros_(norm.weight)
-    return norm
 
 
 class Attention(nn.Module):
@@ -579,11 +571,10 @@ class Attention(nn.Module):
         self.window = config.sliding_window if kind == "sliding" else 0
         self.chunk = config.attention_chunk_size if kind == "chunked" else 0
         self.q_proj = Linear(C, H * D * (1 + config.attn_output_gate), bias)
-        self.k_proj = Linear(C, G * D, bias)
-        self.v_proj = Linear(C, G * D, bias)
+        self.k_proj, self.v_proj = Linear(C, G * D, bias), Linear(C, G * D, bias)
         self.o_proj = Linear(H * D, C, bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = config_norm(config, D), config_norm(config, D)
+            self.q_norm, self.k_norm = RMSNorm(config, D), RMSNorm(config, D)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.relative_bias = nn.Embedding(32, H) if config.position == "relative" else None
 
@@ -631,10 +622,10 @@ class LatentAttention(nn.Module):
         self.q_proj = Linear(C, H * config.head_dim, False) if not rank else None
         if rank:
             self.q_a_proj = Linear(C, rank, config.attention_bias)
-            self.q_a_layernorm = RMSNorm(rank, 1e-6)  # 1e-6 whatever rms_norm_eps is, as published
+            self.q_a_layernorm = RMSNorm(config, rank, 1e-6)  # 1e-6 whatever rms_norm_eps is, as published
             self.q_b_proj = Linear(rank, H * config.head_dim, False)
         self.kv_a_proj_with_mqa = Linear(C, R + config.qk_rope_head_dim, config.attention_bias)
-        self.kv_a_layernorm = RMSNorm(R, 1e-6)
+        self.kv_a_layernorm = RMSNorm(config, R, 1e-6)
         self.kv_b_proj = Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), False)
         self.o_proj = Linear(H * config.v_head_dim, C, config.attention_bias)
 
@@ -651,8 +642,8 @@ class LatentAttention(nn.Module):
         q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         q_nope, q_rope = q.view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
-        latent, k_rope = self.kv_a_layernorm(latent), self.rotate(k_rope[:, :, None], layout)  # [B, T, R], [B, T, 1, Dr]
-        q_rope = self.rotate(q_rope, layout)
+        q_rope, k_rope = self.rotate(q_rope, layout), self.rotate(k_rope[:, :, None], layout)  # [B, T, H or 1, Dr]
+        latent = self.kv_a_layernorm(latent)  # [B, T, R]
         if cache:
             latent, k_rope = cache.append(self.layer, latent, k_rope)
         if layout.end > T:
@@ -711,17 +702,17 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.key_heads, self.value_heads = layer, config.linear_num_key_heads, config.linear_num_value_heads
-        self.key_dim = config.linear_key_head_dim
-        keys, values = self.key_heads * self.key_dim, self.value_heads * config.linear_value_head_dim
-        self.widths, channels = (keys, keys, values), 2 * keys + values
-        self.in_proj_qkvz = Linear(config.hidden_size, channels + values, False)
-        self.in_proj_ba = Linear(config.hidden_size, 2 * self.value_heads, False)
+        self.layer, C, V = layer, config.hidden_size, config.linear_value_head_dim
+        self.sizes = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim
+        G, H, D = self.sizes
+        self.widths, channels = (G * D, G * D, H * V), 2 * G * D + H * V
+        self.in_proj_qkvz = Linear(C, channels + H * V, False)
+        self.in_proj_ba = Linear(C, 2 * H, False)
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
-        self.dt_bias = nn.Parameter(torch.ones(self.value_heads))
-        self.A_log = nn.Parameter(torch.empty(self.value_heads).uniform_(0.01, 16).log())
-        self.norm = RMSNorm(config.linear_value_head_dim, config.rms_norm_eps)
-        self.out_proj = Linear(values, config.hidden_size, False)
+        self.dt_bias = nn.Parameter(torch.ones(H))
+        self.A_log = nn.Parameter(torch.empty(H).uniform_(0.01, 16).log())
+        self.norm = nn.RMSNorm(V, config.rms_norm_eps)  # of fp32
+        self.out_proj = Linear(H * V, C, False)
 
     def short_convolution(self, x, tail, layout):
         """Causal convolution of x [B, T, channels] after `tail` [B, kernel - 1, channels], inside documents."""
@@ -736,8 +727,7 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x, layout, cache):
         B, T, _ = x.shape
-        G, H, D = self.key_heads, self.value_heads, self.key_dim
-        values = self.widths[2] // G  # of one key head
+        (G, H, D), values = self.sizes, self.widths[2] // self.sizes[0]  # values of one key head
         *qkv, z = self.in_proj_qkvz(x).view(B, T, G, -1).split([D, D, values, values], -1)
         b, a = (y.reshape(B, T, H).float() for y in self.in_proj_ba(x).view(B, T, G, -1).chunk(2, -1))
         mixed = torch.cat([y.flatten(2) for y in qkv], -1)  # [B, T, channels]
@@ -752,7 +742,7 @@ class GatedDeltaNet(nn.Module):
         y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, -1), decay, b.sigmoid(), state)
         if cache:
             cache.layers[self.layer] = torch.cat((tail, mixed), 1)[:, T:], state
-        y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, -1))
+        y = self.norm(y).to(x.dtype) * F.silu(z.reshape(B, T, H, -1))
         return self.out_proj(y.flatten(2))
 
 
@@ -885,12 +875,12 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = config_norm(config, config.hidden_size)
+        self.input_layernorm = RMSNorm(config, config.hidden_size)
         if config.layer_type(layer) == "linear":
             self.linear_attn = GatedDeltaNet(config, layer)
         else:
             self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer)
-        self.post_attention_layernorm = config_norm(config, config.hidden_size)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
         sparse = config.num_experts and layer >= config.first_k_dense_replace
         self.mlp = MoE(config) if sparse else MLP(config, config.intermediate_size)
 
@@ -907,7 +897,7 @@ class Decoder(nn.Module):
         if config.position == "learned":  # absolute positions (Vaswani et al. 2017, GPT-2), counted in each document
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
-        self.norm = config_norm(config, config.hidden_size)
+        self.norm = RMSNorm(config, config.hidden_size)
 
 
 def _summed(loss, logits, targets):
@@ -939,11 +929,12 @@ class GPT(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
+        self.mixtures = [module for module in self.modules() if isinstance(module, MoE)]
         std = config.initializer_range or config.hidden_size ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith((".bias", "_proj_bias")):
                 nn.init.zeros_(parameter)
-            elif parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2 found a plain normal more stable than scaled ones
+            elif parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2: a plain normal is more stable than scaled ones
                 nn.init.normal_(parameter, std=std)
 
     def compile_blocks(self, backend="inductor"):
@@ -971,15 +962,14 @@ class GPT(nn.Module):
         if cu_seqlens is not None:
             positions = document_positions(cu_seqlens, B * T).view(B, T)
             if "chunked" in c.layer_types:  # Llama 4 cuts every document into chunks
-                starts = positions.flatten() % c.attention_chunk_size == 0
-                chunks = torch.where(starts, torch.arange(B * T, device=device), B * T).sort().values
-                most = len(cu_seqlens) + B * T // c.attention_chunk_size  # a length that does not depend on the documents
-                chunks = F.pad(chunks, (0, 1), value=B * T)[:most].int()
+                chunk, N = c.attention_chunk_size, B * T
+                starts = torch.where(positions.flatten() % chunk == 0, torch.arange(N, device=device), N).sort().values
+                chunks = F.pad(starts, (0, 1), value=N)[:len(cu_seqlens) + N // chunk].int()  # of one length, padded
         if c.position in ROPE:
             at = row
             if c.position == "dual_chunk":
-                at = positions % dual_chunk_size(c.original_max_position_embeddings)
-            angles = at[..., None].float() * rope_frequencies(c, device)  # fp32, [T, R/2]; dual_chunk: [B or 1, T, R/2]
+                at = positions % max(1, 3 * c.original_max_position_embeddings // 4)
+            angles = at[..., None].float() * rope_frequencies(c, device)  # fp32 [T, R/2]; dual_chunk: [B or 1, T, R/2]
             temperature = 1.0 if c.yarn_mscale_all_dim else yarn_temperature(c)
             rope = [(f(angles) * temperature)[..., None, :].to(self.compute_dtype) for f in (torch.cos, torch.sin)]
         return Layout(start + T, positions, rope, cu_seqlens, chunks)
@@ -996,12 +986,11 @@ class GPT(nn.Module):
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
             if layout.end > self.config.max_position_embeddings:
-                raise UserError(f"position learned ends at {self.config.max_position_embeddings} tokens; shorten the text")
+                raise UserError(f"the learned positions end at {self.config.max_position_embeddings}; shorten the text")
             x = x + self.model.embed_positions(layout.positions)
         x = x.to(self.compute_dtype)  # [B, T, C]
-        training = torch.is_grad_enabled()
-        # Only training is worth a graph: the lengths of texts to read and to generate change with every call.
-        compiled = self.compiled and training and cache is None and _watched is None
+        training = torch.is_grad_enabled()  # only training is compiled: other texts are of a new length every time
+        compiled = self.compiled and training and not cache and _watched is None
         for starts in (layout.cu_seqlens, layout.chunks):
             if compiled and starts is not None:
                 torch._dynamo.mark_dynamic(starts, 0)  # one graph whatever the number of documents
@@ -1020,9 +1009,6 @@ class GPT(nn.Module):
             logits = cap * torch.tanh(logits / cap)
         return logits
 
-    def mixtures(self):
-        return [m for m in self.modules() if isinstance(m, MoE)]
-
     def routing_loss(self):
         """The routers' losses of the last forward pass in training, to be added to its mean loss; 0 without experts.
 
@@ -1030,33 +1016,32 @@ class GPT(nn.Module):
         P its mean score; 1 when even. f is counted over all processes and the step's micro-batches so far, as the
         playbook advises: balanced only within each, experts could not specialise. Plus the router's z-loss (ST-MoE).
         """
-        layers, total = self.mixtures(), 0.0
-        if layers:
-            counts = torch.stack([moe.routing[1] for moe in layers])
+        total, c = 0.0, self.config
+        if self.mixtures:
+            counts = torch.stack([moe.routing[1] for moe in self.mixtures])
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(counts)
-            for moe, count in zip(layers, counts):
+            for moe, count in zip(self.mixtures, counts):
                 moe.load = count if moe.load is None else moe.load + count
                 balance = len(count) * (moe.load / moe.load.sum() * moe.routing[0]).sum()
-                total = total + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * moe.routing[2]
+                total = total + c.router_aux_loss_coef * balance + c.router_z_loss_coef * moe.routing[2]
         return total
 
     @torch.no_grad()
     def balance_experts(self, applied=1.0):
-        """Call after an optimizer step. Returns how uneven each MoE layer was, the fullest expert's load over the mean load
-        (1: even), and moves the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3); `applied`: 0 if
-        the step was dropped."""
+        """After a step: how uneven each MoE layer was, the fullest expert's load over the mean load (1: even).
+
+        Moves the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3); `applied`: 0 if the step
+        was dropped.
+        """
         uneven = []
-        for moe in self.mixtures():
+        for moe in self.mixtures:
             if moe.load is not None:
                 towards = (moe.load.mean() - moe.load).sign()
                 moe.gate.e_score_correction_bias += applied * self.config.router_bias_update_rate * towards
                 uneven.append(moe.load.max() / moe.load.mean())
                 moe.load = None
         return uneven
-
-
-# ---- counting -------------------------------------------------------------------------------------------------
 
 
 def count_parameters(config):
@@ -1066,23 +1051,22 @@ def count_parameters(config):
     does not visit, embeddings included. `matmul`: weights that a token is multiplied with, the head included and the
     look-up not: 6 x matmul FLOPs train a token, attention's scores aside.
     """
-    with torch.device("meta"):
-        model = GPT(config)
     look_up = config.vocab_size * config.hidden_size
     embedding = look_up if config.tie_word_embeddings else 2 * look_up
     total, active, added = 0, 0, embedding - look_up  # added: active, but not multiplied with: gains, biases, positions
-    for name, p in model.named_parameters():
-        used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
-        total, active = total + p.numel(), active + used
-        if p.ndim == 1 or name.endswith(("_proj_bias", "embed_positions.weight", "relative_bias.weight")):
-            added += used
+    with torch.device("meta"):
+        for name, p in GPT(config).named_parameters():
+            used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
+            total, active = total + p.numel(), active + used
+            if p.ndim == 1 or name.endswith(("_proj_bias", "embed_positions.weight", "relative_bias.weight")):
+                added += used
     return {"total": total, "active": active, "embedding": embedding, "non_embedding": total - embedding,
             "matmul": active - added}
 
 
 def main():
-    print("Parameters, in all and without embeddings; active: what one token uses. Published active counts include both,\n"
-          "one (gpt-oss) or none (Moonlight) of the embeddings.")
+    print("Parameters, and without embeddings; active: those that one token uses, and without embeddings.\n"
+          "Published active counts include both embeddings, the output's alone (gpt-oss) or none (Moonlight).")
     for name, config in PRESETS.items():
         count = count_parameters(config)
         sizes = count["total"], count["non_embedding"], count["active"], count["active"] - count["embedding"]
