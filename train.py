@@ -402,7 +402,7 @@ def go_back(run: Run, event: dict) -> None:
                         "checkpoints from that step on and --resume with a lower --learning_rate or --clip")
     gap = [began - 1 - (margin := Guard.MARGIN * 2 ** (rewinds - 1)), at + margin]
     saved = [int(path.name[5:]) for path in (run.folder / "checkpoints").glob("step-????????")]
-    before = began - Guard.MARGIN * (min(saved, default=0) < began - Guard.MARGIN)  # not so far where none is left from there
+    before = began - Guard.MARGIN * (min(saved, default=0) < began - Guard.MARGIN)  # or what is left
     whole = newest_checkpoint(run.folder, before) if run.world.leader else None
     state, skipped = load_checkpoint(run.world.agree(whole), run.model, run.optimizer), [*guard.skipped, gap]
     guard.restore(state | {"skipped": skipped, "rewinds": rewinds, "tight_until": gap[1] + Guard.WINDOW})
