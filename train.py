@@ -493,19 +493,6 @@ def tokens_before(run: Run, step: int) -> float:
     return run.curriculum.tokens(step) if run.curriculum else step * run.tokens_per_step
 
 
-def describe_event(event: dict, policy: str) -> str:
-    if event["event"] == "spike":
-        done = {"skip": "this update is left out", "warn": "training continues", "rewind": "training continues for now"}
-        seen = "a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; "
-        return seen.format(**event["spike"]) + done[policy]
-    if event["event"] == "trouble":
-        return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {Guard.LEAST} updates, far above "
-                f"its lowest, {event['lowest']:.2f}; lower --learning_rate, rewind (--guard rewind) or look at the data")
-    advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
-    return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
-            + advice * (event["kind"] == "not recovered"))
-
-
 def blame(run: Run, report: Report, values: dict[str, float]) -> Diverged:
     """Why an update was not made, naming the processes and their pieces of the batch; every process calls it."""
     bad = [f"process {run.world.rank}, {describe_piece(run, report.step, number)}"
