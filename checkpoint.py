@@ -497,14 +497,13 @@ FAMILIES = {
         "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
     "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
-                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL, {"swiglu_alpha": (1.702,)}),
+                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
-        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,),
-        "attention_bias": (False,)}),
+        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"), {
         "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, _ROUTED, {
-        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,), "moe_layer_freq": (1,),
-        "attention_bias": (False,)}),
+        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,),
+        "moe_layer_freq": (1,)}),
     "qwen3_next": Family("Qwen3NextForCausalLM", (
         *_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
         "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor",
@@ -607,8 +606,7 @@ def _write_config(c: ModelConfig, kind: str) -> dict:
     if kind == "smollm3":
         hf["no_rope_layers"] = [int(c.uses_rope(i)) for i in layers]
     if "kv_lora_rank" in hf:
-        hf |= {"head_dim": c.qk_rope_head_dim, "num_key_value_heads": c.num_attention_heads,
-               "q_lora_rank": c.q_lora_rank or None}
+        hf |= {"num_key_value_heads": c.num_attention_heads, "q_lora_rank": c.q_lora_rank or None}
     rope = {"rope_type": "default" if c.position == "rope" else c.position, "rope_theta": c.rope_theta}
     if c.position in ("llama3", "yarn"):
         rope |= {"factor": c.rope_factor, "original_max_position_embeddings": c.original_max_position_embeddings}

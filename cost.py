@@ -335,15 +335,15 @@ def stage_rows(recipe, processes: int, device: str) -> list[int]:
         if batch % (unit := context * processes):
             nearest = " or ".join(str(n) for n in (batch // unit * unit, -(-batch // unit) * unit) if n)
             own = f"batch_tokens of stage {stage.name} in the recipe" if stage.batch_tokens else "--batch_tokens"
-            raise UserError(f"stage {stage.name}: a batch of {batch} tokens does not divide into sequences of {context} "
-                            f"tokens on {processes} process(es); give {own} {nearest}")
+            raise UserError(f"stage {stage.name}: a batch of {batch} tokens does not divide into sequences of "
+                            f"{context} tokens on {processes} process(es); give {own} {nearest}")
         rows = batch // unit
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]
         if recipe.micro_batch and context == base:  # --micro_batch is for the model's own context
             if recipe.micro_batch not in divisors:
                 nearest = sorted(sorted(divisors, key=lambda n: abs(n - recipe.micro_batch))[:2])
-                raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a process; "
-                                f"the nearest that do are {' and '.join(map(str, nearest))}")
+                raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a "
+                                f"process; the nearest that do are {' and '.join(map(str, nearest))}")
             found.append(recipe.micro_batch)
         else:
             found.append(max((n for n in divisors if fits(recipe, n, context, processes, device)), default=1))
@@ -353,8 +353,8 @@ def stage_rows(recipe, processes: int, device: str) -> list[int]:
 def check_memory(recipe, machine: Machine, processes: int, rows: list[int], curriculum) -> float:
     """Bytes that a process needs in the stage that needs most; UserError where this machine does not have them."""
     need = max(process_memory(
-        recipe.model, n, context, machine.dtype.itemsize, machine.device, memory_now(), batch // context > n * processes,
-        recipe.activation_checkpointing, shards(recipe, processes))
+        recipe.model, n, context, machine.dtype.itemsize, machine.device, memory_now(),
+        batch // context > n * processes, recipe.activation_checkpointing, shards(recipe, processes))
         for n, context, batch in zip(rows, curriculum.contexts, curriculum.batches))
     room = torch.cuda.mem_get_info()[1] if machine.device == "cuda" else host_memory()
     if need > room:

@@ -37,13 +37,13 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import get_origin
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -82,7 +82,7 @@ BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
 MAX_SPACE = 100_000  # encoding: tiktoken's regex engine overflows its stack at 1,000,000 white spaces
 MAX_ID = 1 << 22  # loading: a damaged id must not ask for terabytes
-MAX_TOKEN = 2000  # loading: characters of the longest token, or a damaged one would take hours
+MAX_TOKEN = 2000  # loading: bytes of the longest token, or a damaged one would take hours
 
 # GPT-2's byte alphabet: every byte as one visible character, so that tokens can stand in a JSON file.
 VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -92,22 +92,21 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 SINGLE = [bytes([b]) for b in range(256)]
 
 Merges = list[tuple[bytes, bytes]]  # (left, right), in order
-Spans = list[tuple[int, int]]  # (start, end) in a text
 
 
 compiled = partial(regex.compile, flags=regex.V1)  # version 1 knows the set operation &&
 
 
-def visible(token: bytes) -> str:
+def visible(token):
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
-def any_of(names: Iterable[str]) -> regex.Pattern:
+def any_of(names):
     """Finds the names in text, the longest first."""
     return compiled("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
-def split_by(cut: regex.Pattern, text: str) -> list[str]:
+def split_by(cut, text):
     """What an expression matches and the text between its matches, in order."""
     edges = [0, *(edge for match in cut.finditer(text) for edge in match.span()), len(text)]
     return [text[a:b] for a, b in zip(edges, edges[1:]) if a < b]
@@ -253,6 +252,8 @@ class Tokenizer:
                                     for known in (EOS_NAMES, PAD_NAMES))
         if self.eos_id is None:
             raise ValueError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}")
+        if max(map(len, ranks)) > MAX_TOKEN:
+            raise ValueError(f"one of its tokens is longer than {MAX_TOKEN} bytes")
         self._added = any_of(added)
         # The last cut ends a piece after MAX_SPACE white spaces, counted from where they or the search begin (\G).
         self._cuts = [compiled(cut) for cut in (*cuts, r"(?:(?<!\s)|\G)\s{%d}" % MAX_SPACE)]
@@ -392,7 +393,7 @@ class Tokenizer:
 
 # ----- tokenizers in and out -------------------------------------------------------------------------------
 
-def recover_merges(ranks: dict[bytes, int]) -> Merges:
+def recover_merges(ranks) -> Merges:
     """The merges behind tiktoken's ranks: BPE with the ranks below a token's own leaves it in two pieces."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -408,24 +409,21 @@ def recover_merges(ranks: dict[bytes, int]) -> Merges:
     return merges
 
 
-def fetch_tiktoken(name: str) -> tuple:
-    try:
+def fetch_tiktoken(name):
+    with reading(name, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR), or give a file."):
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # requests' own errors, and tiktoken's ValueError for a damaged cache
-        raise UserError(f"tiktoken cannot fetch {name} ({type(error).__name__}): run it once with network (tiktoken "
-                        "keeps a copy in $TIKTOKEN_CACHE_DIR), or give a local file.") from None
     return encoding._pat_str, encoding._mergeable_ranks, None, encoding._special_tokens
 
 
-def parse_tiktoken(file: Path) -> tuple:
+def parse_tiktoken(file):
     """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of the
     tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one, CONTROL after the last
     rank."""
     lines = [line.split() for line in file.read_bytes().splitlines() if line]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     first, config = len(ranks), file.with_name("tokenizer_config.json")
-    if sorted(ranks.values()) != list(range(len(lines))) or max(map(len, ranks)) > MAX_TOKEN:
-        raise ValueError("its ranks are not 0, 1, 2, ... or a token is too long")
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise ValueError("its ranks are not 0, 1, 2, ...")
     names = CONTROL
     if config.exists():
         names = [f"<|reserved_token_{i}|>" for i in range(first, first + 256)]
@@ -435,19 +433,16 @@ def parse_tiktoken(file: Path) -> tuple:
     return ranks, None, dict(zip(names, range(first, MAX_ID)))
 
 
-def find_tokenizer_file(path: str) -> tuple[Path, str]:
+def find_tokenizer_file(path):
     """(the file, the pre-tokenizer of a tiktoken file or "" for a tokenizer.json)."""
     name, _, last = path.rpartition(":")
     if name == "hf":
-        try:
-            from huggingface_hub import hf_hub_download
-
+        with reading(path, "check the name and the network, or give a local folder."):
+            try:
+                from huggingface_hub import hf_hub_download
+            except ImportError:
+                raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
             return Path(hf_hub_download(last, "tokenizer.json")), ""
-        except ImportError:
-            raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
-        except Exception as error:  # the client raises its own, its HTTP library's and OS errors
-            raise UserError(f"cannot download {path} ({type(error).__name__}): check the name and the "
-                            "network, or give a local folder.") from None
     if last in PATTERNS and Path(name).is_file():
         return Path(name), last
     folder = Path(path)
@@ -463,7 +458,7 @@ def find_tokenizer_file(path: str) -> tuple[Path, str]:
     return file, ""
 
 
-def parse_tokenizer_json(spec: dict) -> tuple:
+def parse_tokenizer_json(spec):
     """The arguments of Tokenizer() from the content of a tokenizer.json. ValueError, KeyError and the like for a file
     that is damaged, or that asks for something else than byte-level BPE."""
     model, normalizer = spec["model"], spec.get("normalizer") or {"normalizers": []}
@@ -478,8 +473,6 @@ def parse_tokenizer_json(spec: dict) -> tuple:
     ids = model["vocab"] | special | added
     if len(set(ids.values())) < len(ids) or not all(type(i) is int and 0 <= i < MAX_ID for i in ids.values()):
         raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
-    if max(map(len, ids)) > MAX_TOKEN:
-        raise ValueError(f"one of its tokens is longer than {MAX_TOKEN} characters")
 
     def raw(token):  # KeyError for a token that is not byte-level
         return bytes(CHAR_TO_BYTE[c] for c in token)
@@ -489,24 +482,29 @@ def parse_tokenizer_json(spec: dict) -> tuple:
     used = {token for a, b in merges for token in (a, b, a + b)}
     if used - ranks.keys() or not model.get("ignore_merges") and ranks.keys() - used - set(SINGLE):
         raise ValueError("its merges and its vocabulary do not fit together")
+    if set(SINGLE[32:127]) - ranks.keys():
+        raise ValueError("its vocabulary lacks some ASCII characters")
     *cuts, pattern = parse_cuts(spec["pre_tokenizer"])
     return pattern, ranks, merges, special, bool(steps), added, cuts
 
 
-def parse_cuts(pre_tokenizer: dict) -> list[str]:
+# In a tokenizer.json: each digit apart; what an expression matches and what is between; only what it matches (gpt-4o).
+KNOWN_CUTS = [{"type": "Digits", "individual_digits": True}, {"type": "Split", "behavior": "Isolated", "invert": False},
+              {"type": "Split", "behavior": "Removed", "invert": True}]
+
+
+def parse_cuts(pre_tokenizer):
     """The expressions by which a pre_tokenizer cuts text, one after another; ValueError for other ways to cut."""
     *steps, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if last["type"] != "ByteLevel" or last["add_prefix_space"]:
         raise ValueError("its pre_tokenizer does not end in ByteLevel without a prefix space")
     cuts, probe = [], "It's 2024,\r\n\té漢 👍\0  "
     for step in steps:
-        how = step["type"], step.get("individual_digits"), step.get("behavior"), step.get("invert")
-        cut = compiled(step["pattern"]["Regex"] if how[0] == "Split" else r"\p{N}")
-        if how == ("Split", None, "Removed", True) and "".join(cut.findall(probe)) == probe:
-            how = "Split", None, "Isolated", False  # only the text that it does not match would go
-        if how not in (("Split", None, "Isolated", False), ("Digits", True, None, None)) or cut.match(""):
-            raise ValueError(f"its pre_tokenizer has a step that is unknown or loses text: {step}")
-        cuts.append(cut.pattern)
+        cut = step.pop("pattern", {"Regex": r"\p{N}"})["Regex"]
+        drops = step.get("invert") and "".join(compiled(cut).findall(probe)) != probe  # what it does not match
+        if step not in KNOWN_CUTS or drops or compiled(cut).match(""):
+            raise ValueError(f"its pre_tokenizer cuts text by {cut!r} in a way that is unknown or loses text: {step}")
+        cuts.append(cut)
     cuts += [PATTERNS["gpt2"]] * last.get("use_regex", True)
     return [PATTERNS["smollm2"]] if cuts == [r"\p{N}", PATTERNS["gpt2"]] else cuts  # the same in one expression
 
@@ -522,7 +520,7 @@ class ChatFormat:
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer):
         self.tokenizer, self.folder, self.control = tokenizer, Path(folder), any_of(tokenizer.special)
-        self.template: str | None = None
+        self.template = None
         self.opening = [tokenizer.eos_id]  # our documents open with EOS
         self.stop = {tokenizer.eos_id, tokenizer.special.get("<|im_end|>", tokenizer.eos_id)}
         config, settings = self.content("config.json"), self.content("tokenizer_config.json")
@@ -544,7 +542,7 @@ class ChatFormat:
             if file.exists():
                 self.template = file.read_text("utf-8")
 
-    def content(self, name: str) -> dict:
+    def content(self, name):
         """A JSON file of the folder, empty if it is missing."""
         file = self.folder / name
         with reading(file):
@@ -593,7 +591,7 @@ class ChatFormat:
             turns = [(whole, [span for _, said, _ in turns for span in said], outline)]
         return [self.encode(*turn) for turn in turns]
 
-    def encode(self, text: str, said: Spans, outline: str) -> tuple[list[int], list[int]]:
+    def encode(self, text, said, outline):
         """(ids, mask) of what `render` returned; mask is 1 inside the spans `said`."""
         edges, special, ids, mask = [0, *sum(said, ()), len(text)], self.tokenizer.special, [], []
         for inside, (start, end) in enumerate(zip(edges, edges[1:])):  # outside and inside in turn
@@ -603,7 +601,7 @@ class ChatFormat:
             mask += [inside % 2] * (len(ids) - len(mask))
         return ids, mask
 
-    def render(self, messages: list[dict], tools=None, add_generation_prompt=False) -> tuple[str, Spans, str]:
+    def render(self, messages, tools=None, add_generation_prompt=False):
         """The conversation's text, the spans in which the assistant speaks if the format says so, and the text's
         outline: equally long, with x for each character of a control token's name that the user, a tool or the system
         wrote. UserError for what the format cannot show."""
@@ -611,7 +609,7 @@ class ChatFormat:
             return json.loads(self.control.sub(lambda name: "x" * len(name[0]), json.dumps(value, ensure_ascii=False)))
 
         write = self.program if self.template else self.chatml
-        try:
+        with reading("this conversation", "the model's chat format refuses it."):
             for name, given in ("tools", tools), ("tool_calls", any(m.get("tool_calls") for m in messages)):
                 if given and name not in (self.template or ""):
                     raise ValueError(f"it does not show {name}; leave such conversations out or take another model")
@@ -619,15 +617,10 @@ class ChatFormat:
             text, spans = write(messages, tools, add_generation_prompt)
             outline, _ = write(others, hidden(tools), add_generation_prompt)
             if len(outline) != len(text):
-                raise ValueError("it changes the name of a control token in a message")
-        except UserError:
-            raise
-        except Exception as error:  # a template is a program, and can fail in every way
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(f"the model's chat format refuses this ({reason})") from None
+                raise ValueError("the template changes the name of a control token in a message")
         return text, spans, outline
 
-    def chatml(self, messages, tools, add_generation_prompt) -> tuple[str, Spans]:
+    def chatml(self, messages, tools, add_generation_prompt):
         """Our own format, as in Qwen and SmolLM3: <|im_start|>role\\ncontent<|im_end|>\\n per message."""
         self.tokenizer.control("<|im_start|>")
         text, spans = self.tokenizer.decode(self.opening), []
@@ -639,7 +632,7 @@ class ChatFormat:
         return text + "<|im_start|>assistant\n" * add_generation_prompt, spans
 
     @cached_property
-    def program(self) -> Callable:
+    def program(self):
         """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks.
 
         The spans are counted while the text is written, as in transformers; no character of the text marks them.
@@ -733,7 +726,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def reading(path: str | Path) -> Iterator[None]:
+def reading(path, advice: str = "it is damaged, incomplete or in another format; make it or download it again."):
     """Whatever goes wrong inside, while a file is read and understood, becomes a UserError with its name."""
     try:
         yield
@@ -741,8 +734,7 @@ def reading(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
-        raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): it is damaged, incomplete or in "
-                        "another format; make it or download it again.") from None
+        raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
 
 
 def number(text: str) -> float:
@@ -751,13 +743,13 @@ def number(text: str) -> float:
     return float(text[:-1] + powers[text[-1]] if text[-1:] in powers else text)
 
 
-def whole_number(text: str) -> int:
+def whole_number(text):
     if (value := number(text)) % 1 != 0:  # nan for inf and nan
         raise ValueError
     return int(value)
 
 
-def true_or_false(text: str) -> bool:
+def true_or_false(text):
     return bool(["false", "true"].index(text.lower()))
 
 
@@ -767,10 +759,9 @@ def option(default, help: str, low: float | None = None, high: float = math.inf,
     return field(**start, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
-def options_of(cls: type) -> dict[str, tuple[type, dict]]:
+def options_of(cls):
     """name: (type, help and bounds) of each option of a dataclass."""
-    kinds = get_type_hints(cls)
-    return {f.name: (get_origin(kinds[f.name]) or kinds[f.name], f.metadata) for f in fields(cls) if f.metadata}
+    return {f.name: (get_origin(f.type) or f.type, f.metadata) for f in fields(cls) if f.metadata}
 
 
 def check_options(config) -> None:
@@ -782,8 +773,9 @@ def check_options(config) -> None:
         value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
         typed = type(value) in ((int, float) if kind is float else (kind,))
         if not typed or choices and value not in choices or low is not None and not low <= value <= high:
-            bounds = "" if low is None else f", {low:g} to {high:g}"
-            raise UserError(f"--{name} {value!r} is not {' or '.join(map(str, choices)) or kind.__name__ + bounds}")
+            wanted = (f"one of {', '.join(map(str, choices))}" if choices else f"between {low:g} and {high:g}"
+                      if typed else f"of the type {kind.__name__}")
+            raise UserError(f"--{name} {value!r} is not {wanted}")
 
 
 def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
@@ -800,14 +792,11 @@ def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterab
 
 
 def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The command line; dashes and underscores in flags are the same. UserError names the flag nearest to an unknown
-    one."""
-    flags = {flag.replace("-", "_"): flag for flag in parser._option_string_actions}
-    args, unknown = parser.parse_known_args([flags.get(name.replace("-", "_"), name) + equals + value
-                                             for name, equals, value in (word.partition("=") for word in argv)])
+    """The command line; UserError names the flag nearest to an unknown one."""
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0].replace("-", "_"), flags, 1)
-        hint = f"did you mean {flags[near[0]]}?" if near else f"see `python {parser.prog} --help`"
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), vars(args), 1)
+        hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args
 
@@ -823,6 +812,13 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Dashes and underscores in flags are the same."""
+        flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+        words = (word.partition("=") for word in (sys.argv[1:] if args is None else args))
+        return super().parse_known_args([flags.get(flag.replace("-", "_"), flag) + equals + value
+                                         for flag, equals, value in words], namespace)
 
     def error(self, message: str):
         raise UserError(f"{message}; see `python {self.prog} --help`")
@@ -863,7 +859,7 @@ def run(main: Callable[[], None]) -> None:
 DATA_SETS = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")  # for data.py, which knows them
 
 
-def text_files(paths: list[str]) -> list[Path]:
+def text_files(paths):
     """The files at paths, folders opened, hidden files left out; UserError for what is missing or no plain text."""
     files = []
     for path in paths:
@@ -876,7 +872,7 @@ def text_files(paths: list[str]) -> list[Path]:
     return files
 
 
-def read_text(file: Path, share: float = 1) -> str:
+def read_text(file, share=1):
     """The first `share` of a UTF-8 text file."""
     with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
         text = stream.read(math.ceil(share * file.stat().st_size))

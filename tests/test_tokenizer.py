@@ -264,7 +264,7 @@ def test_chatml_ids_and_mask(tok, tmp_path):
     assert prompt == ids[:len(prompt)] and prompt[-len(e("assistant\n")):] == e("assistant\n")
     for wrong in ([{"role": "user"}], [{"content": "x"}], ["hi"], [{"role": "user", "content": None}],
                   [{"role": "user", "content": [{"type": "text", "text": "x"}]}], [{"role": 1, "content": "x"}]):
-        with pytest.raises(UserError, match="chat format"):
+        with pytest.raises(UserError, match="chat format refuses"):
             chat.prompt(wrong)
     with pytest.raises(UserError, match="no control token '<|im_start|>'"):
         ChatFormat(tmp_path, Tokenizer(tok.pattern, tok.ranks, tok.merges, {"<eos>": 0})).prompt(messages[:1])
@@ -553,6 +553,8 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "id enormous": (lambda s: s["model"]["vocab"].update(a=10**12), "not distinct"),
     "id true": (lambda s: s["model"]["vocab"].update(a=True), "not distinct"),
     "token enormous": (lambda s: s["model"]["vocab"].update({"a" * 100_000: 5000}), "longer than"),
+    "byte missing": (lambda s: s["model"].update(merges=[], vocab={
+        t: i for t, i in s["model"]["vocab"].items() if i < 260 and t != "a"}), "lacks some ASCII"),
     "lower-casing": (lambda s: s.update(normalizer={"type": "Lowercase"}), "normalizer"),
     "normalizer a number": (lambda s: s.update(normalizer=5), "AttributeError"),
     "token takes white space": (lambda s: s["added_tokens"].append(
