@@ -837,7 +837,7 @@ def absolute(paths: str) -> str:
 def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
     """The command line, and the recipe that it names with the flags applied; None for a merge."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("method", nargs="?", help=", ".join([*POST_RECIPES, "merge"]))
+    parser.add_argument("task", nargs="?", help=", ".join([*POST_RECIPES, "merge"]))
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the start's and the method)")
@@ -846,15 +846,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
     add_options(parser, PostRecipe, without="""tokens method packing start sample_prompt eval_tokens eval_tasks z_loss
         document_mask""".split())
     args = parse_options(parser, argv)
-    given, method = given_options(args, PostRecipe), args.method
+    given, method = given_options(args, PostRecipe), args.task
     given |= {name: absolute(given[name]) for name in ("data", "reward") if name in given}
     if args.resume:
-        return args, train.resumed(args, given, ["a method"] * bool(method), PostRecipe, train.RESUMABLE | {"reward"})
+        return args, train.resumed(args, given, ["the method"] * bool(method), PostRecipe, train.RESUMABLE | {"reward"})
     if method == "merge":
         return args, None
     if method not in POST_RECIPES or len(args.runs) != 1:
-        raise UserError("give a method (sft, dpo, apo, grpo or merge) and a model, such as: python posttrain.py sft "
-                        "runs/laptop")
+        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, "
+                        "grpo, merge)")
     start = args.runs[0] if is_hugging_face(args.runs[0]) else find_checkpoint(args.runs[0])  # not what the run does later
     config = load_config(start)
     trained = config.max_position_embeddings
@@ -890,7 +890,7 @@ def begin(world: train.World) -> None:
         folder = Path(args.resume)
     else:
         stem = re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path(args.runs[0]).name)
-        folder = world.agree(new_run_folder(args.name or f"{stem}-{args.method}"))
+        folder = world.agree(new_run_folder(args.name or f"{stem}-{args.task}"))
     post_train(recipe, folder, bool(args.resume), world)
 
 
