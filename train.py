@@ -421,7 +421,7 @@ def go_back(run: Run, event: dict) -> None:
         run.log.forget(run.step)
         run.log.write(**event, to=run.step, skipped=gap, rewinds=rewinds)
         say(f"{what}: back to step {run.step:,}; the batches of steps {max(gap[0], run.step):,} to {gap[1]:,} are "
-            f"skipped, and gradients are clipped at {run.recipe.clip / 2:g} for a while (try {rewinds} of {Guard.TRIES})")
+            f"skipped, and gradients clipped at {run.recipe.clip / 2:g} for a while (try {rewinds} of {Guard.TRIES})")
 
 
 class Meter:
@@ -476,8 +476,8 @@ class Meter:
             more["dropped"] = True
         stage = run.curriculum.stages[run.curriculum.stage(at)].name if run.curriculum else run.recipe.method
         loss, norm, rate = values["loss"], values["grad_norm"], run.rate(at)
-        run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, stage=stage, loss=loss, lr=rate, grad_norm=norm,
-                      tokens_per_second=speed, share_of_peak=peak, train_seconds=self.seconds,
+        run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, stage=stage, loss=loss, lr=rate,
+                      grad_norm=norm, tokens_per_second=speed, share_of_peak=peak, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0, **more)
         shown = "".join(f" | {name} {value:.2f}" for name, value in more.items() if name != "dropped")
         left = tqdm.format_interval((total - end) / self.pace)
@@ -734,8 +734,8 @@ def print_plan(run: Run) -> None:
     print("epochs    " + ", ".join(f"{name} {n:.2f}" for name, n in curriculum.epochs().items()))
     print(*curriculum.report(), sep="\n", end="\n" if curriculum.report() else "")
     print(f"plan      {curriculum.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, "
-          f"about {tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now), share of peak = "
-          f"tokens/s x {run.flops:,.0f} FLOPs per token / {world.size} x {run.machine.peak_flops:.3g} FLOP/s")
+          f"about {tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now), share of "
+          f"peak = tokens/s x {run.flops:,.0f} FLOPs per token / {world.size} x {run.machine.peak_flops:.3g} FLOP/s")
     print(f"memory    {run.memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
 
 
@@ -823,8 +823,8 @@ def annealing(start: str, candidate: str, given: dict) -> Recipe:
     sizes = {split.name: len(split.tokens) for split in (source["train"] for source in data_.load_data(data)[1])}
     base = recipe.stages[0].mixture or sizes
     if lacking := (set(base) | {candidate}) - set(sizes):
-        raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, or "
-                        "add a folder to --data")
+        raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
+                        "or add a folder to --data")
     mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
     mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
