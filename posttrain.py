@@ -34,15 +34,14 @@ import functools
 import gzip
 import hashlib
 import importlib.util
-import itertools
 import json
 import math
-import random
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +56,7 @@ import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, newest_checkpoint, save_pretrained, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, Tokens, uniform
+from data import HELD_OUT, Curriculum, Packing, Split, Stage, Tokens, small_shuffle, uniform
 from evals import Score
 from model import GPT, count_parameters
 from sample import continue_all
@@ -66,72 +65,40 @@ from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, gi
                        reading)
 from tokenizer import run as run_command
 
-Sequence = tuple[list[int], list[int]]  # ids and, as long, a mask: 1 on the tokens to train on
+Ids = list[int]
+Sequence = tuple[Ids, Ids]  # ids and, as long, a mask: 1 on the tokens to train on
 Example = list[Sequence]  # a conversation, or a chosen and a rejected answer
+Rows = list[dict]  # lines of jsonl, or built-in problems
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
-# A problem's hash decides whether it is held out, for arithmetic the same hash as in the pre-training data: no held-out
-# sum was ever trained on, in any stage. (A base model reads the functions of `instruction_problems` in its code; it does
-# not read the orders about the held-out ones.)
+
+SFT_PROBLEMS = 16_000
 
 
-def arithmetic_problems(seed: int) -> Iterator[tuple[str, str, str]]:
-    """The math source's worked problems on numbers below 100: (what it asks without its story, question, reply)."""
-    for about, text in data_.generated_math(10**9, seed):
-        question, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
-        if max(map(int, re.findall(r"\d+", question))) < 100:
-            yield about, question, reply
-
-
-def lookup_problems(seed: int) -> Iterator[tuple[str, str, str]]:
-    """A passage, and a question whose answer stands in it."""
-    rng = random.Random(seed)
-    while True:
-        rows = list(zip(rng.sample(data_.PEOPLE, 3), rng.sample(range(2, 100), 3), rng.sample(data_.THINGS, 3)))
-        passage, (who, many, what) = " ".join(f"{p} has {n} {t}." for p, n, t in rows), rng.choice(rows)
-        yield passage, f"{passage} How many {what} does {who} have?", f"{who} has {many} {what}."
-
-
-def instruction_problems(seed: int) -> Iterator[tuple[str, str, str]]:
-    """Short orders about the functions of the embedded code."""
-    rng, code = random.Random(seed), "\n".join(text for _, text in data_.embedded_code())
-    pattern = r"^ *(def ([a-z]\w*)\(([a-z_]\w*(?:, [a-z_]\w*){0,2})\):)"
-    functions = sorted(set(re.findall(pattern, code, re.MULTILINE)))
-    while True:
-        line, name, arguments = rng.choice(functions)
-        listed = arguments.replace(", ", " and ")
-        yield name, *rng.choice([
-            (f"Write the first line of a Python function {name} with the arguments {listed}.", line),
-            (f"Which arguments does this function take? {line}", listed),
-            (f"What is the name of this function? {line}", name)])
-
-
-SFT_PROBLEMS = 16_000  # of arithmetic; a fifth as many of each other kind
-PROBLEMS = {"arithmetic": arithmetic_problems, "lookup": lookup_problems, "instruction": instruction_problems}
-
-
-def problems(kind: str, count: int, seed: int, held_out: bool = False, without: Iterable[str] = ()) -> list[dict]:
-    """`count` built-in problems, none of the prompts `without`; held-out ones are all different."""
+def problems(count: int, seed: int, held_out: bool = False, without: Iterable[str] = ()) -> Rows:
+    """`count` of the math source's worked problems on numbers below 100, none of the prompts `without`; held-out ones are
+    all different. "about" is what a problem asks without its story. Its hash decides whether it is held out, as in the
+    pre-training data: no held-out sum was ever trained on, in any stage."""
     made, seen = [], set(without)
-    for about, prompt, reply in PROBLEMS[kind](seed):
-        if (uniform(about) < HELD_OUT) == held_out and prompt not in seen:
-            made.append({"kind": kind, "about": about, "prompt": prompt, "reply": reply})
+    for about, text in data_.generated_math(10**9, seed):
+        prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
+        small = max(map(int, re.findall(r"\d+", prompt))) < 100
+        if small and prompt not in seen and (uniform(about) < HELD_OUT) == held_out:
+            made.append({"about": about, "prompt": prompt, "reply": reply})
             seen |= {prompt} if held_out else set()
         if len(made) == count:
             return made
 
 
-def fresh_problems(count: int) -> list[dict]:
-    """Arithmetic for preferences and RL that SFT has not trained on: the model knows half of what it has seen by heart,
-    and learning from that changes nothing on other problems."""
-    return problems("arithmetic", count, 3, without={row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)})
+def fresh_problems(count: int) -> Rows:
+    """Problems for preferences and RL that SFT has not trained on: the model knows half of what it has seen by heart, and
+    learning from that changes nothing on other problems."""
+    return problems(count, 3, without={row["prompt"] for row in problems(SFT_PROBLEMS, 2)})
 
 
 def correct(problem: dict, answer: str) -> float:
-    """The reward of the built-in problems: 1 if the answer's last number is the reply's; an instruction's whole answer
-    has to be the reply."""
-    said, right = ([text.strip()] if problem["kind"] == "instruction" else re.findall(r"\d+", text)[-1:]
-                   for text in (answer, problem["reply"]))
+    """The reward of the built-in problems: 1 if the last number of the answer's first line is the reply's."""
+    said, right = (re.findall(r"\d+", text.strip().split("\n")[0])[-1:] for text in (answer, problem["reply"]))
     return float(said == right)
 
 
@@ -145,7 +112,7 @@ FORMS = {  # what a line of --data must hold, in words
 FORMS["apo_zero"] = FORMS["dpo"]
 
 
-def turns(said, role: str) -> list[dict]:
+def turns(said: str | Rows, role: str = "user") -> Rows:
     """A text as a conversation of one turn; a conversation as it is; an exception if it is neither."""
     said = [{"role": role, "content": said}] if isinstance(said, str) else said
     said = [m | {"content": m.get("content") or ""} if m.get("tool_calls") else m for m in said]
@@ -159,27 +126,24 @@ def parse_row(row: dict, form: str) -> dict:
 
     A preference may repeat the prompt in front of both answers, and then needs no "prompt" (Hugging Face's two forms).
     """
-    if form == "grpo":
-        turns(row["prompt"], "user")  # checked; the reward sees the line as it is
-        return row
     if form == "sft":
-        messages = turns(row["messages"], "user")
-        [m["role"] for m in messages].index("assistant")  # an exception if there is none
-        return {"messages": messages, "tools": row.get("tools")}
+        talk = turns(row["messages"])
+        [m["role"] for m in talk].index("assistant")  # an exception if there is none
+        return row | {"messages": talk}
+    if form == "grpo":
+        turns(row["prompt"])  # checked; the reward sees the line as it is
+        return row
     pair = [turns(row[side], "assistant") for side in ("chosen", "rejected")]
-    prompt = turns(row.get("prompt", pair[0][:-1]), "user")
-    pair = [said[len(prompt):] if said[:len(prompt)] == prompt else said for said in pair]
-    (chosen,), (rejected,) = pair
+    prompt = turns(row.get("prompt", pair[0][:-1]))
+    (chosen,), (rejected,) = (said[len(prompt):] if said[:len(prompt)] == prompt else said for said in pair)
     if chosen["role"] != "assistant" or rejected["role"] != "assistant":
         raise ValueError
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": row.get("tools")}
+    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def read_rows(name: str, form: str) -> list[dict]:
+def read_rows(name: str, form: str) -> Rows:
     """The lines of a jsonl file; UserError with file and line for one that is not of the form."""
     rows = []
-    if not Path(name).is_file():
-        raise UserError(f"--data {name} is no file; give jsonl with lines such as {FORMS[form]}")
     with reading(name), (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -189,13 +153,13 @@ def read_rows(name: str, form: str) -> list[dict]:
     return rows
 
 
-def held_out_rows(rows: list[dict], where: str) -> tuple[list[dict], list[dict]]:
+def held_out_rows(rows: Rows, where: str) -> tuple[Rows, Rows]:
     """(train, held out): about HELD_OUT of the rows, of few up to 10, by the hash of what is asked, so that no question
     is on both sides; by the hash of the whole row where there are fewer than 30 questions."""
     def asked(row: dict) -> str:  # a conversation's, up to its first question: the assistant may greet before
-        talk = row.get("messages", ())
-        roles = [message["role"] for message in talk]
-        return json.dumps(row.get("prompt", talk[:roles.index("user") + 1 if "user" in roles else None]))
+        talk = row.get("messages", [])
+        roles = [m["role"] for m in talk] + ["user"]
+        return json.dumps(row.get("prompt", talk[:roles.index("user") + 1]))
 
     for key in (asked, json.dumps):
         counts = Counter(map(key, rows))
@@ -203,60 +167,21 @@ def held_out_rows(rows: list[dict], where: str) -> tuple[list[dict], list[dict]]
             break
     if len(counts) < 2:
         raise UserError(f"{where} has fewer than 2 different lines, and one must be held out; give more")
-    room = max(HELD_OUT * len(rows), min(10, len(rows) / 5))
-    order = sorted(counts, key=lambda question: (counts[question] > room, uniform(question)))
-    sizes = itertools.accumulate(counts[question] for question in order)
-    held = {question for question, size in zip(order, sizes) if size <= room} or {order[0]}
+    most, held = max(HELD_OUT * len(rows), min(10, len(rows) / 5)), Counter()
+    for question in sorted(counts, key=lambda question: (counts[question] > most, uniform(question))):
+        if not held or held.total() + counts[question] <= most:
+            held[question] = counts[question]
     return [row for row in rows if key(row) not in held], [row for row in rows if key(row) in held]
 
 
 # ---- conversations as sequences -------------------------------------------------------------------------------
 
 
-def fit(examples: Iterable[Example], context: int, too_long: str, what: str) -> list[Example]:
-    """Examples in at most `context` tokens: longer ones are skipped or cut, as `too_long` says. Left out too is what
-    teaches nothing: a sequence without a token to train on, as when all of the reply is cut off, and a pair of equal
-    answers. Prints how many."""
-    kept, long, same = [], 0, 0
-    for whole in examples:
-        example = [(ids[:context], mask[:context]) for ids, mask in whole]
-        long += example != whole
-        if example == whole or too_long == "cut":
-            teaches = all(any(mask) for _, mask in example) and example[1:] != example[:1]
-            kept += [example] * teaches
-            same += not teaches
-    if long:
-        print(f"long      {long:,} of {what} have more than {context} tokens and are "
-              + ("cut" if too_long == "cut" else "left out; --too_long cut keeps their beginnings"))
-    if same:
-        print(f"left out  {same:,} of {what} have no token to train on, or the same tokens chosen and rejected")
-    if not kept:
-        raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
-    return kept
-
-
 def conversation_split(name: str, conversations: list[Example]) -> Split:
     """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
-    ids, mask = (np.concatenate([np.array(sequence[i], np.int64) for sequence, in conversations]) for i in range(2))
+    ids, mask = (np.concatenate([np.array(talk[i], np.int64) for talk, in conversations]) for i in range(2))
     starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
     return Split(name, Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
-
-
-def pad(sequences: list[Sequence], rows: int = 0, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Sequences as tokens [B, T] and targets [B, T], one a row, padded on the right with targets of -100; B is at least
-    `rows` and T a multiple of `multiple`: a compiled model compiles again for each new shape.
-
-    Attention is causal, so padding behind a sequence changes nothing in it.
-    """
-    ids, mask = (pad_sequence([torch.tensor(part) for part in parts], batch_first=True) for parts in zip(*sequences))
-    space = (0, (1 - ids.shape[1]) % multiple, 0, max(0, rows - len(ids)))
-    return F.pad(ids[:, :-1], space), F.pad(torch.where(mask > 0, ids, -100)[:, 1:], space, value=-100)
-
-
-def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """log p(target) in fp32, [B, T], of the policy that samples at a temperature; 0 where the target is -100."""
-    return -torch.stack([F.cross_entropy(row.float() / temperature, target, reduction="none")
-                         for row, target in zip(logits, targets)])
 
 
 # ---- preferences ----------------------------------------------------------------------------------------------
@@ -324,9 +249,7 @@ def kl_loss(new: Tensor, old: Tensor, reference: Tensor) -> Tensor:
 
 def overlong_penalty(length: int, longest: int, margin: int) -> float:
     """0 up to longest - margin tokens, then falling to -1 at `longest` and beyond (DAPO, and the playbook)."""
-    if margin <= 0 or length <= longest - margin:
-        return 0.0 if length <= longest else -1.0
-    return max(-1.0, (longest - margin - length) / margin)
+    return min(0.0, max(-1.0, (longest - margin - length) / max(margin, 1e-9)))
 
 
 def load_reward(where: str) -> Callable[[dict, str], float]:
@@ -364,20 +287,15 @@ def merge(folders: list[str], weights: list[float]) -> GPT:
     SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall
     in long context. One model is in memory besides the sum.
     """
-    merged = from_pretrained(folders[0])
-    if len({Tokenizer.load(folder).hash for folder in folders}) > 1:
-        raise UserError(f"{' and '.join(folders)} have different tokenizers; merge checkpoints of one model")
-    state = {name: weights[0] * tensor for name, tensor in merged.state_dict().items()}
-    for folder, weight in zip(folders[1:], weights[1:]):
-        model = from_pretrained(folder)
-        ours, theirs = asdict(merged.config), asdict(model.config)
-        if wrong := [name for name in ours if ours[name] != theirs[name]]:
-            raise UserError(f"{folder} has {wrong[0]} {theirs[wrong[0]]} and {folders[0]} {ours[wrong[0]]}; merge "
-                            "checkpoints of one model")
-        for name, tensor in model.state_dict().items():
-            state[name] += weight * tensor
-    merged.load_state_dict(state)
-    return merged
+    model, tokenizer, state = from_pretrained(folders[0]), Tokenizer.load(folders[0]), {}
+    for folder, weight in zip(folders, weights):
+        other = from_pretrained(folder)
+        if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
+            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one model")
+        for name, tensor in other.state_dict().items():
+            state[name] = state.get(name, 0) + weight * tensor
+    model.load_state_dict(state)
+    return model
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------
@@ -389,33 +307,27 @@ class PostRecipe(train.Recipe):
 
     method: str = option("sft", "what to train for", choices=("sft", "dpo", "apo_zero", "grpo"))
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
-    steps: int = option(0, "updates, of grpo steps of sampling and training; 0: as --epochs says", 0, 10**12)
+    steps: int = option(0, "updates, of grpo steps of sampling and training; 0: as --epochs says", 0)
     epochs: float = option(1.0, "how often to go through the data", 1e-9, 1e6)
-    context: int = option(0, "tokens of a sequence; 0: as many as the model was trained on, at most 8192", 0, 2**30)
+    context: int = option(0, "tokens of a sequence; 0: as many as the model was trained on, at most 8192", 0)
     too_long: str = option("skip", "what to do with conversations of more tokens", choices=("skip", "cut"))
     assistant_only: bool = option(True, "sft: loss on what the assistant says only")
-    problems: int = option(SFT_PROBLEMS, "built-in: arithmetic problems; sft adds a fifth as many of each other kind",
-                           100, 10**9)
+    problems: int = option(SFT_PROBLEMS, "built-in problems to train on", 100)
     eval_problems: int = option(1000, "held-out problems, or conversations, of an evaluation", 2, 5000)
-    pairs: int = option(32, "dpo: preferences of an update", 1, 10**9)
-    beta: float = option(0.1, "dpo: how close to stay to the start; high is close", 1e-9, 1e9)
-    nll: float = option(0.0, "dpo: weight of the chosen answer's own loss, nats per token (Pang et al. 2024)", 0, 1e6)
-    prompts: int = option(32, "grpo: prompts of a step", 1, 10**9)
-    samples: int = option(8, "grpo: answers to each, which are compared; dpo: drawn to find built-in pairs", 2, 10**6)
-    updates: int = option(1, "grpo: how many updates a step's samples are divided into", 1, 10**6)
-    max_tokens: int = option(56, "of a sampled answer", 1, 2**30)
-    temperature: float = option(1.0, "of the sampling", 1e-6, 1e6)
+    pairs: int = option(32, "dpo: preferences of an update", 1)
+    beta: float = option(0.1, "dpo: how close to stay to the start; high is close", 1e-9)
+    nll: float = option(0.0, "dpo: weight of the chosen answer's own loss, nats per token (Pang et al. 2024)", 0)
+    prompts: int = option(32, "grpo: prompts of a step", 1)
+    samples: int = option(8, "grpo: answers to each, which are compared; dpo: drawn to find built-in pairs", 2)
+    updates: int = option(1, "grpo: how many updates a step's samples are divided into", 1)
+    max_tokens: int = option(56, "of a sampled answer", 1)
+    temperature: float = option(1.0, "of the sampling", 1e-6)
     normalization: str = option("dapo", "grpo: of advantages and lengths", choices=NORMALIZATIONS)
     clip_low: float = option(0.2, "grpo: how far a token's probability may fall in a step", 0, 1)
-    clip_high: float = option(0.28, "grpo: and rise", 0, 1e6)
-    kl: float = option(0.0, "grpo: weight of the divergence from the start; 0: no second model in memory", 0, 1e6)
-    overlong: int = option(0, "grpo: tokens before --max_tokens over which the penalty for length grows to 1", 0, 2**30)
+    clip_high: float = option(0.28, "grpo: and rise", 0)
+    kl: float = option(0.0, "grpo: weight of the divergence from the start; 0: no second model in memory", 0)
+    overlong: int = option(0, "grpo: tokens before --max_tokens over which the penalty for length grows to 1", 0)
     reward: str = option("", "grpo: FILE.py:FUNCTION; none: whether the built-in answer is right")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.method == "grpo" and bool(self.data) != bool(self.reward):
-            raise UserError("--data and --reward belong together in grpo: give both, or neither for built-in problems")
 
 
 # For the laptop's 1.8M parameters, by measuring; AT_SCALE is what changes above 50M: SmolLM3's values, GRPO's from TRL.
@@ -444,50 +356,81 @@ class PostRun(train.Run):
 
     chat_format: ChatFormat | None = None
     end: int = 0  # the token that ends the assistant's turn
-    tests: dict[str, list] = field(default_factory=dict)  # held-out problems with their prompts' ids, by kind
-    held: dict[str, list[Example]] = field(default_factory=dict)  # held-out conversations by file, or "pairs"
-    before: dict[str, list[float]] = field(default_factory=dict)  # the start's scores, one for each held-out example
+    tests: dict = field(default_factory=dict)  # {kind: held-out problems with their prompts' ids}
+    held: dict = field(default_factory=dict)  # {file: conversations}, or {"pairs": (pair, the start's log-probabilities [2])}
+    before: dict = field(default_factory=dict)  # {score: the start's, one number for each held-out example}
     reward: Callable[[dict, str], float] = correct
-    examples: list = field(default_factory=list)  # dpo: pairs; grpo: problems with their prompts' ids
-    reference: Tensor | GPT | None = None  # dpo: [2, pairs and held-out pairs], log-probabilities; grpo: the start
+    examples: list = field(default_factory=list)  # dpo: pairs as in `held`; grpo: problems with their prompts' ids
+    reference: GPT | None = None  # grpo: the start, for --kl
 
 
 def batches(items, size: int) -> list:
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def prompt_of(run: PostRun, row: dict) -> list[int]:
-    return run.chat_format.prompt(turns(row["prompt"], "user"), row.get("tools"))
-
-
-def askable(run: PostRun, rows: list[dict]) -> list[tuple[dict, list[int]]]:
-    """The problems whose prompts leave room for --max_tokens, with the prompts' ids, the shortest first: prompts of
-    equal length are drawn together (sample.continue_all), so neighbours by length share a step."""
-    found = sorted(((row, prompt_of(run, row)) for row in rows), key=lambda pair: len(pair[1]))
-    room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
-    kept = [pair for pair in found if len(pair[1]) <= room]
+def fit(run: PostRun, rows: Rows, encode: Callable, what: str) -> list[Example]:
+    """The examples that `encode(run, row)` makes of rows, in at most --context tokens: longer ones are skipped or cut, as
+    --too_long says. Left out too is what teaches nothing: a sequence without a token to train on, as when all of the
+    reply is cut off, and a pair of equal answers. Prints how many."""
+    kept, long, same, context = [], 0, 0, run.recipe.model.max_position_embeddings
+    cut = run.recipe.too_long == "cut"
+    for whole in (example for row in tqdm(rows, what, leave=False, delay=1) for example in encode(run, row)):
+        example = [(ids[:context], mask[:context]) for ids, mask in whole]
+        long += example != whole
+        if cut or example == whole:
+            teaches = all(any(mask) for _, mask in example) and example[1:] != example[:1]
+            kept += [example] * teaches
+            same += not teaches
+    if long:
+        print(f"long      {long:,} of {what} have more than {context} tokens and are "
+              + ("cut" if cut else "left out; --too_long cut keeps their beginnings"))
+    if same:
+        print(f"left out  {same:,} of {what} have no token to train on, or the same tokens chosen and rejected")
     if not kept:
-        raise UserError(f"every prompt has more than {room:,} tokens; take a smaller --max_tokens or shorter prompts")
-    if len(kept) < len(found):
-        print(f"long      {len(found) - len(kept):,} of {len(found):,} prompts have more than {room:,} tokens, which leaves "
-              "fewer than --max_tokens to answer, and are left out")
+        raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
     return kept
 
 
-def draw_answers(run: PostRun, prompts: list[list[int]], samples: int = 1, **options) -> list[list[list[int]]]:
-    """ids [prompts][samples][at most max_tokens] of what the model answers; the longest were cut off."""
-    made = continue_all(run.model.eval(), prompts, run.recipe.max_tokens, samples, **{
-        "stop": run.chat_format.stop | {run.end}, "vocab_size": run.tokenizer.vocab_size, "at_once": 256, **options})
+def askable(run: PostRun, rows: Rows) -> list[tuple[dict, Ids]]:
+    """The problems whose prompts leave room for --max_tokens, with the prompts' ids, the shortest first: prompts of
+    equal length are drawn together (sample.continue_all), so neighbours by length share a step."""
+    room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
+    found = [(row, run.chat_format.prompt(turns(row["prompt"]), row.get("tools"))) for row in rows]
+    kept = sorted((pair for pair in found if len(pair[1]) <= room), key=lambda pair: len(pair[1]))
+    if len(kept) < len(found):
+        print(f"long      {len(found) - len(kept):,} of {len(found):,} prompts have more than {room:,} tokens, which leaves "
+              "fewer than --max_tokens to answer, and are left out")
+    if not kept:
+        raise UserError("no prompt is left; take a smaller --max_tokens")
+    return kept
+
+
+def answers(run: PostRun, problems: list[tuple[dict, Ids]], samples: int = 1, **options) -> list[list[tuple[Ids, float]]]:
+    """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
+    rows, prompts = zip(*problems)
+    options = {"stop": run.chat_format.stop | {run.end}, "vocab_size": run.tokenizer.vocab_size} | options
+    made = continue_all(run.model.eval(), prompts, run.recipe.max_tokens, samples, at_once=256, **options)
     run.model.train()
-    return made
+    return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
+            for row, group in zip(rows, made)]
 
 
 def logprobs(run: PostRun, model, sequences: list[Sequence], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the trained tokens and their mask, [sequences, T]; both 0 for the other tokens."""
-    shape = (run.rows[0], 64) if run.machine.compile else ()
-    tokens, targets = (x.to(run.machine.device) for x in pad(sequences, *shape))
-    found = token_logprobs(model(tokens), targets, temperature)
-    return found[:len(sequences)], (targets >= 0).float()[:len(sequences)]
+    """Log-probabilities of the trained tokens, of the policy that samples at a temperature, and their mask, [B, T] in
+    fp32; both 0 for the other tokens.
+
+    A row holds one sequence, padded on the right: attention is causal, so padding behind a sequence changes nothing in
+    it. A compiled model compiles again for each new shape, so it gets a fixed number of rows and a length in steps of 64.
+    """
+    ids, mask = (pad_sequence([torch.tensor(part) for part in parts], batch_first=True) for parts in zip(*sequences))
+    if run.machine.compile:
+        shape = (0, (1 - ids.shape[1]) % 64, 0, max(0, run.rows[0] - len(ids)))
+        ids, mask = F.pad(ids, shape), F.pad(mask, shape)
+    ids, mask = ids.to(run.machine.device), mask.to(run.machine.device)
+    targets = torch.where(mask > 0, ids, -100)[:, 1:]
+    found = torch.stack([F.cross_entropy(row.float() / temperature, target, reduction="none")
+                         for row, target in zip(model(ids[:, :-1]), targets)])  # row by row: a batch in fp32 is large
+    return -found[:len(sequences)], mask[:len(sequences), 1:].float()
 
 
 def sums_of(run: PostRun, model, examples: list[Example]) -> Tensor:
@@ -501,20 +444,19 @@ def all_sums(run: PostRun, examples: list[Example]) -> Tensor:
     size, total = run.world.size, len(examples)
     mine = [examples[i % total] for i in range(run.world.rank, -(-total // size) * size, size)]  # FSDP: all equally many
     run.model.eval()
-    sums = torch.cat([sums_of(run, run.model, piece).cpu() for piece in tqdm(
-        batches(mine, max(1, run.rows[0] // len(mine[0]))), "scoring", leave=False, delay=1)], 1)
+    pieces = tqdm(batches(mine, max(1, run.rows[0] // 2)), "scoring", leave=False, delay=1)
+    sums = run.world.gather(torch.cat([sums_of(run, run.model, piece).cpu() for piece in pieces], 1))
     run.model.train()
-    return torch.stack(run.world.gather(sums), 2).flatten(1)[:, :total]
+    return torch.stack(sums, 2).flatten(1)[:, :total]
 
 
-def shuffled(first: int, count: int, n: int, seed: int) -> np.ndarray:
-    """The items first .. first + count of an endless stream of shuffled epochs of range(n)."""
-    index = np.arange(first, first + count)
-    return np.concatenate([data_.permute(index[index // n == epoch] % n, n, [seed, int(epoch)])
-                           for epoch in np.unique(index // n)])
+def batch_of(run: PostRun, step: int, count: int) -> list:
+    """The `count` examples of a step, of all processes: an endless stream of shuffled epochs."""
+    n, seed = len(run.examples), run.recipe.seed
+    return [run.examples[small_shuffle(n, (seed, i // n))[i % n]] for i in range(step * count, (step + 1) * count)]
 
 
-def note(run: PostRun, **values: Tensor) -> None:
+def add_found(run: PostRun, **values: Tensor) -> None:
     """Adds to what the log says of an update; summed over pieces and processes."""
     for name, value in values.items():
         run.found[name] = run.found.get(name, 0) + value.detach()
@@ -523,72 +465,66 @@ def note(run: PostRun, **values: Tensor) -> None:
 # ---- SFT ------------------------------------------------------------------------------------------------------
 
 
-def conversations(run: PostRun, rows: Iterable[dict]) -> Iterator[Example]:
-    """The samples of jsonl rows, or of built-in problems with their replies."""
-    for row in rows:
-        talk = row.get("messages") or turns(row["prompt"], "user") + turns(row["reply"], "assistant")
-        samples = run.chat_format.samples(talk, row.get("tools"))
-        if not run.recipe.assistant_only:
-            samples = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in samples[-1:]]
-        yield from batches(samples, 1)
+def conversation(run: PostRun, row: dict) -> list[Example]:
+    """The samples of a jsonl row, or of a built-in problem with its reply."""
+    talk = row.get("messages") or turns(row["prompt"]) + turns(row["reply"], "assistant")
+    samples = run.chat_format.samples(talk, row.get("tools"))
+    if not run.recipe.assistant_only:
+        samples = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in samples[-1:]]
+    return batches(samples, 1)
 
 
-def prepare_sft(run: PostRun, given: dict[str, list[dict]], resume: bool) -> tuple[int, float]:
+def prepare_sft(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
     """Packs conversations into rows for `train.pretraining_losses`."""
     recipe, context, splits = run.recipe, run.recipe.model.max_position_embeddings, []
-    sides = {Path(file).stem: held_out_rows(rows, file) for file, rows in given.items()} or {
-        kind: (problems(kind, recipe.problems // (1 if kind == "arithmetic" else 5), 2), []) for kind in PROBLEMS}
-    for name, (rows, held) in sides.items():
-        talks = conversations(run, tqdm(rows, name, leave=False, delay=1))
-        splits.append(conversation_split(name, fit(talks, context, recipe.too_long, name)))
-        if held:
-            talks = conversations(run, held[:recipe.eval_problems])
-            run.held[name] = fit(talks, context, recipe.too_long, f"held-out {name}")
+    for file, rows in (given or {"arithmetic": problems(recipe.problems, 2)}).items():
+        rows, held = held_out_rows(rows, file)
+        name = Path(file).stem
+        splits.append(conversation_split(name, fit(run, rows, conversation, name)))
+        run.held[name] = fit(run, held[:recipe.eval_problems], conversation, f"held-out {name}")
     rows = sum(Packing(split, context, recipe.packing).count for split in splits)
     run.steps = recipe.steps or math.ceil(recipe.epochs * rows * context / recipe.batch_tokens - 1e-9)
     run.recipe = replace(recipe, stages=(Stage("sft", run.steps * recipe.batch_tokens, {}),))
     run.rows = run.world.agree(cost.stage_rows(run.recipe, run.world.size, run.machine.device))
     run.curriculum = Curriculum(splits, run.recipe.stages, context, recipe.batch_tokens, recipe.seed, recipe.packing)
     run.loader = train.Loader(run.curriculum, run.machine.device)
-    lengths = {split.name: np.diff(split.starts) for split in splits}
-    print("data      " + ", ".join(f"{name} {len(sizes):,} conversations" for name, sizes in lengths.items())
-          + f" in {rows:,} rows of {context} tokens, {run.steps:,} steps")
-    return 0, np.concatenate([*lengths.values()]).mean()
+    talks = {split.name: len(split.starts) - 1 for split in splits}
+    print(f"data      {talks} conversations in {rows:,} rows of {context} tokens, {run.steps:,} steps")
+    return 0, sum(len(split.tokens) for split in splits) / sum(talks.values())
 
 
 # ---- DPO and APO ----------------------------------------------------------------------------------------------
 
 
-def prepare_preferences(run: PostRun, given: dict[str, list[dict]], resume: bool) -> tuple[int, float]:
+def prepare_preferences(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
     """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept; a
     resumed run has what was drawn and computed in its folder."""
-    recipe, context, own = run.recipe, run.recipe.model.max_position_embeddings, run.folder / "pairs.jsonl"
-    rows = sum(given.values(), []) or (read_rows(str(own), "dpo") if resume else draw_pairs(run))
-    run.examples, run.held["pairs"] = (
-        fit((answer_pair(run, row) for row in tqdm(side, what, leave=False, delay=1)), context, recipe.too_long, what)
-        for side, what in zip(held_out_rows(rows, recipe.data or "what the start drew"), ("pairs", "held-out pairs")))
-    with reading(file := run.folder / "reference.pt"):
-        run.reference = torch.load(file, weights_only=True) if resume else all_sums(run, run.examples + run.held["pairs"])
-        if run.world.leader and not resume:
+    recipe, file = run.recipe, run.folder / "reference.pt"
+    with reading(file):
+        rows, reference = torch.load(file) if resume else (sum(given.values(), []) or draw_pairs(run), None)
+    sides = zip(held_out_rows(rows, recipe.data or "what the start drew"), ("pairs", "held-out pairs"))
+    pairs, held = (fit(run, side, answer_pair, what) for side, what in sides)
+    if not resume:
+        reference = all_sums(run, pairs + held)
+        if run.world.leader:
             run.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(run.reference, file)
-            own.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / recipe.pairs)
-    print(f"data      {len(run.examples):,} pairs and {len(run.held['pairs']):,} held out, {run.steps:,} steps of "
-          f"{recipe.pairs}")
-    return 2 * recipe.pairs, np.mean([len(ids) for pair in run.examples for ids, _ in pair])
+            torch.save((rows, reference), file)
+    both = list(zip(pairs + held, reference.T))
+    run.examples, run.held["pairs"] = both[:len(pairs)], both[len(pairs):]
+    run.steps = recipe.steps or math.ceil(recipe.epochs * len(pairs) / recipe.pairs)
+    print(f"data      {len(pairs):,} pairs, {len(held):,} held out, {run.steps:,} steps of {recipe.pairs}")
+    return 2 * recipe.pairs, np.mean([len(ids) for pair in pairs for ids, _ in pair])
 
 
-def draw_pairs(run: PostRun) -> list[dict]:
+def draw_pairs(run: PostRun) -> Rows:
     """Problems of which the start answers some right and some wrong: its own answers, judged by the checker. Every
     process draws all of them: FSDP needs all."""
-    recipe, found = run.recipe, []
-    rows, prompts = zip(*askable(run, fresh_problems(recipe.problems)))
-    print(f"pairs     drawing {recipe.samples} answers to each of {len(rows):,} training problems", flush=True)
-    made = draw_answers(run, prompts, recipe.samples, temperature=recipe.temperature, seed=recipe.seed)
-    for row, samples in zip(rows, made):
-        texts = dict.fromkeys(run.tokenizer.decode(ids) for ids in samples if 0 < len(ids) < recipe.max_tokens)
-        right, wrong = ([text for text in texts if correct(row, text) == value] for value in (1, 0))
+    recipe, found, asked = run.recipe, [], askable(run, fresh_problems(run.recipe.problems))
+    print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems", flush=True)
+    drawn = answers(run, asked, recipe.samples, temperature=recipe.temperature, seed=recipe.seed)
+    for (row, _), group in zip(asked, drawn):
+        texts = {run.tokenizer.decode(ids): reward for ids, reward in group if 0 < len(ids) < recipe.max_tokens}
+        right, wrong = ([text for text in texts if texts[text] == value] for value in (1, 0))
         found += [parse_row({"prompt": row["prompt"], "chosen": a, "rejected": b}, "dpo") for a, b in zip(right, wrong)]
     if len(found) < 2:
         raise UserError("the start answers no two problems both rightly and wrongly, so there are no pairs to prefer; "
@@ -596,14 +532,15 @@ def draw_pairs(run: PostRun) -> list[dict]:
     return found
 
 
-def answer_pair(run: PostRun, row: dict) -> Example:
+def answer_pair(run: PostRun, row: dict) -> list[Example]:
     """The chosen and the rejected answer behind the prompt; only what follows the prompt counts."""
-    prompt, pair = prompt_of(run, row), []
+    pair, tools = [], row.get("tools")
+    prompt = run.chat_format.prompt(row["prompt"], tools)
     for answer in (row["chosen"], row["rejected"]):
-        ids, mask = run.chat_format.samples([*row["prompt"], answer], row["tools"])[-1]
-        same = next((i for i, (a, b) in enumerate(zip(ids, prompt)) if a != b), len(prompt))
+        ids, mask = run.chat_format.samples([*row["prompt"], answer], tools)[-1]
+        same = len(os.path.commonprefix([ids, prompt]))
         pair.append((ids, [0] * same + mask[same:]))
-    return pair
+    return [pair]
 
 
 def preference_losses(run: PostRun, step: int) -> list[Callable]:
@@ -612,66 +549,66 @@ def preference_losses(run: PostRun, step: int) -> list[Callable]:
     An unlikely token of a rejected answer has a far larger gradient than the likely ones of the chosen answer, so that
     both can fall and the model with them (Ren & Sutherland 2024); --nll also trains the chosen one as SFT does.
     """
-    recipe, share = run.recipe, 1 / run.recipe.pairs
+    recipe, world, share = run.recipe, run.world, 1 / run.recipe.pairs
 
-    def loss_of(piece: np.ndarray) -> tuple[Tensor, Tensor | float]:
-        pairs = [run.examples[i] for i in piece]
+    def loss_of(piece):
+        pairs, reference = zip(*piece)
         policy = sums_of(run, run.parallel, pairs)
-        loss, rewards = preference_loss(recipe.method, policy, run.reference[:, piece].to(policy.device), recipe.beta)
+        reference = torch.stack(reference, 1).to(policy.device)
+        loss, rewards = preference_loss(recipe.method, policy, reference, recipe.beta)
         loss = loss - recipe.nll * policy[0] / torch.tensor([sum(mask) for (_, mask), _ in pairs], device=loss.device)
         chosen, rejected = rewards * share
-        note(run, accuracy=(chosen > rejected).sum() * share, margin=(chosen - rejected).sum(),
-             chosen_reward=chosen.sum(), rejected_reward=rejected.sum())
+        add_found(run, accuracy=(chosen > rejected).sum() * share, margin=(chosen - rejected).sum(),
+                  chosen_reward=chosen.sum(), rejected_reward=rejected.sum())
         return loss.sum() * share, run.model.routing_loss() * (len(pairs) * share)
 
-    mine = shuffled(step * recipe.pairs, recipe.pairs, len(run.examples), recipe.seed)[run.world.rank::run.world.size]
+    mine = batch_of(run, step, recipe.pairs)[world.rank::world.size]
     return [functools.partial(loss_of, piece) for piece in batches(mine, max(1, run.rows[0] // 2))]
 
 
 # ---- GRPO -----------------------------------------------------------------------------------------------------
 
 
-def prepare_grpo(run: PostRun, given: dict[str, list[dict]], resume: bool) -> tuple[int, float]:
+def prepare_grpo(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
     """Problems to draw answers to."""
-    recipe = run.recipe
-    if given:
-        rows, held = held_out_rows(sum(given.values(), []), recipe.data)
-        run.reward, run.tests["reward"] = load_reward(recipe.reward), askable(run, held[:recipe.eval_problems])
-    run.examples = askable(run, rows if given else fresh_problems(recipe.problems))
+    recipe, rows = run.recipe, sum(given.values(), [])
+    if rows or recipe.reward:
+        run.reward = load_reward(recipe.reward)
+    if rows:
+        rows, held = held_out_rows(rows, recipe.data)
+        run.tests["reward"] = askable(run, held[:recipe.eval_problems])
+    run.examples = askable(run, rows or fresh_problems(recipe.problems))
     run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / recipe.prompts)
     if recipe.kl:
         run.reference = from_pretrained(recipe.start).eval().to(run.machine.device)
         run.reference.compute_dtype = run.machine.dtype
-    print(f"data      {len(run.examples):,} problems, {run.steps:,} steps of {recipe.prompts} prompts with "
-          f"{recipe.samples} answers each")
+    print(f"data      {len(run.examples):,} problems, {run.steps:,} steps of {recipe.prompts} x {recipe.samples} answers")
     return recipe.prompts * recipe.samples, np.mean([len(ids) for _, ids in run.examples]) + recipe.max_tokens / 2
 
 
-def roll_out(run: PostRun, step: int) -> tuple[list[tuple[Sequence, float]], list[float], dict[str, Tensor]]:
-    """This process's samples of a step, drawn with a generator of (seed, step), each with its advantage; the tokens of
+def roll_out(run: PostRun, step: int) -> tuple[list, list[float], dict[str, Tensor]]:
+    """[(sequence, advantage)] of this process's samples of a step, drawn with a generator of (seed, step); the tokens of
     each update's samples over all processes; what to log."""
-    recipe, world, n, bunch = run.recipe, run.world, len(run.examples), math.gcd(run.recipe.prompts, 8)
-    count = recipe.prompts // bunch  # bunches of neighbours in a step, whichever process has which prompt
-    bunches = shuffled(step * count, count, -(-n // bunch), recipe.seed)[:, None] * bunch + np.arange(bunch)
-    mine = bunches.reshape(recipe.updates, world.size, -1)[:, world.rank].ravel() % n  # of each update, its share
-    rows, prompts = zip(*(run.examples[i] for i in mine))
-    seed = int(np.random.SeedSequence([recipe.seed, step, world.rank]).generate_state(1)[0])
-    made = draw_answers(run, prompts, recipe.samples, temperature=recipe.temperature, seed=seed, stop=run.end)
+    recipe, world = run.recipe, run.world
+    shares = batches(batch_of(run, step, recipe.prompts), recipe.prompts // recipe.updates)
+    asked = [one for share in shares for one in share[world.rank::world.size]]  # of each update, this process's share
+    seed = int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}"))
+    drawn = answers(run, asked, recipe.samples, temperature=recipe.temperature, seed=seed, stop=run.end)
     sequences, table = [], []
-    for row, prompt, group in zip(rows, prompts, made):
-        for ids in group:
-            reward, ended = reward_of(run.reward, row, run.tokenizer.decode(ids)), len(ids) < recipe.max_tokens
+    for (_, prompt), group in zip(asked, drawn):
+        for ids, reward in group:
+            ended = len(ids) < recipe.max_tokens
             ids = ids + [run.end] * ended  # one that was cut off did not end itself
             sequences.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
             table.append((reward, overlong_penalty(len(ids), recipe.max_tokens, recipe.overlong), len(ids), not ended))
-    reward, penalty, length, cut_off = torch.tensor(table, dtype=torch.float32).T  # [samples]
-    total = (reward + penalty).view(-1, recipe.samples)
+    table = torch.tensor(table, dtype=torch.float32).T
+    total = (table[0] + table[1]).view(-1, recipe.samples)
     mixed = (total.amax(1) > total.amin(1)).float()  # a group that agrees teaches nothing, not even by rounding
     advantage = advantages(total, recipe.normalization) * mixed[:, None]
-    found = {"reward": reward, "length": length, "cut_off": cut_off, "mixed_groups": mixed, "penalty": penalty}
-    return (list(zip(sequences, advantage.flatten().tolist())),
-            world.sum(length.view(recipe.updates, -1).sum(1)).tolist(),
-            {name: values.mean() / world.size for name, values in found.items()})
+    tokens = world.sum(table[2].view(recipe.updates, -1).sum(1))
+    found = zip(("reward", "penalty", "length", "cut_off", "mixed_groups"), [*table, mixed])
+    return list(zip(sequences, advantage.flatten().tolist())), tokens.tolist(), {
+        name: values.mean() / world.size for name, values in found}
 
 
 def grpo_losses(run: PostRun, step: int) -> list[Callable]:
@@ -680,19 +617,19 @@ def grpo_losses(run: PostRun, step: int) -> list[Callable]:
     recipe, samples = run.recipe, run.recipe.prompts * run.recipe.samples // run.recipe.updates
     sampled, tokens, drawn = roll_out(run, step)
 
-    def policy(model, piece: list[tuple[Sequence, float]]) -> tuple[Tensor, Tensor]:
+    def policy(model, piece):
         return logprobs(run, model, [sequence for sequence, _ in piece], recipe.temperature)
 
-    def loss_of(piece: list[tuple[Sequence, float]], old: Tensor | None, total: float, part: float):
+    def loss_of(piece, old, total, part):
         new, mask = policy(run.parallel, piece)
         old = new.detach() if old is None else old
         advantage = torch.tensor([value for _, value in piece], device=new.device)[:, None]
         loss = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high)
         clipped = mask * (loss != -(new - old).exp() * advantage)
-        note(run, clipped=clipped.sum() / total, **{name: value * part for name, value in drawn.items()})
+        add_found(run, clipped=clipped.sum() / total, **{name: value * part for name, value in drawn.items()})
         if run.reference:
             reference, _ = frozen(run.reference, piece)
-            note(run, kl=(mask * kl_k3(new, reference)).sum() / total)
+            add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
             loss = loss + recipe.kl * kl_loss(new, old, reference)
         weights = token_weights(mask, recipe.normalization, samples, total, recipe.max_tokens)
         return (weights * loss).sum(), run.model.routing_loss() * (len(piece) / samples)
@@ -715,22 +652,21 @@ def grpo_losses(run: PostRun, step: int) -> list[Callable]:
 def scores_now(run: PostRun) -> dict[str, list[float]]:
     """One number for each held-out example: the reward of a greedy answer and of one drawn at --temperature, which is
     what RL rewards; the loss of conversations; the margin of pairs, once there is a difference from the start."""
-    found, recipe, plain = {}, run.recipe, run.step == 0 and run.recipe.method == "sft"
+    found, recipe = {}, run.recipe
     for kind, tests in run.tests.items():
-        rows, prompts = zip(*tests)
-        if plain:  # a base model has never seen a chat: as text to continue, in the form of the pre-training data
-            prompts = [run.chat_format.text(f"Question: {row['prompt']}\nAnswer:") for row in rows]
+        if run.step == 0 and recipe.method == "sft":  # a base model has never seen a chat: in the form of its training data
+            tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
         for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
-            texts = [run.tokenizer.decode(ids) for ids, in draw_answers(run, prompts, temperature=temperature, seed=1)]
-            found[name] = [reward_of(run.reward, row, text.split("\n")[0] if plain else text)
-                           for row, text in zip(rows, texts)]
+            drawn = answers(run, tests, temperature=temperature, seed=1)
+            found[name] = [reward for ((_, reward),) in drawn]
     for name, examples in run.held.items():
-        sums = all_sums(run, examples)
         if recipe.method == "sft":
-            found[f"{name}, nats per token"] = [-nats / sum(mask) for nats, ((_, mask),) in zip(sums[0].tolist(), examples)]
+            sums = all_sums(run, examples)[0].tolist()
+            found[f"{name}, nats per token"] = [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, examples)]
         elif run.step:
-            _, (chosen, rejected) = preference_loss(recipe.method, sums, run.reference[:, -len(examples):], recipe.beta)
-            found |= {"held-out pairs right": (chosen > rejected).double().tolist(),
+            pairs, reference = zip(*examples)
+            _, (chosen, rejected) = preference_loss("dpo", all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
+            found |= {"held-out pairs right": (chosen > rejected).tolist(),
                       "held-out margin": (chosen - rejected).tolist()}
     return found
 
@@ -742,15 +678,13 @@ def evaluate_answers(run: PostRun, last: bool) -> dict:
     found, lines, entry = scores_now(run), [f"step {run.step:,}, held out:"], {"val": {}, "stderr": {}}
     for name, values in found.items():
         about = [row.get("about") or json.dumps(row["prompt"]) for row, _ in run.tests.get(name.split(",")[0], ())]
-        now, then = Score.of(values, groups=about), run.before.get(name)
+        then = run.before.get(name, values)
+        now, before, change = (Score.of(part, groups=about) for part in (values, then, np.subtract(values, then, dtype=float)))
         entry["val"][name], entry["stderr"][name] = now.mean, now.stderr
-        lines.append(f"  {name:20} {now}")
-        if then:
-            then, change = (Score.of(part, groups=about) for part in (then, np.subtract(values, then)))
-            lines[-1] += f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± {change.stderr:.3f}"
-    if run.before:
-        lines.append("  (± is one standard error, in which questions about the same thing count as one; that of a change "
-                     "is paired: the same questions before and after)")
+        lines.append(f"  {name:20} {now}" + (f"   before {before.mean:.3f} ± {before.stderr:.3f}   change {change.mean:+.3f} ± "
+                                             f"{change.stderr:.3f}") * (name in run.before))
+    lines += ["  (± is one standard error, in which questions about the same thing count as one; that of a change is "
+              "paired: the same questions before and after)"] * bool(run.before)
     run.before = run.before or found
     train.say("\n".join(lines) + "\n")
     return entry
@@ -758,23 +692,22 @@ def evaluate_answers(run: PostRun, last: bool) -> dict:
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-METHODS = {"sft": (prepare_sft, train.pretraining_losses), "dpo": (prepare_preferences, preference_losses),
-           "apo_zero": (prepare_preferences, preference_losses), "grpo": (prepare_grpo, grpo_losses)}
+METHODS = {"sft": (prepare_sft, train.pretraining_losses, "batch_tokens"),  # the last must divide by the processes
+           "dpo": (prepare_preferences, preference_losses, "pairs"), "grpo": (prepare_grpo, grpo_losses, "prompts")}
+METHODS["apo_zero"] = METHODS["dpo"]
 
 
 def set_up(recipe: PostRecipe, folder: Path, world: train.World, resume: bool) -> PostRun:
     """Reads the data, loads the start or the checkpoint to resume, and prepares what the method trains on."""
-    size, unit = {"sft": "batch_tokens", "grpo": "prompts"}.get(recipe.method, "pairs"), world.size * recipe.updates
-    if getattr(recipe, size) % unit:
-        raise UserError(f"--{size} {getattr(recipe, size)} does not divide by {world.size} process(es) times --updates "
-                        f"{recipe.updates}; take a multiple of {unit}")
-    if recipe.method == "grpo":
-        if recipe.parallel == "fsdp":
-            raise UserError("grpo draws answers from whole weights, which FSDP does not keep; take --parallel ddp")
-        recipe = replace(recipe, parallel="ddp")
+    prepare, _, size = METHODS[recipe.method]
+    if getattr(recipe, size) % (unit := world.size * recipe.updates):
+        raise UserError(f"--{size} {getattr(recipe, size)} does not divide by {unit}, the number of processes times "
+                        "--updates; take a multiple")
+    if recipe.method == "grpo" and recipe.parallel == "fsdp":
+        raise UserError("grpo draws answers from whole weights, which FSDP does not keep; take --parallel ddp")
     given = {file: read_rows(file, recipe.method) for file in recipe.data.split(",") if file}
-    fingerprint = {file: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for file, rows in given.items()}
-    if resume and list(train.read_recipe(folder, PostRecipe)[1].values()) != list(fingerprint.values()):
+    fingerprint = {Path(file).name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for file, rows in given.items()}
+    if resume and train.read_recipe(folder, PostRecipe)[1] != fingerprint:
         raise UserError(f"the data is not what {folder} began with; put that back or start a new run")
     begun, machine = newest_checkpoint(folder) if resume else None, world.agree(cost.choose_machine(recipe))
     context, source = recipe.model.max_position_embeddings, begun or recipe.start
@@ -782,16 +715,17 @@ def set_up(recipe: PostRecipe, folder: Path, world: train.World, resume: bool) -
     torch.manual_seed(recipe.seed)
     tokenizer, model = Tokenizer.load(source), from_pretrained(source)
     model.config = recipe.model
-    run = PostRun(**vars(train.make_run(
-        recipe, folder, world, machine, tokenizer, model, 0, None, begun, resume, fingerprint=fingerprint,
-        command="python posttrain.py")), chat_format=ChatFormat(source, tokenizer))
-    run.end = last_token(run.chat_format)
-    fitting = (n for n in (256, 128, 64, 32, 16, 8, 4, 2) if cost.fits(recipe, n, context, world.size, machine.device))
+    run = train.make_run(recipe, folder, world, machine, tokenizer, model, 0, None, begun, resume,
+                         fingerprint=fingerprint, command="python posttrain.py")
+    run = PostRun(**vars(run), chat_format=ChatFormat(source, tokenizer))
+    ids, mask = run.chat_format.samples(turns("?") + turns("!", "assistant"))[-1]
+    said = [i for i, trained in zip(ids, mask) if trained and i in tokenizer.special.values()]
+    run.end = (said or sorted(run.chat_format.stop))[-1]
+    fitting = (2**i for i in range(8, 0, -1) if cost.fits(recipe, 2**i, context, world.size, machine.device))
     run.rows = world.agree([recipe.micro_batch or next(fitting, 1)])  # sequences computed at once
-    for kind in () if given else PROBLEMS if recipe.method == "sft" else ("arithmetic",):
-        count = recipe.eval_problems if kind == "arithmetic" else 100
-        run.tests[kind] = askable(run, problems(kind, count, 1, held_out=True))
-    sequences, length = METHODS[recipe.method][0](run, given, resume)
+    if not given:
+        run.tests["arithmetic"] = askable(run, problems(recipe.eval_problems, 1, held_out=True))
+    sequences, length = prepare(run, given, resume)
     run.tokens_per_step, run.flops = round(sequences * length), cost.flops_per_token(recipe.model, length)
     run.rate = lambda step: recipe.learning_rate * rate_share(
         recipe.schedule, step, run.steps, recipe.warmup_steps, round(max(0.0, recipe.decay_share) * run.steps),
@@ -799,13 +733,6 @@ def set_up(recipe: PostRecipe, folder: Path, world: train.World, resume: bool) -
     print(f"start     {recipe.start}: {count_parameters(recipe.model)['total']:,} parameters, sequences of up to "
           f"{context:,} tokens; {recipe.optimizer} at {recipe.learning_rate:g}, {recipe.method}; {machine.reason}")
     return run
-
-
-def last_token(chat_format: ChatFormat) -> int:
-    """The control token that ends an assistant's turn in training, or else one at which the model stops."""
-    ids, mask = chat_format.samples([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[-1]
-    said = [i for i, trained in zip(ids, mask) if trained and i in chat_format.tokenizer.special.values()]
-    return (said or sorted(chat_format.stop))[-1]
 
 
 def post_train(recipe: PostRecipe, folder: Path, resume: bool = False, world: train.World | None = None) -> dict:
@@ -829,42 +756,38 @@ def post_train(recipe: PostRecipe, folder: Path, resume: bool = False, world: tr
     return scores
 
 
-def absolute(paths: str) -> str:
-    """Paths, separated by commas, that mean the same in every folder: a run may be resumed from another one."""
-    return ",".join(str(Path(path).resolve()) for path in paths.split(",") if path)
-
-
 def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
     """The command line, and the recipe that it names with the flags applied; None for a merge."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help=", ".join([*POST_RECIPES, "merge"]))
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
-    parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
-    parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the start's and the method)")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="merge: one a RUN (default: equal)")
-    parser.add_argument("--out", metavar="DIR", help="merge: the new folder")
+    for flag, text in {"--resume": "continue this run folder from its newest checkpoint", "--out": "merge: the new folder",
+                       "--name": "of the folder in runs/ (default: the start's and the task)"}.items():
+        parser.add_argument(flag, help=text)
     add_options(parser, PostRecipe, without="""tokens method packing start sample_prompt eval_tokens eval_tasks z_loss
         document_mask""".split())
     args = parse_options(parser, argv)
-    given, method = given_options(args, PostRecipe), args.task
-    given |= {name: absolute(given[name]) for name in ("data", "reward") if name in given}
+    given = given_options(args, PostRecipe)
+    for name in {"data", "reward"} & set(given):  # that mean the same in every folder: a run may be resumed from another
+        given[name] = ",".join(str(Path(path).resolve()) for path in given[name].split(","))
     if args.resume:
-        return args, train.resumed(args, given, ["the method"] * bool(method), PostRecipe, train.RESUMABLE | {"reward"})
-    if method == "merge":
+        return args, train.resumed(args, given, ["a task"] * bool(args.task), PostRecipe, train.RESUMABLE | {"reward"})
+    if args.task == "merge":
         return args, None
-    if method not in POST_RECIPES or len(args.runs) != 1:
-        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, "
-                        "grpo, merge)")
-    start = args.runs[0] if is_hugging_face(args.runs[0]) else find_checkpoint(args.runs[0])  # not what the run does later
+    if args.task not in POST_RECIPES or len(args.runs) != 1:
+        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, grpo, merge)")
+    start = Path(args.runs[0]).resolve()
+    if not is_hugging_face(start):
+        start = find_checkpoint(start)  # a checkpoint: what the run does later changes nothing here
     config = load_config(start)
-    trained = config.max_position_embeddings
-    context = given.get("context") or min(trained, 8192)
-    if context > trained:
-        raise UserError(f"--context {context} is more than the {trained} that {start} was trained on; stretch it first "
-                        "by a stage of train.py")
-    scale = AT_SCALE[method] if count_parameters(config)["total"] > 5e7 else {}
-    return args, replace(POST_RECIPES[method], **{
-        **scale, "model": config.change(max_position_embeddings=context), "start": absolute(str(start)), **given})
+    context = given.get("context") or min(config.max_position_embeddings, 8192)
+    if context > config.max_position_embeddings:
+        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {start} was trained on; "
+                        "stretch it first by a stage of train.py")
+    scale = AT_SCALE[args.task] if count_parameters(config)["total"] > 5e7 else {}
+    return args, replace(POST_RECIPES[args.task], **scale | given, start=str(start),
+                         model=config.change(max_position_embeddings=context))
 
 
 def merge_command(runs: list[str], weights: list[float], out: str) -> None:
@@ -873,25 +796,20 @@ def merge_command(runs: list[str], weights: list[float], out: str) -> None:
                         "python posttrain.py merge A B --weights .9 .1 --out DIR")
     if Path(out).exists():
         raise UserError(f"{out} is already there; give a new folder with --out")
-    model = merge(runs, weights)
-    if is_hugging_face(runs[0]):
-        print(save_pretrained(model, out, tokenizer_from=runs[0]))
+    model, first = merge(runs, weights), runs[0]
+    if is_hugging_face(first):
+        print(save_pretrained(model, out, tokenizer_from=first))
     else:
-        save_weights(model, Tokenizer.load(runs[0]), out, chat_from=runs[0])
-    print(f"{out}: " + " + ".join(f"{weight:g} {folder}" for weight, folder in zip(weights, runs))
-          + f"; ask it with: python sample.py {out} --chat")
+        save_weights(model, Tokenizer.load(first), out, chat_from=first)
+    print(f"{out} is written; ask it with: python sample.py {out} --chat")
 
 
 def begin(world: train.World) -> None:
     args, recipe = parse(sys.argv[1:])
     if recipe is None:
         return merge_command(args.runs, args.weights or [1 / max(1, len(args.runs))] * len(args.runs), args.out)
-    if args.resume:
-        folder = Path(args.resume)
-    else:
-        stem = re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path(args.runs[0]).name)
-        folder = world.agree(new_run_folder(args.name or f"{stem}-{args.task}"))
-    post_train(recipe, folder, bool(args.resume), world)
+    stem = args.resume or args.name or re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path(args.runs[0]).name) + f"-{args.task}"
+    post_train(recipe, Path(stem) if args.resume else world.agree(new_run_folder(stem)), bool(args.resume), world)
 
 
 def main() -> None:

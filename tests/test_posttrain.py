@@ -85,23 +85,29 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
         torch.testing.assert_close(packed[name], weight.grad, atol=2e-6, rtol=1e-4)
 
 
+def fit(examples: list[p.Example], too_long: str) -> list[p.Example]:
+    """`p.fit` of examples as they are, in 10 tokens."""
+    recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=10), too_long=too_long)
+    return p.fit(SimpleNamespace(recipe=recipe), examples, lambda run, example: [example], "file")
+
+
 def test_too_long_is_skipped_or_cut_and_counted(capsys):
     talks = [[([1] * 9, [0] * 4 + [1] * 5)], [([2] * 20, [0] * 5 + [1] * 15)], [([3] * 20, [0] * 12 + [1] * 8)]]
-    assert p.fit(talks, 10, "skip", "file") == talks[:1]
+    assert fit(talks, "skip") == talks[:1]
     assert "2 of file have more than 10 tokens" in (said := capsys.readouterr().out) and "--too_long cut" in said
-    assert p.fit(talks, 10, "cut", "file") == [talks[0], [([2] * 10, [0] * 5 + [1] * 5)]]
+    assert fit(talks, "cut") == [talks[0], [([2] * 10, [0] * 5 + [1] * 5)]]
     said = capsys.readouterr().out
     assert "2 of file" in said and "1 of file have no token to train on" in said and "--too_long" not in said
     with pytest.raises(UserError) as error:
-        p.fit(talks[2:], 10, "cut", "file")
+        fit(talks[2:], "cut")
     assert "--too_long" not in str(error.value)
 
 
 def test_pairs_of_the_same_tokens_are_left_out_also_after_cutting(capsys):
     same, late = ([1, 2, 3], [0, 1, 1]), [([1] * 12 + [n], [0] + [1] * 12) for n in (5, 6)]
     other = [([1, 2, 3], [0, 1, 1]), ([1, 2, 4], [0, 1, 1])]
-    assert p.fit([[same, same], late, other], 10, "cut", "pairs") == [other]
-    assert "2 of pairs" in capsys.readouterr().out.splitlines()[-1]
+    assert fit([[same, same], late, other], "cut") == [other]
+    assert "2 of file" in capsys.readouterr().out.splitlines()[-1]
 
 
 # ---- preferences ----------------------------------------------------------------------------------------------
@@ -132,7 +138,7 @@ def test_nll_adds_the_chosen_answers_loss_a_token(monkeypatch):
     monkeypatch.setattr(p, "sums_of", lambda *_: torch.tensor([[-6.0], [-9.0]]))
     pair = [([1] * 4, [0, 1, 1, 1]), ([1] * 4, [0, 1, 1, 1])]
     run = SimpleNamespace(recipe=SimpleNamespace(method="dpo", beta=0.1, nll=2.0, pairs=1, seed=0), parallel=None, rows=[2],
-                          world=train.World(), found={}, examples=[pair], reference=torch.zeros(2, 1),
+                          world=train.World(), found={}, examples=[(pair, torch.zeros(2))],
                           model=SimpleNamespace(routing_loss=lambda: 0.0))
     (loss_of,) = p.preference_losses(run, 0)
     torch.testing.assert_close(loss_of()[0], 4 - torch.tensor(0.3).sigmoid().log())
@@ -140,15 +146,17 @@ def test_nll_adds_the_chosen_answers_loss_a_token(monkeypatch):
 
 def test_logprobs_of_padded_answers_equal_those_of_each_alone():
     """Also where shapes are rounded up, for a compiled model."""
-    model, talks = tiny(), talks_of(5)
-    for shape in ((), (8, 64)):
-        tokens, targets = p.pad(talks, *shape)
-        assert not shape or tokens.shape == targets.shape == (8, 64)
-        found = p.token_logprobs(model(tokens), targets).sum(1)
-        for (ids, mask), total in zip(talks, found):
+    model, talks, shapes = tiny(), talks_of(5), []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    for compiled in (False, True):
+        machine = SimpleNamespace(compile=compiled, device="cpu")
+        found, mask = p.logprobs(SimpleNamespace(machine=machine, rows=[8]), model, talks)
+        assert len(found) == len(mask) == 5
+        for (ids, trained), row in zip(talks, found):
             logprobs = model(torch.tensor([ids])).log_softmax(-1)[0]
-            expected = sum(logprobs[i, ids[i + 1]] for i in range(len(ids) - 1) if mask[i + 1])
-            torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
+            expected = sum(logprobs[i, ids[i + 1]] for i in range(len(ids) - 1) if trained[i + 1])
+            torch.testing.assert_close(row.sum(), expected, atol=1e-4, rtol=1e-5)
+    assert shapes[6] == (8, 64)
 
 
 # ---- reinforcement learning -----------------------------------------------------------------------------------
@@ -244,16 +252,15 @@ def test_a_reward_that_raises_shows_the_sample(tmp_path):
 
 
 def test_held_out_problems_are_in_no_training_data():
-    """Of arithmetic, in neither the problems nor the pre-training corpus."""
-    for kind in p.PROBLEMS:
-        held = {q["prompt"] for q in p.problems(kind, 40, 1, held_out=True)}
-        assert len(held) == 40 and not held & {q["prompt"] for q in p.problems(kind, 3000, 2)}
-        for problem in p.problems(kind, 50, 3):
-            assert p.correct(problem, problem["reply"]) and not p.correct(problem, problem["reply"] + " 707")
-    held = {tuple(q["prompt"].split()) for q in p.problems("arithmetic", 300, 1, held_out=True)}
-    trained = {tuple(text.split("\n")[0].removeprefix("Question: ").split()) for key, text in d.generated_math(20_000)
+    """In neither the problems nor the pre-training corpus; an answer counts by its first line's last number."""
+    held = {q["prompt"] for q in p.problems(300, 1, held_out=True)}
+    assert len(held) == 300 and not held & {q["prompt"] for q in p.problems(3000, 2)}
+    for problem in p.problems(50, 3):
+        assert p.correct(problem, problem["reply"] + "\nQuestion: 4?") and not p.correct(problem, problem["reply"] + " 707")
+    trained = {text.split("\n")[0].removeprefix("Question: ") for key, text in d.generated_math(20_000)
                if uniform(key) >= HELD_OUT}
     assert not held & trained
+    assert not {q["prompt"] for q in p.fresh_problems(100)} & {q["prompt"] for q in p.problems(p.SFT_PROBLEMS, 2)}
 
 
 @pytest.mark.parametrize("form, line", [
@@ -278,7 +285,7 @@ def test_preferences_with_the_prompt_in_front_of_both_answers():
             {"chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
             {"prompt": prompt, "chosen": [*prompt, chosen], "rejected": [rejected]}]
     for row in rows:
-        assert p.parse_row(row, "dpo") == {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": None}
+        assert {name: p.parse_row(row, "dpo")[name] for name in ("prompt", "chosen", "rejected")} == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def chat(*said: str) -> dict:
@@ -322,23 +329,24 @@ def test_tool_calls_are_trained_and_every_turn_of_a_template_that_changes_earlie
     talk = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": call},
                          {"role": "tool", "content": "3"}, {"role": "assistant", "content": "it is 3"}], "tools": call}
     run = SimpleNamespace(chat_format=template, recipe=SimpleNamespace(assistant_only=True))
-    samples = list(p.conversations(run, [p.parse_row(talk, "sft")]))
+    samples = p.conversation(run, p.parse_row(talk, "sft"))
     assert [said(sample) for sample in samples] == [["weather"], ["it is 3"]]
     assert all('"weather"' in TOKENIZER.decode(ids) for (ids, _), in samples)
     run.recipe.assistant_only = False
-    assert len(list(p.conversations(run, [p.parse_row(talk, "sft")]))) == 1
+    assert len(p.conversation(run, p.parse_row(talk, "sft"))) == 1
     run.chat_format = ChatFormat(tmp_path / "absent", TOKENIZER)  # our own format cannot show tools
     with pytest.raises(UserError, match="tools"):
-        list(p.conversations(run, [p.parse_row(talk, "sft")]))
+        p.conversation(run, p.parse_row(talk, "sft"))
 
 
 def test_only_the_answer_counts_and_an_empty_one_is_left_out(template, capsys):
     run = SimpleNamespace(chat_format=template)
     row = {"prompt": TALK[:3], "chosen": "seven", "rejected": ""}
-    pair = p.answer_pair(run, p.parse_row(row, "dpo"))
+    pair = p.answer_pair(run, p.parse_row(row, "dpo"))[0]
     assert said(pair) == ["seven", ""]  # not the "5." before
-    other = p.answer_pair(run, p.parse_row(row | {"rejected": "the"}, "dpo"))
-    assert p.fit([pair, other], 99, "skip", "pairs") == [other]
+    other = p.answer_pair(run, p.parse_row(row | {"rejected": "the"}, "dpo"))[0]
+    run.recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=99), too_long="skip")
+    assert p.fit(run, [pair, other], lambda run, pair: [pair], "pairs") == [other]
     assert "1 of pairs" in capsys.readouterr().out
 
 
@@ -482,16 +490,16 @@ def grpo_run(here, size: int = 1, rank: int = 0, *more: str) -> p.PostRun:
 def test_grpo_draws_every_problem_and_the_same_ones_in_any_number_of_processes(here, monkeypatch):
     said = []
 
-    def draw(run, prompts, samples, **options):
-        said.append([tuple(ids) for ids in prompts])
-        return [[[5]] * samples] * len(prompts)
+    def draw(run, problems, samples, **options):
+        said.append([tuple(ids) for _, ids in problems])
+        return [[([5], 1.0)] * samples] * len(problems)
 
     def drawn(run, step):  # [updates][questions]
         p.roll_out(run, step)
         half = len(said[-1]) // 2
         return said[-1][:half], said[-1][half:]
 
-    monkeypatch.setattr(p, "draw_answers", draw)
+    monkeypatch.setattr(p, "answers", draw)
     one, two = grpo_run(here), [grpo_run(here, 2, rank) for rank in range(2)]
     seen = set()
     for step in range(8):  # 64 prompts of 50 problems
@@ -544,7 +552,7 @@ def test_merge_loads_and_refuses_other_configs(here):
     assert said.returncode == 0, said.stderr
     p.post_train(p.parse(["sft", "merged", *FLAGS["sft"], "--device", "cpu"])[1], Path("runs/more"))
     save_weights(tiny(TOKENIZER.vocab_size, rope_theta=5e4), TOKENIZER, here / "theta", here)
-    with pytest.raises(UserError, match="rope_theta"):
+    with pytest.raises(UserError, match="another config"):
         p.merge(["base", "theta"], [0.5, 0.5])
 
 
