@@ -67,13 +67,16 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
     split = p.conversation_split("talks", [[talk] for talk in talks])
     packing = d.Packing(split, 64, "best-fit")
     assert packing.count < len(talks)
-    tokens, targets, starts = d.cut_sequences(packing, np.arange(packing.count))
+    def rows(first, last):
+        return d.cut_batch([packing], np.zeros(last - first, np.int64), np.arange(first, last))
+
+    targets = rows(0, packing.count).targets
     trained = sum(sum(mask) for _, mask in talks)
     assert (targets >= 0).sum() == trained == sum(packing.targets(row) for row in range(packing.count))
     for first, last in ((0, 1), (1, packing.count)):  # pieces with different numbers of trained tokens
-        cu = d.pack_cu_seqlens(starts[first:last], 64)
-        logits = model(torch.from_numpy(tokens[first:last]), torch.from_numpy(cu))
-        (cross_entropy(logits, torch.from_numpy(targets[first:last])) / trained).backward()
+        batch = rows(first, last)
+        logits = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
+        (cross_entropy(logits, torch.from_numpy(batch.targets)) / trained).backward()
     packed = {name: w.grad.clone() for name, w in model.named_parameters()}
     model.zero_grad()
     total = 0.0

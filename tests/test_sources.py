@@ -167,7 +167,7 @@ def test_a_data_set_that_fails_is_an_error(tmp_path, monkeypatch):
 
     (tmp_path / "set").mkdir()
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Rows())
-    with pytest.raises(UserError, match="cannot be read .ConnectionError: the line is down"):
+    with pytest.raises(UserError, match="cannot be read .*the line is down"):
         read(Source(f"hf:{tmp_path}/set"))
 
 
@@ -416,7 +416,7 @@ def test_a_tokenizer_is_trained_on_any_source(tmp_path):
     tokenizer = Tokenizer.load(tmp_path / "t")
     assert tokenizer.vocab_size == 320 and tokenizer.decode(tokenizer.encode(DOCUMENTS[0])) == DOCUMENTS[0]
     few = call(d.main, "tokenizer", tmp_path / "a.jsonl.gz", "--vocab-size", "4000", "--out", tmp_path / "few", "--sample-bytes", "50")
-    assert few.returncode == 0 and Tokenizer.load(tmp_path / "few").vocab_size < 320
+    assert few.returncode == 2 and "--vocab-size" in few.stderr and not (tmp_path / "few").exists()
 
 
 def test_a_sample_takes_a_share_of_every_file(tmp_path):
