@@ -673,7 +673,8 @@ def evaluate_answers(run: PostRun, last: bool) -> dict:
         return {}  # the loop asks after the first update, and the start was just scored
     found, lines, entry = scores_now(run), [f"step {run.step:,}, held out:"], {"val": {}, "stderr": {}}
     for name, values in found.items():
-        about = [row.get("about") or json.dumps(row["prompt"]) for row, _ in run.tests.get(name.split(",")[0], ())]
+        tests = run.tests.get(name.removesuffix(", sampled"), ())
+        about = [row.get("about") or json.dumps(row["prompt"]) for row, _ in tests]
         then = run.before.get(name, values)
         parts = values, then, np.subtract(values, then, dtype=float)
         now, before, change = (Score.of(part, groups=about) for part in parts)

@@ -434,6 +434,24 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
             json.loads((run / "log.jsonl").read_text().splitlines()[1]))
 
 
+def test_built_in_problems_need_no_data(here):
+    save_weights(tiny(TOKENIZER.vocab_size, 128), TOKENIZER, here / "base", here)
+    small = ["--problems", "100", "--eval-problems", "4", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
+    for method in ("sft", "grpo"):
+        scores = p.post_train(p.parse([method, "base", *small, "--max-tokens", "8"])[1], Path(f"runs/{method}"))
+        assert {"arithmetic", "arithmetic, sampled"} <= set(scores["val"])
+    with pytest.raises(UserError, match="no pairs to prefer"):  # it has not learned anything
+        p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+    p.answers, original = (lambda run, asked, samples=1, **_: [
+        [(run.tokenizer.encode(f"So {n}")[:7], float(n)) for n in range(2)][:samples] for _ in asked]), p.answers
+    try:  # a start that is right in every second answer
+        scores = p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+    finally:
+        p.answers = original
+    assert "held-out margin" in scores["val"]
+    assert p.post_train(p.parse(["--resume", "runs/apo"])[1], Path("runs/apo"), True) == {}
+
+
 def test_pieces_and_one_big_batch_train_the_same(here):
     for method in FLAGS:
         losses = []
