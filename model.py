@@ -32,7 +32,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from tokenizer import UserError, check_options, option, run
 
-
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
 POSITIONS = (*ROPE, "none", "learned", "relative", "alibi")
 LAYER_TYPES = ("full", "sliding", "chunked", "linear")
@@ -181,8 +180,8 @@ class ModelConfig:
 _LLAMA3 = {"position": "llama3", "rope_theta": 5e5, "rms_norm_eps": 1e-5}
 _SMOLLM2 = {"rope_theta": 1e5, "rms_norm_eps": 1e-5, "initializer_range": 0.0}
 _QWEN3 = {"rope_theta": 1e6, "qk_norm": True}
-_DEEPSEEK = {"rope_theta": 5e4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-             "v_head_dim": 128, "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
+_DEEPSEEK = {"rope_theta": 5e4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+             "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
              "router_bias_update_rate": 0.001}
 
 # Published dimensions, after the preset that a laptop trains in minutes; tests check the published counts. In order:
@@ -206,10 +205,9 @@ PRESETS = {
         original_max_position_embeddings=4096, yarn_truncate=False),
     "qwen3-next-80b-a3b": ModelConfig(
         151936, 2048, 5632, 48, 16, 2, 256, 262144, False, layer_types="linear,linear,linear,full", qk_norm=True,
-        attn_output_gate=True, norm_zero_centered=True, rope_theta=1e7, partial_rotary_factor=0.25,
+        attn_output_gate=True, norm_zero_centered=True, rope_theta=1e7, partial_rotary_factor=0.25, num_experts=512,
         linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
-        num_experts=512, num_experts_per_tok=10, moe_intermediate_size=512, n_shared_experts=1,
-        shared_expert_gate=True),
+        num_experts_per_tok=10, moe_intermediate_size=512, n_shared_experts=1, shared_expert_gate=True),
     "moonlight-16b-a3b": ModelConfig(
         163840, 2048, 11264, 27, 16, 16, 0, 8192, False, 1e-5, **_DEEPSEEK, num_experts=64, num_experts_per_tok=6,
         moe_intermediate_size=1408, n_shared_experts=2, routed_scaling_factor=2.446),
@@ -259,8 +257,7 @@ def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype, slow.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S], sink [H].
-    Returns [B, T, H, Dv].
-    """
+    Returns [B, T, H, Dv]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D], [B, G, S, D], [B, G, S, Dv]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)
     if sink is None:  # the equation below, fused by PyTorch
@@ -278,8 +275,7 @@ def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
 
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
     no document is longer (a constant in compiled code); window: see the last `window` tokens, 0: all; sink [H].
-    Returns [N, H, D].
-    """
+    Returns [N, H, D]."""
     return _document_attention(q, k, v, cu_seqlens, max_length, window, sink)[0]
 
 
@@ -414,8 +410,7 @@ def watch_attention():
 def attention_extremes(q, k, positions, window, chunk):
     """[largest score, smallest and largest entropy of a head in nats] of the first row's last queries (128 at most).
 
-    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023).
-    """
+    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023)."""
     q, k = q[0, -128:].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], 1)  # [t, H, D], [T, H, D]
     visible = visible_keys(distances(len(q), len(k), q.device), positions[:1, -128:], window, chunk)[0]  # [1, t, T]
     scores = (torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
@@ -431,8 +426,7 @@ def rope_frequencies(config, device="cpu"):
 
     `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`, keep those
     that rotate often, and blend between. Llama 3.1 blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the
-    number of the pair, from yarn_beta_slow to yarn_beta_fast rotations, rounded to whole pairs if yarn_truncate.
-    """
+    number of the pair, from yarn_beta_slow to yarn_beta_fast rotations, rounded to whole pairs if yarn_truncate."""
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
     pairs, keep = torch.arange(R // 2, device=device).float(), 1.0
     frequencies = theta ** (-2 * pairs / R)
@@ -482,8 +476,7 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
     Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys
     of their own piece; for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest
     distances true; for all others they stand at c - 1. No distance is new to the model.
-    q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries.
-    """
+    q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries."""
     size, distance = max(1, 3 * context // 4), distances(q.shape[1], k.shape[1], q.device)
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     place = positions % size
@@ -612,8 +605,7 @@ class LatentAttention(nn.Module):
 
     The cache holds that latent and the one key part with position, kv_lora_rank + qk_rope_head_dim numbers a token.
     When reading it, kv_b_proj is not applied to every old token but moved to the other side: into the query,
-    (q_nope W_k) . latent, and behind the weighted sum. All heads then share one key, as in MQA.
-    """
+    (q_nope W_k) . latent, and behind the weighted sum. All heads then share one key, as in MQA."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -671,8 +663,7 @@ def gated_delta_rule(q, k, v, decay, beta, state):
     Token by token: S <- e^decay S; S <- S + k (beta (v - S^T k))^T; o = S^T q. q, k [B, T, H, Dk], v [B, T, H, Dv],
     decay <= 0 and beta [B, T, H], state S [B, H, Dk, Dv]. Inside a chunk the corrections of all tokens solve one
     triangular system (the UT transform); from chunk to chunk only S is passed on. With T = 1 this is the recurrence
-    itself. A decay of -10,000 forgets everything before, exactly: e^-10000 is 0.
-    """
+    itself. A decay of -10,000 forgets everything before, exactly: e^-10000 is 0."""
     T, size = q.shape[1], min(64, q.shape[1])
 
     def chunks(x):  # [B, T, H, ...] -> [B, H, chunks, size, ...], padded with zeros, which change no state
@@ -711,19 +702,8 @@ class GatedDeltaNet(nn.Module):
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
         self.dt_bias = nn.Parameter(torch.ones(H))
         self.A_log = nn.Parameter(torch.empty(H).uniform_(0.01, 16).log())
-        self.norm = nn.RMSNorm(V, config.rms_norm_eps)  # of fp32
+        self.norm = RMSNorm(config.change(norm_zero_centered=False), V)
         self.out_proj = Linear(H * V, C, False)
-
-    def short_convolution(self, x, tail, layout):
-        """Causal convolution of x [B, T, channels] after `tail` [B, kernel - 1, channels], inside documents."""
-        T, kernel = x.shape[1], self.conv1d.weight[:, 0].t().to(x.dtype)  # [kernel, channels]
-        x, y = torch.cat((tail, x), 1), 0
-        for start, weight in enumerate(kernel):
-            back, shifted = len(kernel) - 1 - start, x[:, start:start + T]
-            if back and layout.cu_seqlens is not None:
-                shifted = shifted * (layout.positions >= back)[..., None]
-            y = y + shifted * weight
-        return y
 
     def forward(self, x, layout, cache):
         B, T, _ = x.shape
@@ -731,18 +711,25 @@ class GatedDeltaNet(nn.Module):
         *qkv, z = self.in_proj_qkvz(x).view(B, T, G, -1).split([D, D, values, values], -1)
         b, a = (y.reshape(B, T, H).float() for y in self.in_proj_ba(x).view(B, T, G, -1).chunk(2, -1))
         mixed = torch.cat([y.flatten(2) for y in qkv], -1)  # [B, T, channels]
+        kernel, y = self.conv1d.weight[:, 0].t().to(x.dtype), 0  # [kernel, channels]
         tail, state = cache and cache.layers.get(self.layer) or (
-            mixed.new_zeros(B, self.conv1d.kernel_size[0] - 1, mixed.shape[-1]),
+            mixed.new_zeros(B, len(kernel) - 1, mixed.shape[-1]),
             torch.zeros(B, H, D, values * G // H, device=x.device))
-        q, k, v = F.silu(self.short_convolution(mixed, tail, layout)).split(self.widths, -1)
+        mixed = torch.cat((tail, mixed), 1)
+        for start, weight in enumerate(kernel):  # a causal convolution inside documents
+            back, shifted = len(kernel) - 1 - start, mixed[:, start:start + T]
+            if back and layout.cu_seqlens is not None:
+                shifted = shifted * (layout.positions >= back)[..., None]
+            y = y + shifted * weight
+        q, k, v = F.silu(y).split(self.widths, -1)
         q, k = (y.float().view(B, T, G, D).repeat_interleave(H // G, 2) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
         y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, -1), decay, b.sigmoid(), state)
         if cache:
-            cache.layers[self.layer] = torch.cat((tail, mixed), 1)[:, T:], state
-        y = self.norm(y).to(x.dtype) * F.silu(z.reshape(B, T, H, -1))
+            cache.layers[self.layer] = mixed[:, T:], state
+        y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, -1))
         return self.out_proj(y.flatten(2))
 
 
@@ -845,8 +832,7 @@ class MoE(nn.Module):
     """Mixture of experts: a router, its experts, and shared experts for every token (DeepSeekMoE, Dai et al. 2024).
 
     After a forward pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean
-    squared log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far.
-    """
+    squared log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
 
     def __init__(self, config):
         super().__init__()
@@ -912,9 +898,7 @@ def cross_entropy(logits, targets):
 
 def z_loss(logits, targets):
     """Summed squared log-partition log(Z)^2 of the targets that count (PaLM), which keeps logits from drifting.
-
-    The playbook saw no effect (2.200 without, 2.194 with) and left it out; OLMo 2 trains with 1e-5 times this.
-    """
+    The playbook saw no effect (2.200 without, 2.194 with) and left it out; OLMo 2 trains with 1e-5 times this."""
     return _summed(lambda x, t: (x.logsumexp(-1).square() * (t >= 0)).sum(), logits, targets)
 
 
@@ -956,8 +940,7 @@ class GPT(nn.Module):
         (B, T), c, device = tokens.shape, self.config, tokens.device
         if cu_seqlens is None and start == 0 and (c.attention_sinks or c.layer_types != "full"):
             cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)  # one document a row
-        rope = chunks = None
-        row = torch.arange(start, start + T, device=device)
+        rope, chunks, row = None, None, torch.arange(start, start + T, device=device)
         positions = row[None]
         if cu_seqlens is not None:
             positions = document_positions(cu_seqlens, B * T).view(B, T)
@@ -966,9 +949,7 @@ class GPT(nn.Module):
                 starts = torch.where(positions.flatten() % chunk == 0, torch.arange(N, device=device), N).sort().values
                 chunks = F.pad(starts, (0, 1), value=N)[:len(cu_seqlens) + N // chunk].int()  # of one length, padded
         if c.position in ROPE:
-            at = row
-            if c.position == "dual_chunk":
-                at = positions % max(1, 3 * c.original_max_position_embeddings // 4)
+            at = positions % max(1, 3 * c.original_max_position_embeddings // 4) if c.position == "dual_chunk" else row
             angles = at[..., None].float() * rope_frequencies(c, device)  # fp32 [T, R/2]; dual_chunk: [B or 1, T, R/2]
             temperature = 1.0 if c.yarn_mscale_all_dim else yarn_temperature(c)
             rope = [(f(angles) * temperature)[..., None, :].to(self.compute_dtype) for f in (torch.cos, torch.sin)]
@@ -976,13 +957,10 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
-
-        `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
-        """
-        start = cache.length if cache else 0
-        if start and cu_seqlens is not None:
-            raise UserError("a cache continues the last document of each row; leave cu_seqlens out")
-        layout = self.layout(tokens, cu_seqlens, start)
+        `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V]."""
+        if cache and cu_seqlens is not None:
+            raise UserError("a cache holds one document a row; leave cu_seqlens out")
+        layout = self.layout(tokens, cu_seqlens, cache.length if cache else 0)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
             if layout.end > self.config.max_position_embeddings:
@@ -1014,8 +992,7 @@ class GPT(nn.Module):
 
         Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), f the share of tokens that went to expert i,
         P its mean score; 1 when even. f is counted over all processes and the step's micro-batches so far, as the
-        playbook advises: balanced only within each, experts could not specialise. Plus the router's z-loss (ST-MoE).
-        """
+        playbook advises: balanced only within each, experts could not specialise. Plus the router's z-loss (ST-MoE)."""
         total, c = 0.0, self.config
         if self.mixtures:
             counts = torch.stack([moe.routing[1] for moe in self.mixtures])
@@ -1029,11 +1006,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def balance_experts(self, applied=1.0):
-        """After a step: how uneven each MoE layer was, the fullest expert's load over the mean load (1: even).
-
-        Moves the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3); `applied`: 0 if the step
-        was dropped.
-        """
+        """After a step: how uneven each MoE layer was, the fullest expert's load over the mean load (1: even). Moves
+        the routers' biases by router_bias_update_rate towards even load (DeepSeek-V3); `applied`: 0: a dropped step."""
         uneven = []
         for moe in self.mixtures:
             if moe.load is not None:
@@ -1049,8 +1023,7 @@ def count_parameters(config):
 
     `embedding`: input embedding and output head (once if tied). `active`: what one token uses, all but the experts it
     does not visit, embeddings included. `matmul`: weights that a token is multiplied with, the head included and the
-    look-up not: 6 x matmul FLOPs train a token, attention's scores aside.
-    """
+    look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
     look_up = config.vocab_size * config.hidden_size
     embedding = look_up if config.tie_word_embeddings else 2 * look_up
     total, active, added = 0, 0, embedding - look_up  # added: active, but not multiplied with: gains, biases, positions
@@ -1065,7 +1038,7 @@ def count_parameters(config):
 
 
 def main():
-    print("Parameters, and without embeddings; active: those that one token uses, and without embeddings.\n"
+    print("Parameters: all, all without embeddings, active (those that one token uses), active without embeddings.\n"
           "Published active counts include both embeddings, the output's alone (gpt-oss) or none (Moonlight).")
     for name, config in PRESETS.items():
         count = count_parameters(config)
