@@ -65,15 +65,15 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
     padding and prompts are no targets, and the divisor is the whole batch's number of trained tokens."""
     model, talks = tiny(), talks_of()
     split = p.conversation_split("talks", [[talk] for talk in talks])
-    packing = d.Packing(split, 64, "best-fit")
-    assert packing.count < len(talks)
-    tokens, targets, starts = d.cut_sequences(packing, np.arange(packing.count))
+    rows = d.Packing(split, 64, "best-fit").count
+    assert rows < len(talks)
+    curriculum = d.Curriculum([split], [d.Stage("sft", rows * 64, {})], 64, rows * 64, packing="best-fit")
     trained = sum(sum(mask) for _, mask in talks)
-    assert (targets >= 0).sum() == trained == sum(packing.targets(row) for row in range(packing.count))
-    for first, last in ((0, 1), (1, packing.count)):  # pieces with different numbers of trained tokens
-        cu = d.pack_cu_seqlens(starts[first:last], 64)
-        logits = model(torch.from_numpy(tokens[first:last]), torch.from_numpy(cu))
-        (cross_entropy(logits, torch.from_numpy(targets[first:last])) / trained).backward()
+    assert curriculum.steps == 1 and curriculum.targets(0) == trained == (curriculum.batch(0).targets >= 0).sum()
+    for first, count in ((0, 1), (1, rows - 1)):  # pieces with different numbers of trained tokens
+        batch = curriculum.batch(0, first, count)
+        logits = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
+        (cross_entropy(logits, torch.from_numpy(batch.targets)) / trained).backward()
     packed = {name: w.grad.clone() for name, w in model.named_parameters()}
     model.zero_grad()
     total = 0.0
