@@ -27,7 +27,7 @@ def test_paired_difference_by_hand():
 
 def test_one_change_at_a_time(here, capsys):
     """What hurts is found, what does nothing is not, what diverges is named; nothing is trained twice."""
-    given = ["change", *TINY, "--tokens", "2560", "--seeds", "2"]
+    given = ["change", *TINY, "--tokens", "2560", "--seeds", "3"]
     tries = ["learning_rate=1e-6", "save_every=7", "learning_rate=1e20"]
     done = call(ablate.main, *given, *(word for change in tries for word in ("--try", change)))
     assert done.returncode == 0, done.stderr
@@ -35,13 +35,13 @@ def test_one_change_at_a_time(here, capsys):
     assert "worse" in table["learning_rate=1e-6"] and "the very same losses" in table["save_every=7"]
     assert "diverged" in table["learning_rate=1e20"]
     runs = [json.loads(line) for line in Path("runs/changes/log.jsonl").read_text().splitlines()]
-    assert len(runs) == 8
+    assert len(runs) == 12
     straight = pretrain("a", "--tokens", "2560", "--seed", "1")
     mine = next(run for run in runs if run["change"] == "baseline" and run["seed"] == 1)
     assert losses(Path("runs/changes") / mine["run"]) == losses(straight)
     again = call(ablate.main, *given, "--try", tries[0])
     assert again.returncode == 0 and "worse" in again.stdout
-    assert len(Path("runs/changes/log.jsonl").read_text().splitlines()) == 8
+    assert len(Path("runs/changes/log.jsonl").read_text().splitlines()) == 12
 
 
 def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
@@ -123,7 +123,7 @@ def test_ladder_predicts_its_largest(here, monkeypatch):
     monkeypatch.setattr(ablate, "PREDICTED", 48)
     predicted, measured = ablate.fit_ladder(ablate.RecipeOptions([*TINY, "--tokens", "10240", "--learning-rate", "0.01",
                                                                   "--eval-tokens", "4096"]))
-    assert predicted == pytest.approx(measured, rel=0.10)
+    assert predicted == pytest.approx(measured, rel=0.2)  # after 40 steps
     found = json.loads(next(Path("runs").glob("ladder*/law.json")).read_text())
     assert found["runs"][-1]["loss"] == measured and len(found["runs"]) == 7
 
