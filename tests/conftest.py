@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' matrices are too small to share, least of all by two processes
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests' matrices are too small to share, least of all by two processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is not on this disk is missing at once, not after retries
 
 import pytest
@@ -23,8 +25,9 @@ TRAIN = str(ROOT / "train.py")
 
 def torchrun(*words: str) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=2 WORDS`, a thread each."""
-    return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=180,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [*TORCHRUN, *words], capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def call(main: Callable[[], None], *words: str) -> subprocess.CompletedProcess:
