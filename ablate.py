@@ -241,7 +241,8 @@ def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
         if abs(ratio := size / base[0]["parameters"] - 1) > 0.02:
             print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or width too)")
     names = " and ".join(name for name in base[0]["scores"] if name != "math")
-    print(f"bits per byte: the mean over held-out {names} (lower is better). ±: the 95 % interval over {len(base)} seeds; "
+    print(f"bits per byte: the mean over held-out {names} (lower is better). ±: the 95 % interval over "
+          f"{len(base)} seeds; "
           "of 20 changes that do nothing, about one looks better or worse.")
     return found
 
@@ -394,15 +395,18 @@ def fit_ladder(o: RecipeOptions) -> tuple[float, float]:
                   f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
     sizes, lengths, losses = zip(*points)
     measured, folder = losses[-1], new_run_folder("ladder")
-    print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}; see {folder}/law.json")
+    print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}; see "
+          f"{folder}/law.json")
     folder.mkdir(parents=True)
     runs = [dict(zip(("parameters", "tokens", "loss"), point)) for point in points]
     write_json(folder / "law.json", {"law": asdict(law), "runs": runs, "predicted": predicted, "measured": measured})
     at = np.geomspace(min(sizes) / 1.3, size * 1.3, 60)
     lines = {f"law at {cost.say_number(d)} tokens": (at, [law.predict(n, d)["loss"] for n in at], "-")
              for d in sorted(set(lengths))}
-    draw_lines(folder / "law.png", lines | {"fitted": (sizes[:-1], losses[:-1], "ko"), "predicted": (size, measured, "r*")},
-               xscale="log", xlabel="parameters", ylabel="held-out bits per byte", title="A scaling law on this machine")
+    draw_lines(folder / "law.png", lines | {"fitted": (sizes[:-1], losses[:-1], "ko"),
+                                           "predicted": (size, measured, "r*")},
+               xscale="log", xlabel="parameters", ylabel="held-out bits per byte",
+               title="A scaling law on this machine")
     return predicted, measured
 
 
@@ -496,8 +500,8 @@ def noise(o: NoiseOptions) -> float:
             scale = variance / signal * context if signal > 0 else math.nan
             train.say(f"{n:9,}{signal:12.3g}{variance:12.3g}{scale:21,.0f}")
     print("the noise hides the gradient; give more --tokens" if math.isnan(scale) else
-          f"gradient noise scale at step {run.step:,}: {scale:,.0f} tokens. A batch of this size needs twice the fewest "
-          f"possible steps and twice the fewest tokens;\nthis run's batch of {batch:,} needs {1 + scale / batch:.2f} times "
+          f"gradient noise scale at step {run.step:,}: {scale:,.0f} tokens. A batch of this size needs twice the "
+          f"fewest possible steps and tokens;\nthis run's batch of {batch:,} needs {1 + scale / batch:.2f} times "
           f"the fewest steps and {1 + batch / scale:.2f} times the fewest tokens (McCandlish et al. 2018).\nAdam often "
           f"bears a larger batch: `python ablate.py branch {o.run}` measures it.")
     return scale

@@ -1150,8 +1150,8 @@ def fit_stages(stages: tuple[Stage, ...], names: list[str], tokens: float = 0) -
     """The stages with a mixture that the sources have, and `tokens` in all (0: as many as the stages say)."""
     total, wanted = sum(stage.tokens for stage in stages), {name for stage in stages for name in stage.mixture}
     if wanted - set(names):
-        print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: the "
-              "sources are taken as large as they are")
+        print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
+              "the sources are taken as large as they are")
         stages = tuple(replace(stage, mixture={}) for stage in stages)
         if all(replace(stage, name="", tokens=0) == Stage("", 0, {}) for stage in stages):  # nothing tells them apart
             stages = (Stage("train", total, {}),)
@@ -1233,7 +1233,8 @@ def main() -> None:
     t.add_argument("--out", required=True, help="folder for tokenizer.json")
     t.add_argument("--pretokenizer", default="qwen", help="as for `tokenizer.py train` (default: qwen)")
     for q, sample in (p, "20M"), (t, "200M"):
-        q.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the"
+        q.add_argument("sources", nargs="*", metavar="SOURCE",
+                       help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the"
                        " embedded corpus. NAME=SOURCE names one; multilingual... are languages other than English")
         q.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer that is trained (default: 4096)")
         q.add_argument("--sample-bytes", type=number, default=sample, help=f"of text for training (default: {sample})")

@@ -43,7 +43,8 @@ def main() -> None:
             times.append(time.perf_counter() - begin)
     here, there = (times[5:] for *_, times in jobs)
     print(
-        f"here {statistics.median(here) * 1e3:.1f} ms, there {statistics.median(there) * 1e3:.1f} ms a step of 2,048 tokens; "
+        f"here {statistics.median(here) * 1e3:.1f} ms, there {statistics.median(there) * 1e3:.1f} ms a step of 2,048 "
+        "tokens; "
         f"here takes {statistics.median(a / b for a, b in zip(here, there)):.3f} times as long"
     )
 

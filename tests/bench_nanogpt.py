@@ -127,7 +127,8 @@ def main() -> None:
         )
     theirs = nats / math.log(2) / len(held_out[: n * CONTEXT].encode())
     print(
-        f"nanoGPT's recipe: {step:,} steps, {step * BATCH * CONTEXT:,} characters in {used:.0f} s, {theirs:.3f} bits per "
+        f"nanoGPT's recipe: {step:,} steps, {step * BATCH * CONTEXT:,} characters in {used:.0f} s, {theirs:.3f} bits "
+        "per "
         f"byte on {len(held_out):,} held-out characters of code ({unknown} unknown ones left out)"
     )
     print(f"{args.run}: {ours:.3f} bits per byte on the same text, {1 - ours / theirs:.1%} fewer")

@@ -1,5 +1,5 @@
 """Training speed against the `tokenizers` library on the same text and pattern: both times and their ratio. Then the
-speed of `data.py prepare`, reading and writing included, against tiktoken's own encode_ordinary_batch on the same documents.
+speed of `data.py prepare`, reading and writing included, against tiktoken's own encode_ordinary_batch on the same text.
 
     python tests/bench_tokenizer.py [VOCAB_SIZE]        # default 32768; needs: pip install tokenizers
     python tests/bench_tokenizer.py encode [MB]         # the second part alone, on so much text (default 60)
@@ -111,7 +111,8 @@ def bench_encoding(megabytes: float) -> None:
         (wall, core), (their_wall, their_core) = max(ours), max(theirs)
         print(
             f"{size / 1e6:.0f} MB of jsonl, {threads} cores: prepare {wall / 1e6:.1f} MB/s, encode_ordinary_batch "
-            f"{their_wall / 1e6:.1f} MB/s, ratio {wall / their_wall:.2f}; a second of one core's time {core / 1e6:.1f} and "
+            f"{their_wall / 1e6:.1f} MB/s, ratio {wall / their_wall:.2f}; a second of one core's time {core / 1e6:.1f} "
+            f"and "
             f"{their_core / 1e6:.1f} MB, ratio {core / their_core:.2f}; peak memory after prepare {peak:.2f} GiB"
         )
 

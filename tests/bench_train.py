@@ -30,7 +30,7 @@ def bare_update(job: train.Job, step: int) -> None:
 
 
 def monitoring(pairs: int = 400) -> None:
-    """Bare and whole updates in turn, so that a drifting machine slows both alike; the rare kinds count by their share."""
+    """Bare and whole updates in turn, so that a drifting machine slows both alike; rare kinds count by their share."""
     recipe = train.RECIPES["laptop"]
     job = train.set_up(recipe, train.World(), Path("runs/none"), False)
     folder = Path(f"runs/bench-{time.time():.0f}")

@@ -1,4 +1,4 @@
-"""Makes the flat files importable from anywhere, and skips tests marked `cuda` where there is no GPU. Where pytest-xdist is
+"""Makes the flat files importable from anywhere, and skips tests marked `cuda` without a GPU. Where pytest-xdist is
 installed (tests/requirements.txt) every core runs tests; `-n 0` runs them one after another."""
 
 import contextlib
@@ -31,7 +31,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess:
 
 
 def call(main: Callable[[], None], *words: str) -> subprocess.CompletedProcess:
-    """A command of the project, such as `call(cost.main, "plan")`, in this process, which has imported torch already."""
+    """A command of the project, such as `call(cost.main, "plan")`, in this process, which has torch already."""
     from tokenizer import run
 
     out, errors, status, before = io.StringIO(), io.StringIO(), 0, sys.argv

@@ -411,7 +411,7 @@ def test_another_task_does_not_go_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "finish_source", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         d.prepare({"words": some_documents(50)}, tmp_path / "set", tokenizer)
-    with pytest.raises(UserError, match="unfinished preparation of something else"):
+    with pytest.raises(UserError, match="unfinished work of another command"):
         d.prepare({"words": some_documents(60)}, tmp_path / "set", tokenizer)
 
 

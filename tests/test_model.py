@@ -1,4 +1,4 @@
-"""model.py against brute force, against hand-worked cases, and against itself without cache, packing and compilation."""
+"""model.py against brute force, hand-worked cases, and itself without cache, packing and compilation."""
 
 import argparse
 import inspect
@@ -569,7 +569,7 @@ COMPILED = {
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_are_one_graph_for_every_document_layout(name):
-    """Whatever the documents and their number are; without gradients and with a cache blocks are not compiled at all."""
+    """Whatever the documents and their number; without gradients or with a cache blocks are not compiled."""
     import torch._dynamo as dynamo
     import torch._dynamo.testing
 
