@@ -334,7 +334,7 @@ def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
     saver = Saver(run.folder, run.tokenizer, recipe.keep, recipe.keep_every, run.keepers, run.world.leader)
     if not run.step:
         saver.save(0, run.model, run.optimizer, guard.state(0), must=True)  # proves that the disk works
-    with noted_signals(run.signals), contextlib.closing(Meter(run)) as meter:
+    with noted_signals(run.signals), contextlib.closing(saver), contextlib.closing(Meter(run)) as meter:
         while run.step < run.steps:
             before, run.step = run.step, min(run.steps, guard.after_gap(run.step))  # skips what a rewind leaves out
             if run.step < run.steps:
