@@ -22,21 +22,27 @@ import importlib
 import json
 import math
 import os
+import pickle
 import re
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -264,22 +270,22 @@ def _write_checkpoint(place: Path, config: ModelConfig, weights: dict, moments: 
 
 
 def save_weights(model: GPT, tokenizer: Tokenizer, out: str | Path, chat_from: str | Path) -> None:
-    """Weights alone as a checkpoint folder, in the chat format of the folder `chat_from`; training can start from it."""
+    """Weights alone as a checkpoint folder in the chat format of the folder `chat_from`; training can start from it."""
     _write_checkpoint(Path(out), model.config, model.state_dict(), {}, {"step": 0}, tokenizer, Path(chat_from))
 
 
+@dataclass
 class Saver:
-    """Writes the checkpoints of a run and removes old ones.
+    """Writes the checkpoints of a run and removes old ones. Every process calls `save`, because a sharded model is
+    gathered by all of them."""
 
-    keep: how many of the newest stay; keep_every: multiples of it stay too; keepers: steps that stay; leader: whether
-    this is the process that writes. Every process calls `save`, because a sharded model is gathered by all of them.
-    """
-
-    def __init__(self, run_folder: str | Path, tokenizer: Tokenizer, keep: int = 3, keep_every: int = 0,
-                 keepers: Iterable[int] = (), leader: bool = True):
-        self.folder, self.tokenizer, self.leader = Path(run_folder) / "checkpoints", tokenizer, leader
-        self.keep, self.keep_every, self.keepers = keep, keep_every, set(keepers)
-        self.pool, self.pending = ThreadPoolExecutor(1), None
+    run_folder: str | Path
+    tokenizer: Tokenizer
+    keep: int = 3  # how many of the newest stay
+    keep_every: int = 0  # multiples of it stay too
+    keepers: Iterable[int] = ()  # and these steps
+    leader: bool = True  # whether this is the process that writes
+    pending: Future | None = None  # the save that is being written
 
     def save(self, step: int, model: GPT, optimizer, state: dict, must: bool = False,
              protect: int | None = None) -> str:
@@ -295,13 +301,15 @@ class Saver:
             whole = tensors.full_tensor() if isinstance(tensors, DTensor) else tensors
             return whole.detach().to("cpu", copy=True) if self.leader else None
 
-        trouble, parts = self.finish(), getattr(optimizer, "optimizers", [optimizer])  # the host need not hold two copies
+        trouble = self.finish()  # first: the host holds one copy only
+        parts = getattr(optimizer, "optimizers", [optimizer])
         weights, moments = get_model_state_dict(model), {}
         if any(part.state for part in parts):  # before the first update get_state_dict would make moments
             moments = get_state_dict(model, parts)[1]["state"]
         weights, moments, state = host(weights), host(moments), copy.deepcopy(state) | {"step": step}
         if self.leader:
-            self.pending = self.pool.submit(self._write, step, protect, model.config, weights, moments, state)
+            content = model.config, weights, moments, state
+            self.pending = ThreadPoolExecutor(1).submit(self._write, step, protect, *content)
         if must and (failed := self.finish()):
             raise UserError(failed + " and resume")
         return trouble
@@ -312,21 +320,22 @@ class Saver:
         return pending.result() if pending else ""
 
     def _write(self, step: int, protect: int | None, *content) -> str:
+        run_folder, folder = Path(self.run_folder), Path(self.run_folder) / "checkpoints"
         try:
-            for rest in self.folder.glob("*.partial"):  # of a process that was killed
+            for rest in folder.glob("*.partial"):  # of a process that was killed
                 shutil.rmtree(rest, ignore_errors=True)
-            _write_checkpoint(self.folder / f"step-{step:08d}", *content, self.tokenizer, self.folder.parent)
+            _write_checkpoint(folder / f"step-{step:08d}", *content, self.tokenizer, run_folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk by RuntimeError
-            free, reason = shutil.disk_usage(self.folder.parent).free, str(error).strip().splitlines()[0][:120]
-            return (f"a checkpoint could not be written to {self.folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
+            free, reason = shutil.disk_usage(run_folder).free, str(error).strip().splitlines()[0][:120]
+            return (f"a checkpoint could not be written to {folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
                     "the ones before it are whole; make room")
-        # Checkpoints after this step are damaged ones that a resume skipped; they neither count nor go.
-        found = sorted(at for path in self.folder.glob("step-????????") if (at := int(path.name[5:])) <= step)
+        # Later checkpoints are damaged ones that a resume skipped: they neither count nor go.
+        found = {at: path for path in sorted(folder.glob("step-????????")) if (at := int(path.name[5:])) <= step}
         before = [at for at in found if protect is not None and at < protect]
-        stay = {*found[-self.keep:], *before[-1:], *self.keepers}
-        for at in found:
+        stay = {*list(found)[-self.keep:], *before[-1:], *self.keepers}
+        for at, path in found.items():
             if at not in stay and not (self.keep_every and at % self.keep_every == 0):
-                shutil.rmtree(self.folder / f"step-{at:08d}", ignore_errors=True)
+                shutil.rmtree(path.rename(path.with_suffix(".partial")), ignore_errors=True)
         return ""
 
 
@@ -336,8 +345,8 @@ class Saver:
 def check_manifest(checkpoint: str | Path) -> None:
     """Raises UserError unless every file has the sha256 that manifest.json names."""
     if ((checkpoint := Path(checkpoint)) / "guard.json").exists():
-        raise UserError(f"{checkpoint} was written by the first version of this project, whose checkpoints are no longer "
-                        "read; export it with that version and start from the exported folder")
+        raise UserError(f"{checkpoint} was written by the first version of this project, which alone reads it; export "
+                        "it with that version and start from the exported folder")
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
@@ -359,7 +368,7 @@ def newest_checkpoint(run: str | Path, before: float = math.inf) -> Path:
             if (checkpoint / "guard.json").exists():
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run} holds no whole checkpoint{f' from before step {before}' if before < math.inf else ''}; give a run folder such as runs/laptop or train one with "
+    raise UserError(f"{run} holds no whole checkpoint; give a run folder such as runs/laptop or train one with "
                     "`python train.py`")
 
 
@@ -376,7 +385,10 @@ def _shapes(tensors: dict) -> dict:
 
 
 def _load_tensors(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # whose message advises to load it without this protection
+        raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
 
 
 def load_checkpoint(folder: str | Path, model: GPT, optimizer) -> dict:
@@ -423,24 +435,23 @@ def load_config(folder: str | Path) -> ModelConfig:
         return config_from_hugging_face(saved) if "model_type" in saved else ModelConfig(**saved)
 
 
-def _empty_model(folder: Path) -> GPT:
-    with reading(folder / "config.json"), torch.device("meta"):
-        return GPT(load_config(folder))
-
-
 def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
     """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
     checkpoint folder, on the CPU."""
     if not (folder := Path(folder)).is_dir():
-        raise UserError(f"{folder} does not exist; give a run folder such as runs/laptop or a downloaded model's folder")
-    if is_hugging_face(folder):
-        return _load_hugging_face(folder, dtype)
-    model = _empty_model(folder := find_checkpoint(folder))
-    with reading(folder / "model.pt"):
-        weights = _load_tensors(folder / "model.pt")
-        if _shapes(weights) != _shapes(model.state_dict()):
-            raise ValueError("config.json asks for other tensors")
-        weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
+        raise UserError(f"{folder} does not exist; give a run folder such as runs/laptop, or a downloaded model's")
+    if not (foreign := is_hugging_face(folder)):
+        folder = find_checkpoint(folder)
+    with reading(folder):
+        with torch.device("meta"):
+            model = GPT(load_config(folder))
+        if foreign:
+            weights = _read_hugging_face(folder, model, dtype)
+        else:
+            weights = _load_tensors(folder / "model.pt")
+            if _shapes(weights) != _shapes(model.state_dict()):
+                raise ValueError("config.json asks for other tensors than model.pt holds")
+            weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     return model
 
@@ -486,14 +497,13 @@ FAMILIES = {
         "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
     "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
-                       "layer_types": ["sliding", "full"]}, _LOCAL, {"swiglu_alpha": (1.702,)}),
+                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
-        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,),
-        "attention_bias": (False,)}),
+        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"), {
         "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, _ROUTED, {
-        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,), "moe_layer_freq": (1,),
-        "attention_bias": (False,)}),
+        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,),
+        "moe_layer_freq": (1,)}),
     "qwen3_next": Family("Qwen3NextForCausalLM", (
         *_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
         "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor",
@@ -596,8 +606,7 @@ def _write_config(c: ModelConfig, kind: str) -> dict:
     if kind == "smollm3":
         hf["no_rope_layers"] = [int(c.uses_rope(i)) for i in layers]
     if "kv_lora_rank" in hf:
-        hf |= {"head_dim": c.qk_rope_head_dim, "num_key_value_heads": c.num_attention_heads,
-               "q_lora_rank": c.q_lora_rank or None}
+        hf |= {"num_key_value_heads": c.num_attention_heads, "q_lora_rank": c.q_lora_rank or None}
     rope = {"rope_type": "default" if c.position == "rope" else c.position, "rope_theta": c.rope_theta}
     if c.position in ("llama3", "yarn"):
         rope |= {"factor": c.rope_factor, "original_max_position_embeddings": c.original_max_position_embeddings}
@@ -621,8 +630,8 @@ _NAMES = {  # family: (ours, theirs)
 def their_tensors(weights: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[str, Tensor]:
     """{name in the family: the part of our tensors that it is}, views to read from and to copy into.
 
-    Our experts are stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], but gate and up alternate:
-    its gate_up_proj is [E, C, M, 2] here, to be flattened at the end.
+    Our experts are stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], with gate and up
+    alternating: its gate_up_proj is [E, C, M, 2] here, to be flattened at the end.
     """
     found = {}
     for name, w in weights.items():
@@ -674,74 +683,74 @@ def _open_weights(folder: Path) -> dict:
     Adapters and Mistral's own format may lie beside the model's files.
     """
     safe_open, index, chosen, where = _import_safetensors().safe_open, folder / "model.safetensors.index.json", {}, {}
-    files = [f.name for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter", "consolidated"))]
-    with reading(index):
-        if index.exists():
-            chosen = read_json(index)["weight_map"]
-            files = {Path(file).name for file in chosen.values()} | {"model.safetensors"} & set(files)
+    files = {f.name for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter", "consolidated"))}
+    if index.exists():
+        chosen = read_json(index)["weight_map"]
+        if "model.safetensors" in files - set(chosen.values()):
+            raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
+        files = {Path(file).name for file in chosen.values()}
     if not files:
         raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
     for file in sorted(files):
         with reading(folder / file):
             opened = safe_open(folder / file, framework="pt")
             for name in opened.keys():
-                mine = chosen.get(name, file) == file
-                if name in where if mine else file == "model.safetensors":
-                    raise UserError(f"{folder} has {name} in two files, {file} and another; remove the one that does not "
+                if name in where and name not in chosen:
+                    raise UserError(f"{folder} has {name} in {file} and in another file; remove the file that does not "
                                     "belong to the model")
-                where |= {name: opened} if mine else {}
+                if chosen.get(name, file) == file:
+                    where[name] = opened
     return where
 
 
-def _load_hugging_face(folder: Path, dtype: torch.dtype) -> GPT:
-    hf, model, where = read_json(folder / "config.json"), _empty_model(folder), _open_weights(folder)
+def _read_hugging_face(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a folder under our names, for a model without memory."""
+    hf, where = read_json(folder / "config.json"), _open_weights(folder)
     config, kind, expected = model.config, hf["model_type"], model.state_dict()
 
     def read(name):
         return where[name].get_tensor(name)
 
-    with reading(folder):
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
-            raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
-        weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
-                   for name, w in expected.items()}
-        views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
-        missing = set(views)
-        for name in where:
-            layer = re.match(r"model\.layers\.(\d+)\.", name)
-            if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
-                    or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
-                    or tied and name == "lm_head.weight"):
-                continue  # multi-token prediction is not computed here
-            tensor, stem = read(name), name.removesuffix("_blocks")
-            if stem + "_scales" in where:
-                name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
-            elif name + "_scale_inv" in where:
-                tensor = _fp8(tensor, read(name + "_scale_inv"))
-            if name not in views:
-                raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
-            view, pairs = views[name], "gate_up" in name
-            shape = (view.flatten(-2) if pairs else view).shape
-            if tensor.shape != shape or not tensor.is_floating_point():
-                raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but config.json "
-                                f"asks for floats of {list(shape)}")
-            view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
-            missing.discard(name)
-        if missing:
-            raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
-        if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
-                                                                  weights["model.embed_tokens.weight"]):
-            raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
-        _check_ids(folder, config.vocab_size)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
+        raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
+    weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
+               for name, w in expected.items()}
+    views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
+    missing = set(views)
+    for name in where:
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
+                or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
+                or tied and name == "lm_head.weight"):
+            continue  # multi-token prediction is not computed here
+        tensor, stem = read(name), name.removesuffix("_blocks")
+        if stem + "_scales" in where:
+            name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
+        elif name + "_scale_inv" in where:
+            tensor = _fp8(tensor, read(name + "_scale_inv"))
+        if name not in views:
+            raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
+        view, pairs = views[name], "gate_up" in name
+        shape = (view.flatten(-2) if pairs else view).shape
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but "
+                            f"config.json asks for floats of {list(shape)}")
+        view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
+        missing.discard(name)
+    if missing:
+        raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
+    if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
+                                                              weights["model.embed_tokens.weight"]):
+        raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
+    _check_ids(folder, config.vocab_size)
+    return weights
 
 
 def _check_ids(folder: Path, rows: int) -> None:
     if (path := folder / "tokenizer.json").exists():
         spec = read_json(path)
-        if (ids := max(len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"]))) > rows:
+        if (ids := max([len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"])])) > rows:
             raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
                             "that it was trained with")
 
@@ -790,7 +799,7 @@ def _write_tokenizer(source: Path, folder: Path, context: int) -> dict:
         path, opening = folder / "tokenizer.json", {"SpecialToken": {"id": names[id], "type_id": 0}}
         a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
         spec = read_json(path)
-        write_json(path, spec | {"post_processor": spec["post_processor"] or {
+        write_json(path, spec | {"post_processor": spec.get("post_processor") or {
             "type": "TemplateProcessing", "single": [opening, a], "pair": [opening, a, b],
             "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}})
     ids = {"eos_token": tokenizer.eos_id, "bos_token": next(iter(chat.opening), None), "pad_token": tokenizer.pad_id}
@@ -811,28 +820,28 @@ def _compare_with_transformers(model: GPT, folder: Path, tokenizer_from: str | P
         return "not checked: transformers is not installed (pip install transformers)"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    version, config = f"transformers {transformers.__version__}", model.config
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(next(model.parameters()).device)
-    tokens = torch.randint(config.vocab_size, (8, min(200, config.max_position_embeddings)),  # longer than gpt-oss' window
-                           generator=torch.Generator().manual_seed(0)).to(theirs.device)
+    version, device = f"transformers {transformers.__version__}", next(model.parameters()).device
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+    length = min(200, model.config.max_position_embeddings)  # longer than gpt-oss' window
+    tokens = torch.randint(model.config.vocab_size, (8, length), generator=torch.Generator().manual_seed(0)).to(device)
     dtype, training, model.compute_dtype = model.compute_dtype, model.training, torch.float32
     ours, expected = model.eval()(tokens), theirs(tokens).logits
     model.train(training).compute_dtype = dtype
-    # Rounding decides between experts whose scores nearly tie, and one such token changes the rest of its row: with
-    # experts one row of the eight has to agree, without all.
-    worst = (ours - expected).abs().amax((1, 2)).sort().values[0 if config.num_experts else -1].item()
+    # Rounding decides between experts whose scores nearly tie, and one such token changes the rest of its row: of a
+    # mixture of experts, one row of the eight has to agree.
+    rows = (ours - expected).abs().amax((1, 2))
+    worst = (rows.min() if model.config.num_experts else rows.max()).item()
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
-        raise UserError(f"{version} gives other logits for {folder} (largest difference {worst:.1e}); please report this")
+        raise UserError(f"{version} gives other logits for {folder} (difference {worst:.1e}); please report this")
     if tokenizer_from:
         tokenizer, hf = Tokenizer.load(tokenizer_from), transformers.AutoTokenizer.from_pretrained(folder)
         chat, messages = ChatFormat(tokenizer_from, tokenizer), [{"role": "user", "content": "What is 12 + 30?"}]
         pairs = [(chat.text("a b"), hf("a b")["input_ids"])]
         if hf.chat_template and "<|im_start|>" in tokenizer.special:
-            pairs.append((chat.prompt(messages), hf.apply_chat_template(messages, add_generation_prompt=True,
-                                                                       return_dict=False)))
-        for wanted, ids in pairs:
-            if wanted != ids:
-                raise UserError(f"{version} begins with the ids {ids[:5]}, the run with {wanted[:5]}; please report this")
+            rendered = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            pairs.append((chat.prompt(messages), rendered))
+        if other := [f"{ids[:5]}, the run with {wanted[:5]}" for wanted, ids in pairs if wanted != ids]:
+            raise UserError(f"{version} begins with the ids {other[0]}; please report this")
     return f"{version} loads it; largest difference of a logit {worst:.1e}"
 
 

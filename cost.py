@@ -1,9 +1,9 @@
 """Cost: parameters, FLOPs, memory, time, money and loss, predicted before a run and measured on this machine.
 
 Training takes about 6 FLOPs a parameter and token, 2 forward and 4 backward: C = 6ND (playbook). Attention adds
-12 L H D T a token for the full square of T tokens, half of that for the causal half, less inside documents. A share of
-peak (MFU) always says which of these it counts. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU
-by 6ND. Its whole bill, ablations and restarts included, was 437,760 GPU-hours, 58 % more than the main run.
+12 L H D T a token for the full square of T tokens, half for the causal half, less inside documents; a share of peak
+(MFU) always says which it counts. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU by 6ND. Its
+whole bill, with ablations and restarts, is 437,760 GPU-hours.
 
     python cost.py plan --budget 100k                        # how large a model, how many tokens, which batch and rate
     python cost.py plan --parameters 3B --days 24 --gpus 384 --json --picture sizes.png
@@ -49,10 +49,9 @@ OVERHEAD = 0.58  # ablations and restarts: SmolLM3's 161,280 GPU-hours on top of
 
 
 def attention_flops_per_token(config: ModelConfig, length: float, counted: str = "causal") -> float:
-    """FLOPs of attention's scores and weighted sums for one trained token, forward and backward, where `length` tokens
-    attend to each other (with document masks: `attended_length`). "full" counts the square, 12 L H D T (PaLM, appendix
-    B), "causal" half of it. Sliding and chunked layers count at most their window or chunk, MLA the mean width of key
-    and value, linear layers nothing."""
+    """FLOPs of attention's scores and weighted sums for one trained token, where `length` tokens attend to each other
+    (document masks: `attended_length`). "full" counts the square, 12 L H D T (PaLM, appendix B), "causal" half of it.
+    Sliding and chunked layers reach their window or chunk, MLA has the mean width of key and value, linear layers 0."""
     width = (config.head_dim + config.v_head_dim) / 2 if config.kv_lora_rank else config.head_dim
     reach = {"full": length, "sliding": min(length, config.sliding_window),
              "chunked": min(length, config.attention_chunk_size), "linear": 0}
@@ -84,16 +83,14 @@ def training_flops(parameters: float, tokens: float) -> float:
 
 
 def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int = 2, device: str = "cuda",
-                    accumulates: bool = True, recompute: bool = False, shards: int = 1) -> dict[str, float]:
-    """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences of `context` tokens.
-
-    Weights, gradients and AdamW's two moments are fp32. Activations are what autograd keeps of each block, the weights
-    cast to the compute dtype, and the logits with their fp32 log-softmax, the largest part in a small model.
+                    accumulates: bool = True, recompute: bool = False, shards: int = 1) -> dict:
+    """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences of `context` tokens:
+    "weights", "gradients" and "optimizer" (AdamW's moments) in fp32; "activations": what autograd keeps of each block,
+    the weights cast to the compute dtype, and the logits with their fp32 log-softmax; "total".
     `accumulates`: gradients exist during the forward pass, those of earlier micro-batches or DDP's buckets.
     `recompute`: blocks keep only their inputs, and are computed again one at a time (Chen et al. 2016).
     `shards`: processes of FSDP, which share weights, moments and gradients (train.py synchronizes gradients after every
-    micro-batch, so none stay whole) and gather the weights of one block at a time.
-    """
+    micro-batch, so none stay whole) and gather the weights of one block at a time."""
     count = count_parameters(config)
     C, M, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     if config.num_experts:  # those that a token visits
@@ -148,40 +145,20 @@ def memory_now() -> float:
 
 def host_memory() -> float:
     """Bytes of this machine's memory; 8 GiB if unknown."""
-    with contextlib.suppress(AttributeError, ValueError, OSError):
+    with contextlib.suppress(AttributeError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 8.0 * 2**30
 
 
 def smallest_sharding(config: ModelConfig, gpus: int, context: int, room: float) -> tuple | None:
-    """The first way that train.py has to fit one sequence at a time into `room` bytes a GPU: DDP, FSDP, then both with
-    recomputed activations. Its name and `training_memory`; None if nothing fits."""
+    """(name, `training_memory`) of the first way of train.py to fit a sequence at a time into `room` bytes: DDP, FSDP,
+    then both with recomputed activations. None if nothing fits."""
     for recompute in (False, True):
         for name, shards in (("nothing sharded (DDP)", 1), ("everything sharded (FSDP)", gpus)):
             memory = training_memory(config, 1, context, recompute=recompute, shards=shards)
             if memory["total"] <= room:
                 return name + ", activations recomputed" * recompute, memory
     return None
-
-
-# ---- the model family -----------------------------------------------------------------------------------------
-
-
-def family(parameters: float, vocab_size: int, context: int) -> ModelConfig:
-    """The Llama-shaped model nearest to a size: MLPs of 3 widths, heads of 64 (128 from a width of 2048 on), 2 or 4
-    query heads a KV head, tied embeddings, a width near 64 times the depth. For the laptop's size: the laptop preset."""
-    best = (math.inf,)
-    for width in (16, 32, 48, 64, 96, *range(128, 2048, 128), *range(2048, 32769, 512)):
-        heads = max(1, width // (128 if width >= 2048 else 64))
-        groups = heads // math.gcd(heads, 4)
-        rest, block = vocab_size * width + width, width * width * (11 + 2 * groups / heads) + 2 * width
-        layers = max(2, min(256, round((parameters - rest) / block)))
-        score = 10 * abs(math.log((rest + layers * block) / parameters)) + abs(math.log(width / layers / 64))
-        best = min(best, (score, width, layers, heads, groups))
-    _, width, layers, heads, groups = best
-    return ModelConfig(vocab_size, width, 3 * width, layers, heads, groups, max_position_embeddings=context,
-                       rope_theta=1e4 if context <= 2048 else 5e4,
-                       initializer_range=0.05 * math.sqrt(128 / width) if width < 512 else 0.02)
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------
@@ -218,25 +195,23 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024, seconds: flo
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep what a step frees for the next step: a CPU trains 5 to 10 % faster if it need not map that
-    memory again. Does nothing with other C libraries."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):
+    """Makes glibc keep what a step frees for the next, so that a CPU trains 5 to 10 % faster. No effect elsewhere."""
+    with contextlib.suppress(Exception):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
         mallopt(-4, 0)  # M_MMAP_MAX
 
 
 @functools.cache  # one choice for a whole process: trainings that are compared must not differ in it
-def choose_dtype(device: str) -> tuple[torch.dtype, str]:
-    """bfloat16 where it is faster than float32, and the numbers that decided."""
+def choose_dtype(device: str) -> tuple:
+    """(torch.bfloat16 where that is faster, else torch.float32; the reason in words)."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32, "the GPU's best"
     single, half = 1.0, 0.0
     with contextlib.suppress(RuntimeError, TypeError):  # a device without bfloat16
         for size in (128, 1024):  # where bfloat16 is emulated, a large product would take seconds
             # A busy machine slows single probes: the first warms up, both take turns, and the best of each counts.
-            probes = [[matmul_flops(device, dtype, size, 0.02) for dtype in (torch.float32, torch.bfloat16)]
-                      for _ in range(5)]
+            probes = [[matmul_flops(device, d, size, 0.02) for d in (torch.float32, torch.bfloat16)] for _ in range(5)]
             single, half = map(max, zip(*probes))
             if half < single / 10:
                 break
@@ -259,9 +234,8 @@ def find_machine(device: str = "auto", dtype: str = "auto", compile: str = "auto
     else:
         raise UserError(f"{'; '.join(notes)}; try --device cpu --dtype float32")
     compiled = compile == "true" or compile == "auto" and device == "cuda" and sys.platform == "linux"
-    if device == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
-    else:
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
+    if device != "cuda":
         keep_freed_memory()
     what = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     known = [flops for part, (flops, _) in GPUS.items() if part in what]
@@ -361,15 +335,15 @@ def stage_rows(recipe, processes: int, device: str) -> list[int]:
         if batch % (unit := context * processes):
             nearest = " or ".join(str(n) for n in (batch // unit * unit, -(-batch // unit) * unit) if n)
             own = f"batch_tokens of stage {stage.name} in the recipe" if stage.batch_tokens else "--batch_tokens"
-            raise UserError(f"stage {stage.name}: a batch of {batch} tokens does not divide into sequences of {context} "
-                            f"tokens on {processes} process(es); give {own} {nearest}")
+            raise UserError(f"stage {stage.name}: a batch of {batch} tokens does not divide into sequences of "
+                            f"{context} tokens on {processes} process(es); give {own} {nearest}")
         rows = batch // unit
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]
         if recipe.micro_batch and context == base:  # --micro_batch is for the model's own context
             if recipe.micro_batch not in divisors:
                 nearest = sorted(sorted(divisors, key=lambda n: abs(n - recipe.micro_batch))[:2])
-                raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a process; "
-                                f"the nearest that do are {' and '.join(map(str, nearest))}")
+                raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a "
+                                f"process; the nearest that do are {' and '.join(map(str, nearest))}")
             found.append(recipe.micro_batch)
         else:
             found.append(max((n for n in divisors if fits(recipe, n, context, processes, device)), default=1))
@@ -379,8 +353,8 @@ def stage_rows(recipe, processes: int, device: str) -> list[int]:
 def check_memory(recipe, machine: Machine, processes: int, rows: list[int], curriculum) -> float:
     """Bytes that a process needs in the stage that needs most; UserError where this machine does not have them."""
     need = max(process_memory(
-        recipe.model, n, context, machine.dtype.itemsize, machine.device, memory_now(), batch // context > n * processes,
-        recipe.activation_checkpointing, shards(recipe, processes))
+        recipe.model, n, context, machine.dtype.itemsize, machine.device, memory_now(),
+        batch // context > n * processes, recipe.activation_checkpointing, shards(recipe, processes))
         for n, context, batch in zip(rows, curriculum.contexts, curriculum.batches))
     room = torch.cuda.mem_get_info()[1] if machine.device == "cuda" else host_memory()
     if need > room:
@@ -429,10 +403,26 @@ def derive(o: PlanOptions, flops_per_hour: float, price: float) -> tuple:
     tokens = tokens or CHINCHILLA.tokens_for(parameters)
     if not SMALLEST <= parameters <= LARGEST or tokens < parameters:
         size = min(LARGEST, max(SMALLEST, CHINCHILLA.optimum(training_flops(parameters, tokens))[0]))
-        raise UserError(f"{say_number(parameters)} parameters on {say_number(tokens)} tokens: a plan has 140k to 3T "
-                        f"parameters and no fewer tokens; the nearest possible is {say_number(size)} parameters on "
-                        f"{say_number(CHINCHILLA.tokens_for(size))} tokens")
+        raise UserError(f"no plan has {say_number(parameters)} parameters and {say_number(tokens)} tokens; the nearest "
+                        f"possible is {say_number(size)} and {say_number(CHINCHILLA.tokens_for(size))}")
     return parameters, tokens, hours, gpus
+
+
+def family(parameters: float, vocab_size: int, context: int) -> ModelConfig:
+    """The Llama-shaped model nearest to a size: MLPs of 3 widths, heads of 64 (128 from a width of 2048 on), 2 or 4
+    query heads a KV head, tied embeddings, a width near 64 times the depth. For the laptop's size the laptop preset."""
+    best = (math.inf,)
+    for width in (16, 32, 48, 64, 96, *range(128, 2048, 128), *range(2048, 32769, 512)):
+        heads = max(1, width // (128 if width >= 2048 else 64))
+        groups = heads // math.gcd(heads, 4)
+        rest, block = vocab_size * width + width, width * width * (11 + 2 * groups / heads) + 2 * width
+        layers = max(2, min(256, round((parameters - rest) / block)))
+        score = 10 * abs(math.log((rest + layers * block) / parameters)) + abs(math.log(width / layers / 64))
+        best = min(best, (score, width, layers, heads, groups))
+    _, width, layers, heads, groups = best
+    return ModelConfig(vocab_size, width, 3 * width, layers, heads, groups, max_position_embeddings=context,
+                       rope_theta=1e4 if context <= 2048 else 5e4,
+                       initializer_range=0.05 * math.sqrt(128 / width) if width < 512 else 0.02)
 
 
 def say_number(x: float) -> str:
@@ -454,11 +444,10 @@ def round_batch(tokens: float, unit: int) -> int:
 
 
 def choose_batch(config: ModelConfig, blocks: int, tokens: float, context: int, gpus: int) -> dict:
-    """Batch and peak rate by DeepSeek's laws, and Step Law's, for `blocks` parameters without embeddings: about 100 steps
-    or more, and a sequence on every GPU."""
+    """Batch and rate by DeepSeek's and Step Law's laws for `blocks` parameters without embeddings."""
     fitted = (6 * blocks + attention_flops_per_token(config, context, "full")) * tokens
     wanted = schedule.deepseek_batch(fitted)
-    batch = round_batch(min(wanted, tokens / 100), context * gpus)
+    batch = round_batch(min(wanted, tokens / 100), context * gpus)  # 100 steps or so, and a sequence on every GPU
     if batch > 2 * wanted:
         warnings.warn(f"{gpus:,} GPUs make the batch {batch / wanted:.2g} times what the law says: take fewer --gpus")
     steps, rate = max(1, round(tokens / batch)), schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / wanted))
@@ -468,8 +457,7 @@ def choose_batch(config: ModelConfig, blocks: int, tokens: float, context: int, 
 
 
 def plan_rented(o: PlanOptions, preset: ModelConfig | None) -> dict:
-    """All that follows from the limits: a config (the preset or one of the family, to whose exact size the tokens adapt
-    so that the compute stays), batch, rate, memory, time, money and predicted loss."""
+    """All that follows from the limits. The tokens adapt to the exact size of the config so that the compute stays."""
     (peak, memory), prices = GPUS[o.device], (o.price, o.price) if o.price else USD_PER_GPU_HOUR.get(o.device)
     if not prices:
         raise UserError(f"the price of a {o.device} is not known here; give --price in USD an hour")
@@ -486,14 +474,14 @@ def plan_rented(o: PlanOptions, preset: ModelConfig | None) -> dict:
     room = 0.9e9 * memory  # 10 % is for the CUDA context, communication and gaps in the allocator's memory
     fit = smallest_sharding(config, gpus, o.context, room)
     if not fit:
-        raise UserError(f"{count['total']:,} parameters do not fit on {gpus} {o.device}(s), not even fully sharded: take "
-                        f"more than --gpus {16 * count['total'] / room:.0f} or a shorter --context")
+        raise UserError(f"{count['total']:,} parameters do not fit on {gpus} {o.device}(s): take more than --gpus "
+                        f"{16 * count['total'] / room:.0f}, or a shorter --context")
     flops = training_flops(active, tokens)
     hours, least, most = (flops / 3600 / peak / share for share in (mfu[0], mfu[2], mfu[1]))
     bill, spent = hours * (1 + o.overhead), [flops / 2**i for i in range(4)]
     fixed = [active] * 4 if o.parameters or o.tokens else [CHINCHILLA.optimum(compute)[0] for compute in spent]
     return choose_batch(config, active - count["embedding"], tokens, o.context, gpus) | {
-        "config": asdict(config), "parameters": count["total"], "non_embedding": count["non_embedding"],
+        "config": config, "parameters": count["total"], "active": active, "non_embedding": count["non_embedding"],
         "tokens": tokens, "tokens_per_parameter": tokens / active, "flops": flops,
         "flops_per_token": {how: flops_per_token(config, o.context, how) for how in COUNTED},
         "loss": CHINCHILLA.loss(active, tokens), "law": CHINCHILLA.source, "optimum": CHINCHILLA.optimum(flops),
@@ -515,15 +503,14 @@ def print_rows(title: str, labels: Iterable, rows: list[dict]) -> None:
 
 def print_plan(p: dict) -> None:
     """A plan of `plan_rented` for people."""
-    c, each, law, gpu = ModelConfig(**p["config"]), p["flops_per_token"], p["step_law"], p["device"]
+    c, each, law, gpu = p["config"], p["flops_per_token"], p["step_law"], p["device"]
     (planned, low, high), (less, more) = p["mfu"], p["gpu_hours_range"]
     memory = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in p["memory_per_gpu"].items())
     cheap, dear, least, most = map(say_amount, p["usd"] + p["usd_with_overhead"])
     print(f"""\
-model        {p['parameters']:,} parameters ({p['non_embedding']:,} without embeddings)
+model        {p['parameters']:,} parameters ({p['non_embedding']:,} without embeddings), vocabulary {c.vocab_size:,}
              {c.num_hidden_layers} layers of width {c.hidden_size}, MLP {c.intermediate_size}
-             {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}, \
-vocabulary {c.vocab_size:,}
+             {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}
 tokens       {say_number(p['tokens'])}, {p['tokens_per_parameter']:,.3g} a parameter
              optimum of this compute: {' parameters on '.join(map(say_number, p['optimum']))} tokens
 FLOPs        6ND = {p['flops']:.3g}
@@ -546,14 +533,14 @@ def draw_sizes(plan: dict, path: str) -> None:
     """Loss against size at the plan's compute or time; a star is the plan."""
     def paint(axes) -> None:
         axes.plot([row["parameters"] for row in plan["sizes"]], [row["loss"] for row in plan["sizes"]])
-        axes.plot(plan["parameters"], plan["loss"], "r*", ms=12)
+        axes.plot(plan.get("active", plan["parameters"]), plan["loss"], "r*", ms=12)
         axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss", title=plan["law"])
 
     draw(path, paint)
 
 
 def plan_machine(machine: Machine, minutes: float, vocab_size: int = 8192) -> dict:
-    """What this machine should train: of the family, the size with the lowest loss by LAPTOP_LAW for the tokens that it
+    """What this machine should train: the size of the family with the lowest loss by LAPTOP_LAW for the tokens that it
     is measured to read in so many minutes. Batch and rate are the laptop recipe's, scaled with DeepSeek's exponents."""
     context, sizes = PRESETS["laptop"].max_position_embeddings, []
     room = torch.cuda.mem_get_info()[0] if machine.device == "cuda" else host_memory()
@@ -563,7 +550,7 @@ def plan_machine(machine: Machine, minutes: float, vocab_size: int = 8192) -> di
             break
         speed = measure_training(config, replace(machine, compile=False), 16, context, 2, 0.5)
         sizes.append(LAPTOP_LAW.predict(count_parameters(config)["active"], speed * 60 * minutes)
-                     | {"config": asdict(config), "tokens_per_second": speed})
+                     | {"config": config, "tokens_per_second": speed})
         best = min(sizes, key=lambda size: size["loss"])
         if sizes[-1]["loss"] > best["loss"] + 0.1:
             break  # past the optimum, where every larger size is slower and worse
@@ -579,7 +566,7 @@ def plan_machine(machine: Machine, minutes: float, vocab_size: int = 8192) -> di
 
 def print_machine_plan(p: dict) -> None:
     """A plan of `plan_machine` for people."""
-    c = ModelConfig(**p["config"])
+    c = p["config"]
     print(f"""\
 machine      {p['machine']}
 model        {p['parameters']:,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size}
@@ -592,9 +579,8 @@ train it     python train.py --minutes {p['minutes']:g}""")
 
 
 # ---- published runs -------------------------------------------------------------------------------------------
-
-# Active parameters, tokens, GPU, GPU-hours, layers x width of all query heads (DeepSeek: mean of key and value), context,
-# remark. From the model cards of Llama, TinyLlama's README, SmolLM3's post (24 days on 384 GPUs), DeepSeek-V3's report.
+# Active parameters, tokens, GPU, GPU-hours, layers x width of all query heads (DeepSeek: mean of key, value), context,
+# remark. Sources: model cards of Llama, TinyLlama's README, SmolLM3's post (384 GPUs, 24 days), DeepSeek-V3's report.
 PUBLISHED = {
     "Llama-2 7B": (6.738e9, 2e12, "A100", 184_320, 32 * 4096, 4096, ""),
     "Llama-2 70B": (68.98e9, 2e12, "A100", 1_720_320, 80 * 8192, 4096, ""),
@@ -602,16 +588,15 @@ PUBLISHED = {
     "Llama-3.1 405B": (405.85e9, 15.6e12, "H100", 30.84e6, 126 * 16384, 8192, "large matrices reach more"),
     "SmolLM3 3B": (3.075e9, 11.14e12, "H100", 221_184, 36 * 2048, 4096, "small matrices, 384 GPUs"),
     "TinyLlama 1.1B": (1.100e9, 300e9, "A100", 3456, 22 * 2048, 2048, "16 GPUs: little communication"),
-    "DeepSeek-V3": (37e9, 14.8e12, "H800", 2.664e6, 61 * 128 * 160, 4096, "products in FP8: 17 % of that peak"),
-}
+    "DeepSeek-V3": (37e9, 14.8e12, "H800", 2.664e6, 61 * 128 * 160, 4096, "products in FP8: 17 % of that peak")}
 # SmolLM3's GPU-hours (playbook): the main run is booked with 30 days, of which it trained 24.
-SMOLLM3_BILL = {"main run, 384 GPUs x 30 days": 384 * 30 * 24, "pretraining ablations, 192 x 15": 192 * 15 * 24,
-                "mid-training ablations, 192 x 10": 192 * 10 * 24,
-                "restart and debugging, 384 x 3 + 192 x 4": (384 * 3 + 192 * 4) * 24}
+SMOLLM3_BILL = {
+    "main run, 384 GPUs x 30 days": 384 * 30 * 24, "pretraining ablations, 192 x 15": 192 * 15 * 24,
+    "mid-training ablations, 192 x 10": 192 * 10 * 24, "restarts, 384 x 3 + 192 x 4": (384 * 3 + 192 * 4) * 24}
 
 
-def published() -> dict[str, dict[str, float]]:
-    """The share of peak that each run reached, by each way of counting FLOPs."""
+def published() -> dict:
+    """The share of peak that each run reached, by name and way of counting FLOPs."""
     return {name: {how: (6 * active + attention * heads * context) * tokens / (hours * 3600 * GPUS[device][0])
                    for how, attention in zip(COUNTED, (0, 6, 12))}
             for name, (active, tokens, device, hours, heads, context, _) in PUBLISHED.items()}
@@ -631,7 +616,7 @@ share is the middle of what such runs reached by 6N: the last column is their sp
 """)
     for name, hours in SMOLLM3_BILL.items():
         print(f"{name:44}{hours:10,} H100-hours")
-    total, main_run = sum(SMOLLM3_BILL.values()), next(iter(SMOLLM3_BILL.values()))
+    total, main_run = sum(SMOLLM3_BILL.values()), SMOLLM3_BILL["main run, 384 GPUs x 30 days"]
     low, high = (total * price / 1e6 for price in USD_PER_GPU_HOUR["H100"])
     print(f"{'SmolLM3, the whole bill':44}{total:10,} H100-hours = {low:.2f} to {high:.2f} million USD; "
           f"{total / main_run - 1:.0%} on top of the main run")
@@ -673,16 +658,15 @@ def measure(o: MeasureOptions, config: ModelConfig) -> None:
     machine, before = find_machine(o.device, o.dtype, o.compile), memory_now()
     speed = measure_training(config, machine, o.rows, context, o.documents, o.seconds)
     print(f"""\
-machine      {machine.reason}; torch {torch.__version__}
-peak         {machine.peak_flops / 1e9:,.0f} GFLOP/s
+machine      {machine.reason}; torch {torch.__version__}; {machine.peak_flops / 1e9:,.0f} GFLOP/s
 speed        {speed:,.0f} tokens/s at {o.rows} sequences of {context} tokens, documents: {o.documents or 'no mask'}""")
     for counted in COUNTED:
         share = speed * flops_per_token(config, context / max(1, o.documents), counted) / machine.peak_flops
         print(f"share        {share:6.1%} of peak, counting {counted}")
     predicted = process_memory(config, o.rows, context, machine.dtype.itemsize, machine.device, before)
     if held := peak_memory(machine.device):
-        ratio = predicted / held - 1
-        print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f}: {ratio:+.0%}")
+        print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f}: "
+              f"{predicted / held - 1:+.0%}")
 
 
 def plan(o: PlanOptions, preset: ModelConfig | None, as_json: bool, picture: str | None) -> None:
@@ -695,14 +679,11 @@ def plan(o: PlanOptions, preset: ModelConfig | None, as_json: bool, picture: str
         o = replace(o, parameters=count_parameters(preset)["active"])
     if picture and not (picture.endswith((".png", ".pdf", ".svg")) and draw(picture, lambda axes: None)):
         raise UserError("--picture takes a name such as curve.png and needs matplotlib: pip install matplotlib")
-    if o.minutes:
-        found = plan_machine(find_machine(), o.minutes, o.vocab_size or 8192)
-    else:
-        found = plan_rented(o, preset)
+    found = plan_machine(find_machine(), o.minutes, o.vocab_size or 8192) if o.minutes else plan_rented(o, preset)
     if picture:
         draw_sizes(found, picture)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(found, indent=1, default=asdict))
     else:
         (print_machine_plan if o.minutes else print_plan)(found)
 

@@ -3,14 +3,14 @@
 The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (its ablation:
 2.189 with decay on the embedding, 2.202 without, which is noise), gradients clipped at norm 1. Warmup-stable-decay
 (WSD) ends as low as cosine (2.204 both with a 10 % decay; 2.184 with 20 %), and the length of the run may change
-later: a longer run resumes from the checkpoint before the decay. SmolLM3: peak rate 2e-4, 2000 steps of warmup, a
-linear decay to zero over the last 11 % of the steps.
+later: a longer run resumes from the checkpoint before the decay. SmolLM3: 2e-4, 2000 steps of warmup, linear to zero
+over the last 11 % of the steps.
 
     python schedule.py               # the schedules side by side; the laws for 1B parameters and 45B tokens
     python schedule.py 3.08B 11.1T   # the laws for another size and length
 
-A schedule is a function of the step alone. Step `total - 1`, the last one, has exactly the final rate. A law that is
-asked outside the range of its fit still answers, with a warning (`Extrapolation`): start a search there.
+The last step, `total - 1`, has exactly the final rate. A law that is asked outside the range of its fit still answers,
+with a warning (`Extrapolation`): start a search there.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def multistep(step: int, total: int, warmup_steps: int, **_) -> float:
     return warmup(step, warmup_steps) * 0.1 ** (drops / 2)
 
 
-# Add yours here: (step, total, warmup_steps, *, decay_steps, decay, final) -> share of the peak rate.
+# Add yours here: (step, total, warmup_steps, *, decay_steps, decay, final) -> share of the peak rate
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "multistep": multistep}
 
 
@@ -125,7 +125,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none)
 
     def update_to_weight(self) -> float:
-        """The largest norm of AdamW's last step, over the norm of the matrix; 0 before the first step."""
+        """The largest norm of AdamW's last step over the norm of the matrix that it moved; 0 before the first step."""
         largest = 0.0
         for part in self.optimizers:
             for group in part.param_groups:
@@ -138,9 +138,7 @@ class Optimizers:
         return largest
 
 
-class NoBfloat16(TorchFunctionMode):
-    """Inside it, `tensor.bfloat16()` copies in fp32."""
-
+class NoBfloat16(TorchFunctionMode):  # inside it, `tensor.bfloat16()` copies in fp32
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return args[0].float().clone() if function is torch.Tensor.bfloat16 else function(*args, **(kwargs or {}))
 
@@ -193,15 +191,18 @@ class Guard:
             skips twice as many; after TRIES the run ends and says so.
 
     A spike is over when three losses in a row are within 2 standard deviations of where it began: `fast` in at most
-    FAST updates, `slow` in at most LOST, otherwise `not recovered`.
+    FAST updates, `slow` in at most LOST, otherwise `not recovered`. A smoothed loss that stays HIGH above its lowest,
+    or above that of guessing, for LEAST updates is trouble: `diverged`, or `plateaued higher` below guessing.
     """
 
-    WINDOW, LEAST, SIGMAS, FAST, LOST = 128, 63, 6.0, 10, 256
+    WINDOW, LEAST, SIGMAS, FAST, LOST, HIGH = 128, 63, 6.0, 10, 256, 0.5
     TRIES, MARGIN = 3, 16  # rewinds for one spike; batches skipped on either side of it
-    PLAIN = ("count", "spike", "calm", "since", "skipped", "tight_until", "rewinds")
+    PLAIN = ("count", "spike", "calm", "since", "skipped", "tight_until", "rewinds", "smooth", "lowest", "high")
 
-    def __init__(self, policy: str, device: str):
-        self.policy = policy
+    def __init__(self, policy: str, device: str, guessing: float = math.inf):
+        """guessing: the loss of a model that knows nothing, ln(vocab_size) nats."""
+        self.policy, self.guessing = policy, guessing
+        self.smooth, self.lowest, self.high = 0.0, 1e9, 0  # averaged loss, its lowest, updates far above that
         self.seen = torch.zeros(2, self.WINDOW, device=device)  # losses and norms, a ring
         self.stopped = torch.zeros((), device=device)  # 1 after a value that is not finite: no update follows
         self.count = 0  # values seen
@@ -225,7 +226,13 @@ class Guard:
         return {"spike": spike, "dropped": dropped, "stopped": self.stopped, "usual": mean[0], "spread": deviation[0]}
 
     def follow(self, step: int, values: dict[str, float]) -> dict | None:
-        """On the host, after `judge`: the event to log, if any; its "event" is spike, over, or rewind."""
+        """On the host, after `judge`: the event to log, if any; its "event" is spike, over, rewind, or trouble."""
+        self.smooth = 0.95 * (self.smooth or values["loss"]) + 0.05 * values["loss"]
+        self.lowest = min(self.lowest, self.smooth)
+        self.high = self.high + 1 if self.smooth > min(self.lowest, self.guessing) + self.HIGH else 0
+        if self.high == self.LEAST:
+            kind = "diverged" if self.smooth > self.guessing else "plateaued higher"
+            return {"event": "trouble", "step": step, "kind": kind, "loss": self.smooth, "lowest": self.lowest}
         if values["spike"] and self.spike is None:
             self.spike = {"step": step, **{name: values[name] for name in ("loss", "grad_norm", "usual", "spread")}}
             self.calm, self.since = 0, 0
@@ -258,6 +265,22 @@ class Guard:
         self.stopped = torch.zeros_like(self.stopped)
         for name in self.PLAIN:
             setattr(self, name, state[name])
+
+
+def judge_losses(losses: list[float], guessing: float, score: float, expected: float) -> str:
+    """How a run ended, in words, from its training losses and that of guessing in nats, and its held-out score beside
+    what a law predicts; "" if nothing is unusual."""
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-tenth:]))
+    if last > guessing + 0.1:
+        return (f"diverged: the loss ends at {last:.2f} nats, above the {guessing:.2f} of guessing; lower "
+                "--learning_rate, then look at the data, the initialisation and the precision")
+    if first - last < 0.1 * guessing:
+        return f"flat: the loss fell only from {first:.2f} to {last:.2f} nats; raise --learning_rate or train longer"
+    if score > 1.15 * expected:
+        return (f"plateaued higher than expected: {score:.3f} bits per byte, where runs of this size and length reach "
+                f"about {expected:.3f}; look at the data and the labels, then try another --learning_rate")
+    return ""
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------
@@ -302,8 +325,7 @@ def scale_rate(rate: float, k: float) -> float:
     """The rate for a batch k times as large: sqrt(k) times as HIGH (playbook; many summaries invert it).
 
     The variance of an update is proportional to rate^2 / batch, so sqrt(k) keeps it. Holds while both batches are below
-    the critical size, which is unlikely if one is more than 16 times the other.
-    """
+    the critical size, which is unlikely if one is more than 16 times the other."""
     check_range("square-root scaling", k, 1 / 16, 16, "times the batch")
     return rate * math.sqrt(k)
 
@@ -432,8 +454,7 @@ class NoiseScale:
     |G|^2 and tr(S) are averaged separately and divided last, because single measurements are too noisy to divide. The
     default memory averages about 100 measurements: on a regression whose noise scale is known, 86 % of the averages are
     within 15 % of it (47 % with a memory of 0.95). The critical batch size is far larger than the noise scale (Merrill
-    et al. 2025); `python ablate.py branch` measures it directly.
-    """
+    et al. 2025); `python ablate.py branch` measures it directly."""
 
     def __init__(self, memory: float = 0.99):  # the share that past measurements keep in the averages
         self.memory, self.signal, self.noise = memory, 0.0, 0.0
@@ -506,8 +527,11 @@ def main() -> None:
             value = law(*arguments)
         print(f"{name:18}" + (f"{value:20.2g}" if value < 1 else f"{value:13,.0f} tokens")
               + "".join(f"\n    outside its range: {warning.message}" for warning in caught))
-    more = "4 times the batch: {:g} times the rate, betas 0.9 and 0.95 -> {:.2g} and {:.2g}, eps 1e-8 -> {:.0e}"
-    print(more.format(*scale_adam(4, 1.0)))
+    print("4 times the batch: rate x {:g}, betas .9 -> {:.2g}, .95 -> {:.2g}, eps {:.0e}".format(*scale_adam(4, 1.0)))
+    print("\nA smaller model trained longer, at this compute, beside the compute-optimal one (Besiroglu et al. 2024):")
+    for k in (1, 1.5, 2, 3, 4, 8):
+        print("{:3g}x smaller, {tokens:.3g} tokens: loss {loss_penalty:.3f} higher, inference {inference_saving:.0%} "
+              "cheaper, {compute_to_match:.2f} x compute to match".format(k, **overtrain(CHINCHILLA, compute, k)))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,22 @@
 1. Cut the text into chunks with a regular expression (pre-tokenization) and count each distinct chunk once.
 2. Merge the most frequent pair of neighbouring tokens into a new token; repeat up to the vocabulary size.
 3. Encode with tiktoken (the same merges at Rust speed); save one file, Hugging Face's tokenizer.json.
-4. Text never becomes a control token: "<|endoftext|>" in a document is ordinary characters to `encode`;
-   control tokens come only from `control(name)` and the chat template.
+4. Text never becomes a control token: "<|endoftext|>" in a document is ordinary characters to `encode`.
+   Control tokens come only from `control(name)` and from chat templates.
 
-The playbook: about 50k tokens do for English alone, 100k+ for many languages, in a multiple of 128. Judge by
-fertility (tokens per word) and PCW (proportion of continued words: two tokens or more); English: Llama 3
-1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and .328. Most modern tokenizers
-split numbers into single digits, Llama 3 into groups of up to three. Take an existing tokenizer if it covers
-your languages and domain; train one for low-resource languages or an unusual mix, on a sample of that mix.
+The playbook: about 50k tokens are enough for English alone, 100k or more for many languages, in a multiple of 128.
+Judge a tokenizer by fertility (tokens per word) and PCW (proportion of continued words: two tokens or more), both
+lower is better. English: Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and
+.328. Most modern tokenizers split numbers into single digits, Llama 3 into groups of up to three. Take an existing
+tokenizer if it covers your languages and domain. Train one for low-resource languages or an unusual mix, on a
+sample of that mix.
 
-    python tokenizer.py train PATH... --vocab-size 4096 --out DIR    # PATH: text, code, .jsonl, .parquet, folder, hf:...
+    python tokenizer.py train PATH... --vocab-size 4096 --out DIR     # PATH: a text file, or a folder of them
     python tokenizer.py train PATH... --vocab-size 32768 --out DIR --pretokenizer llama3
-    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # tokenizers side by side, a line per PATH
+    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # tokenizers side by side, one row per PATH
     python tokenizer.py advise --parameters 1e9 --languages 1         # a vocabulary size
+
+This file imports no other file of the project. What every command line needs (UserError, options, `run`) is at its end.
 """
 
 import argparse
@@ -34,22 +37,20 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from glob import glob
 from pathlib import Path
+from typing import get_origin
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
 from tqdm import tqdm
 
-
-class UserError(Exception):
-    """A mistake the user can put right: the message is one sentence, what is wrong and what to do instead."""
-
-
-# How text is cut before BPE; merges never cross a cut. No possessive quantifiers and the like, so that
-# `regex` (training), tiktoken (encoding) and Oniguruma (Hugging Face's tokenizers) read them alike.
+# How text is cut before BPE; merges never cross a cut. Written so that `regex` (training), tiktoken (encoding) and
+# Oniguruma (Hugging Face's tokenizers) read them alike, without possessive quantifiers and the like.
 PATTERNS = {
     # openai/gpt-2 encoder.py: contractions, then runs of letters, of digits, of other symbols after one space
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -67,33 +68,48 @@ PATTERNS = {
             r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
             r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    # SmolLM2's tokenizer.json: cut out single digits, then gpt2 on what lies between, as one expression
+    # SmolLM2's tokenizer.json: cut out single digits, then gpt2 on the text between them, as one expression
     "smollm2": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
 PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts, as a test shows
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 # The first present wins.
-EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<|im_end|>", "<|eot_id|>"]
-PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
+EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>", "<|im_end|>",
+             "<|eot_id|>", "<|return|>", "<end_of_turn>"]
+PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
 BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on a file that is one huge line
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
 MAX_SPACE = 100_000  # encoding: tiktoken's regex engine overflows its stack at 1,000,000 white spaces
+MAX_ID = 1 << 22  # loading: a damaged id must not ask for terabytes
+MAX_TOKEN = 2000  # loading: bytes of the longest token, or a damaged one would take hours
 
 # GPT-2's byte alphabet: every byte as one visible character, so that tokens can stand in a JSON file.
 VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
 BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE}
 BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
+SINGLE = [bytes([b]) for b in range(256)]
+
+Merges = list[tuple[bytes, bytes]]  # (left, right), in order
 
 
-def visible(token: bytes) -> str:
+compiled = partial(regex.compile, flags=regex.V1)  # version 1 knows the set operation &&
+
+
+def visible(token):
     return "".join(BYTE_TO_CHAR[b] for b in token)
 
 
-def compiled(pattern: str) -> regex.Pattern:
-    """`regex` knows the set operation && in its version 1 only."""
-    return regex.compile(pattern, regex.V1 if "&&" in pattern else regex.V0)
+def any_of(names):
+    """Finds the names in text, the longest first."""
+    return compiled("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def split_by(cut, text):
+    """What an expression matches and the text between its matches, in order."""
+    edges = [0, *(edge for match in cut.finditer(text) for edge in match.span()), len(text)]
+    return [text[a:b] for a, b in zip(edges, edges[1:]) if a < b]
 
 
 def utf8(text: str) -> bytes:
@@ -104,68 +120,64 @@ def utf8(text: str) -> bytes:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
 
 
-# ----- training --------------------------------------------------------------------------------------------
+# ----- BPE training ----------------------------------------------------------------------------------------
+
+progress = partial(tqdm, None, delay=1, mininterval=1, leave=False)
+
 
 def count_chunks(texts: Iterable[str], pattern: str, total: int | None = None) -> Counter[bytes]:
     """Distinct pre-token chunks (UTF-8) with their counts; `total` characters, if known, give an ETA."""
     findall, chunks, counts = compiled(pattern).findall, Counter(), Counter()
-    bar = tqdm(total=total, desc="counting", unit="B", unit_scale=True, delay=1, mininterval=1, leave=False)
-    for text in texts:
-        for start in range(0, len(text), BLOCK):
-            block = text[start:start + BLOCK]
-            chunks.update(findall(block))
-            bar.update(len(block))
-    bar.close()
+    with progress(total=total, desc="counting", unit="B", unit_scale=True) as bar:
+        for text in texts:
+            for start in range(0, len(text), BLOCK):
+                block = text[start:start + BLOCK]
+                chunks.update(findall(block))
+                bar.update(len(block))
     for chunk, n in chunks.items():  # to bytes only here, once per distinct chunk
         for start in range(0, len(chunk), MAX_CHUNK):
             counts[utf8(chunk[start:start + MAX_CHUNK])] += n
     return counts
 
 
-def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> list[tuple[bytes, bytes]]:
+def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
     """The first `num_merges` merges, fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
 
-    Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa"
-    "a"); of equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position
-    counts, so "aaa" holds (a, a) twice. Neither the order of the texts nor the hash seed matters.
+    Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa" "a"); of
+    equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts, so "aaa" holds
+    (a, a) twice. Neither the order of the texts nor the hash seed matters.
 
-    A merge visits only the chunks that hold its pair. The heap is lazy: after the merge that creates a pair
-    its count only falls, so an entry is an upper bound, and one out of date goes back with the present count.
+    A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only falls, so
+    an entry is an upper bound, and one that is out of date is pushed back with the present count.
     """
-    tokens = [bytes([b]) for b in range(256)]
-    chunks = [list(chunk) for chunk in chunk_counts]  # each a list of indices into `tokens`
-    counts = list(chunk_counts.values())
-    pair_count: dict[tuple[int, int], int] = defaultdict(int)
-    pair_chunks: dict[tuple[int, int], set[int]] = defaultdict(set)  # chunks that hold, or held, the pair
+    tokens = SINGLE.copy()
+    chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
+    pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # by (left, right); chunks that hold or held it
     for c, ids in enumerate(chunks):
         for pair in zip(ids, ids[1:]):
             pair_count[pair] += counts[c]
             pair_chunks[pair].add(c)
 
-    def entry(pair: tuple[int, int]) -> tuple[int, bytes, bytes, tuple[int, int]]:
+    def entry(pair):
         return -pair_count[pair], tokens[pair[0]], tokens[pair[1]], pair
 
-    heap = [entry(pair) for pair in pair_count]
-    heapq.heapify(heap)
-    merges: list[tuple[bytes, bytes]] = []
-    bar = tqdm(total=num_merges, desc="merging", unit="merge", delay=1, mininterval=1, leave=False)
+    heap, merges = sorted(map(entry, pair_count)), []  # a sorted list is a heap
+    bar = progress(total=num_merges, desc="merging", unit="merge")
     while heap and len(merges) < num_merges:
         negative_count, left, right, (a, b) = heapq.heappop(heap)
         if pair_count[a, b] != -negative_count:
             if pair_count[a, b] > 0:
                 heapq.heappush(heap, entry((a, b)))
             continue
-        new = len(tokens)
+        new, created = len(tokens), set()
         tokens.append(left + right)
         merges.append((left, right))
-        created = set()
         for c in pair_chunks.pop((a, b)):
             ids, n = chunks[c], counts[c]
             i, last = 0, len(ids) - 1
             while i < last:
                 if ids[i] == a and ids[i + 1] == b:
-                    ids[i] = new
-                    del ids[i + 1]
+                    ids[i:i + 2] = [new]
                     last -= 1
                     if i > 0:  # (x, a) becomes (x, new)
                         x = ids[i - 1]
@@ -196,22 +208,18 @@ def train_bpe(texts: Iterable[str], vocab_size: int, pretokenizer: str = "qwen",
     Raises UserError if the text runs out of pairs before vocab_size is reached.
     """
     first = len(CONTROL) + 256
-    if isinstance(texts, str):
-        raise UserError("train_bpe takes a list of documents, not one string: write train_bpe([text], ...).")
-    if pretokenizer not in PATTERNS:
-        raise UserError(f"there is no pre-tokenizer {pretokenizer!r}: choose one of {', '.join(PATTERNS)}.")
-    if vocab_size < first:
-        raise UserError(f"a vocabulary of {vocab_size} does not hold the {len(CONTROL)} control tokens and "
-                        f"256 bytes: use --vocab-size {first} or more.")
+    if not first <= vocab_size <= MAX_ID:
+        raise UserError(f"a vocabulary of {vocab_size} is out of range: use --vocab-size {first} (the control tokens "
+                        f"and bytes) to {MAX_ID}.")
     pattern = PATTERNS[pretokenizer]
     merges = bpe_merges(count_chunks(texts, pattern, total), vocab_size - first)
     if first + len(merges) < vocab_size:
         raise UserError(f"the text has pairs for only {first + len(merges)} tokens, not {vocab_size}: "
                         f"use --vocab-size {first + len(merges)} or give more text.")
-    tokens = [bytes([b]) for b in range(256)] + [left + right for left, right in merges]
-    ranks = {token: len(CONTROL) + i for i, token in enumerate(tokens)}
+    tokens = SINGLE + [left + right for left, right in merges]
+    ranks = dict(zip(tokens, range(len(CONTROL), vocab_size)))
     assert len(ranks) == len(tokens), "two merges spell the same token"
-    return Tokenizer(pattern, ranks, merges, {name: i for i, name in enumerate(CONTROL)})
+    return Tokenizer(pattern, ranks, merges, dict(zip(CONTROL, range(first))))
 
 
 # ----- the tokenizer ---------------------------------------------------------------------------------------
@@ -224,53 +232,60 @@ class Tokenizer:
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
     nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
+    added: tokens that a file adds and does not call special, such as Qwen3's <think>: found in text, as in transformers
+    cuts: expressions that cut the text, one after another, before `pattern` does (DeepSeek-V3 has two)
 
-    A loaded vocabulary may lack bytes that text hardly holds (SmolLM2's lacks 21); those are dropped, as
-    Hugging Face does. Ours never drop anything.
+    A loaded vocabulary may lack bytes that text hardly holds (SmolLM2's lacks 21); those are dropped, as Hugging Face
+    does. Ours never drop anything.
     """
 
-    def __init__(self, pattern: str, ranks: dict[bytes, int], merges: list[tuple[bytes, bytes]] | None,
-                 special: dict[str, int], nfc: bool = False):
-        self.pattern, self.ranks, self.special, self.nfc = pattern, ranks, special, nfc
-        self._bytes = {i: token for token, i in ranks.items()}
-        self._bytes |= {i: utf8(name) for name, i in special.items()}
+    def __init__(self, pattern: str, ranks: dict[bytes, int], merges: Merges | None, special: dict[str, int],
+                 nfc: bool = False, added: dict[str, int] = {}, cuts: Iterable[str] = ()):
+        self.pattern, self.ranks, self.special, self.nfc, self.added = pattern, ranks, special, nfc, added
+        self.cuts, names = list(cuts), special | added
+        self._bytes = dict(zip(ranks.values(), ranks)) | {i: utf8(name) for name, i in names.items()}
         self.vocab_size = 1 + max(self._bytes)
         self.token_bytes = [0] * self.vocab_size
-        for token, i in ranks.items():
-            self.token_bytes[i] = len(token)
-        eos = next((special[name] for name in EOS_NAMES if name in special), None)
-        if eos is None:
-            raise UserError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}.")
-        self.eos_id: int = eos
-        self.pad_id: int | None = next((special[name] for name in PAD_NAMES if name in special), None)
+        for i in self._bytes.keys() - special.values():
+            self.token_bytes[i] = len(self._bytes[i])
+        self.eos_id, self.pad_id = (next((names[name] for name in known if name in names), None)
+                                    for known in (EOS_NAMES, PAD_NAMES))
+        if self.eos_id is None:
+            raise ValueError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}")
+        if max(map(len, ranks)) > MAX_TOKEN:
+            raise ValueError(f"one of its tokens is longer than {MAX_TOKEN} bytes")
+        self._added = any_of(added)
+        # The last cut ends a piece after MAX_SPACE white spaces, counted from where they or the search begin (\G).
+        self._cuts = [compiled(cut) for cut in (*cuts, r"(?:(?<!\s)|\G)\s{%d}" % MAX_SPACE)]
         # tiktoken merges by rank. Where ids are no ranks (ids that do not follow the merges, or a byte that is
         # missing, which tiktoken cannot do without) its ids are places in `order`, and _ids maps them to ours.
-        order = sorted(ranks, key=ranks.__getitem__)
-        self._follows = merges is None or all(
-            ranks[a + b] <= ranks[c + d] for (a, b), (c, d) in zip(merges, merges[1:]))
+        order, made = sorted(ranks, key=ranks.__getitem__), [a + b for a, b in merges or []]
+        self._follows = made == sorted(made, key=ranks.__getitem__)
         if not self._follows:
-            order = list(dict.fromkeys([t for t in order if len(t) == 1] + [a + b for a, b in merges] + order))
-            if recover_merges({token: i for i, token in enumerate(order)}) != merges:
-                raise UserError("its merges say something else than the order of its tokens")
-        order += [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
+            order = list(dict.fromkeys([t for t in order if len(t) == 1] + made + order))
+            if recover_merges(dict(zip(order, range(len(order))))) != merges:
+                raise ValueError("its merges say something else than the order of its tokens")
+        order += [byte for byte in SINGLE if byte not in ranks]
         self._ids = None
         if len(order) > len(ranks) or not self._follows:
             self._ids = [ranks.get(token, -1) for token in order]  # -1: dropped
-            ranks = {token: i for i, token in enumerate(order)}
-        self._merges = merges
+            ranks = dict(zip(order, range(len(order))))
+        if merges is not None:
+            self.merges = merges
+        if pattern not in PATTERNS.values():  # text that it does not match is a chunk too, as in Hugging Face's Split
+            pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    @property
-    def merges(self) -> list[tuple[bytes, bytes]]:
-        if self._merges is None:  # tiktoken's vocabularies come without them
-            self._merges = recover_merges(self.ranks)
-        return self._merges
+    @cached_property
+    def merges(self) -> Merges:
+        return recover_merges(self.ranks)  # tiktoken's vocabularies come without them
 
     @property
     def hash(self) -> str:
-        """sha256 (hex) of all that decides ids: expression, normalisation, control tokens, tokens by id."""
-        content = [self.pattern, self.nfc, sorted((i, name) for name, i in self.special.items()),
+        """sha256 (hex) of all that decides ids: expressions, normalisation, control tokens, tokens by id."""
+        content = [self.pattern, self.nfc, sorted(zip(self.special.values(), self.special)),
                    sorted((i, token.hex()) for token, i in self.ranks.items())]
+        content += [more for more in (sorted(self.added.items()), self.cuts) if more]
         if not self._follows:
             content.append([(a.hex(), b.hex()) for a, b in self.merges])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -284,14 +299,21 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; adds no EOS, and strings such as "<|endoftext|>" stay text.
 
-        A block of MAX_SPACE characters that is all white space starts a new piece; only there can ids differ
-        from Hugging Face's. decode(encode(text)) == text, except that lone surrogates become U+FFFD.
+        MAX_SPACE white spaces in a row start a new piece; only there can ids differ from Hugging Face's.
+        decode(encode(text)) == text, except that lone surrogates become U+FFFD.
         """
-        first, *rest = self._parts(text)
-        ids = self._bpe.encode_ordinary(first)
-        for part in rest:
-            ids += self._bpe.encode_ordinary(part)
-        return ids if self._ids is None else [self._ids[i] for i in ids if self._ids[i] >= 0]
+        ids = []
+        for part in split_by(self._added, text) if self.added else [text]:
+            if part in self.added:
+                ids.append(self.added[part])
+                continue
+            pieces = [unicodedata.normalize("NFC", part) if self.nfc else part]
+            for cut in self._cuts if len(text) >= MAX_SPACE else self._cuts[:-1]:
+                pieces = [new for piece in pieces for new in split_by(cut, piece)]
+            for piece in pieces:
+                new = self._bpe.encode_ordinary(piece)
+                ids += new if self._ids is None else [self._ids[i] for i in new if self._ids[i] >= 0]
+        return ids
 
     def encode_array(self, text: str):
         """The same ids as a numpy array (uint32)."""
@@ -299,17 +321,9 @@ class Tokenizer:
 
         return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
 
-    def _parts(self, text: str) -> list[str]:
-        """The text normalised, and cut inside absurd runs of white space."""
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
-        starts = range(0, len(text) - MAX_SPACE + 1, MAX_SPACE)
-        cuts = [0, *(i for i in starts if text[i:i + MAX_SPACE].isspace()), len(text)]
-        return [text[a:b] for a, b in zip(cuts, cuts[1:])] if len(cuts) > 2 else [text]
-
-    def encode_batch(self, texts: list[str], threads: int = os.cpu_count() or 1) -> list[list[int]]:
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """encode() of each text on several threads; tiktoken releases the GIL."""
-        with ThreadPoolExecutor(threads) as pool:
+        with ThreadPoolExecutor() as pool:
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -330,53 +344,28 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
-    def encode_chat(self, messages: list[dict[str, str]],
-                    add_generation_prompt: bool = False) -> tuple[list[int], list[int]]:
-        """ChatML, as in Qwen and SmolLM3: <|im_start|>role\\ncontent<|im_end|>\\n per {"role", "content"}.
-
-        Returns (ids, mask) of equal length; mask is 1 on what the assistant has to produce: its content and
-        the closing <|im_end|>, without which a model never learns to stop. add_generation_prompt opens a
-        reply. Header and content are encoded apart: training sees exactly the prompt that generation uses.
-        """
-        start, end, newline = self.control("<|im_start|>"), self.control("<|im_end|>"), self.encode("\n")
-        parts = []  # (ids, mask)
-        for message in messages:
-            role, content = message.get("role"), message.get("content")
-            if not isinstance(role, str) or not isinstance(content, str):
-                raise UserError(f'a chat message must be {{"role": text, "content": text}}, not {message!r}.')
-            parts += [([start, *self.encode(role + "\n")], 0),
-                      ([*self.encode(content), end], int(role == "assistant")), (newline, 0)]
-        if add_generation_prompt:
-            parts.append(([start, *self.encode("assistant\n")], 0))
-        return [i for ids, _ in parts for i in ids], [mask for ids, mask in parts for _ in ids]
-
     def save(self, path: str | Path) -> Path:
-        """Write DIR/tokenizer.json (or a .json file) in Hugging Face's format, a line per token or merge."""
+        """Write DIR/tokenizer.json (or a .json file) in Hugging Face's format, one line per token and per merge."""
         path = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
+        flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-        special = sorted(self.special.items(), key=lambda item: item[1])
-        vocab = special + [(visible(token), i) for token, i in self.ranks.items()]
-        vocab = dict(sorted(vocab, key=lambda item: item[1]))
+        names = self.special | self.added
         spec = {
-            "version": "1.0", "truncation": None, "padding": None,
-            "added_tokens": [{"id": i, "content": name, **flags} for name, i in special],
+            "version": "1.0",
+            "added_tokens": [{"id": i, "content": name, **flags, "special": name in self.special}
+                             for name, i in names.items()],
             "normalizer": {"type": "NFC"} if self.nfc else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-            "post_processor": None, "decoder": level,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                *({"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
+                  for cut in (*self.cuts, self.pattern)), level]},
+            "decoder": level,
             # ignore_merges: a chunk that is itself a token becomes that token at once, as in tiktoken
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                      "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                      "ignore_merges": True, "vocab": vocab, "merges": []},
+            "model": {"type": "BPE", "ignore_merges": True,
+                      "vocab": names | {visible(token): i for token, i in self.ranks.items()},
+                      "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges]},
         }
-        text = json.dumps(spec, ensure_ascii=False, indent=1)
-        merges = ",\n".join(json.dumps([visible(a), visible(b)], ensure_ascii=False) for a, b in self.merges)
-        text = text.replace('"merges": []', f'"merges": [\n{merges}\n]')  # each pair on one line
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(text + "\n", encoding="utf-8", newline="\n")
-        os.replace(partial, path)  # a reader sees the old file or the new one, never half of one
+        path.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
         return path
 
     @classmethod
@@ -384,7 +373,7 @@ class Tokenizer:
         """Read a tokenizer from one of
 
             a folder, ours or of a Hugging Face model: its tokenizer.json, or else its tiktoken.model (Kimi, Moonlight)
-            a tokenizer.json; any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's and SmolLM's
+            a tokenizer.json; any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's
             FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text
             hf:ORG/NAME, downloaded; a tiktoken encoding such as cl100k_base, downloaded once by tiktoken
             bytes: every byte a token, no merges, the baseline without a tokenizer
@@ -394,32 +383,21 @@ class Tokenizer:
         if str(path) == "bytes":
             return train_bpe([], len(CONTROL) + 256)
         if not Path(path).exists() and str(path) in tiktoken.list_encoding_names():
-            return from_tiktoken(str(path))
-        file, pretokenizer = find_tokenizer_file(path)
-        try:
+            return cls(*fetch_tiktoken(str(path)))
+        file, pretokenizer = find_tokenizer_file(str(path))
+        with reading(file):
             if pretokenizer:
                 return cls(PATTERNS[pretokenizer], *parse_tiktoken(file))
-            spec = json.loads(file.read_bytes().decode("utf-8"))
-        except UserError as error:
-            problem = str(error).rstrip(".")
-        except (ValueError, RecursionError) as error:
-            problem = f"it is not JSON ({error})"
-        else:
-            try:
-                return cls(*parse_tokenizer_json(spec))
-            except UserError as error:
-                problem = str(error).rstrip(".")
-            except (KeyError, TypeError, AttributeError, ValueError, regex.error) as error:
-                problem = f"it is not built like a tokenizer.json ({type(error).__name__}: {error})"
-        raise UserError(f"cannot load the tokenizer {file}: {' '.join(problem.split())}; give a byte-level "
-                        "BPE tokenizer.json, or make one with `python tokenizer.py train`.")
+            return cls(*parse_tokenizer_json(json.loads(file.read_bytes())))
 
 
-def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+# ----- tokenizers in and out -------------------------------------------------------------------------------
+
+def recover_merges(ranks) -> Merges:
     """The merges behind tiktoken's ranks: BPE with the ranks below a token's own leaves it in two pieces."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
-        parts, rank = [token[i:i + 1] for i in range(len(token))], ranks[token]
+        parts, rank = [bytes([b]) for b in token], ranks[token]
         while len(parts) > 2:
             pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
             i = pairs.index(min(pairs))
@@ -427,303 +405,406 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
                 break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
         if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
+            merges.append(tuple(parts))
     return merges
 
 
-def from_tiktoken(name: str) -> "Tokenizer":
-    try:
+def fetch_tiktoken(name):
+    with reading(name, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR), or give a file."):
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # requests' own errors, and tiktoken's ValueError for a damaged cache
-        raise UserError(f"tiktoken cannot fetch {name} ({type(error).__name__}): run it once with network (tiktoken "
-                        "keeps a copy in $TIKTOKEN_CACHE_DIR), or give a local file.") from None
-    return Tokenizer(encoding._pat_str, encoding._mergeable_ranks, None, encoding._special_tokens)
+    return encoding._pat_str, encoding._mergeable_ranks, None, encoding._special_tokens
 
 
-def parse_tiktoken(file: Path) -> tuple:
-    """ranks, no merges and the control tokens of a file of base64 tokens and ranks. Control tokens are those of
-    the tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one,
-    CONTROL behind the last rank."""
-    try:
-        lines = [line.split() for line in file.read_bytes().splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    except ValueError as error:
-        raise UserError(f"it is not a file of base64 tokens and ranks ({error})") from None
-    if sorted(ranks.values()) != list(range(len(lines))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise UserError("its ranks are not 0, 1, 2, ... or it lacks some bytes")
-    config = file.with_name("tokenizer_config.json")
-    if not config.exists():
-        return ranks, None, {name: len(ranks) + i for i, name in enumerate(CONTROL)}
-    try:
-        added = json.loads(config.read_text("utf-8")).get("added_tokens_decoder", {})
-        named = {int(i): token["content"] for i, token in added.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{config} is not built like a tokenizer_config.json ({error})") from None
-    ids = range(len(ranks), len(ranks) + 256)
-    return ranks, None, {named.get(i, f"<|reserved_token_{i}|>"): i for i in ids}
+def parse_tiktoken(file):
+    """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of the
+    tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one, CONTROL after the last
+    rank."""
+    lines = [line.split() for line in file.read_bytes().splitlines() if line]
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    first, config = len(ranks), file.with_name("tokenizer_config.json")
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise ValueError("its ranks are not 0, 1, 2, ...")
+    names = CONTROL
+    if config.exists():
+        names = [f"<|reserved_token_{i}|>" for i in range(first, first + 256)]
+        with reading(config):
+            for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
+                names[int(i) - first] = token["content"]
+    return ranks, None, dict(zip(names, range(first, MAX_ID)))
 
 
-def find_tokenizer_file(path: str | Path) -> tuple[Path, str]:
+def find_tokenizer_file(path):
     """(the file, the pre-tokenizer of a tiktoken file or "" for a tokenizer.json)."""
-    if str(path).startswith("hf:"):
-        try:
-            from huggingface_hub import hf_hub_download
-        except ImportError:
-            raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
-        try:
-            return Path(hf_hub_download(str(path)[3:], "tokenizer.json")), ""
-        except Exception as error:  # the client raises its own, its HTTP library's and OS errors
-            raise UserError(f"cannot download {path} ({type(error).__name__}): check the name and the "
-                            "network, or give a local folder.") from None
-    name, _, pretokenizer = str(path).rpartition(":")
-    if pretokenizer in PATTERNS and Path(name).is_file():
-        return Path(name), pretokenizer
-    if Path(path).is_dir() and not (Path(path) / "tokenizer.json").exists() and (Path(path) / "tiktoken.model").is_file():
-        return Path(path) / "tiktoken.model", "kimi"
-    file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    name, _, last = path.rpartition(":")
+    if name == "hf":
+        with reading(path, "check the name and the network, or give a local folder."):
+            try:
+                from huggingface_hub import hf_hub_download
+            except ImportError:
+                raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
+            return Path(hf_hub_download(last, "tokenizer.json")), ""
+    if last in PATTERNS and Path(name).is_file():
+        return Path(name), last
+    folder = Path(path)
+    file = folder / "tokenizer.json" if folder.is_dir() else folder
+    if not file.exists() and (folder / "tiktoken.model").exists():
+        return folder / "tiktoken.model", "kimi"
     if not file.is_file():
         raise UserError(f"there is no tokenizer at {file}: give a folder that holds tokenizer.json, or make "
                         "one with `python tokenizer.py train PATH --vocab-size N --out DIR`.")
     if file.suffix in (".tiktoken", ".model"):
-        raise UserError(f"{file} does not say how it cuts text: write {file}:PRETOKENIZER, one of {', '.join(PATTERNS)}.")
+        raise UserError(f"{file} does not say how it cuts text: write {file}:PRETOKENIZER, one of "
+                        f"{', '.join(PATTERNS)}.")
     return file, ""
 
 
-def parse_tokenizer_json(spec: dict) -> tuple:
-    """The arguments of Tokenizer() from the content of a tokenizer.json, checked strictly.
+def parse_tokenizer_json(spec):
+    """The arguments of Tokenizer() from the content of a tokenizer.json. ValueError, KeyError and the like for a file
+    that is damaged, or that asks for something else than byte-level BPE."""
+    model, normalizer = spec["model"], spec.get("normalizer") or {"normalizers": []}
+    steps = normalizer.get("normalizers", [normalizer])
+    if model.get("type", "BPE") != "BPE" or any(step != {"type": "NFC"} for step in steps):
+        raise ValueError(f"its model is {model.get('type')}, its normalizer {normalizer}, not BPE with NFC or nothing")
+    special, added = {}, {}
+    for token in spec["added_tokens"]:
+        (special if token["special"] else added)[token["content"]] = token["id"]
+        if not token["special"] and (token.get("single_word") or token.get("lstrip") or token.get("rstrip")):
+            raise ValueError(f"its token {token} looks at the characters beside it")
+    ids = model["vocab"] | special | added
+    if len(set(ids.values())) < len(ids) or not all(type(i) is int and 0 <= i < MAX_ID for i in ids.values()):
+        raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
 
-    Raises UserError; KeyError, TypeError and the like on alien structure.
-    """
-    def check(ok: bool, problem: str) -> None:
-        if not ok:
-            raise UserError(problem)
+    def raw(token):  # KeyError for a token that is not byte-level
+        return bytes(CHAR_TO_BYTE[c] for c in token)
 
-    model, normalizer = spec["model"], spec.get("normalizer")
-    check(model.get("type") == "BPE", f"its model is {model.get('type')!r}, not BPE")
-    check(normalizer in (None, {"type": "NFC"}), f"its normalizer is {normalizer}, not NFC or none")
-    for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix"):
-        check(not model.get(key), f"it sets {key}, so it is not a byte-level BPE")
-
-    vocab, special = model["vocab"], {token["content"]: token["id"] for token in spec["added_tokens"]}
-    for name, i in [*vocab.items(), *special.items()]:  # the bound: a damaged id must not ask for terabytes
-        check(type(i) is int and 0 <= i < 1 << 22, f"the id of {name!r} is {i!r}, not in 0..{(1 << 22) - 1}")
-    for name, i in special.items():
-        check(vocab.get(name, i) == i, f"the control token {name!r} has two ids, {i} and {vocab.get(name)}")
-    check(len(set((vocab | special).values())) == len(vocab | special), "two of its tokens have the same id")
-
-    ranks = {}
-    for token, i in vocab.items():
-        if token not in special:
-            check(token != "" and CHAR_TO_BYTE.keys() >= set(token), f"its token {token!r} is not byte-level")
-            ranks[bytes(CHAR_TO_BYTE[c] for c in token)] = i
-    made = {bytes([b]) for b in range(256)}
-    check(all(bytes([b]) in ranks for b in range(32, 127)), "its vocabulary lacks some ASCII characters")
-    merges = []
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge  # older files write "left right"
-        for token in (left, right, left + right):
-            known = token in vocab and token not in special
-            check(known, f"its merge {merge} needs {token!r}, which is not in its vocabulary")
-        merges.append((bytes(CHAR_TO_BYTE[c] for c in left), bytes(CHAR_TO_BYTE[c] for c in right)))
-        made.add(merges[-1][0] + merges[-1][1])
-    orphans = [] if model.get("ignore_merges") else sorted(ranks.keys() - made)
-    check(not orphans, f"no merge makes its token {visible(b''.join(orphans[:1]))!r}")
-    return parse_pattern(spec["pre_tokenizer"]), ranks, merges, special, normalizer is not None
+    ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special and token not in added}
+    merges = [tuple(map(raw, merge.split(" ") if isinstance(merge, str) else merge)) for merge in model["merges"]]
+    used = {token for a, b in merges for token in (a, b, a + b)}
+    if used - ranks.keys() or not model.get("ignore_merges") and ranks.keys() - used - set(SINGLE):
+        raise ValueError("its merges and its vocabulary do not fit together")
+    if set(SINGLE[32:127]) - ranks.keys():
+        raise ValueError("its vocabulary lacks some ASCII characters")
+    *cuts, pattern = parse_cuts(spec["pre_tokenizer"])
+    return pattern, ranks, merges, special, bool(steps), added, cuts
 
 
-def parse_pattern(pre_tokenizer: dict) -> str:
-    """The one expression equal to a pre_tokenizer in GPT-2's, SmolLM2's or (as ours) Llama 3's form."""
-    match (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]):
-        case [{"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
-            return PATTERNS["gpt2"]
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, **rest}] if rest.get("use_regex", True):
-            return PATTERNS["smollm2"]
-        case [{"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated", "invert": False},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            probe = "It's 2024,\r\n\té漢 👍  "
-            cut = [match.group() for match in compiled(pattern).finditer(probe)]
-            if "" in cut or "".join(cut) != probe:
-                raise UserError(f"its pre_tokenizer expression {pattern!r} loses text")
-            return pattern
-    raise UserError("its pre_tokenizer is not ByteLevel, Digits + ByteLevel or Split + ByteLevel")
+# In a tokenizer.json: each digit apart; what an expression matches and what is between; only what it matches (gpt-4o).
+KNOWN_CUTS = [{"type": "Digits", "individual_digits": True}, {"type": "Split", "behavior": "Isolated", "invert": False},
+              {"type": "Split", "behavior": "Removed", "invert": True}]
+
+
+def parse_cuts(pre_tokenizer):
+    """The expressions by which a pre_tokenizer cuts text, one after another; ValueError for other ways to cut."""
+    *steps, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if last["type"] != "ByteLevel" or last["add_prefix_space"]:
+        raise ValueError("its pre_tokenizer does not end in ByteLevel without a prefix space")
+    cuts, probe = [], "It's 2024,\r\n\té漢 👍\0  "
+    for step in steps:
+        cut = step.pop("pattern", {"Regex": r"\p{N}"})["Regex"]
+        drops = step.get("invert") and "".join(compiled(cut).findall(probe)) != probe  # what it does not match
+        if step not in KNOWN_CUTS or drops or compiled(cut).match(""):
+            raise ValueError(f"its pre_tokenizer cuts text by {cut!r} in a way that is unknown or loses text: {step}")
+        cuts.append(cut)
+    cuts += [PATTERNS["gpt2"]] * last.get("use_regex", True)
+    return [PATTERNS["smollm2"]] if cuts == [r"\p{N}", PATTERNS["gpt2"]] else cuts  # the same in one expression
 
 
 # ----- chats -----------------------------------------------------------------------------------------------
 
-
-def _read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text("utf-8"))) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
-
-
-BEGIN, END = "\ue002", "\ue003"  # around what the assistant says, in a rendered template
-
-
 class ChatFormat:
-    """How text and chats begin and end for the model of a folder, ours or Hugging Face's."""
+    """How text and chats begin and end for the model of a folder, ours or Hugging Face's.
+
+    opening: ids that begin a text     stop: ids that end a reply
+    template: the model's chat template (jinja), None for our own ChatML
+    """
 
     def __init__(self, folder: str | Path, tokenizer: Tokenizer):
-        self.tokenizer, folder = tokenizer, Path(folder)
-        control = map(re.escape, sorted(tokenizer.special, key=len, reverse=True))
-        self.control = re.compile("|".join(control) or "(?!)")  # the text of any control token
-        self.settings: dict = {}  # tokenizer_config.json; empty for our runs
-        self.template: str | None = None
+        self.tokenizer, self.folder, self.control = tokenizer, Path(folder), any_of(tokenizer.special)
+        self.template = None
         self.opening = [tokenizer.eos_id]  # our documents open with EOS
-        self.stop = {tokenizer.eos_id} | {id for name, id in tokenizer.special.items() if name == "<|im_end|>"}
-        if "model_type" not in _read_json(folder / "config.json") and not (folder / "tokenizer_config.json").exists():
+        self.stop = {tokenizer.eos_id, tokenizer.special.get("<|im_end|>", tokenizer.eos_id)}
+        config, settings = self.content("config.json"), self.content("tokenizer_config.json")
+        if "model_type" not in config and not settings:
             return  # a run of ours that did not begin from such a folder
-        self.settings = _read_json(folder / "tokenizer_config.json")
-        if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text("utf-8")
-        elif isinstance(self.settings.get("chat_template"), str):
-            self.template = self.settings["chat_template"]
-        bos = self.name("bos_token")
-        opens = self.settings.get("add_bos_token") or f'"id": "{bos}"' in json.dumps(
-            _read_json(folder / "tokenizer.json").get("post_processor"))  # a TemplateProcessing that writes it
-        self.opening = [tokenizer.control(bos)] if bos and opens else []
-        ends = (_read_json(folder / "generation_config.json").get("eos_token_id")
-                or _read_json(folder / "config.json").get("eos_token_id"))
-        if ends is not None:
-            self.stop = set(ends) if isinstance(ends, list) else {ends}
+        with reading(self.folder):
+            self.names = {role: token["content"] if isinstance(token, dict) else token  # bos_token and others
+                          for role, token in settings.items() if token and role.endswith("_token")}
+            bos = self.names.get("bos_token")
+            writes = json.dumps(self.content("tokenizer.json").get("post_processor"), ensure_ascii=False)
+            opens = settings.get("add_bos_token") or f'"id": "{bos}"' in writes  # a TemplateProcessing that writes it
+            self.opening = [tokenizer.special[bos]] if bos and opens else []
+            ends = self.content("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+            if ends is not None:
+                self.stop = {int(i) for i in (ends if isinstance(ends, list) else [ends])}
+            self.template, file = settings.get("chat_template"), self.folder / "chat_template.jinja"
+            if isinstance(self.template, list):  # several by name, such as default, tool_use and rag
+                self.template = {one["name"]: one["template"] for one in self.template}["default"]
+            if file.exists():
+                self.template = file.read_text("utf-8")
 
-    def name(self, role: str) -> str | None:
-        """The text of the token with a role, such as bos_token, of a Hugging Face tokenizer."""
-        token = self.settings.get(role)
-        return token.get("content") if isinstance(token, dict) else token
+    def content(self, name):
+        """A JSON file of the folder, empty if it is missing."""
+        file = self.folder / name
+        with reading(file):
+            return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
     def text(self, prompt: str) -> list[int]:
         """ids of a text to continue."""
         return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
 
-    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
-        """ids of a conversation of {"role", "content"} up to where the assistant speaks; ChatML for our own models.
+    def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+        """ids of a conversation of {"role", "content"} up to where the assistant speaks.
 
-        A template's control tokens become control tokens, and so do the model's own; what looks like one in a message of
-        the user stays ordinary text.
+        The control tokens that the format itself writes become control tokens, and so do those in the assistant's
+        messages. Text of any other message, or of `tools`, that looks like one stays ordinary text.
         """
-        if self.template is None:
-            return [*self.opening, *self.tokenizer.encode_chat(messages, add_generation_prompt=True)[0]]
-        return self.encode(self.render(messages, True).replace(BEGIN, "").replace(END, ""))
+        text, _, outline = self.render(messages, tools, True)
+        return self.encode(text, [], outline)[0]
 
-    def samples(self, messages: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask) of a whole conversation to train on; mask is 1 on what the assistant has to produce, the token that
-        ends its turn included.
+    def samples(self, messages: list[dict], tools: list[dict] | None = None) -> list[tuple[list[int], list[int]]]:
+        """[(ids, mask)] to train on; mask is 1 on the tokens that the assistant must produce, the one that ends its
+        turn included: without it a model never learns to stop.
 
-        With a template: what stands between its {% generation %} tags, or, without them, what a reply adds to the prompt
-        before it. Prompt and reply are encoded apart, as they are when the model answers.
+        One sample for the whole conversation; or, where the template changes earlier turns (Qwen3 drops their
+        thinking), one per assistant turn, each rendered as at inference. With a template the assistant's part is the
+        text inside its {% generation %} tags, or, without them, the text that a reply adds to the prompt before it.
+        Without tags a greeting that opens the conversation is not trained on: no prompt leads to it. Prompt and reply
+        are encoded apart, as they are when the model answers.
         """
-        if self.template is None:
-            ids, mask = self.tokenizer.encode_chat(messages)
-            return [([*self.opening, *ids], [0] * len(self.opening) + mask)]
-        text = self.render(messages, False)
-        pieces = re.split(f"[{BEGIN}{END}]", text)  # in turn outside and inside
-        if len(pieces) == 1:
-            cuts = [0]
-            for i, message in enumerate(messages):
-                if message["role"] == "assistant":
-                    before, after = self.render(messages[:i], True), self.render(messages[:i + 1], False)
-                    if not (after.startswith(before) and text.startswith(after)):
-                        raise UserError("the model's chat template changes a turn when others follow it, so that what the "
-                                        "assistant says cannot be told; put {% generation %} and {% endgeneration %} around "
-                                        "it in chat_template.jinja")
-                    ends = [m.end() for m in self.control.finditer(after, len(before))]
-                    cuts += [len(before), ends[-1] if ends else len(after)]  # white space behind the end is no reply
-            pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])]
-        parts = [self.encode(piece) for piece in pieces]
-        return [([i for ids in parts for i in ids], [n % 2 for n, ids in enumerate(parts) for _ in ids])]
+        whole, tags, outline = self.render(messages, tools)
+        turns, seen = [], 0
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or i == 0 and not tags:
+                continue
+            text, said, shape = self.render(messages[:i + 1], tools)
+            said, seen = said[seen:], len(said)
+            if not tags:
+                before = self.render(messages[:i], tools, True)[0]
+                if not text.startswith(before):
+                    raise UserError("the model's chat template does not continue its own prompt with the reply, so the "
+                                    "reply cannot be told apart; put {% generation %} and {% endgeneration %} around "
+                                    "it in chat_template.jinja")
+                ends = [match.end() for match in self.control.finditer(shape, len(before))] or [len(text)]
+                said = [(len(before), ends[-1])]  # white space after the end is no reply
+            turns.append((text, said, shape))
+        if all(whole.startswith(text) for text, *_ in turns):
+            turns = [(whole, [span for _, said, _ in turns for span in said], outline)]
+        return [self.encode(*turn) for turn in turns]
 
-    def encode(self, text: str) -> list[int]:
-        """ids of what a template rendered."""
-        names, ids, start = list(self.tokenizer.special), [], 0
-        for found in [*self.control.finditer(text), None]:
-            piece = text[start:found.start() if found else len(text)]
-            ids += self.tokenizer.encode(re.sub("\ue000(\\d+)\ue001", lambda m: names[int(m[1])], piece))
-            if found:
-                ids.append(self.tokenizer.control(found[0]))
-                start = found.end()
-        return ids
+    def encode(self, text, said, outline):
+        """(ids, mask) of what `render` returned; mask is 1 inside the spans `said`."""
+        edges, special, ids, mask = [0, *sum(said, ()), len(text)], self.tokenizer.special, [], []
+        for inside, (start, end) in enumerate(zip(edges, edges[1:])):  # outside and inside in turn
+            for piece in split_by(self.control, outline[start:end]):
+                words = text[start:(start := start + len(piece))]
+                ids += [special[piece]] if piece in special else self.tokenizer.encode(words)
+            mask += [inside % 2] * (len(ids) - len(mask))
+        return ids, mask
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        """The template's text, with BEGIN and END where it has {% generation %} and {% endgeneration %}, and what looks like
-        a control token in a message of the user hidden."""
+    def render(self, messages, tools=None, add_generation_prompt=False):
+        """The conversation's text, the spans in which the assistant speaks if the format says so, and the text's
+        outline: equally long, with x for each character of a control token's name that the user, a tool or the system
+        wrote. UserError for what the format cannot show."""
+        def hidden(value):
+            return json.loads(self.control.sub(lambda name: "x" * len(name[0]), json.dumps(value, ensure_ascii=False)))
+
+        write = self.program if self.template else self.chatml
+        with reading("this conversation", "the model's chat format refuses it."):
+            for name, given in ("tools", tools), ("tool_calls", any(m.get("tool_calls") for m in messages)):
+                if given and name not in (self.template or ""):
+                    raise ValueError(f"it does not show {name}; leave such conversations out or take another model")
+            others = [m if m["role"] == "assistant" else hidden(m) for m in messages]
+            text, spans = write(messages, tools, add_generation_prompt)
+            outline, _ = write(others, hidden(tools), add_generation_prompt)
+            if len(outline) != len(text):
+                raise ValueError("the template changes the name of a control token in a message")
+        return text, spans, outline
+
+    def chatml(self, messages, tools, add_generation_prompt):
+        """Our own format, as in Qwen and SmolLM3: <|im_start|>role\\ncontent<|im_end|>\\n per message."""
+        self.tokenizer.control("<|im_start|>")
+        text, spans = self.tokenizer.decode(self.opening), []
+        for message in messages:
+            text += "<|im_start|>" + message["role"] + "\n"
+            end = text + message["content"] + "<|im_end|>"
+            spans += [(len(text), len(end))] * (message["role"] == "assistant")
+            text = end + "\n"
+        return text + "<|im_start|>assistant\n" * add_generation_prompt, spans
+
+    @cached_property
+    def program(self):
+        """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks.
+
+        The spans are counted while the text is written, as in transformers; no character of the text marks them.
+        """
         try:
             from jinja2 import TemplateError, nodes
             from jinja2.ext import Extension, loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
             raise UserError("the chat template of this model needs the package jinja2: pip install jinja2") from None
+        written, said = [], []  # the pieces of text so far; (start, text) of each block
+
+        class Generation(Extension):
+            tags = {"generation"}
+
+            def parse(self, parser):
+                line = next(parser.stream).lineno
+                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+                return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
+
+            def note(self, caller):
+                said.append((len("".join(written)), caller()))
+                return said[-1][1]
 
         def refuse(message):
             raise TemplateError(message)
 
-        names = list(self.tokenizer.special)
+        def write(messages, tools, add_generation_prompt):
+            written.clear(), said.clear()
+            for piece in template.generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt,
+                                           **self.names):
+                written.append(piece)
+            text = "".join(written)
+            if not all(text.startswith(words, start) for start, words in said):
+                refuse("it has {% generation %} inside a macro or a {% set %}")
+            return text, [(start, start + len(words)) for start, words in said]
 
-        def hide(text):
-            return self.control.sub(lambda found: f"\ue000{names.index(found[0])}\ue001", text)
-
-        hidden = [{**m, "content": m["content"] if m["role"] == "assistant" else hide(m["content"])} for m in messages]
-
-        class Generation(Extension):  # {% generation %} marks, for training, what the assistant says
-            tags = {"generation"}
-
-            def parse(self, parser):
-                next(parser.stream)
-                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-                begin, end = (nodes.Output([nodes.TemplateData(mark)]) for mark in (BEGIN, END))
-                return [begin, *body, end]
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=[loopcontrols, Generation])
-        environment.globals |= {"raise_exception": refuse, "strftime_now": lambda form: __import__("time").strftime(form)}
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        try:
-            return environment.from_string(self.template).render(
-                messages=hidden, add_generation_prompt=add_generation_prompt, tools=None,
-                bos_token=self.name("bos_token") or "", eos_token=self.name("eos_token") or "",
-                pad_token=self.name("pad_token") or "")
-        except Exception as error:  # a template is a program, and can fail in every way
-            raise UserError(f"the model's chat template refuses this ({type(error).__name__}: {error})") from None
+        with reading(f"the chat template of {self.folder}"):
+            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                        extensions=[loopcontrols, Generation])
+            environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+            environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+            template = environment.from_string(self.template)
+        return write
 
 
-# ----- fertility, command line ----------------------------------------------------------------------
+# ----- fertility, a vocabulary size -----------------------------------------------------------------------
+
+# A word is a run of characters between white space. Scripts that write no spaces (Chinese, Japanese, Thai and the
+# like) count one word per character, with the marks and punctuation that follow it.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
+
 
 def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
     """fertility: tokens per word; pcw: proportion of continued words (>= 2 tokens); words; bytes_per_token.
 
-    Words are split at white space and tokenised in isolation, with no leading space, as the playbook's code
-    does (measures after Rust et al. 2021, arXiv 2012.15613); bytes_per_token is that of the whole text.
+    Words (WORDS says what they are) are tokenised in isolation, with no leading space, as in the playbook's code
+    (measures after Rust et al. 2021, arXiv 2012.15613); bytes_per_token is for the whole text.
     """
-    words = Counter(text.split())
+    words = Counter(WORDS.findall(text))
     if not words:
         raise UserError("fertility is undefined for a text without words: give more text.")
     tokens = {word: len(tokenizer.encode(word)) for word in words}
     return {"fertility": sum(n * tokens[word] for word, n in words.items()) / words.total(),
             "pcw": sum(n for word, n in words.items() if tokens[word] >= 2) / words.total(),
-            "words": words.total(), "bytes_per_token": len(utf8(text)) / len(tokenizer.encode(text))}
+            "words": words.total(), "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
 
 
-def text_files(paths: list[str]) -> list[Path]:
-    """The files of paths, folders opened; UserError for one that is not plain text or not there."""
-    files = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give a text file or a folder of them")
-        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return files
+def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
+    """A vocabulary size for a model with so many parameters, and why.
+
+    The playbook: about 50k for English, 100k+ for many languages, in a multiple of 128 (SmolLM2 49,152, SmolLM3 and
+    Llama 3 128,256, Qwen3 151,936). Our own rule: the tied embedding takes at most half of the parameters, which only
+    matters below about 50M; the width is estimated at 64 per layer, so that 12 x layers x width^2 are the rest.
+    """
+    size = 49_152 if languages == 1 else 128_256
+    width = max(64, round((parameters * 64 / 12) ** (1 / 3) / 64) * 64)
+    fits = int(parameters / 2 / width) // 128 * 128
+    kind = "one language" if languages == 1 else f"{languages} languages"
+    if fits < size:
+        return max(512, fits), (f"at most half of {parameters:,.0f} parameters for a tied embedding about {width} wide "
+                                f"({size:,} in a larger model for {kind})")
+    return size, f"{kind}; a tied embedding about {width} wide takes {size * width / parameters:.0%} of the parameters"
 
 
-def read_text(file: Path, most: float) -> Iterator[str]:
-    """The first `most` bytes of a UTF-8 text file, in blocks of 1 MB."""
+# ----- what every command line shares -----------------------------------------------------------------------
+
+class UserError(Exception):
+    """A mistake the user can correct: the message is one sentence that says what is wrong and what to do instead."""
+
+
+@contextlib.contextmanager
+def reading(path, advice: str = "it is damaged, incomplete or in another format; make it or download it again."):
+    """Whatever goes wrong inside, while a file is read and understood, becomes a UserError with its name."""
     try:
-        with open(file, encoding="utf-8") as stream:
-            while most > 0 and (block := stream.read(min(BLOCK, max(1, int(most))))):
-                most -= len(block)
-                yield block
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error}): convert it with `iconv -t UTF-8`") from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
+
+
+def number(text: str) -> float:
+    """1000, 1e6, 2M, 1.5B or 100k."""
+    powers = {"k": "e3", "M": "e6", "B": "e9", "T": "e12"}
+    return float(text[:-1] + powers[text[-1]] if text[-1:] in powers else text)
+
+
+def whole_number(text):
+    if (value := number(text)) % 1 != 0:  # nan for inf and nan
+        raise ValueError
+    return int(value)
+
+
+def true_or_false(text):
+    return bool(["false", "true"].index(text.lower()))
+
+
+def option(default, help: str, low: float | None = None, high: float = math.inf, choices: tuple = ()):
+    """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values."""
+    start = {"default_factory": default.copy} if isinstance(default, (dict, list)) else {"default": default}
+    return field(**start, metadata={"help": help, "low": low, "high": high, "choices": choices})
+
+
+def options_of(cls):
+    """name: (type, help and bounds) of each option of a dataclass."""
+    return {f.name: (get_origin(f.type) or f.type, f.metadata) for f in fields(cls) if f.metadata}
+
+
+def check_options(config) -> None:
+    """UserError where a field of a dataclass made of `option`s has the wrong type, is out of bounds or no choice.
+
+    JSON may give any type, so types are checked too; a whole number is a float as well, true and false are no numbers.
+    """
+    for name, (kind, rule) in options_of(type(config)).items():
+        value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
+        typed = type(value) in ((int, float) if kind is float else (kind,))
+        if not typed or choices and value not in choices or low is not None and not low <= value <= high:
+            wanted = (f"one of {', '.join(map(str, choices))}" if choices else f"between {low:g} and {high:g}"
+                      if typed else f"of the type {kind.__name__}")
+            raise UserError(f"--{name} {value!r} is not {wanted}")
+
+
+def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
+    """A flag for each option of dataclasses, a group of flags per class; None for a flag that is not given."""
+    flags, done = {bool: true_or_false, int: whole_number, float: number, str: str}, set(without)
+    for cls in classes:
+        group = parser.add_argument_group(cls.__name__)
+        for name, (kind, rule) in options_of(cls).items():
+            if kind in flags and name not in done:
+                done.add(name)
+                text = f"{rule['help']} (default: {getattr(cls, name, 'none')})".replace("%", "%%")
+                group.add_argument(f"--{name}", type=flags[kind], help=text,
+                                   metavar="|".join(map(str, rule["choices"])) or kind.__name__)
+
+
+def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The command line; UserError names the flag nearest to an unknown one."""
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), vars(args), 1)
+        hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
+        raise UserError(f"{unknown[0]} is not understood; {hint}")
+    return args
+
+
+def given_options(args: argparse.Namespace, *classes: type) -> dict:
+    """The options of dataclasses that a command line gives."""
+    return {name: value for cls in classes for name in options_of(cls)
+            if (value := getattr(args, name, None)) is not None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -732,182 +813,115 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Dashes and underscores in flags are the same."""
+        flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
+        words = (word.partition("=") for word in (sys.argv[1:] if args is None else args))
+        return super().parse_known_args([flags.get(flag.replace("-", "_"), flag) + equals + value
+                                         for flag, equals, value in words], namespace)
+
     def error(self, message: str):
         raise UserError(f"{message}; see `python {self.prog} --help`")
-
-
-def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
-    """A vocabulary size for a model of so many parameters, and why.
-
-    The playbook: about 50k for English, 100k+ for many languages, in a multiple of 128 (SmolLM2 49,152, SmolLM3
-    and Llama 3 128,256, Qwen3 151,936). Ours: the tied embedding takes at most half of the parameters, which binds
-    below some 50M; the width is estimated at 64 per layer, so that 12 x layers x width^2 are the rest.
-    """
-    size = 49_152 if languages == 1 else 128_256
-    width = max(64, round((parameters * 64 / 12) ** (1 / 3) / 64) * 64)
-    fits = int(parameters / 2 / width) // 128 * 128
-    kind = "English or another single language" if languages == 1 else f"{languages} languages"
-    if fits < size:
-        return max(512, fits), (f"at most half of {parameters:,.0f} parameters for a tied embedding about {width} wide; "
-                                f"{kind} would take {size:,} in a larger model")
-    return size, (f"{kind}; a tied embedding about {width} wide then takes {size * width / parameters:.0%} of the "
-                  "parameters (the brief's own rule for 1-3B: 50-60k, twice that for many languages)")
-
-
-def main(argv: list[str] | None = None) -> None:
-    raw, argv = argparse.RawDescriptionHelpFormatter, sys.argv[1:] if argv is None else argv
-    parser = Parser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | fertility | advise")
-    train = commands.add_parser("train", help="train a tokenizer on text and save it")
-    train.add_argument("paths", nargs="+", metavar="PATH", help="file, data set, folder or hf:DATASET[:CONFIG[:SPLIT]]")
-    train.add_argument("--vocab-size", type=int, required=True, help="4 control tokens, 256 bytes, merges")
-    train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json")
-    train.add_argument("--pretokenizer", default="qwen", help=f"{', '.join(PATTERNS)} (default: qwen)")
-    train.add_argument("--sample-bytes", type=float, default=2e8,
-                       help="read at most this, the same share from the start of each file (default: 2e8)")
-    table = commands.add_parser("fertility", help="tokens per word: a line a path, for several tokenizers at once")
-    table.add_argument("tokenizers", nargs="+", metavar="TOKENIZER", help="folder, file, hf:ORG/NAME, cl100k_base, bytes")
-    advice = commands.add_parser("advise", help="a vocabulary size from the model's size and the languages")
-    advice.add_argument("--parameters", type=float, required=True)
-    advice.add_argument("--languages", type=int, default=1)
-    cut = argv.index("--") if "--" in argv and argv[:1] == ["fertility"] else len(argv)
-    args, paths = parser.parse_args(argv[:cut]), argv[cut + 1:]
-
-    if args.command == "advise":
-        if not 1 <= args.parameters <= 1e15:
-            raise UserError(f"--parameters {args.parameters:g} is not between 1 and 1e15")
-        print("{:,}: {}".format(*advise_vocabulary(args.parameters, max(1, args.languages))))
-    elif args.command == "train":
-        if not 0 < args.sample_bytes < float("inf"):
-            raise UserError(f"--sample-bytes {args.sample_bytes:g} is no amount of text; give a number such as 2e8")
-        start, files = time.time(), text_files(args.paths)
-        size = sum(file.stat().st_size for file in files)
-        texts = (block for file in files for block in read_text(file, args.sample_bytes * file.stat().st_size / max(1, size)))
-        trained = train_bpe(texts, args.vocab_size, args.pretokenizer, min(size, args.sample_bytes))
-        file = trained.save(args.out)
-        seconds = time.time() - start
-        print(f"{trained.vocab_size} tokens from {min(size, args.sample_bytes) / 1e6:.1f} MB in {seconds:.1f} s -> {file}")
-    else:
-        names, paths = (args.tokenizers, paths) if paths else (args.tokenizers[:1], args.tokenizers[1:])
-        if not paths:
-            raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
-        tokenizers = [Tokenizer.load(name) for name in names]
-        print(f"{'words':>9}" + "".join(f"{'fertility':>11}{'PCW':>8}{'bytes/token':>13}" for _ in names) + "  path")
-        if len(names) > 1:
-            print(" " * 9 + "".join(f"{name[-30:]:>32}" for name in names))
-        for path in paths:
-            text = "".join(block for file in text_files([path]) for block in read_text(file, 5e7))
-            rows = [fertility(tokenizer, text) for tokenizer in tokenizers]
-            print(f"{rows[0]['words']:>9}" + "".join(
-                f"{row['fertility']:>11.3f}{row['pcw']:>8.3f}{row['bytes_per_token']:>13.2f}" for row in rows) + f"  {path}")
-
-
-def number(text: str) -> float:
-    """1000, 1e6, 2M, 1.5B or 100k."""
-    scale = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1:], 1.0)
-    return float(text if scale == 1.0 else text[:-1]) * scale
-
-
-def truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text} is neither true nor false")
-    return text.lower() == "true"
-
-
-def whole(text: str) -> int:
-    if (value := number(text)) != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-    return int(value)
-
-
-def option(default, help: str, low: float | None = None, high: float = math.inf, choices: tuple = ()):
-    """A dataclass field with all that its flag, its help and its check need. `low` and `high` are allowed values."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
-
-
-def check_options(config) -> None:
-    """UserError where a field of a dataclass made of `option`s is of the wrong type, out of bounds or no choice."""
-    for f in fields(config):
-        value, about, kind = getattr(config, f.name), f.metadata, {"int": int, "float": (int, float)}.get(
-            getattr(f.type, "__name__", f.type), f.type)
-        if not about:
-            continue
-        if isinstance(kind, (type, tuple)) and (not isinstance(value, kind) or isinstance(value, bool) != (kind is bool)):
-            raise UserError(f"{f.name} {value!r} is not of the type {getattr(f.type, '__name__', f.type)}")
-        if about["choices"] and value not in about["choices"]:
-            raise UserError(f"--{f.name} {value} is not one of {', '.join(map(str, about['choices']))}")
-        if about["low"] is not None and not about["low"] <= value <= about["high"]:
-            raise UserError(f"--{f.name} {value} is not between {about['low']:g} and {about['high']:g}")
-
-
-def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
-    """A flag for each option of dataclasses; `None` where it is not given."""
-    kinds = {bool: truth, int: whole, float: number, str: str}
-    for f in {f.name: f for kind in classes for f in fields(kind) if f.metadata and f.name not in set(without)}.values():
-        parser.add_argument(f"--{f.name}", type=kinds[f.type], default=None, metavar=f.type.__name__,
-                            help=f"{f.metadata['help']} (default: {f.default})".replace("%", "%%"))
-
-
-def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
-    """The command line; dashes and underscores in flags are the same. UserError names the nearest flag to an unknown one."""
-    words = [word.partition("=") for word in argv]
-    args, unknown = parser.parse_known_args(
-        [(flag.replace("-", "_").replace("__", "--", 1) if flag.startswith("--") else flag) + equals + value
-         for flag, equals, value in words])
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], vars(args), 1)
-        raise UserError(f"there is no flag {unknown[0]}; "
-                        + (f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"))
-    return args
-
-
-def given_options(args: argparse.Namespace, *classes: type) -> dict:
-    """The options of dataclasses that a command line gives."""
-    return {f.name: value for kind in classes for f in fields(kind)
-            if f.metadata and (value := getattr(args, f.name, None)) is not None}
-
-
-@contextlib.contextmanager
-def reading(path):
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"{path} cannot be read ({reason}); it is damaged or not what its name says") from None
 
 
 def draw(path: str | Path, paint: Callable, columns: int = 1, size: tuple[float, float] = (8, 4)) -> bool:
     """Saves what `paint(axes)` draws (a list of axes where there are several columns); False without matplotlib."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=size, layout="constrained")
-    paint(axes)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure = Figure(size, dpi=120, layout="constrained")
+    paint(figure.subplots(1, columns))
+    figure.savefig(path)
     return True
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command line: a user's mistake (UserError, OSError) ends it in a sentence on stderr and exit status 2,
+    """Runs a command line: a user's mistake (UserError, OSError) ends it in one sentence on stderr and exit status 2,
     Ctrl-C in status 130; any other exception is a bug and shows its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a redirected Windows console, for one, cannot hold every character
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except BrokenPipeError:  # the reader, `head` for one, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+# ----- command line ----------------------------------------------------------------------------------------
+
+DATA_SETS = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")  # for data.py, which knows them
+
+
+def text_files(paths):
+    """The files at paths, folders opened, hidden files left out; UserError for what is missing or no plain text."""
+    files = []
+    for path in paths:
+        inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
+        found = sorted(file for file in inside if file.is_file()) or [Path(path)]
+        if path.startswith("hf:") or any(file.suffix in DATA_SETS for file in found):
+            raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
+                            "--vocab-size N --out DIR`")
+        files += found
+    return files
+
+
+def read_text(file, share=1):
+    """The first `share` of a UTF-8 text file."""
+    with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
+        text = stream.read(math.ceil(share * file.stat().st_size))
+        if "\0" in text:
+            raise ValueError("it is not text")
+        return text
+
+
+@dataclass
+class Options:
+    vocab_size: int = option(4096, "train: 4 control tokens, 256 bytes, the rest merges")
+    out: str = option("tokenizer", "train: folder for tokenizer.json")
+    pretokenizer: str = option("qwen", "train: how text is cut before merging", choices=tuple(PATTERNS))
+    sample_bytes: float = option(2e8, "train: read at most this, the same share from the start of each file", 1)
+    parameters: float = option(1e9, "advise: of the model", 1, 1e15)
+    languages: int = option(1, "advise: how many", 1)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    cut = words.index("--") if "--" in words else len(words)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("train", "fertility", "advise"))
+    parser.add_argument("names", nargs="*" if "advise" in words[:1] else "+", metavar="PATH or TOKENIZER")
+    add_options(parser, Options)
+    args = vars(parse_options(parser, words[:cut]))
+    command, names, paths = args.pop("command"), args.pop("names"), words[cut + 1:]
+    options = Options(**{name: value for name, value in args.items() if value is not None})
+    check_options(options)
+    if command == "advise":
+        print("{:,}: {}".format(*advise_vocabulary(options.parameters, options.languages)))
+    elif command == "train":
+        files = text_files(names)
+        share = min(1, options.sample_bytes / sum(file.stat().st_size or 1 for file in files))
+        texts = (read_text(file, share) for file in files)
+        file = train_bpe(texts, options.vocab_size, options.pretokenizer).save(options.out)
+        print(f"{options.vocab_size} tokens from {share:.0%} of {len(files)} files -> {file}")
+    else:
+        names, paths = (names, paths) if paths else (names[:1], names[1:])
+        if not paths:
+            raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
+        tokenizers = [Tokenizer.load(name) for name in names]
+        print(" " * 9 + "".join(f"{name[-30:]:>32}" for name in names))
+        print(f"{'words':>9}" + f"{'fertility':>11}{'PCW':>8}{'bytes/token':>13}" * len(names) + "  path")
+        for path in paths:
+            text = "\n".join(map(read_text, text_files([path])))
+            rows = [fertility(tokenizer, text) for tokenizer in tokenizers]
+            form = "{fertility:>11.3f}{pcw:>8.3f}{bytes_per_token:>13.2f}"
+            print(f"{rows[0]['words']:>9}" + "".join(form.format(**row) for row in rows) + f"  {path}")
 
 
 if __name__ == "__main__":

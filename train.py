@@ -20,6 +20,7 @@ import contextlib
 import difflib
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -51,7 +52,8 @@ from data import Curriculum, Split, Stage
 from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
                    z_loss)
 from sample import complete
-from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, learning_rate
+from schedule import (DECAYS, LAPTOP_LAW, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_losses,
+                      learning_rate)
 from tokenizer import Parser, Tokenizer, UserError, add_options, check_options, given_options, number
 from tokenizer import option, parse_options, reading
 from tokenizer import run as run_command
@@ -390,7 +392,9 @@ def enter_stage(run: Run) -> None:
     """Sets what changes with a stage besides the data: the context and RoPE's base."""
     if run.curriculum:
         stage = run.curriculum.stages[number := run.curriculum.stage(run.step)]
-        base = run.recipe.model
+        base, begins = run.recipe.model, [0, *run.curriculum.ends]
+        if run.step in begins:  # other data, another loss
+            run.guard.lowest = run.guard.guessing
         run.model.config = base.change(max_position_embeddings=run.curriculum.contexts[number],
                                        rope_theta=stage.rope_theta or base.rope_theta)
 
@@ -497,6 +501,9 @@ def describe_event(event: dict, policy: str) -> str:
         done = {"skip": "this update is left out", "warn": "training continues", "rewind": "training continues for now"}
         seen = "a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; "
         return seen.format(**event["spike"]) + done[policy]
+    if event["event"] == "trouble":
+        return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {Guard.LEAST} updates, far above its "
+                f"lowest, {event['lowest']:.2f}; lower --learning_rate, rewind (--guard rewind) or look at the data")
     advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
     return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
             + advice * (event["kind"] == "not recovered"))
@@ -632,8 +639,8 @@ def make_run(recipe: Recipe, folder: Path, world: World, machine: cost.Machine, 
     model = model.to(machine.device)
     optimizer = build_optimizer(model, recipe.learning_rate, recipe.weight_decay, (recipe.beta1, recipe.beta2),
                                          recipe.eps, recipe.optimizer, machine.dtype)
-    run = Run(recipe, folder, world, machine, tokenizer, model, optimizer, Guard(recipe.guard, machine.device),
-              steps, rate, parallel=model, **more)
+    guard = Guard(recipe.guard, machine.device, math.log(recipe.model.vocab_size))
+    run = Run(recipe, folder, world, machine, tokenizer, model, optimizer, guard, steps, rate, parallel=model, **more)
     if begun:
         state = load_checkpoint(begun, model, optimizer)
         if resume:
@@ -739,12 +746,24 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | 
         print(f"finished  all {run.steps:,} steps are done; a new run can begin with these weights: "
               f"python train.py --start {folder}")
     scores = train(run)
+    if run.log and (verdict := judge_run(run)):
+        print(f"verdict   {verdict}")
     if held := cost.peak_memory(run.machine.device):
         print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {run.memory / 2**20:,.0f}")
     if run.world.leader and draw_log(folder):
         print(f"The curves are in {folder}/loss.png")
     print(f'Done: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
     return scores.get("val", {})
+
+
+def judge_run(run: Run) -> str:
+    """What is unusual about how a run ended, in words; "" if nothing is."""
+    entries = list(run.log.entries())
+    losses, scores = [e["loss"] for e in entries if "loss" in e], [e["val"] for e in entries if "val" in e]
+    law = LAPTOP_LAW.predict(count_parameters(run.recipe.model)["active"], tokens_before(run, run.steps))
+    text = [score for name, score in scores[-1].items() if name in ("prose", "code")] if scores else []
+    known = law["fitted"] and len(text) == 2  # the law is that of the embedded corpus
+    return judge_losses(losses, run.guard.guessing, sum(text) / 2, law["loss"] if known else math.inf) if losses else ""
 
 
 def check(recipe: Recipe, world: World) -> None:

@@ -64,8 +64,9 @@ def test_mask_of_a_hugging_face_template(tmp_path, tags):
         + "{{ m.content + '<|im_end|>' }}" + stop + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     prompter = ChatFormat(tmp_path, TOKENIZER)
-    assert prompter.samples(TALK) == [TOKENIZER.encode_chat(TALK)]
-    assert prompter.prompt(TALK[:3]) == TOKENIZER.encode_chat(TALK[:3], add_generation_prompt=True)[0]
+    ours = ChatFormat(tmp_path / "ours", TOKENIZER)  # opens with EOS, which this template does not write
+    assert prompter.samples(TALK) == [(ids[1:], mask[1:]) for ids, mask in ours.samples(TALK)]
+    assert prompter.prompt(TALK[:3]) == ours.prompt(TALK[:3])[1:]
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ loop.last }}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="generation"):
         ChatFormat(tmp_path, TOKENIZER).samples(TALK)
