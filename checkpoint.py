@@ -119,7 +119,8 @@ class Log:
             self.events.append(entry)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write("\n" * self.failed + json.dumps(entry) + "\n")  # ends a line that a full disk tore
+            self.failed = False
         except OSError as error:  # a full disk costs lines of the log, not the run
             if not self.failed:
                 tqdm.write(f"warning   {self.path} cannot be written ({error}); training continues", file=sys.stderr)

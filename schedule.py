@@ -250,6 +250,20 @@ class Guard:
             return {"event": "rewind", "step": step, "began": began}
         return None
 
+    def describe(self, event: dict) -> str:
+        """What a spike is, or how it ended, for people."""
+        if event["event"] == "spike":
+            done = {"skip": "this update is left out", "warn": "training continues",
+                    "rewind": "training continues for now"}[self.policy]
+            return ("a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; {done}"
+                    .format(**event["spike"], done=done))
+        if event["event"] == "trouble":
+            return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {self.LEAST} updates, far above "
+                    f"its lowest, {event['lowest']:.2f}; lower --learning_rate, take --guard rewind or look at the data")
+        advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
+        return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
+                + advice * (event["kind"] == "not recovered"))
+
     def after_gap(self, step: int) -> int:
         """The next step at or after this one whose batch is not skipped."""
         while gap := next((end for begin, end in self.skipped if begin <= step < end), None):

@@ -45,7 +45,6 @@ from tqdm import tqdm
 import cost
 import data as data_
 import evals
-
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
                         newest_checkpoint, write_json)
 from data import Curriculum, Split, Stage
@@ -57,7 +56,6 @@ from schedule import (DECAYS, LAPTOP_LAW, OPTIMIZERS, SCHEDULES, Guard, Optimize
 from tokenizer import Parser, Tokenizer, UserError, add_options, check_options, given_options, number
 from tokenizer import option, parse_options, reading
 from tokenizer import run as run_command
-
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,7 @@ class Recipe:
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
     dtype: str = option("auto", "of the matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile of every block", choices=("auto", "true", "false"))
-    parallel: str = option("auto", "ddp, or fsdp, which shards weights, gradients and moments over the processes",
-                           choices=("auto", "ddp", "fsdp"))
+    parallel: str = option("auto", "fsdp shards weights, gradients and moments", choices=("auto", "ddp", "fsdp"))
     activation_checkpointing: bool = option(False, "compute blocks twice instead of keeping their activations")
     deterministic: bool = option(False, "only deterministic kernels on CUDA, slower (a CPU's always are)")
 
@@ -202,9 +199,8 @@ class World:
 
     def gather(self, value) -> list:
         """Every process's value, in all of them."""
-        values = [value]
+        values = [value] * self.size
         if self.size > 1:
-            values = [None] * self.size
             dist.all_gather_object(values, value)
         return values
 
@@ -235,7 +231,7 @@ class Run:
     sources: list[dict[str, Split]] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # sequences of a micro-batch, by stage
     loader: "Loader | None" = None
-    log: "Log | None" = None  # the first process's
+    log: Log | None = None  # the first process's
     keepers: tuple[int, ...] = ()  # steps whose checkpoints stay
     fingerprint: dict[str, str] = field(default_factory=dict)  # {source: sha256 of what it trains on}
     flops: float = 0.0  # per token
@@ -408,9 +404,10 @@ def go_back(run: Run, event: dict) -> None:
     if rewinds > Guard.TRIES:
         raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove the "
                         "checkpoints from that step on and --resume with a lower --learning_rate or --clip")
-    margin = Guard.MARGIN * 2 ** (rewinds - 1)
-    gap = [began - 1 - margin, at + margin]
-    whole = newest_checkpoint(run.folder, before=began - Guard.MARGIN) if run.world.leader else None
+    gap = [began - 1 - (margin := Guard.MARGIN * 2 ** (rewinds - 1)), at + margin]
+    saved = [int(path.name[5:]) for path in (run.folder / "checkpoints").glob("step-????????")]
+    before = began - Guard.MARGIN * (min(saved, default=0) < began - Guard.MARGIN)  # or what is left
+    whole = newest_checkpoint(run.folder, before) if run.world.leader else None
     state, skipped = load_checkpoint(run.world.agree(whole), run.model, run.optimizer), [*guard.skipped, gap]
     guard.restore(state | {"skipped": skipped, "rewinds": rewinds, "tight_until": gap[1] + Guard.WINDOW})
     run.step = state["step"]
@@ -421,7 +418,7 @@ def go_back(run: Run, event: dict) -> None:
         run.log.forget(run.step)
         run.log.write(**event, to=run.step, skipped=gap, rewinds=rewinds)
         say(f"{what}: back to step {run.step:,}; the batches of steps {max(gap[0], run.step):,} to {gap[1]:,} are "
-            f"skipped, and gradients are clipped at {run.recipe.clip / 2:g} for a while (try {rewinds} of {Guard.TRIES})")
+            f"skipped, and gradients clipped at {run.recipe.clip / 2:g} for a while (try {rewinds} of {Guard.TRIES})")
 
 
 class Meter:
@@ -458,7 +455,7 @@ class Meter:
                 self.count(report.step, values)
             if event and event["event"] != "rewind" and self.run.log:
                 self.run.log.write(**event)
-                say(f"step {report.step + 1:,}: {describe_event(event, self.run.recipe.guard)}")
+                say(f"step {report.step + 1:,}: {self.run.guard.describe(event)}")
         return stop, event if event and event["event"] == "rewind" else None
 
     def count(self, at: int, values: dict[str, float]) -> None:
@@ -476,8 +473,8 @@ class Meter:
             more["dropped"] = True
         stage = run.curriculum.stages[run.curriculum.stage(at)].name if run.curriculum else run.recipe.method
         loss, norm, rate = values["loss"], values["grad_norm"], run.rate(at)
-        run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, stage=stage, loss=loss, lr=rate, grad_norm=norm,
-                      tokens_per_second=speed, share_of_peak=peak, train_seconds=self.seconds,
+        run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, stage=stage, loss=loss, lr=rate,
+                      grad_norm=norm, tokens_per_second=speed, share_of_peak=peak, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0, **more)
         shown = "".join(f" | {name} {value:.2f}" for name, value in more.items() if name != "dropped")
         left = tqdm.format_interval((total - end) / self.pace)
@@ -494,19 +491,6 @@ class Meter:
 def tokens_before(run: Run, step: int) -> float:
     """Tokens in the steps before this one."""
     return run.curriculum.tokens(step) if run.curriculum else step * run.tokens_per_step
-
-
-def describe_event(event: dict, policy: str) -> str:
-    if event["event"] == "spike":
-        done = {"skip": "this update is left out", "warn": "training continues", "rewind": "training continues for now"}
-        seen = "a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; "
-        return seen.format(**event["spike"]) + done[policy]
-    if event["event"] == "trouble":
-        return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {Guard.LEAST} updates, far above its "
-                f"lowest, {event['lowest']:.2f}; lower --learning_rate, rewind (--guard rewind) or look at the data")
-    advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
-    return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
-            + advice * (event["kind"] == "not recovered"))
 
 
 def blame(run: Run, report: Report, values: dict[str, float]) -> Diverged:
@@ -569,8 +553,7 @@ def evaluate_text(run: Run, last: bool) -> dict:
     continues the first words of a held-out document, of one source in turn, of each at the end."""
     recipe, tokenizer = run.recipe, run.tokenizer
     scores = {source["val"].name: bits_per_byte(run, source["val"], recipe.eval_tokens) for source in run.sources}
-    tasks = evals.tasks_of(recipe.eval_tasks, recipe.data) if recipe.eval_tasks else []
-    tasks = evals.evaluate(run.model, tokenizer, tasks)
+    tasks = evals.evaluate(run.model, tokenizer, evals.tasks_of(recipe.eval_tasks, recipe.data))
     shown = run.sources if last else [run.sources[run.step // recipe.eval_every % len(run.sources)]]
     prompts = [recipe.sample_prompt] if recipe.sample_prompt else [
         tokenizer.decode(source["val"].tokens[1:9].tolist()) for source in shown]
@@ -638,7 +621,7 @@ def make_run(recipe: Recipe, folder: Path, world: World, machine: cost.Machine, 
         fully_shard(model, mp_policy=policy)
     model = model.to(machine.device)
     optimizer = build_optimizer(model, recipe.learning_rate, recipe.weight_decay, (recipe.beta1, recipe.beta2),
-                                         recipe.eps, recipe.optimizer, machine.dtype)
+                                recipe.eps, recipe.optimizer, machine.dtype)
     guard = Guard(recipe.guard, machine.device, math.log(recipe.model.vocab_size))
     run = Run(recipe, folder, world, machine, tokenizer, model, optimizer, guard, steps, rate, parallel=model, **more)
     if begun:
@@ -691,8 +674,7 @@ def set_up(recipe: Recipe, folder: Path, world: World | None = None, resume: boo
     recipe = cost.settle(replace(recipe, model=recipe.model.change(vocab_size=tokenizer.vocab_size), stages=stages,
                                  tokens=sum(stage.tokens for stage in stages)), machine, world.size, longest)
     rows = world.agree(cost.stage_rows(recipe, world.size, machine.device))
-    if recipe.eval_tasks:
-        evals.tasks_of(recipe.eval_tasks, recipe.data)  # a mistake in them ends the run now, not at step 100
+    evals.tasks_of(recipe.eval_tasks, recipe.data)  # a mistake in them ends the run now, not at step 100
     curriculum = Curriculum(splits, list(recipe.stages), recipe.model.max_position_embeddings, recipe.batch_tokens,
                             recipe.seed, recipe.packing)
     print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
@@ -734,8 +716,8 @@ def print_plan(run: Run) -> None:
     print("epochs    " + ", ".join(f"{name} {n:.2f}" for name, n in curriculum.epochs().items()))
     print(*curriculum.report(), sep="\n", end="\n" if curriculum.report() else "")
     print(f"plan      {curriculum.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, "
-          f"about {tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now), share of peak = "
-          f"tokens/s x {run.flops:,.0f} FLOPs per token / {world.size} x {run.machine.peak_flops:.3g} FLOP/s")
+          f"about {tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now), share of "
+          f"peak = tokens/s x {run.flops:,.0f} FLOPs per token / {world.size} x {run.machine.peak_flops:.3g} FLOP/s")
     print(f"memory    {run.memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
 
 
@@ -823,8 +805,8 @@ def annealing(start: str, candidate: str, given: dict) -> Recipe:
     sizes = {split.name: len(split.tokens) for split in (source["train"] for source in data_.load_data(data)[1])}
     base = recipe.stages[0].mixture or sizes
     if lacking := (set(base) | {candidate}) - set(sizes):
-        raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, or "
-                        "add a folder to --data")
+        raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
+                        "or add a folder to --data")
     mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
     mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
