@@ -1,261 +1,326 @@
-"""What train.py gained for choosing hyperparameters, and the commands that choose them, on a tiny corpus."""
+"""The commands of ablate.py on a tiny corpus."""
 
 import json
 import math
-import os
-import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import ablate
+import cost
 import train
-from conftest import TRAIN, call, torchrun
+from checkpoint import Log
+from conftest import call
 from model import cross_entropy
 from schedule import NoiseScale
-from test_train import TINY, assert_same_state, corpus, here, log_of, losses, recipe  # noqa: F401 (fixtures)
+from test_train import TINY, corpus, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
 from tokenizer import UserError
 
-
-def mean_square(job: train.Job, first: int, rows: int) -> float:
-    """The squared norm of the mean gradient over some rows of the first batch."""
-    tokens, targets, starts = job.loader.make(0, first, rows)
-    mean = cross_entropy(job.model(tokens, starts), targets) / (rows * job.curriculum.context)
-    return sum(g.square().sum().item() for g in torch.autograd.grad(mean, job.model.parameters()))
+SHORT = [*TINY, "--tokens", "2560"]
 
 
-def test_logged_noise_scale_equals_gradients_computed_apart(here):
-    """The first update's |G|^2 and tr(S), from the gradients of its first half and of its whole batch of 256 tokens; the
-    logged scale is the ratio of the averages of all measurements, in order."""
-    job = recipe("--tokens", "5120", "--noise-every", "1", "--eval-every", "1000")
-    train.train(job, Path("runs/a"))
-    entries = [e for e in log_of(Path("runs/a")) if "loss" in e]
-    fresh = train.set_up(job, train.World(), Path("runs/none"), False)
-    squares = {rows: mean_square(fresh, 0, rows) for rows in (4, 8)}
-    size = (256 * squares[8] - 128 * squares[4]) / 128
-    noise = (squares[4] - squares[8]) / (1 / 128 - 1 / 256)
-    assert (entries[0]["grad_signal"], entries[0]["grad_noise"]) == pytest.approx((size, noise), rel=1e-3)
-    scale = NoiseScale()
-    for entry in entries:
-        expected = scale.add(entry["grad_signal"], entry["grad_noise"])
-        assert entry["noise_scale_tokens"] == pytest.approx(expected, nan_ok=True)
-    assert len(entries) == 20
-
-
-def test_noise_scale_of_two_processes_averages_the_ranks(here):
-    """|G_small|^2 is the mean over the ranks' first micro-batches, rows 0-1 and 2-3, before their gradients are averaged."""
-    flags = ["--tokens", "256", "--noise-every", "1"]
-    done = torchrun(TRAIN, *TINY, *flags, "--micro-batch", "2", "--name", "two")
-    assert done.returncode == 0, done.stderr
-    fresh = train.set_up(recipe(*flags), train.World(), Path("runs/none"), False)
-    first, second, whole = (mean_square(fresh, *rows) for rows in ((0, 2), (2, 2), (0, 8)))
-    size, noise = NoiseScale.split((first + second) / 2, whole, 64, 256)
-    entry = next(e for e in log_of(Path("runs/two")) if "loss" in e)
-    assert (entry["grad_signal"], entry["grad_noise"]) == pytest.approx((size, noise), rel=1e-3)
-
-
-def test_batch_warmup_reads_the_same_data_in_fewer_updates(here):
-    """Doubling after 4 and 8 of 20 steps: 4 + 2 + 3 updates, each with its rate times sqrt(2) more, and the mean loss of an
-    update is that of all its tokens."""
-    job = recipe("--tokens", "5120", "--batch-doublings", "4,8", "--decay-share", "0", "--warmup-steps", "1",
-                 "--learning-rate", "1e-12", "--eval-every", "1000")
-    train.train(job, Path("runs/warm"))
-    train.train(replace(job, batch_doublings=""), Path("runs/plain"))  # at this rate the weights hardly move
-    warm, plain = ([e for e in log_of(Path(f"runs/{name}")) if "loss" in e] for name in ("warm", "plain"))
-    assert [e["step"] for e in warm] == [1, 2, 3, 4, 6, 8, 12, 16, 20] and len(plain) == 20
-    assert [e["batch_tokens"] for e in warm] == [256] * 4 + [512] * 2 + [1024] * 3
-    assert [e["lr"] / 1e-12 for e in warm] == pytest.approx([1] * 4 + [math.sqrt(2)] * 2 + [2] * 3)
-    per_step = [e["loss"] for e in plain]
-    assert warm[4]["loss"] == pytest.approx(sum(per_step[4:6]) / 2, abs=1e-4)
-    assert warm[-1]["loss"] == pytest.approx(sum(per_step[16:20]) / 4, abs=1e-4)
-
-
-def test_muon_with_batch_warmup_resumes_exactly(here, monkeypatch):
-    """Both optimizers' states and the doublings survive a stop; and it learns."""
-    job = recipe("--tokens", "10240", "--optimizer", "muon", "--batch-doublings", "10", "--learning-rate", "0.01",
-                 "--eval-every", "1000", "--noise-every", "5")
-    train.train(job, Path("runs/straight"))
-    count, step = 0, torch.optim.Muon.step
-
-    def interrupt(self, *args, **kwargs):
-        nonlocal count
-        count += 1
-        if count == 15:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(torch.optim.Muon, "step", interrupt)
-    with pytest.raises(train.Interrupted):
-        train.train(job, Path("runs/stopped"))
-    train.train(train.read_recipe(Path("runs/stopped"))[0], Path("runs/stopped"), resume=True)
-    assert losses(Path("runs/stopped")) == losses(Path("runs/straight"))
-    assert_same_state(Path("runs/stopped"), Path("runs/straight"))
-    assert losses(Path("runs/straight"))[-1] < 0.9 * losses(Path("runs/straight"))[0]
+# ---- one change at a time -------------------------------------------------------------------------------------
 
 
 def test_paired_difference_by_hand():
     # differences 0.10, 0.05, 0.10: mean 0.08333, standard deviation 0.028868; 4.30 * 0.028868 / sqrt(3) = 0.07167
     assert ablate.paired_difference([1.0, 1.2, 1.1], [1.1, 1.25, 1.2]) == pytest.approx((0.08333, 0.07167), abs=1e-4)
+    assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
+    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under about 0.1000")
+    assert ablate.verdict(0.0, 0.0) == "exactly the same losses"
+
+
+def test_confidence_intervals_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     for n, t in enumerate(ablate.T95, start=1):
         assert t == pytest.approx(stats.t.ppf(0.975, n), abs=0.006)
-    assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
-    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under about 0.1000")
-    assert ablate.verdict(0.0, 0.0) == "the very same losses"
 
 
 def test_one_change_at_a_time(here, capsys, monkeypatch):
-    """What hurts is found, what does nothing is not; the losses are those of `train.train`; nothing is trained twice."""
-    given = [*TINY, "--tokens", "2560", "--batch-doublings", "6"]
-    tries = ["learning_rate=1e-6", "watch_every=3", "hidden_size=32 num_hidden_layers=1", "learning_rate=1e20"]
-    begun, one_run = [], ablate.one_run
+    """What hurts is found, what does nothing is not; the losses are those of train.py; nothing is trained twice."""
+    tries = ["learning_rate=1e-6", "save-every=3", "hidden_size=48 num_hidden_layers=1", "learning_rate=1e20"]
+    begun, train_arm = [], ablate.train_arm
 
     def counted(recipe, folder):
-        begun.append((recipe.learning_rate, recipe.watch_every, recipe.model.num_hidden_layers, recipe.seed))
+        begun.append(folder)
         if len(begun) == 7:
             raise KeyboardInterrupt
-        return one_run(recipe, folder)
+        return train_arm(recipe, folder)
 
-    monkeypatch.setattr(ablate, "one_run", counted)
+    monkeypatch.setattr(ablate, "train_arm", counted)
+    options = ablate.Options(tries=tries)
     with pytest.raises(KeyboardInterrupt):
-        ablate.change(given, tries, 3, Path("runs/changes"))
+        ablate.change(SHORT, options)
     with open("runs/changes/log.jsonl", "a") as file:
         file.write('{"key": "cut')  # as kill -9 leaves it
-    found = ablate.change(given, tries, 3, Path("runs/changes"))
+    found = ablate.change(SHORT, options)
     assert len(begun) == 16 and len(set(begun)) == 15  # the seventh twice
     out = capsys.readouterr().out
-    assert "training 2 of 9: " in out and " left" in out
+    assert "training 7 of 15: " in out
     table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
     assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
-    assert found["watch_every=3"] == (0.0, 0.0) and "the very same losses" in table["watch_every=3"]
+    assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
     assert "diverged (seed 0, step " in table["learning_rate=1e20"] and math.isnan(found["learning_rate=1e20"][0])
     assert "% parameters: part of the difference is size" in out
-    runs = list(train.Log(Path("runs/changes")).entries())
-    assert len(runs) == 15
-    straight = train.train(recipe("--tokens", "2560", "--batch-doublings", "6", "--seed", "1"), Path("runs/a"))
+    runs = list(Log(Path("runs/changes")).entries())
     mine = next(run for run in runs if run["change"] == "baseline" and run["seed"] == 1)
-    assert straight == mine["scores"] and losses(Path("runs/changes") / mine["run"]) == losses(Path("runs/a"))
-    again = ablate.change(given, tries[:3], 3, Path("runs/changes"))
+    straight = train.pretrain(recipe("--tokens", "2560", "--seed", "1"), Path("runs/a"))
+    assert len(runs) == 15 and mine["loss"] == pytest.approx(np.mean(list(straight.values())))
+    assert losses(Path("runs/changes") / mine["key"]) == losses(Path("runs/a"))
+    again = ablate.change(SHORT, replace(options, tries=tries[:3]))
     assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
-    monkeypatch.setattr(ablate, "fingerprint", lambda recipe, around: f"other data {recipe.watch_every}")
-    ablate.change(given, tries[1:2], 2, Path("runs/changes"))
+    monkeypatch.setattr(ablate, "code_and_data", lambda recipe: "other data")
+    ablate.change(SHORT, ablate.Options(seeds=2, tries=tries[1:2]))
     assert len(begun) == 20  # all anew
 
 
+def test_a_stopped_arm_is_resumed(here, monkeypatch):
+    """Stopped before its last step, an arm continues from its checkpoint and ends with the same loss."""
+    short = recipe("--tokens", "2560", "--save-every", "4", "--eval-every", "1000")
+    whole = ablate.train_arm(short, Path("runs/whole"))
+    made, update = [], train.update
+
+    def stopped(run, *words):
+        made.append(run.step)
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        return update(run, *words)
+
+    monkeypatch.setattr(train, "update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.train_arm(short, Path("runs/stopped"))
+    again = ablate.train_arm(short, Path("runs/stopped"))
+    assert made == [*range(7), *range(4, 10)] and again["loss"] == whole["loss"]
+    assert losses(Path("runs/stopped")) == losses(Path("runs/whole"))
+
+
+def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
+    """FAULTS A17: where every look at the machine would choose another dtype, the arms share the first choice."""
+    looked, chosen = [], cost.find_machine
+
+    def wavering(device, dtype, compile):
+        looked.append(dtype)
+        return replace(chosen(device, "float32", compile), dtype=torch.bfloat16 if dtype == "auto" and
+                       len(looked) % 2 else torch.float32 if dtype == "auto" else getattr(torch, dtype))
+
+    monkeypatch.setattr(cost, "find_machine", wavering)
+    ablate.change([*SHORT, "--dtype", "auto"], ablate.Options(seeds=2, tries=["clip=2", "dtype=float32"]))
+    runs = {run["key"]: run["change"] for run in Log(Path("runs/changes")).entries()}
+    dtypes = {(name, json.loads((Path("runs/changes") / key / "recipe.json").read_text())["dtype"])
+              for key, name in runs.items()}
+    assert dtypes == {("baseline", "bfloat16"), ("clip=2", "bfloat16"), ("dtype=float32", "float32")}
+    assert looked.count("auto") == 1
+
+
 def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
-    job = recipe("--tokens", "2560")
-    train.train(job, Path("runs/a"))
-    around = ablate.code_and_data(job)
-    before = ablate.fingerprint(job, around)
-    assert ablate.fingerprint(recipe("--tokens", "2560"), ablate.code_and_data(job)) == before
-    for other in (replace(job, clip=2.0), replace(job, start="runs/a"), replace(job, dtype="bfloat16")):
-        assert ablate.fingerprint(other, around) != before
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"# edited" * (path.name == "schedule.py"))
-    assert ablate.fingerprint(job, ablate.code_and_data(job)) != before
+    pretrain("a", "--tokens", "512")
+    short = recipe("--tokens", "2560")
+    before = ablate.fingerprint(short, ablate.code_and_data(short))
+    assert ablate.fingerprint(recipe("--tokens", "2560"), ablate.code_and_data(short)) == before
+    for other in (replace(short, clip=2.0), replace(short, start="runs/a"), replace(short, dtype="bfloat16")):
+        assert ablate.fingerprint(other, ablate.code_and_data(short)) != before
+    other = replace(short, data="data/short")
+    assert ablate.code_and_data(other) != ablate.code_and_data(short)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *words: (
+        read(path, *words) + "# edited" * (path.name == "schedule.py")))
+    assert ablate.fingerprint(short, ablate.code_and_data(short)) != before
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--try", "learning_rate"], "is not NAME=VALUE"),
-    (["--try", "learning_rat=1"], "did you mean --learning_rate"),
-    (["--try", "watch_every=50"], "changes nothing"),
-    (["--try", "eval_tokens=256"], "changes what is measured with"),
-    (["--try", "clip=2", "--seeds", "1"], "one seed tells nothing"),
-    (["--try", "position=nope"], "position nope is not one of"),
-    (["--try", "clip=2", "--name", "mine"], "--name is train.py's alone"),
-    (["--try", "resume=runs/a"], "runs/a is not a run"),
-])
-def test_mistaken_changes_are_a_sentence(here, flags, words):
-    done = call(ablate.main, "change", *TINY, *flags)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not Path("runs").exists()
+# ---- rates and spikes -----------------------------------------------------------------------------------------
+
+
+def test_lr_range_test_stops_where_training_diverges(here, capsys):
+    steepest, tenth = ablate.lr_range(TINY, ablate.Options(low=1e-4, high=1e3, steps=60))
+    assert 1e-4 < steepest < 10 and 1e-4 < tenth < 10
+    out = capsys.readouterr().out
+    assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
+    last = float(out.splitlines()[-3].split()[0])
+    assert last < 500  # it ended early
+
+
+def test_random_tokens_in_poisoned_batches_alone(here):
+    run = train.set_up(recipe("--tokens", "2560"), Path("runs/none"))
+    losses_of = ablate.poisoned(range(3, 5))
+    clean, bad = ([loss()[0].item() for loss in losses_of(run, step)] for step in (2, 3))
+    assert clean == [loss()[0].item() for loss in train.pretraining_losses(run, 2)]
+    assert bad != [loss()[0].item() for loss in train.pretraining_losses(run, 3)]
+    assert bad == [loss()[0].item() for loss in losses_of(run, 3)]  # the same poison again
+
+
+def test_rewinding_past_poisoned_batches(here):
+    """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
+    found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
+                          ablate.Options())
+    assert found["poisoned"] > 1.01 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
+    log = log_of(Path("runs/spikes/rewind"))
+    rewinds = [entry for entry in log if entry.get("event") == "rewind"]
+    skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
+    assert rewinds and not skipped & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 300}
+    dtypes = {train.read_recipe(Path("runs/spikes") / name)[0].dtype for name in found}
+    assert dtypes == {"float32"}
+
+
+# ---- the batch size at a checkpoint ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(here) -> Path:
+    return pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000", "--save-every", "8",
+                    "--keep", "9")
+
+
+def read_rows(curriculum, steps) -> list[tuple[int, int]]:
+    """(source, sequence) of every row of some steps."""
+    return [pair for step in steps for pair in zip(*(x.tolist() for x in curriculum.locate(
+        step, 0, curriculum.rows(step))))]
+
+
+def test_branches_read_the_same_text_and_large_ones_fall_behind(run, capsys, monkeypatch):
+    """From a young checkpoint, 16 times the batch is past the critical size, with the same text and sqrt(16) the rate;
+    all branches begin with the checkpoint's weights and without moments."""
+    seen, update = {}, train.update
+
+    def spy(run, losses, rate):
+        batch = run.curriculum.batches[-1]
+        if batch not in seen:
+            seen[batch] = []
+            assert not any(part.state for part in run.optimizer.optimizers)
+            first.append([weight.clone() for weight in run.model.parameters()])
+        seen[batch].append((rate, read_rows(run.curriculum, [run.step])))
+        return update(run, losses, rate)
+
+    first = []
+    monkeypatch.setattr(train, "update", spy)
+    found = ablate.branch([str(run)], ablate.Options(doublings=4, read=64 * 256))
+    text = {batch: [row for _, rows in parts for row in rows] for batch, parts in seen.items()}
+    assert len(text) == 5 and all(rows == text[256] for rows in text.values()) and len(text[256]) == 64 * 8
+    peaks = [max(rate for rate, _ in parts) for parts in seen.values()]
+    assert peaks == pytest.approx([0.01 * math.sqrt(2**i) for i in range(5)])
+    assert all(torch.equal(a, b) for weights in first[1:] for a, b in zip(weights, first[0]))
+    assert found[16] > found[1] + 0.01
+    best = max(k for k in found if all(found[k] <= found[j] + 0.01 for j in found if j < k))
+    assert best < 16 and f"critical batch size at step 20: {best * 256:,} tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="give 8192"):
+        ablate.branch([str(run)], ablate.Options(read=1000))
+
+
+def test_a_branch_begins_where_its_checkpoint_ends(run, monkeypatch):
+    """From a checkpoint in the middle, the branch's text is what the run itself read next."""
+    seen, update = [], train.update
+
+    def spy(run, losses, rate):
+        if run.curriculum.batches[-1] == 256:
+            seen.extend(read_rows(run.curriculum, [run.step]))
+        return update(run, losses, rate)
+
+    monkeypatch.setattr(train, "update", spy)
+    ablate.branch([str(run / "checkpoints/step-00000008")], ablate.Options(doublings=1, read=8 * 256))
+    whole = train.set_up(train.read_recipe(run)[0], Path("runs/none")).curriculum
+    kinds = [sorted(row for row in rows if row[0] == 0) for rows in (seen, read_rows(whole, range(8, 16)))]
+    assert len(seen) == 64 and len(set(kinds[0]) & set(kinds[1])) >= 0.9 * len(kinds[0])
+    assert not set(seen) & set(read_rows(whole, range(8)))  # nothing is read again
+
+
+def test_noise_scale_by_hand(run, capsys):
+    """The gradient of each of 24 sequences one by one, from the checkpoint's weights; nothing is changed on disk."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    scale = ablate.noise([str(run)], ablate.Options(read=24 * 32))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    fresh = train.set_up(replace(train.read_recipe(run)[0], start=str(run)), Path("runs/none"))
+    rows = []
+    for row in range(24):
+        batch = fresh.curriculum.batch(20 + row // 8, row % 8, 1)
+        logits = fresh.model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
+        loss = cross_entropy(logits, torch.from_numpy(batch.targets)) / 32
+        gradients = torch.autograd.grad(loss, list(fresh.model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+    rows = torch.stack(rows)
+    variance = rows.var(0).sum()  # unbiased, as is |mean|^2 - variance / n
+    signal = rows.mean(0).square().sum() - variance / 24
+    expected = float(variance / signal) * 32 if signal > 0 else math.nan
+    assert scale == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    assert NoiseScale.split(float(rows.square().sum(1).mean()), float(rows.mean(0).square().sum()), 1, 24) == (
+        pytest.approx((float(signal), float(variance)), rel=1e-3))
+    out = capsys.readouterr().out
+    assert "       24" in out and ("times the fewest steps" in out or "noise hides" in out)
+
+
+def test_noise_scale_of_sequences_that_are_all_alike_is_small(run, monkeypatch):
+    """Without noise between sequences there is none to measure."""
+    losses_of = train.pretraining_losses
+    monkeypatch.setattr(train, "pretraining_losses", lambda run, step: losses_of(run, 0)[:1] * 8)
+    assert abs(ablate.noise([str(run)], ablate.Options(read=16 * 32))) < 0.1
+
+
+# ---- a scaling law --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
+    """Every rung is trained to its end with its own tokens, and the law that is fitted to them, not to the largest,
+    says what the largest loses (within 20 %, after 40 steps)."""
+    monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
+    monkeypatch.setattr(ablate, "PREDICTED", 48)
+    words = [*TINY, "--tokens", "10240", "--learning-rate", "0.01", "--eval-tokens", "4096"]
+    predicted, measured = ablate.fit(words, ablate.Options())
+    found = json.loads(Path("runs/ladder/law.json").read_text())
+    sizes, tokens, scores = zip(*found["parameters, tokens, loss"])
+    assert tokens == (2560, 5120, 5120, 10240, 10240, 10240, 10240)
+    assert scores[-1] == measured and predicted == pytest.approx(measured, rel=0.2)
+    law = found["law"]
+    assert predicted == pytest.approx(law["E"] + law["A"] * sizes[-1]**-law["alpha"] + law["B"] * 10_240**-law["beta"])
+    first = recipe("--tokens", "2560", "--learning-rate", "0.01", "--eval-tokens", "4096")
+    model = first.model.change(hidden_size=16, intermediate_size=48, num_attention_heads=1,
+                               initializer_range=0.05 * math.sqrt(8))
+    alone = train.pretrain(replace(first, model=model, warmup_steps=1), Path("runs/alone"))
+    assert scores[0] == pytest.approx(np.mean(list(alone.values())))
+    assert "off by" in capsys.readouterr().out
+
+
+# ---- the command line -----------------------------------------------------------------------------------------
+
+
+def test_commands_by_their_names(here):
+    done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--try", "clip=2", "--out", "runs/mine")
+    assert done.returncode == 0, done.stderr
+    assert "seeds differ by" in done.stdout and "clip=2" in done.stdout and Path("runs/mine/log.jsonl").exists()
+    done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--out", "runs/mine")  # the noise of seeds alone
+    assert done.returncode == 0 and "seeds differ by" in done.stdout and "training " not in done.stdout
+    done = call(ablate.main, "--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in ("lr-range", "--doublings", "noise runs/laptop"))
+
+
+@pytest.mark.parametrize("words, told", [
+    (["change", "--try", "learning_rate"], "expected one argument"),
+    (["change", "--try", "learning_rat=1"], "did you mean --learning_rate"),
+    (["change", "--try", "save_every=500"], "changes nothing"),
+    (["change", "--try", "eval-tokens=256"], "changes what is measured with"),
+    (["change", "--try", "clip=2", "--seeds", "1"], "--seeds 1 is not between 2 and"),
+    (["change", "--try", "position=nope"], "--position 'nope' is not one of"),
+    (["change", "--try", "clip=2", "--name", "mine"], "--name belongs to train.py"),
+    (["change", "--try", "resume=runs/a"], "--resume belongs to train.py"),
+    (["lr-range", "--steps", "3"], "--steps 3 is not between 20 and"),
+    (["lr-range", "--low", "1", "--high", "0.1"], "not below"), (["lr-range", "--seeds", "3"], "takes no --seeds"),
+    (["spikes", "--tokens", "2560"], "give --tokens 51200"), (["forget"], "invalid choice")])
+def test_mistakes_are_one_sentence(here, words, told):
+    done = call(ablate.main, words[0], *TINY, *words[1:])
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("words, told", [
+    (["branch", "runs/none"], "give a run"), (["noise"], "give a run"), (["noise", "data/tiny"], "give a run"),
+    (["lr-range", "laptob"], "take laptop"), (["branch", "runs/none", "--read", "nine"], "invalid number value")])
+def test_mistaken_runs_are_one_sentence(here, words, told):
+    done = call(ablate.main, *words)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_ablations_do_not_start_under_torchrun(here, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     done = call(ablate.main, "change", *TINY, "--try", "clip=2")
     assert done.returncode == 2 and "in one process" in done.stderr and not Path("runs").exists()
-
-
-def test_lr_range_test_stops_where_training_diverges(here, capsys):
-    pytest.importorskip("matplotlib")
-    steepest, tenth = ablate.lr_range(recipe(), 1e-4, 1e3, 60, "range.png")
-    assert 1e-4 < steepest < 10 and 1e-4 < tenth < 10 and Path("range.png").stat().st_size > 5000
-    assert "a peak to try" in capsys.readouterr().out and not Path("runs").exists()
-
-
-def test_branches_read_the_same_tokens_and_large_ones_fall_behind(here, capsys, monkeypatch):
-    """From a young checkpoint, 16 times the batch is past the critical size, with the same tokens and sqrt(16) the rate."""
-    train.train(recipe("--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000"), Path("runs/a"))
-    seen, step = {}, train.training_step
-
-    def spy(job, at, rate, steps=1):
-        seen.setdefault(steps, []).append((range(at, at + steps), rate))
-        return step(job, at, rate, steps)
-
-    monkeypatch.setattr(train, "training_step", spy)
-    found = ablate.branch(Path("runs/a"), [1, 2, 16], 64 * 256, 0.01)
-    read = {k: [i for part, _ in parts for i in part] for k, parts in seen.items()}
-    assert read == {k: list(range(20, 84)) for k in (1, 2, 16)}
-    assert [max(rate for _, rate in seen[k]) for k in (1, 2, 16)] == pytest.approx([0.01, 0.01 * math.sqrt(2), 0.04])
-    assert found[16] > found[1] + 0.01
-    assert re.search(r"critical batch size at step 20 of runs/a: (256|512) tokens", capsys.readouterr().out)
-    with pytest.raises(UserError, match="give 4096"):
-        ablate.branch(Path("runs/a"), [1, 4], 1000, 0.01)
-    seen.clear()
-    early = next(path for path in sorted(Path("runs/a/checkpoints").iterdir()) if path.name != "step-00000000")
-    ablate.branch(early, [1], 4 * 256, 0.01)  # from a checkpoint in the middle
-    assert seen[1][0][0].start == int(early.name[5:])
-
-
-@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
-def test_ladder_foretells_its_largest(here, capsys, monkeypatch):
-    """Three sizes, three lengths: every rung is trained to its end with its own tokens, and the law that is fitted to them,
-    not to the largest, says what the largest loses (within 10 %, after 40 steps)."""
-    monkeypatch.setitem(train.RECIPES, "laptop", replace(recipe(), learning_rate=0.01, eval_tokens=4096))
-    monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
-    monkeypatch.setattr(ablate, "HELD_OUT", 48)
-    predicted, measured = ablate.fit_ladder(10_240, "cpu", "float32")
-    found = json.loads(Path("runs/ladder/law.json").read_text())
-    assert [run["tokens"] for run in found["runs"]] == [2560, 5120, 5120, 10240, 10240, 10240, 10240]
-    assert found["runs"][-1]["loss"] == measured and predicted == pytest.approx(measured, rel=0.10)
-    law, size = found["law"], found["runs"][-1]["parameters"]
-    assert predicted == pytest.approx(law["E"] + law["A"] * size**-law["alpha"] + law["B"] * 10_240**-law["beta"])
-    again = train.set_up(ablate.rung(16, 2560, "cpu", "float32"), train.World(), Path("runs/none"), False)
-    for step in range(10):
-        train.training_step(again, step, again.rate(step))
-    assert found["runs"][0]["loss"] == pytest.approx(ablate.held_out_score(again))
-    assert "off by" in capsys.readouterr().out
-
-
-def test_minutes_trains_what_the_plan_says(here):
-    """`train.py --minutes` takes about that long (not asserted: the host decides) with the plan's size and batch."""
-    run = [train.main, "--data", "data/tiny", "--minutes", "0.05", "--device", "cpu", "--eval-tokens", "128"]
-    done = call(*run, "--batch-tokens", "0")
-    assert done.returncode == 2 and "--minutes decides --batch_tokens" in done.stderr
-    done = call(*run)
-    assert done.returncode == 0, done.stderr
-    planned = int(re.search(r"model +([\d,]+) parameters: ", done.stdout)[1].replace(",", ""))
-    assert f"{planned:,} parameters (" in done.stdout and "Memory: " in done.stdout
-    saved = json.loads(Path("runs/laptop/recipe.json").read_text())
-    batch = int(re.search(r"batch +([\d,]+) tokens, rate", done.stdout)[1].replace(",", ""))
-    assert saved["batch_tokens"] == batch
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--batch-doublings", "a,b"], "list of steps such as"), (["--optimizer", "sgd"], "adamw, muon"),
-    (["--minutes", "5"], "--minutes decides")])
-def test_bad_flags_are_one_sentence(here, flags, words):
-    done = call(train.main, *TINY, *flags)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["branch", "runs/none"], "not a run"), (["branch", "runs/none", "--multiples", "2,4"], "begins with 1"),
-    (["lr-range", "--steps", "3"], "at least 20"),
-    (["lr-range", "--low", "1", "--high", "0.1"], "not below"), (["lr-range", "laptob"], "take laptop")])
-def test_bad_commands_are_one_sentence(here, flags, words):
-    done = call(ablate.main, *flags)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
