@@ -23,13 +23,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 import cost
@@ -54,7 +55,7 @@ class Options:
     doublings: int = option(3, "branch: how often the batch is doubled", 1, 20)
     epsilon: float = option(0.01, "branch: bits per byte that a larger batch may lose", 0)
     read: float = option(2e5, "branch and noise: tokens to read", 1)
-    tries: list[str] | None = None  # change: each "NAME=VALUE", or several that belong together
+    tries: list[str] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
 @contextlib.contextmanager
@@ -68,14 +69,11 @@ def quietly():
 
 
 def recipe_of(words: list[str]) -> train.Recipe:
-    """The recipe that train.py would make of a command line."""
+    """The recipe that train.py would make of a command line, with device, dtype and compilation decided: once, so that
+    all trainings that are compared compute alike."""
     if wrong := {word.split("=")[0] for word in words} & {"--resume", "--minutes", "--check", "--name"}:
         raise UserError(f"{wrong.pop()} belongs to train.py alone; leave it out here")
-    return train.parse(words)[1]
-
-
-def settled(recipe: train.Recipe) -> train.Recipe:
-    """With device, dtype and compilation decided once, so that all trainings that are compared compute alike."""
+    recipe = train.parse(words)[1]
     return cost.settle(recipe, cost.choose_machine(recipe), processes=1, context=1)
 
 
@@ -85,13 +83,13 @@ def prepared(recipe: train.Recipe, folder: Path = Path("runs/none"), resume: boo
         return train.set_up(recipe, folder, resume=resume)
 
 
-def updates(run: train.Run, rates: Iterable[float], label: str) -> Iterator[float]:
+def updates(run: train.Run, rates: list[float], label: str) -> Iterator[float]:
     """The loss of one update at each rate, from `run.step` on; nothing is logged or saved."""
     for rate in tqdm(rates, label, leave=False, disable=None):  # no bar in a file
         train.enter_stage(run)
-        report = train.update(run, train.pretraining_losses(run, run.step), rate)
+        loss = train.update(run, train.pretraining_losses(run, run.step), rate).read()["loss"]
         run.step += 1
-        yield report.read()["loss"]
+        yield loss
 
 
 def held_out_loss(run: train.Run) -> float:
@@ -107,7 +105,7 @@ def draw_lines(path: Path, lines: dict[str, tuple], **labels: str) -> None:
     """Draws {label: (x, y, format)} where matplotlib is installed."""
     def paint(axes) -> None:
         for label, (x, y, style) in lines.items():
-            axes.plot(x, y, style, label=label, lw=1)
+            axes.plot(x, y, style, label=label)
         axes.set(**labels)
         axes.legend()
 
@@ -193,19 +191,19 @@ def change(words: list[str], o: Options) -> dict[str, tuple[float, float]]:
     A finished training is a line of log.jsonl in the folder: the same command resumes after an interruption, and one
     with more tries or seeds trains only those.
     """
-    base, folder = settled(recipe_of(words)), Path(o.out)
+    base, folder, runs = recipe_of(words), Path(o.out), {}
     decided = [f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile")]
-    recipes, around = changed_recipes([*words, *decided], o.tries or []), code_and_data(base)
+    recipes, around = changed_recipes([*words, *decided], o.tries), code_and_data(base)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, resumed_at=10**18)  # drops a line that a kill tore
-    done, runs = {entry["key"]: entry for entry in log.entries()}, {name: [] for name in recipes}
+    done = {entry["key"]: entry for entry in log.entries()}
     for i, (seed, name) in enumerate(itertools.product(range(o.seeds), recipes), 1):
         recipe = replace(recipes[name], seed=recipes[name].seed + seed)
         if (key := fingerprint(recipe, around)) not in done:
             train.say(f"training {i} of {o.seeds * len(recipes)}: {name}, seed {recipe.seed}")
             done[key] = train_arm(recipe, folder / key)
             log.write(key=key, change=name, **done[key])
-        runs[name].append(done[key])
+        runs.setdefault(name, []).append(done[key])
     found = compare_runs(runs)
     bars = {name: ((x - half, x, x + half), [i] * 3, "o-") for i, (name, (x, half)) in enumerate(found.items())}
     draw_lines(folder / "changes.png", bars | {"baseline": ([0, 0], [0, len(found) - 1], "k-")}, yticks=[],
@@ -236,7 +234,7 @@ def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
     return found
 
 
-# ---- the learning-rate range test -----------------------------------------------------------------------------
+# ---- learning rates and loss spikes ---------------------------------------------------------------------------
 
 
 def lr_range(words: list[str], o: Options) -> tuple[float, float]:
@@ -256,49 +254,38 @@ def lr_range(words: list[str], o: Options) -> tuple[float, float]:
             break
     if len(losses) < 10:
         raise UserError(f"the loss diverged after {len(losses)} steps; begin with a --low below {o.low:g}")
-    rates = rates[:len(losses)]
     steepest, tenth = schedule.suggest_rates(rates, losses)
     peak = math.sqrt(steepest * tenth)
     print(f"{'rate':>10}{'loss':>10}")
-    for i in range(0, len(rates), max(1, len(rates) // 20)):
+    for i in range(0, len(losses), max(1, len(losses) // 20)):
         print(f"{rates[i]:10.2e}{smooth[i]:10.3f}")
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
           f"first and a tenth of the second, such as {peak:.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
     Path("runs").mkdir(exist_ok=True)
-    draw_lines(Path("runs/lr-range.png"), {"loss": (rates, losses, "y-"), "smoothed": (rates, smooth, "b-")},
-               xscale="log", xlabel="learning rate", ylabel="loss, nats per token")
+    draw_lines(Path("runs/lr-range.png"), {"smoothed": (rates[:len(smooth)], smooth, "-")}, xscale="log",
+               xlabel="learning rate", ylabel="loss, nats per token")
     return steepest, tenth
 
 
-# ---- what a loss spike costs ----------------------------------------------------------------------------------
+def poisoned_losses(run: train.Run, step: int, poison: range) -> list:
+    """`train.pretraining_losses` with random tokens in the batches of some steps, as from a broken shard."""
+    def load(piece, following):
+        tokens, _, cu_seqlens = run.loader.get(piece, following)
+        generator = torch.Generator().manual_seed(sum(piece))
+        random = torch.randint(run.model.config.vocab_size, (2, *tokens.shape), generator=generator)
+        return *random.to(tokens.device), cu_seqlens
 
-
-def poisoned(steps: range):
-    """`train.pretraining_losses` with random tokens in the batches of these steps, as from a broken shard."""
-    def losses_of(run, step):
-        def load(piece, following):
-            tokens, _, cu_seqlens = run.loader.get(piece, following)
-            generator = torch.Generator().manual_seed(sum(piece))
-            noise = torch.randint(run.model.config.vocab_size, (2, *tokens.shape), generator=generator)
-            return *noise.to(tokens.device), cu_seqlens
-
-        poison = replace(run, loader=SimpleNamespace(get=load)) if step in steps else run
-        return train.pretraining_losses(poison, step)
-
-    return losses_of
+    return train.pretraining_losses(replace(run, loader=SimpleNamespace(get=load)) if step in poison else run, step)
 
 
 def spikes(words: list[str], o: Options) -> dict[str, float]:
     """Trains on clean data; then twice from a checkpoint before the poison, 4 % of the batches at 80 % of the run:
     with nothing done about it, and with `--guard rewind`. Prints, draws and returns held-out bits per byte of each."""
-    root, lines, losses = new_run_folder("spikes"), {}, {}
-    run = prepared(recipe_of(words))
-    recipe, steps = run.recipe, run.steps  # with device, dtype and compilation decided for all three
-    if steps < 200:
+    root, recipe, lines, losses = new_run_folder("spikes"), recipe_of(words), {}, {}
+    if (steps := prepared(recipe).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps))
-    recipe = replace(recipe, save_every=steps // 20, keep=20)
     print(f"poison    random tokens in steps {poison[0] + 1} to {poison[-1] + 1} of {steps}")
     for name, guard, bad in (("clean", "warn", range(0)), ("poisoned", "warn", poison), ("rewind", "rewind", poison)):
         train.say(f"training  {name}")
@@ -306,15 +293,15 @@ def spikes(words: list[str], o: Options) -> dict[str, float]:
             early = newest_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
-        run = prepared(replace(recipe, guard=guard), root / name, resume=bool(bad))
+        run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))
         with quietly():
-            train.train(train.connect(run), poisoned(bad), lambda *_: {})
+            train.train(train.connect(run), lambda run, step: poisoned_losses(run, step, bad), lambda *_: {})
             losses[name] = held_out_loss(run)
         points = zip(*((entry["step"], entry["loss"]) for entry in run.log.entries() if "loss" in entry))
         lines[f"{name}: {losses[name]:.3f} bits per byte"] = (*points, "-")
         rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
         train.say(f"{name:10}{losses[name]:.4f} bits per byte, {losses[name] / losses['clean'] - 1:+.1%}"
-                  + f"; went back to step {rewinds}" * bool(rewinds))
+                  f"; went back to steps {rewinds}")
     draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token")
     print(f"The runs are in {root}")
     return losses
@@ -330,7 +317,7 @@ PREDICTED = 192  # the width whose loss the law must predict
 def fit(words: list[str], o: Options) -> tuple[float, float]:
     """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares: numbers, law.json and law.png in
     runs/ladder. `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
-    base, points = settled(recipe_of(words)), []
+    base, points = recipe_of(words), []
     tokens = base.tokens or 4e5
     for width, share in [*LADDER, (PREDICTED, 1)]:
         model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
@@ -347,7 +334,7 @@ def fit(words: list[str], o: Options) -> tuple[float, float]:
             predicted = law.loss(size, tokens)
             train.say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / "
                       f"D^{law.beta:.3f} bits per byte\npredicted    {predicted:.4f} for width {width}")
-        list(updates(run, map(run.rate, range(run.steps)), f"width {width}"))
+        list(updates(run, [run.rate(step) for step in range(run.steps)], f"width {width}"))
         points.append((size, tokens * share, held_out_loss(run)))
         train.say(f"{len(points):3} of {len(LADDER) + 1}    width {width:4}{cost.say_number(size):>8} parameters"
                   f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
@@ -358,7 +345,7 @@ def fit(words: list[str], o: Options) -> tuple[float, float]:
     write_json(folder / "law.json", {"law": asdict(law), "parameters, tokens, loss": points, "predicted": predicted})
     lines = {f"law at {cost.say_number(d)} tokens": (sizes, [law.predict(n, d)["loss"] for n in sizes], "-")
              for d in sorted(set(lengths))}
-    draw_lines(folder / "law.png", lines | {"fitted": (sizes, losses, "ko"), "predicted": (size, measured, "r*")},
+    draw_lines(folder / "law.png", lines | {"measured": (sizes, losses, "ko"), "predicted": (size, predicted, "r*")},
                xscale="log", xlabel="parameters", ylabel="held-out bits per byte")
     return predicted, measured
 
@@ -424,18 +411,18 @@ def noise(words: list[str], o: Options) -> float:
     for n, piece in zip(tqdm(range(1, count + 1), "gradients", leave=False, disable=None), pieces):
         gradients = torch.autograd.grad(sum(piece()) * rows, weights, materialize_grads=True)
         torch._foreach_add_(total, gradients)
-        squares += sum(float(gradient.square().sum()) for gradient in gradients)
-        if n == count or n >= 16 and n & (n - 1) == 0:  # several lines show whether it has settled
-            whole = sum(float(gradient.square().sum()) for gradient in total) / n**2
-            signal, variance = schedule.NoiseScale.split(squares / n, whole, 1, n)
+        squares += float(get_total_norm(gradients)) ** 2
+        if n in (count // 4, count // 2, count):  # shows whether it has settled
+            whole = float(get_total_norm(total)) / n
+            signal, variance = schedule.NoiseScale.split(squares / n, whole**2, 1, n)
             scale = variance / signal * context if signal > 0 else math.nan
             train.say(f"{n:9,}{signal:12.3g}{variance:12.3g}{scale:21,.0f}")
-    ratio = scale / (rows * context)
+    batch = rows * context
     print("noise hides the gradient; give more tokens to --read" if math.isnan(scale) else
           f"noise scale  {scale:,.0f} tokens at step {run.step:,}: a batch of this size needs twice the fewest possible\n"
-          f"steps and twice the fewest tokens (McCandlish et al. 2018). This run's batch of {rows * context:,} tokens\n"
-          f"needs {1 + ratio:.2f} times the fewest steps and {1 + 1 / ratio:.2f} times the fewest tokens. The batch that\n"
-          "Adam bears may be larger: `python ablate.py branch` measures it.")
+          f"steps and twice the fewest tokens (McCandlish et al. 2018). This run's batch of {batch:,} tokens\n"
+          f"needs {1 + scale / batch:.2f} times the fewest steps and {1 + batch / scale:.2f} times the fewest tokens. The\n"
+          "batch that Adam bears may be larger: `python ablate.py branch` measures it.")
     return scale
 
 

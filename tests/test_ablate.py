@@ -144,11 +144,11 @@ def test_lr_range_test_stops_where_training_diverges(here, capsys):
 
 def test_random_tokens_in_poisoned_batches_alone(here):
     run = train.set_up(recipe("--tokens", "2560"), Path("runs/none"))
-    losses_of = ablate.poisoned(range(3, 5))
-    clean, bad = ([loss()[0].item() for loss in losses_of(run, step)] for step in (2, 3))
+    clean, bad, again = ([loss()[0].item() for loss in ablate.poisoned_losses(run, step, range(3, 5))]
+                         for step in (2, 3, 3))
     assert clean == [loss()[0].item() for loss in train.pretraining_losses(run, 2)]
     assert bad != [loss()[0].item() for loss in train.pretraining_losses(run, 3)]
-    assert bad == [loss()[0].item() for loss in losses_of(run, 3)]  # the same poison again
+    assert bad == again
 
 
 def test_rewinding_past_poisoned_batches(here):
@@ -291,7 +291,7 @@ def test_commands_by_their_names(here):
     done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--out", "runs/mine")  # the noise of seeds alone
     assert done.returncode == 0 and "seeds differ by" in done.stdout and "training " not in done.stdout
     done = call(ablate.main, "--help")
-    assert done.returncode == 0 and all(name in done.stdout for name in ("lr-range", "--doublings", "noise runs/laptop"))
+    assert done.returncode == 0 and all(name in done.stdout for name in ("--doublings", "noise runs/laptop"))
 
 
 @pytest.mark.parametrize("words, told", [
