@@ -1,8 +1,7 @@
 """Ablations: short trainings that answer one question before a long one is paid for.
 
-Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did: each changes one thing on a small budget,
-because what is not tested on your own baseline is a guess. Every command trains what `train.py` would train, in one
-process; the first four take its recipe and flags, too.
+Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did. Every command trains what `train.py`
+would train, in one process; the first four take its recipe and flags, too.
 
     python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # each alone, and the seeds' noise
     python ablate.py lr-range laptop        # one short run whose rate grows until the loss diverges
@@ -55,7 +54,7 @@ class Options:
     doublings: int = option(3, "branch: how often the batch is doubled", 1, 20)
     epsilon: float = option(0.01, "branch: bits per byte that a larger batch may lose", 0)
     read: float = option(2e5, "branch and noise: tokens to read", 1)
-    tries: list[str] = ()  # change: each "NAME=VALUE", or several that belong together
+    tries: tuple[str, ...] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
 @contextlib.contextmanager
@@ -93,15 +92,14 @@ def updates(run: train.Run, rates: list[float], label: str) -> Iterator[float]:
 
 
 def held_out_loss(run: train.Run) -> float:
-    """Bits per byte of the model as it is now: the mean over sources, without generated math, which is learned in a
-    jump that no law describes."""
+    """Bits per byte now: the mean over sources, without generated math, which is learned in a jump that no law fits."""
     train.enter_stage(run)
     splits = [source["val"] for source in run.sources]
     splits = [split for split in splits if split.name != "math"] or splits
     return float(np.mean([train.bits_per_byte(run, split, run.recipe.eval_tokens) for split in splits]))
 
 
-def draw_lines(path: Path, lines: dict[str, tuple], **labels: str) -> None:
+def draw_lines(path: str, lines: dict[str, tuple], **labels: str) -> None:
     """Draws {label: (x, y, format)} where matplotlib is installed."""
     def paint(axes) -> None:
         for label, (x, y, style) in lines.items():
@@ -120,14 +118,12 @@ T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
 def paired_difference(baseline: list[float], changed: list[float]) -> tuple[float, float]:
-    """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval.
-
-    Runs of the same seed read the same data in the same order and, where shapes agree, begin with the same weights:
-    luck that both share cancels, so pairs show smaller differences than two means do.
-    """
+    """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval. Such runs read
+    the same data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels,
+    so pairs show smaller differences than two means do."""
     differences = np.subtract(changed, baseline)
     n = len(differences)
-    return float(differences.mean()), T95[min(n, 10) - 2] * float(differences.std(ddof=1)) / math.sqrt(n)
+    return differences.mean(), T95[min(n, 10) - 2] * differences.std(ddof=1) / math.sqrt(n)
 
 
 def verdict(difference: float, half_width: float) -> str:
@@ -155,10 +151,9 @@ def changed_recipes(given: list[str], tries: list[str]) -> dict[str, train.Recip
 
 def code_and_data(recipe: train.Recipe) -> list:
     """All that a training depends on besides its recipe; of the data, hashes."""
-    with quietly():
-        tokenizer, sources = load_data(recipe.data, recipe.model.vocab_size)
-    code = [Path(__file__).with_name(f"{name}.py").read_text("utf-8")
-            for name in ("train", "data", "schedule", "model", "evals")]
+    tokenizer, sources = load_data(recipe.data, recipe.model.vocab_size)
+    names = "train.py data.py schedule.py model.py evals.py".split()
+    code = [Path(__file__).with_name(name).read_text("utf-8") for name in names]
     return [code, tokenizer.hash, [(split.name, split.sha256) for source in sources for split in source.values()]]
 
 
@@ -170,8 +165,7 @@ def fingerprint(recipe: train.Recipe, around: list) -> str:
 
 def train_arm(recipe: train.Recipe, folder: Path) -> dict:
     """Trains a recipe, or resumes it where it was stopped; returns what is compared."""
-    resume = any((folder / "checkpoints").glob("step-*"))
-    run, found = prepared(recipe, folder, resume), {"diverged": ""}
+    run, found = prepared(recipe, folder, any(folder.glob("checkpoints/step-*"))), {"diverged": ""}
     with quietly():
         try:
             train.train(train.connect(run), evaluate=lambda *_: {})  # evaluated at the end alone
@@ -186,11 +180,9 @@ def train_arm(recipe: train.Recipe, folder: Path) -> dict:
 
 def change(words: list[str], o: Options) -> dict[str, tuple[float, float]]:
     """Trains a recipe, and it with each of the tries ("NAME=VALUE", or several that belong together) alone, with every
-    seed. Prints, draws and returns each try's `paired_difference` in held-out bits per byte.
-
-    A finished training is a line of log.jsonl in the folder: the same command resumes after an interruption, and one
-    with more tries or seeds trains only those.
-    """
+    seed. Prints, draws and returns each try's `paired_difference` in held-out bits per byte. A finished training is a
+    line of log.jsonl in the folder: the same command resumes after an interruption, and one with more tries or seeds
+    trains only those."""
     base, folder, runs = recipe_of(words), Path(o.out), {}
     decided = [f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile")]
     recipes, around = changed_recipes([*words, *decided], o.tries), code_and_data(base)
@@ -206,7 +198,7 @@ def change(words: list[str], o: Options) -> dict[str, tuple[float, float]]:
         runs.setdefault(name, []).append(done[key])
     found = compare_runs(runs)
     bars = {name: ((x - half, x, x + half), [i] * 3, "o-") for i, (name, (x, half)) in enumerate(found.items())}
-    draw_lines(folder / "changes.png", bars | {"baseline": ([0, 0], [0, len(found) - 1], "k-")}, yticks=[],
+    draw_lines(f"{folder}/changes.png", bars | {"baseline": ([0, 0], [0, len(found) - 1], "k-")}, yticks=[],
                xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
     print(f"The trainings are in {folder}")
     return found
@@ -234,7 +226,7 @@ def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
     return found
 
 
-# ---- learning rates and loss spikes ---------------------------------------------------------------------------
+# ---- learning rates, loss spikes and a scaling law ------------------------------------------------------------
 
 
 def lr_range(words: list[str], o: Options) -> tuple[float, float]:
@@ -263,7 +255,7 @@ def lr_range(words: list[str], o: Options) -> tuple[float, float]:
           f"first and a tenth of the second, such as {peak:.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
     Path("runs").mkdir(exist_ok=True)
-    draw_lines(Path("runs/lr-range.png"), {"smoothed": (rates[:len(smooth)], smooth, "-")}, xscale="log",
+    draw_lines("runs/lr-range.png", {"smoothed": (rates[:len(smooth)], smooth, "-")}, xscale="log",
                xlabel="learning rate", ylabel="loss, nats per token")
     return steepest, tenth
 
@@ -286,7 +278,7 @@ def spikes(words: list[str], o: Options) -> dict[str, float]:
     if (steps := prepared(recipe).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps))
-    print(f"poison    random tokens in steps {poison[0] + 1} to {poison[-1] + 1} of {steps}")
+    print(f"poison    random tokens in steps {poison[0] + 1} to {poison[-1] + 1} of {steps}; runs are in {root}")
     for name, guard, bad in (("clean", "warn", range(0)), ("poisoned", "warn", poison), ("rewind", "rewind", poison)):
         train.say(f"training  {name}")
         if bad:
@@ -302,12 +294,9 @@ def spikes(words: list[str], o: Options) -> dict[str, float]:
         rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
         train.say(f"{name:10}{losses[name]:.4f} bits per byte, {losses[name] / losses['clean'] - 1:+.1%}"
                   f"; went back to steps {rewinds}")
-    draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token")
-    print(f"The runs are in {root}")
+    draw_lines(f"{root}/spikes.png", lines, xlabel="step", ylabel="loss, nats per token")
     return losses
 
-
-# ---- a scaling law of your own --------------------------------------------------------------------------------
 
 # (width, share of the tokens): several lengths at two widths, so that the law can tell tokens from parameters.
 LADDER = [(32, 0.25), (64, 0.25), (32, 0.5), (64, 0.5), (32, 1), (48, 1), (64, 1), (96, 1), (128, 1)]
@@ -321,16 +310,12 @@ def fit(words: list[str], o: Options) -> tuple[float, float]:
     tokens = base.tokens or 4e5
     for width, share in [*LADDER, (PREDICTED, 1)]:
         model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
-                                  num_attention_heads=max(1, round(width / 64)),
-                                  initializer_range=0.05 * math.sqrt(128 / width))
-        run = prepared(replace(base, model=model, tokens=tokens * share,
-                               warmup_steps=math.ceil(0.04 * tokens * share / base.batch_tokens)))
+            num_attention_heads=max(1, round(width / 64)), initializer_range=0.05 * math.sqrt(128 / width))
+        warmup = math.ceil(0.04 * tokens * share / base.batch_tokens)
+        run = prepared(replace(base, model=model, tokens=tokens * share, warmup_steps=warmup))
         size = float(count_parameters(run.recipe.model)["total"])
-        if len(points) == len(LADDER):
-            try:
-                law = schedule.fit_law(points, "this ladder")
-            except ValueError as error:
-                raise UserError(f"{error}; give the ladder more --tokens") from None
+        if width == PREDICTED:
+            law = schedule.fit_law(points, "this ladder")
             predicted = law.loss(size, tokens)
             train.say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / "
                       f"D^{law.beta:.3f} bits per byte\npredicted    {predicted:.4f} for width {width}")
@@ -344,8 +329,8 @@ def fit(words: list[str], o: Options) -> tuple[float, float]:
     folder.mkdir(parents=True)
     write_json(folder / "law.json", {"law": asdict(law), "parameters, tokens, loss": points, "predicted": predicted})
     lines = {f"law at {cost.say_number(d)} tokens": (sizes, [law.predict(n, d)["loss"] for n in sizes], "-")
-             for d in sorted(set(lengths))}
-    draw_lines(folder / "law.png", lines | {"measured": (sizes, losses, "ko"), "predicted": (size, predicted, "r*")},
+             for d in set(lengths)}
+    draw_lines(f"{folder}/law.png", lines | {"measured": (sizes, losses, "ko"), "predicted": (size, predicted, "r*")},
                xscale="log", xlabel="parameters", ylabel="held-out bits per byte")
     return predicted, measured
 
@@ -363,25 +348,21 @@ def at_checkpoint(words: list[str]) -> train.Run:
 
 def branch(words: list[str], o: Options) -> dict[int, float]:
     """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; prints and returns their
-    held-out bits per byte. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025).
-
-    All branches read the same sequences: those that come next in the run, whose last stage continues if need be. The
-    optimizer starts anew and the rate warms up again over a fifth of the tokens, as in the playbook.
-    """
+    held-out bits per byte. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read
+    the same sequences: those that come next in the run, whose last stage continues if need be. The optimizer starts
+    anew and the rate warms up again over a fifth of the tokens, as in the playbook."""
     run, losses, largest = at_checkpoint(words), {}, 2**o.doublings
     recipe, curriculum, step = run.recipe, run.curriculum, run.step
-    number = curriculum.stage(step)
-    stage, batch = curriculum.stages[number], curriculum.batches[number]
+    stage, batch = (of[curriculum.stage(step)] for of in (curriculum.stages, curriculum.batches))
     if (count := int(o.read / batch / largest)) < 4:  # updates with the largest batch
         raise UserError(f"--read {o.read:g} is fewer than 4 of the largest batches; give {4 * largest * batch}")
     rate = stage.learning_rate or schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
     read, passed = curriculum.tokens(step), curriculum.passed
     past = [replace(part, tokens=min(after, read) - before)
             for part, before, after in zip(curriculum.stages, passed, passed[1:]) if before < read]
-    del run  # its memory is for the branches
     print(f"{'k':>4}{'batch':>12}{'rate':>10}{'updates':>9}{'held-out bits per byte':>24}")
     for k in (2**i for i in range(o.doublings + 1)):
-        peak, steps = schedule.scale_rate(rate, k), count * largest // k
+        run, peak, steps = None, schedule.scale_rate(rate, k), count * largest // k  # the last run's memory is free
         next_stage = replace(stage, tokens=steps * k * batch, batch_tokens=k * batch)
         run = prepared(replace(recipe, stages=(*past, next_stage), tokens=0, micro_batch=0))
         for optimizer in run.optimizer.optimizers:
@@ -390,7 +371,6 @@ def branch(words: list[str], o: Options) -> dict[int, float]:
         list(updates(run, [peak * schedule.warmup(i, round(steps / 5)) for i in range(steps)], f"k = {k}"))
         losses[k] = held_out_loss(run)
         train.say(f"{k:4}{k * batch:12,}{peak:10.2e}{steps:9,}{losses[k]:24.4f}")
-        del run
     best = schedule.critical_multiple(losses, o.epsilon)
     print(f"critical batch size at step {step:,}: {best * batch:,} tokens (k = {best}, epsilon {o.epsilon:g})"
           + " or more: no branch lost more; raise --doublings" * (best == largest))
@@ -407,22 +387,19 @@ def noise(words: list[str], o: Options) -> float:
     pieces = (piece for step in itertools.count(run.step) for piece in train.pretraining_losses(run, step))
     count, weights = max(16, int(o.read / context)), list(run.model.parameters())
     total = [torch.zeros_like(weight) for weight in weights]
-    print(f"{'sequences':>9}{'|G|^2':>12}{'tr(S)':>12}{'noise scale, tokens':>21}")
-    for n, piece in zip(tqdm(range(1, count + 1), "gradients", leave=False, disable=None), pieces):
+    for n, piece in zip(range(1, count + 1), pieces):
         gradients = torch.autograd.grad(sum(piece()) * rows, weights, materialize_grads=True)
         torch._foreach_add_(total, gradients)
         squares += float(get_total_norm(gradients)) ** 2
         if n in (count // 4, count // 2, count):  # shows whether it has settled
-            whole = float(get_total_norm(total)) / n
-            signal, variance = schedule.NoiseScale.split(squares / n, whole**2, 1, n)
-            scale = variance / signal * context if signal > 0 else math.nan
-            train.say(f"{n:9,}{signal:12.3g}{variance:12.3g}{scale:21,.0f}")
+            signal, variance = schedule.NoiseScale.split(squares / n, float(get_total_norm(total) / n) ** 2, 1, n)
+            scale = variance / signal * context if min(signal, variance) > 0 else math.nan
+            train.say(f"{n:9,} sequences: |G|^2 {signal:.3g}, tr(S) {variance:.3g}, noise scale {scale:,.0f} tokens")
     batch = rows * context
     print("noise hides the gradient; give more tokens to --read" if math.isnan(scale) else
-          f"noise scale  {scale:,.0f} tokens at step {run.step:,}: a batch of this size needs twice the fewest possible\n"
-          f"steps and twice the fewest tokens (McCandlish et al. 2018). This run's batch of {batch:,} tokens\n"
-          f"needs {1 + scale / batch:.2f} times the fewest steps and {1 + batch / scale:.2f} times the fewest tokens. The\n"
-          "batch that Adam bears may be larger: `python ablate.py branch` measures it.")
+          f"noise scale {scale:,.0f} tokens: a batch of this size needs twice the fewest possible steps and tokens\n"
+          f"(McCandlish et al. 2018). This run's {batch:,} need {1 + scale / batch:.2f} times the fewest steps and "
+          f"{1 + batch / scale:.2f}\ntimes the fewest tokens. Adam may bear a larger batch: see `branch`.")
     return scale
 
 
@@ -445,8 +422,7 @@ def main() -> None:
     work, flags = COMMANDS[name := given.pop("command")]
     if wrong := set(given) - set(flags.split()):
         raise UserError(f"{name} takes no --{wrong.pop()}; see `python ablate.py --help`")
-    options = Options(**given)
-    check_options(options)
+    check_options(options := Options(**given))
     work(words, options)
 
 

@@ -1,8 +1,5 @@
 """Post-training: a base model learns to answer (SFT), which of two answers is better (DPO, APO), and what a program
-can check (GRPO).
-
-The playbook's order for SmolLM3: SFT, then APO-zero, then a merge of checkpoints; it was released without RL, and GRPO
-came later. From a run or a Hugging Face folder:
+can check (GRPO). From a run or a Hugging Face folder:
 
     python posttrain.py sft runs/laptop                    # -> runs/laptop-sft; built-in problems, no network
     python posttrain.py sft SmolLM3-3B --data chats.jsonl --learning_rate 1e-5
@@ -16,17 +13,17 @@ Data is jsonl (.gz too), one object a line, a conversation a list of {"role", "c
     sft   {"messages": conversation}
     dpo   {"prompt": text or conversation, "chosen": text or messages, "rejected": text or messages}
     grpo  {"prompt": text or conversation, ...}; the whole object goes to the reward: score(problem, answer) -> number
-Any of them may have "tools", and messages "tool_calls", for models whose chat template shows them.
+All may have "tools", and messages "tool_calls", for models whose chat template shows them.
 
-What the playbook found. SFT: a rate of 3e-6 to 1e-5 was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4
-to 5 epochs of some 8B tokens, loss on the assistant's turns only (a small gain, mostly in following instructions),
-sources balanced by tokens. Packing is 3.8 to 5.3 times as fast, but on small data 128 packed rows are few updates:
-IFEval lost 12 points, so lower --batch_tokens there. Preferences: APO-zero did best; a rate some 10 times below SFT's
-(scan 5 to 20), beta 0.1 (0.01 to 0.5; SmolLM3 0.05), one epoch; a high beta stays close to the start (the playbook's
-text once says the opposite). RL: without an overlong penalty the answers' length exploded.
+What the playbook found. SmolLM3 is SFT, then APO-zero, then a merge of checkpoints; GRPO came later. SFT: a rate of
+3e-6 to 1e-5 was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4 to 5 epochs of some 8B tokens, loss on
+the assistant's turns only (a small gain, mostly in following instructions), sources balanced by tokens. Packing is 3.8
+to 5.3 times as fast, but on small data 128 packed rows are few updates: IFEval lost 12 points, so lower --batch_tokens
+there. Preferences: APO-zero did best; a rate 5 to 20 times below SFT's, beta 0.1 (0.01 to 0.5; SmolLM3 0.05), one
+epoch; a high beta stays close to the start (the playbook's text once says the opposite). RL: without an overlong
+penalty the answers' length exploded.
 
-Each method prepares its data (`prepare_sft`, `prepare_preferences`, `prepare_grpo`) and hands its losses to the loop in
-train.py: SFT those of pre-training, the others `preference_losses` and `grpo_losses`.
+Each method prepares its data (`prepare_sft` and so on) and hands its losses to the loop in train.py.
 """
 
 import argparse
@@ -76,9 +73,9 @@ SFT_PROBLEMS = 16_000
 
 
 def problems(count: int, seed: int, held_out: bool = False, without: Iterable[str] = ()) -> Rows:
-    """`count` of the math source's worked problems on numbers below 100, none of the prompts `without`; held-out ones are
-    all different. "about" is what a problem asks without its story. Its hash decides whether it is held out, as in the
-    pre-training data: no held-out sum was ever trained on, in any stage."""
+    """`count` of the math source's worked problems on numbers below 100, none of the prompts `without`; held-out ones
+    are all different. "about" is what a problem asks without its story: its hash decides whether it is held out, as in
+    the pre-training data, so no held-out sum was ever trained on, in any stage."""
     made, seen = [], set(without)
     for about, text in data_.generated_math(10**9, seed):
         prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
@@ -91,8 +88,8 @@ def problems(count: int, seed: int, held_out: bool = False, without: Iterable[st
 
 
 def fresh_problems(count: int) -> Rows:
-    """Problems for preferences and RL that SFT has not trained on: the model knows half of what it has seen by heart, and
-    learning from that changes nothing on other problems."""
+    """Problems that SFT has not trained on, for preferences and RL: the model knows half of those by heart, and
+    learning from them changes nothing on other problems."""
     return problems(count, 3, without={row["prompt"] for row in problems(SFT_PROBLEMS, 2)})
 
 
@@ -102,7 +99,7 @@ def correct(problem: dict, answer: str) -> float:
     return float(said == right)
 
 
-# ---- jsonl ----------------------------------------------------------------------------------------------------
+# ---- data -----------------------------------------------------------------------------------------------------
 
 FORMS = {  # what a line of --data must hold, in words
     "sft": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
@@ -167,24 +164,18 @@ def held_out_rows(rows: Rows, where: str) -> tuple[Rows, Rows]:
             break
     if len(counts) < 2:
         raise UserError(f"{where} has fewer than 2 different lines, and one must be held out; give more")
-    most, held = max(HELD_OUT * len(rows), min(10, len(rows) / 5)), Counter()
+    most, held = max(HELD_OUT * len(rows), min(10, len(rows) / 5)), set()
+    room = most
     for question in sorted(counts, key=lambda question: (counts[question] > most, uniform(question))):
-        if not held or held.total() + counts[question] <= most:
-            held[question] = counts[question]
+        if not held or counts[question] <= room:
+            held.add(question)
+            room -= counts[question]
     return [row for row in rows if key(row) not in held], [row for row in rows if key(row) in held]
 
 
-# ---- conversations as sequences -------------------------------------------------------------------------------
+# ---- losses ---------------------------------------------------------------------------------------------------
 
-
-def conversation_split(name: str, conversations: list[Example]) -> Split:
-    """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
-    ids, mask = (np.concatenate([np.array(talk[i], np.int64) for talk, in conversations]) for i in range(2))
-    starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
-    return Split(name, Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
-
-
-# ---- preferences ----------------------------------------------------------------------------------------------
+NORMALIZATIONS = ("grpo", "dapo", "dr_grpo")
 
 
 def preference_loss(kind: str, policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -198,11 +189,6 @@ def preference_loss(kind: str, policy: Tensor, reference: Tensor, beta: float) -
     if kind == "dpo":
         return -F.logsigmoid(rewards[0] - rewards[1]), rewards.detach()
     return 1 - rewards[0].sigmoid() + rewards[1].sigmoid(), rewards.detach()
-
-
-# ---- reinforcement learning -----------------------------------------------------------------------------------
-
-NORMALIZATIONS = ("grpo", "dapo", "dr_grpo")
 
 
 def advantages(rewards: Tensor, normalization: str) -> Tensor:
@@ -228,8 +214,7 @@ def token_weights(mask: Tensor, normalization: str, samples: int, tokens: float,
 def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
     """The clipped loss (PPO, Schulman et al. 2017) of each token: log-probabilities [B, T] now and when it was sampled,
     advantage [B, 1]. -min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = new / old: the gradient ends where a
-    token has already become that much likelier or unlikelier. A higher clip_high leaves rare tokens room to rise
-    (DAPO)."""
+    token is already that much likelier or less likely. A higher clip_high leaves rare tokens room to rise (DAPO)."""
     ratio = (new - old).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
@@ -241,9 +226,8 @@ def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
 
 
 def kl_loss(new: Tensor, old: Tensor, reference: Tensor) -> Tensor:
-    """`kl_k3` times the ratio new / old, whose gradient is, on average, that of KL(policy || reference) (DeepSeek-V3.2,
-    TRL). k3 alone has that of KL(reference || policy): it does not know that the policy draws other tokens as it moves.
-    """
+    """`kl_k3` times the ratio new / old: its mean gradient is that of KL(policy || reference) (DeepSeek-V3.2, TRL). k3
+    alone has that of KL(reference || policy): it ignores that the policy draws other tokens as it moves."""
     return (new - old).exp() * kl_k3(new, reference)
 
 
@@ -291,7 +275,8 @@ def merge(folders: list[str], weights: list[float]) -> GPT:
     for folder, weight in zip(folders, weights):
         other = from_pretrained(folder)
         if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
-            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one model")
+            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one "
+                            "model")
         for name, tensor in other.state_dict().items():
             state[name] = state.get(name, 0) + weight * tensor
     model.load_state_dict(state)
@@ -357,10 +342,10 @@ class PostRun(train.Run):
     chat_format: ChatFormat | None = None
     end: int = 0  # the token that ends the assistant's turn
     tests: dict = field(default_factory=dict)  # {kind: held-out problems with their prompts' ids}
-    held: dict = field(default_factory=dict)  # {file: conversations}, or {"pairs": (pair, the start's log-probabilities [2])}
+    held: dict = field(default_factory=dict)  # {file: conversations} or {"pairs": as `examples`}, held out
     before: dict = field(default_factory=dict)  # {score: the start's, one number for each held-out example}
     reward: Callable[[dict, str], float] = correct
-    examples: list = field(default_factory=list)  # dpo: pairs as in `held`; grpo: problems with their prompts' ids
+    examples: list = field(default_factory=list)  # dpo: (pair, the start's log-probabilities); grpo: (problem, ids)
     reference: GPT | None = None  # grpo: the start, for --kl
 
 
@@ -369,9 +354,9 @@ def batches(items, size: int) -> list:
 
 
 def fit(run: PostRun, rows: Rows, encode: Callable, what: str) -> list[Example]:
-    """The examples that `encode(run, row)` makes of rows, in at most --context tokens: longer ones are skipped or cut, as
-    --too_long says. Left out too is what teaches nothing: a sequence without a token to train on, as when all of the
-    reply is cut off, and a pair of equal answers. Prints how many."""
+    """The examples that `encode(run, row)` makes of rows, in at most --context tokens: longer ones are left out or cut,
+    as --too_long says. A sequence without a token to train on and a pair of equal answers, which may be what a cut
+    leaves, are left out too. Prints how many."""
     kept, long, same, context = [], 0, 0, run.recipe.model.max_position_embeddings
     cut = run.recipe.too_long == "cut"
     for whole in (example for row in tqdm(rows, what, leave=False, delay=1) for example in encode(run, row)):
@@ -392,25 +377,23 @@ def fit(run: PostRun, rows: Rows, encode: Callable, what: str) -> list[Example]:
 
 
 def askable(run: PostRun, rows: Rows) -> list[tuple[dict, Ids]]:
-    """The problems whose prompts leave room for --max_tokens, with the prompts' ids, the shortest first: prompts of
-    equal length are drawn together (sample.continue_all), so neighbours by length share a step."""
+    """The problems whose prompts leave room for --max_tokens, with the prompts' ids."""
     room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
     found = [(row, run.chat_format.prompt(turns(row["prompt"]), row.get("tools"))) for row in rows]
-    kept = sorted((pair for pair in found if len(pair[1]) <= room), key=lambda pair: len(pair[1]))
+    kept = [pair for pair in found if len(pair[1]) <= room]
     if len(kept) < len(found):
-        print(f"long      {len(found) - len(kept):,} of {len(found):,} prompts have more than {room:,} tokens, which leaves "
-              "fewer than --max_tokens to answer, and are left out")
+        print(f"long      {len(found) - len(kept):,} of {len(found):,} prompts have more than {room:,} tokens, which "
+              "leaves fewer than --max_tokens to answer, and are left out")
     if not kept:
         raise UserError("no prompt is left; take a smaller --max_tokens")
     return kept
 
 
-def answers(run: PostRun, problems: list[tuple[dict, Ids]], samples: int = 1, **options) -> list[list[tuple[Ids, float]]]:
+def answers(run: PostRun, asked: list[tuple[dict, Ids]], samples: int = 1, **options) -> list[list[tuple[Ids, float]]]:
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
-    rows, prompts = zip(*problems)
+    rows, prompts = zip(*asked)
     options = {"stop": run.chat_format.stop | {run.end}, "vocab_size": run.tokenizer.vocab_size} | options
-    made = continue_all(run.model.eval(), prompts, run.recipe.max_tokens, samples, at_once=256, **options)
-    run.model.train()
+    made = continue_all(run.model, prompts, run.recipe.max_tokens, samples, at_once=256, **options)
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
             for row, group in zip(rows, made)]
 
@@ -420,13 +403,13 @@ def logprobs(run: PostRun, model, sequences: list[Sequence], temperature: float 
     fp32; both 0 for the other tokens.
 
     A row holds one sequence, padded on the right: attention is causal, so padding behind a sequence changes nothing in
-    it. A compiled model compiles again for each new shape, so it gets a fixed number of rows and a length in steps of 64.
+    it. A compiled model compiles again for each new shape, so it always gets as many rows, and a multiple of 64 tokens.
     """
-    ids, mask = (pad_sequence([torch.tensor(part) for part in parts], batch_first=True) for parts in zip(*sequences))
+    both = torch.stack([pad_sequence([torch.tensor(part) for part in parts], batch_first=True)
+                        for parts in zip(*sequences)])  # ids and mask, [2, B, T]
     if run.machine.compile:
-        shape = (0, (1 - ids.shape[1]) % 64, 0, max(0, run.rows[0] - len(ids)))
-        ids, mask = F.pad(ids, shape), F.pad(mask, shape)
-    ids, mask = ids.to(run.machine.device), mask.to(run.machine.device)
+        both = F.pad(both, (0, (1 - both.shape[2]) % 64, 0, max(0, run.rows[0] - len(sequences))))
+    ids, mask = both.to(run.machine.device)
     targets = torch.where(mask > 0, ids, -100)[:, 1:]
     found = torch.stack([F.cross_entropy(row.float() / temperature, target, reduction="none")
                          for row, target in zip(model(ids[:, :-1]), targets)])  # row by row: a batch in fp32 is large
@@ -442,11 +425,9 @@ def sums_of(run: PostRun, model, examples: list[Example]) -> Tensor:
 def all_sums(run: PostRun, examples: list[Example]) -> Tensor:
     """`sums_of` any number of examples, on the CPU; the processes share the work."""
     size, total = run.world.size, len(examples)
-    mine = [examples[i % total] for i in range(run.world.rank, -(-total // size) * size, size)]  # FSDP: all equally many
-    run.model.eval()
+    mine = (examples * size)[run.world.rank:-(-total // size) * size:size]  # as many in each process: FSDP needs that
     pieces = tqdm(batches(mine, max(1, run.rows[0] // 2)), "scoring", leave=False, delay=1)
     sums = run.world.gather(torch.cat([sums_of(run, run.model, piece).cpu() for piece in pieces], 1))
-    run.model.train()
     return torch.stack(sums, 2).flatten(1)[:, :total]
 
 
@@ -472,6 +453,13 @@ def conversation(run: PostRun, row: dict) -> list[Example]:
     if not run.recipe.assistant_only:
         samples = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in samples[-1:]]
     return batches(samples, 1)
+
+
+def conversation_split(name: str, conversations: list[Example]) -> Split:
+    """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
+    ids, mask = (np.concatenate([talk[i] for talk, in conversations]) for i in range(2))
+    starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
+    return Split(name, Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
 
 
 def prepare_sft(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
@@ -500,15 +488,19 @@ def prepare_preferences(run: PostRun, given: dict[str, Rows], resume: bool) -> t
     """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept; a
     resumed run has what was drawn and computed in its folder."""
     recipe, file = run.recipe, run.folder / "reference.pt"
-    with reading(file):
-        rows, reference = torch.load(file) if resume else (sum(given.values(), []) or draw_pairs(run), None)
+    if resume:
+        with reading(file):
+            own, reference = torch.load(file, weights_only=True)
+    else:
+        own = [] if given else draw_pairs(run)
+    rows = sum(given.values(), own)
     sides = zip(held_out_rows(rows, recipe.data or "what the start drew"), ("pairs", "held-out pairs"))
     pairs, held = (fit(run, side, answer_pair, what) for side, what in sides)
     if not resume:
         reference = all_sums(run, pairs + held)
         if run.world.leader:
             run.folder.mkdir(parents=True, exist_ok=True)
-            torch.save((rows, reference), file)
+            torch.save((own, reference), file)
     both = list(zip(pairs + held, reference.T))
     run.examples, run.held["pairs"] = both[:len(pairs)], both[len(pairs):]
     run.steps = recipe.steps or math.ceil(recipe.epochs * len(pairs) / recipe.pairs)
@@ -571,24 +563,25 @@ def preference_losses(run: PostRun, step: int) -> list[Callable]:
 
 def prepare_grpo(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
     """Problems to draw answers to."""
-    recipe, rows = run.recipe, sum(given.values(), [])
-    if rows or recipe.reward:
+    recipe = run.recipe
+    if given or recipe.reward:
         run.reward = load_reward(recipe.reward)
-    if rows:
-        rows, held = held_out_rows(rows, recipe.data)
+    if given:
+        rows, held = held_out_rows(sum(given.values(), []), recipe.data)
         run.tests["reward"] = askable(run, held[:recipe.eval_problems])
-    run.examples = askable(run, rows or fresh_problems(recipe.problems))
+    run.examples = askable(run, rows if given else fresh_problems(recipe.problems))
     run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / recipe.prompts)
     if recipe.kl:
-        run.reference = from_pretrained(recipe.start).eval().to(run.machine.device)
+        run.reference = from_pretrained(recipe.start).to(run.machine.device)
         run.reference.compute_dtype = run.machine.dtype
-    print(f"data      {len(run.examples):,} problems, {run.steps:,} steps of {recipe.prompts} x {recipe.samples} answers")
+    print(f"data      {len(run.examples):,} problems, {run.steps:,} steps of {recipe.prompts} prompts with "
+          f"{recipe.samples} answers each")
     return recipe.prompts * recipe.samples, np.mean([len(ids) for _, ids in run.examples]) + recipe.max_tokens / 2
 
 
 def roll_out(run: PostRun, step: int) -> tuple[list, list[float], dict[str, Tensor]]:
-    """[(sequence, advantage)] of this process's samples of a step, drawn with a generator of (seed, step); the tokens of
-    each update's samples over all processes; what to log."""
+    """[(sequence, advantage)] of this process's samples of a step, drawn with a generator of (seed, step); the tokens
+    of each update's samples over all processes; what to log."""
     recipe, world = run.recipe, run.world
     shares = batches(batch_of(run, step, recipe.prompts), recipe.prompts // recipe.updates)
     asked = [one for share in shares for one in share[world.rank::world.size]]  # of each update, this process's share
@@ -635,12 +628,14 @@ def grpo_losses(run: PostRun, step: int) -> list[Callable]:
         return (weights * loss).sum(), run.model.routing_loss() * (len(piece) / samples)
 
     frozen = torch.no_grad()(policy)
-    shares = [batches([one for one in share if one[1] or recipe.kl] or share[:1], run.rows[0])
+    everything = recipe.kl or run.world.size > 1  # else what agrees with its group, and teaches nothing, is left out
+    shares = [batches([one for one in share if one[1] or everything] or share[:1], run.rows[0])
               for share in batches(sampled, len(sampled) // recipe.updates)]
     olds = [[frozen(run.model, piece)[0] if recipe.updates > 1 else None  # with one update it is the policy that drew
              for piece in pieces] for pieces in shares]
     for pieces, old, total in zip(shares, olds, tokens):
-        losses = [functools.partial(loss_of, piece, before, total, 1 / len(pieces)) for piece, before in zip(pieces, old)]
+        losses = [functools.partial(loss_of, piece, before, total, 1 / len(pieces))
+                  for piece, before in zip(pieces, old)]
         if pieces is not shares[-1]:
             train.update(run, losses, run.rate(step))
     return losses
@@ -654,7 +649,7 @@ def scores_now(run: PostRun) -> dict[str, list[float]]:
     what RL rewards; the loss of conversations; the margin of pairs, once there is a difference from the start."""
     found, recipe = {}, run.recipe
     for kind, tests in run.tests.items():
-        if run.step == 0 and recipe.method == "sft":  # a base model has never seen a chat: in the form of its training data
+        if run.step == 0 and recipe.method == "sft":  # a base model has seen no chat: in the form of its training data
             tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
         for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
             drawn = answers(run, tests, temperature=temperature, seed=1)
@@ -665,7 +660,8 @@ def scores_now(run: PostRun) -> dict[str, list[float]]:
             found[f"{name}, nats per token"] = [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, examples)]
         elif run.step:
             pairs, reference = zip(*examples)
-            _, (chosen, rejected) = preference_loss("dpo", all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
+            _, (chosen, rejected) = preference_loss(
+                recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
             found |= {"held-out pairs right": (chosen > rejected).tolist(),
                       "held-out margin": (chosen - rejected).tolist()}
     return found
@@ -677,12 +673,14 @@ def evaluate_answers(run: PostRun, last: bool) -> dict:
         return {}  # the loop asks after the first update, and the start was just scored
     found, lines, entry = scores_now(run), [f"step {run.step:,}, held out:"], {"val": {}, "stderr": {}}
     for name, values in found.items():
-        about = [row.get("about") or json.dumps(row["prompt"]) for row, _ in run.tests.get(name.split(",")[0], ())]
+        tests = run.tests.get(name.removesuffix(", sampled"), ())
+        about = [row.get("about") or json.dumps(row["prompt"]) for row, _ in tests]
         then = run.before.get(name, values)
-        now, before, change = (Score.of(part, groups=about) for part in (values, then, np.subtract(values, then, dtype=float)))
+        parts = values, then, np.subtract(values, then, dtype=float)
+        now, before, change = (Score.of(part, groups=about) for part in parts)
         entry["val"][name], entry["stderr"][name] = now.mean, now.stderr
-        lines.append(f"  {name:20} {now}" + (f"   before {before.mean:.3f} ± {before.stderr:.3f}   change {change.mean:+.3f} ± "
-                                             f"{change.stderr:.3f}") * (name in run.before))
+        more = f"   before {before.mean:.3f} ± {before.stderr:.3f}   change {change.mean:+.3f} ± {change.stderr:.3f}"
+        lines.append(f"  {name:20} {now}" + more * (name in run.before))
     lines += ["  (± is one standard error, in which questions about the same thing count as one; that of a change is "
               "paired: the same questions before and after)"] * bool(run.before)
     run.before = run.before or found
@@ -703,15 +701,16 @@ def set_up(recipe: PostRecipe, folder: Path, world: train.World, resume: bool) -
     if getattr(recipe, size) % (unit := world.size * recipe.updates):
         raise UserError(f"--{size} {getattr(recipe, size)} does not divide by {unit}, the number of processes times "
                         "--updates; take a multiple")
-    if recipe.method == "grpo" and recipe.parallel == "fsdp":
-        raise UserError("grpo draws answers from whole weights, which FSDP does not keep; take --parallel ddp")
     given = {file: read_rows(file, recipe.method) for file in recipe.data.split(",") if file}
-    fingerprint = {Path(file).name: hashlib.sha256(json.dumps(rows).encode()).hexdigest() for file, rows in given.items()}
+    fingerprint = {Path(file).name: hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+                   for file, rows in given.items()}
     if resume and train.read_recipe(folder, PostRecipe)[1] != fingerprint:
         raise UserError(f"the data is not what {folder} began with; put that back or start a new run")
     begun, machine = newest_checkpoint(folder) if resume else None, world.agree(cost.choose_machine(recipe))
     context, source = recipe.model.max_position_embeddings, begun or recipe.start
     recipe = cost.settle(recipe, machine, world.size, context)
+    if recipe.method == "grpo" and recipe.parallel == "fsdp":
+        raise UserError("grpo draws answers from whole weights, which FSDP does not keep; take --parallel ddp")
     torch.manual_seed(recipe.seed)
     tokenizer, model = Tokenizer.load(source), from_pretrained(source)
     model.config = recipe.model
@@ -748,9 +747,9 @@ def post_train(recipe: PostRecipe, folder: Path, resume: bool = False, world: tr
     scores = train.train(run, METHODS[recipe.method][1], evaluate_answers)
     drawn = [entry for entry in run.log.entries() if "mixed_groups" in entry] if run.log else []
     if drawn and not any(entry["mixed_groups"] for entry in drawn):
-        print(f"Nothing was learned: in all {len(drawn):,} steps every answer to a prompt had the same reward (on average "
-              f"{np.mean([entry['reward'] for entry in drawn]):g}); take prompts that the start answers sometimes well and "
-              "sometimes badly, a finer --reward or more --samples")
+        print(f"Nothing was learned: in all {len(drawn):,} steps every answer to a prompt had the same reward (on "
+              f"average {np.mean([entry['reward'] for entry in drawn]):g}); take prompts that the start answers "
+              "sometimes well and sometimes badly, a finer --reward or more --samples")
     else:
         print(f'Done: {folder}. Ask it with: python sample.py {folder} --chat --prompt "What is 12 + 30?"')
     return scores
@@ -762,29 +761,31 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
     parser.add_argument("task", nargs="?", help=", ".join([*POST_RECIPES, "merge"]))
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="merge: one a RUN (default: equal)")
-    for flag, text in {"--resume": "continue this run folder from its newest checkpoint", "--out": "merge: the new folder",
-                       "--name": "of the folder in runs/ (default: the start's and the task)"}.items():
-        parser.add_argument(flag, help=text)
+    parser.add_argument("--out", help="merge: the new folder")
+    parser.add_argument("--name", help="of the folder in runs/ (default: the start's and the task)")
+    parser.add_argument("--resume", help="continue this run folder from its newest checkpoint")
     add_options(parser, PostRecipe, without="""tokens method packing start sample_prompt eval_tokens eval_tasks z_loss
         document_mask""".split())
     args = parse_options(parser, argv)
     given = given_options(args, PostRecipe)
-    for name in {"data", "reward"} & set(given):  # that mean the same in every folder: a run may be resumed from another
+    for name in {"data", "reward"} & set(given):  # mean the same in every folder: a run may be resumed from another
         given[name] = ",".join(str(Path(path).resolve()) for path in given[name].split(","))
     if args.resume:
-        return args, train.resumed(args, given, ["a task"] * bool(args.task), PostRecipe, train.RESUMABLE | {"reward"})
+        others, allowed = ["a task"] * bool(args.task), train.RESUMABLE | {"reward"}
+        return args, train.resumed(args, given, others, PostRecipe, allowed)
     if args.task == "merge":
         return args, None
     if args.task not in POST_RECIPES or len(args.runs) != 1:
-        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, grpo, merge)")
+        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, grpo, "
+                        "merge)")
     start = Path(args.runs[0]).resolve()
     if not is_hugging_face(start):
         start = find_checkpoint(start)  # a checkpoint: what the run does later changes nothing here
     config = load_config(start)
     context = given.get("context") or min(config.max_position_embeddings, 8192)
     if context > config.max_position_embeddings:
-        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {start} was trained on; "
-                        "stretch it first by a stage of train.py")
+        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {start} was "
+                        "trained on; stretch it first by a stage of train.py")
     scale = AT_SCALE[args.task] if count_parameters(config)["total"] > 5e7 else {}
     return args, replace(POST_RECIPES[args.task], **scale | given, start=str(start),
                          model=config.change(max_position_embeddings=context))
@@ -808,8 +809,9 @@ def begin(world: train.World) -> None:
     args, recipe = parse(sys.argv[1:])
     if recipe is None:
         return merge_command(args.runs, args.weights or [1 / max(1, len(args.runs))] * len(args.runs), args.out)
-    stem = args.resume or args.name or re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path(args.runs[0]).name) + f"-{args.task}"
-    post_train(recipe, Path(stem) if args.resume else world.agree(new_run_folder(stem)), bool(args.resume), world)
+    stem = re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path((args.runs or ["."])[0]).name)
+    folder = args.resume or world.agree(new_run_folder(args.name or f"{stem}-{args.task}"))
+    post_train(recipe, Path(folder), bool(args.resume), world)
 
 
 def main() -> None:

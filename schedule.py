@@ -258,8 +258,8 @@ class Guard:
             return ("a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; {done}"
                     .format(**event["spike"], done=done))
         if event["event"] == "trouble":
-            return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {self.LEAST} updates, far above "
-                    f"its lowest, {event['lowest']:.2f}; lower --learning_rate, take --guard rewind or look at the data")
+            return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {self.LEAST} updates, far "
+                    f"above its lowest, {event['lowest']:.2f}; lower --learning_rate, rewind, or look at the data")
         advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
         return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
                 + advice * (event["kind"] == "not recovered"))
@@ -441,7 +441,7 @@ def overtrain(law: LossLaw, compute: float, k: float) -> dict[str, float]:
 
 def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> LossLaw:
     """The law with the least squared error on (parameters, tokens, loss) points of several sizes and lengths: for each
-    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. ValueError if no law fits."""
+    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
     N, D, L = (np.array(x, dtype=float) for x in zip(*points))
     best = None
     for alpha in np.arange(0.05, 1.21, 0.025):
@@ -453,7 +453,7 @@ def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> Lo
             if solution.min() >= 0 and (best is None or error < best[0]):
                 best = (error, alpha, beta, *solution)
     if best is None:
-        raise ValueError("no law whose loss falls with size and tokens fits these runs")
+        raise UserError("no law whose loss falls with size and tokens fits these runs; train longer ones")
     _, alpha, beta, E, A, B = (float(x) for x in best)
     return LossLaw(source, E, A, B, alpha, beta, (N.min() / 2, N.max() * 2), (D.min() / 2, D.max() * 2))
 

@@ -859,8 +859,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
         raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
     if args.model and args.model not in PRESETS:
         raise UserError(f"there is no model {args.model}; take one of {', '.join(PRESETS)}")
-    if not args.recipe and "data" in given:
-        args.name = args.name or Path(given["data"].split(",")[0]).name
     recipe = RECIPES[args.recipe or "laptop"]
     model = PRESETS[args.model] if args.model else recipe.model
     return args, replace(recipe, model=model.change(**sizes) if sizes else model, **given)
@@ -903,7 +901,8 @@ def start(world: World) -> None:
                             f"{recipe.batch_tokens / speed / 3:.2g}")
     if args.check:
         return check(recipe, world)
-    folder = Path(args.resume) if args.resume else world.agree(new_run_folder(args.name or args.recipe or "laptop"))
+    name = args.name or args.recipe or Path((args.data or "laptop").split(",")[0]).name
+    folder = Path(args.resume) if args.resume else world.agree(new_run_folder(name))
     pretrain(recipe, folder, bool(args.resume), world)
 
 

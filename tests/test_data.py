@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import hashlib
 import itertools
 import json
 import lzma
@@ -20,7 +19,7 @@ import pytest
 
 import data as d
 from conftest import ROOT, call
-from data import HELD_OUT, LONGEST_PIECE, Source, uniform
+from data import HELD_OUT, Source, uniform
 from tokenizer import Tokenizer, UserError, train_bpe
 
 WORDS = "the cat sat on a mat and then it ran to see what was there all day long".split()
@@ -88,23 +87,26 @@ def change_meta(folder, change):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def rewrite(folder, name, numbers, **totals):
+def rewrite(folder, split, kind, change):
     """Other contents, which meta.json vouches for."""
-    (folder / name).write_bytes(numbers.tobytes())
-    change_meta(folder, lambda meta: meta["files"].update({name: hashlib.sha256(numbers.tobytes()).hexdigest()}))
+    file = folder / f"{split}.{kind}"
+    numbers = change(np.fromfile(file, "<u2" if kind == "bin" else "<i8"))
+    file.write_bytes(numbers.tobytes())
+    change_meta(folder, lambda meta: meta[split].update(
+        sha256=[d.file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]))
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda f: flip(f / "train-00000.bin", 101), "sha256"),
+    (lambda f: flip(f / "train.bin", 101), "sha256"),
     (lambda f: flip(f / "val.starts", 9), "sha256"),
-    (lambda f: (f / "train-00000.bin").write_bytes((f / "train-00000.bin").read_bytes()[:-7]), "sha256"),
-    (lambda f: (f / "val-00000.bin").unlink(), "val-00000.bin cannot be read"),
+    (lambda f: (f / "train.bin").write_bytes((f / "train.bin").read_bytes()[:-7]), "truncated"),
+    (lambda f: (f / "val.bin").unlink(), "val.bin cannot be read"),
     (lambda f: (f / "meta.json").write_text("{"), "meta.json cannot be read"),
     (lambda f: (f / "meta.json").write_bytes(b"\xff\xfe\0"), "meta.json cannot be read"),
     (lambda f: (f / "meta.json").write_text("[" * 100_000), "meta.json cannot be read"),
     (lambda f: (f / "meta.json").write_text(json.dumps({"format": 99})), "format 99"),
-    (lambda f: rewrite(f, "train-00000.bin", np.fromfile(f / "train-00000.bin", "<u2") + np.uint16(300)), "vocabulary"),
-    (lambda f: rewrite(f, "train.starts", np.fromfile(f / "train.starts", "<i8")[::-1]), "overlap"),
+    (lambda f: rewrite(f, "train", "bin", lambda ids: ids + np.uint16(300)), "vocabulary"),
+    (lambda f: rewrite(f, "train", "starts", lambda starts: starts[::-1]), "overlap"),
 ])
 def test_damaged_files_are_refused_in_a_sentence(prepared, tokenizer, damage, words):
     damage(prepared / "words")
@@ -114,7 +116,7 @@ def test_damaged_files_are_refused_in_a_sentence(prepared, tokenizer, damage, wo
 
 
 def test_a_truncated_file_is_seen_without_reading_it(prepared, tokenizer):
-    file = prepared / "words/train-00000.bin"
+    file = prepared / "words/train.bin"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(UserError, match="truncated"):
         d.load_source(prepared / "words", tokenizer, verify=False)
@@ -130,7 +132,8 @@ def test_any_meta_json_is_a_sentence_or_is_read(prepared, tokenizer):
         for key in value if isinstance(value, dict) else ():
             yield from places(value[key], (*path, key))
 
-    for path, value in itertools.product(places(original), (None, -1, 10**30, 1.5, "x", [], {}, [[0]], {"a": []}, True)):
+    kinds = (None, -1, 10**30, 1.5, "x", [], {}, [[0]], {"a": []}, True)
+    for path, value in itertools.product(places(original), kinds):
         damaged = json.loads(json.dumps(original))
         parent = damaged
         for key in path[:-1]:
@@ -153,7 +156,8 @@ def test_wrong_tokenizer_is_refused(prepared, tokenizer):
 
 @pytest.mark.parametrize("content, words", [
     (b"", "0 document"), (b" \n", "0 document"), (b"\x89PNG\0\1\2", "not UTF-8"), (b"short text", "1 document"),
-    ("latin \u00e9".encode("latin-1"), "not UTF-8"), ("text".encode("utf-16"), "UTF-16"), ("text".encode("utf-16-le"), "UTF-16")])
+    ("latin \u00e9".encode("latin-1"), "not UTF-8"), ("text".encode("utf-16"), "UTF-16"),
+    ("text".encode("utf-16-le"), "UTF-16")])
 def test_bad_input_is_one_sentence_and_nothing_is_written(tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_bytes(content)
@@ -173,10 +177,11 @@ def test_a_users_file_becomes_data(tmp_path, monkeypatch):
     splits = d.load_source("data/my/my", tokenizer)
     assert splits["train"].bytes + splits["val"].bytes == len(text.encode())
     sides = texts_of("data/my/my", tokenizer)
-    assert len(sides["val"]) == 1 and text.endswith(sides["val"][0])  # the end of the file: one seam, nothing else touches
+    assert len(sides["val"]) == 1 and text.endswith(sides["val"][0])  # the end of the file: one seam
     assert 0.02 < splits["val"].bytes / len(text.encode()) < 0.04
     shown = call(d.main, "show", "data/my")
-    assert shown.returncode == 0 and all(word in shown.stdout for word in ("documents", *d.PACKINGS, "mean square", "tokens per"))
+    assert shown.returncode == 0
+    assert all(word in shown.stdout for word in ("documents", *d.PACKINGS, "mean square", "tokens per"))
 
 
 def test_errors_about_the_data_do_not_cost_the_text(tmp_path, monkeypatch, tokenizer):
@@ -244,7 +249,8 @@ def test_repeated_spans_equal_brute_force():
     for n in range(1, 16):  # 14 and 15 are too long to count
         for times in (31, 32, 40):
             span = [rng.randrange(50) for _ in range(n)]
-            documents.append([7] * rng.randint(0, 9) + span * times + [rng.randrange(50) for _ in range(rng.randint(0, 9))])
+            rest = [rng.randrange(50) for _ in range(rng.randint(0, 9))]
+            documents.append([7] * rng.randint(0, 9) + span * times + rest)
     documents += [[rng.randrange(2) for _ in range(400)] for _ in range(50)] + [[], [1], [5] * 31, [5] * 32]
     starts = np.cumsum([0, *(1 + len(ids) for ids in documents)])
     flat = np.array([x for ids in documents for x in (99, *ids)], np.uint16)  # 99: EOS
@@ -263,7 +269,8 @@ def test_duplicates_and_repeats_are_dropped_and_counted(tmp_path, tokenizer):
     assert sorted(sides["train"] + sides["val"]) == sorted(documents)
     dropped = json.loads((tmp_path / "set/a/meta.json").read_text())["dropped"]
     assert dropped == {"exact duplicates": 18, "repeated spans": 1, "empty documents": 1}
-    assert json.loads((tmp_path / "set/b/meta.json").read_text())["dropped"] == {"exact duplicates": 50}  # of the other source
+    dropped = json.loads((tmp_path / "set/b/meta.json").read_text())["dropped"]
+    assert dropped == {"exact duplicates": 50}  # of the other source
     assert "18 exact duplicates" in d.summary(str(tmp_path / "set"))
 
 
@@ -273,10 +280,15 @@ def test_duplicates_and_repeats_are_dropped_and_counted(tmp_path, tokenizer):
 def prepare_command(folder, *flags, sources=("in",), **options) -> subprocess.Popen:
     """`prepare` of in/ (and other sources) in many small shards."""
     code = ("import sys, data, tokenizer; sys.path.insert(0, ''); data.SHARD_TOKENS, data.JOB_BYTES = 4000, 3000; "
-            f"sys.argv = ['data.py', 'prepare', *{sources}, '--out', 'set', '--vocab-size', '300', '--text-key', 'body', "
-            f"*{list(flags)}]; tokenizer.run(data.main)")
+            f"sys.argv = ['data.py', 'prepare', *{sources}, '--out', 'set', '--vocab-size', '300', '--text-key', "
+            f"'body', *{list(flags)}]; tokenizer.run(data.main)")
     return subprocess.Popen([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def shards_in(partial) -> int:
+    """How many shards of an unfinished preparation are complete."""
+    return sum(json.loads(file.read_text())["shards"] for file in partial.glob("*/state.json"))
 
 
 def files_of(folder) -> dict[str, bytes]:
@@ -284,7 +296,7 @@ def files_of(folder) -> dict[str, bytes]:
 
 
 def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
-    """kill -9 at random moments: no document is lost or comes twice, and every byte is that of the uninterrupted run."""
+    """kill -9 at random moments: no document is lost or comes twice; every byte is that of the uninterrupted run."""
     for folder in (tmp_path / "straight", tmp_path / "killed"):
         folder.mkdir()
         write_sources(folder / "in")
@@ -293,10 +305,10 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
         (folder / "in/g.txt").write_text("\n\n".join(text for _, text in some_documents(1500, 6)))
     straight = prepare_command(tmp_path / "straight")
     assert straight.wait() == 0, straight.stderr.read()
-    rng, kills, shards = random.Random(0), 0, tmp_path / "killed/set.partial/in"
+    rng, kills, partial = random.Random(0), 0, tmp_path / "killed/set.partial"
     for _ in range(6):  # killed a moment after some more shards are there, whatever it is doing then
-        process, wanted = prepare_command(tmp_path / "killed"), len(list(shards.glob("shard-*.json"))) + rng.randint(1, 8)
-        while process.poll() is None and len(list(shards.glob("shard-*.json"))) < wanted:
+        process, wanted = prepare_command(tmp_path / "killed"), shards_in(partial) + rng.randint(1, 8)
+        while process.poll() is None and shards_in(partial) < wanted:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01))
         process.kill()
@@ -306,7 +318,6 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
     assert (tmp_path / "killed/set").exists(), last.stderr.read()
     assert kills >= 2
     assert files_of(tmp_path / "killed/set") == files_of(tmp_path / "straight/set")
-    assert len(list((tmp_path / "killed/set/in").glob("train-*.bin"))) > 20
     tokenizer = Tokenizer.load(tmp_path / "killed/set")
     sides = texts_of(tmp_path / "killed/set/in", tokenizer)
     wanted = {document.text for document in Source(tmp_path / "killed/in", "body").read() if document.text}
@@ -315,7 +326,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--max-tokens", "60000"]])
 def test_killed_between_two_sources(tmp_path, flags):
-    """Duplicates of the first source are known when the second resumes, and --max-tokens counts what was stored before."""
+    """Duplicates of the first source are known when the second resumes; --max-tokens counts what was stored before."""
     texts = [text for _, text in some_documents(4000, 5)]
     for folder in (tmp_path / "straight", tmp_path / "killed"):
         (folder / "in").mkdir(parents=True)
@@ -326,9 +337,10 @@ def test_killed_between_two_sources(tmp_path, flags):
     assert straight.wait() == 0, straight.stderr.read()
     rng, kills = random.Random(1), 0
     for _ in range(4):
-        process, partial = prepare_command(tmp_path / "killed", *flags, sources=("in", "other.jsonl")), tmp_path / "killed/set.partial"
-        wanted = len(list(partial.glob("*/shard-*.json"))) + rng.randint(2, 9)
-        while process.poll() is None and len(list(partial.glob("*/shard-*.json"))) < wanted:
+        process = prepare_command(tmp_path / "killed", *flags, sources=("in", "other.jsonl"))
+        partial = tmp_path / "killed/set.partial"
+        wanted = shards_in(partial) + rng.randint(2, 9)
+        while process.poll() is None and shards_in(partial) < wanted:
             time.sleep(0.001)
         process.kill()
         kills += process.wait() != 0
@@ -348,15 +360,17 @@ def test_every_interrupted_shard_goes_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
     sources = {"words": some_documents(300), "more": some_documents(200, 1)}
     d.prepare(sources, tmp_path / "straight", tokenizer)
-    write, stop = d.write_file, [0]
+    stop = [0]
+    for name in ("append", "write_text"):
+        def interrupted(*parts, write=getattr(d, name)):
+            stop[0] -= 1
+            if stop[0] == 1:  # written, but not known
+                write(*parts)
+            if stop[0] <= 1:
+                raise KeyboardInterrupt
+            return write(*parts)
 
-    def interrupted(path, parts):
-        stop[0] -= 1
-        if stop[0] == 0:
-            raise KeyboardInterrupt
-        return write(path, parts)
-
-    monkeypatch.setattr(d, "write_file", interrupted)
+        monkeypatch.setattr(d, name, interrupted)
     for at in range(1, 100):
         stop[0] = at % 7 + 2
         try:
@@ -386,8 +400,7 @@ def test_a_full_disk_is_one_sentence_and_what_was_finished_stays(tmp_path, token
     _, errors = full.communicate()
     assert full.returncode == 2 and "File too large" in errors and "run the same command again" in errors
     assert len([line for line in errors.splitlines() if line.startswith("error")]) == 1 and "Traceback" not in errors
-    shards = len(list((tmp_path / "set.partial/in").glob("shard-*.json")))
-    assert shards >= 1 and not list((tmp_path / "set.partial").rglob("*.partial"))
+    assert shards_in(tmp_path / "set.partial") >= 1
     again = prepare_command(tmp_path, "--tokenizer", "tokenizer")
     output, errors = again.communicate()
     assert again.returncode == 0 and "resuming set.partial" in output, errors
@@ -398,7 +411,7 @@ def test_another_task_does_not_go_on(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "finish_source", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         d.prepare({"words": some_documents(50)}, tmp_path / "set", tokenizer)
-    with pytest.raises(UserError, match="unfinished preparation of something else"):
+    with pytest.raises(UserError, match="unfinished work of another command"):
         d.prepare({"words": some_documents(60)}, tmp_path / "set", tokenizer)
 
 
@@ -465,7 +478,7 @@ def test_nothing_finished_is_lost_at_the_very_end(tmp_path, tokenizer, monkeypat
     monkeypatch.setattr(d, "finish_source", meanwhile)
     with pytest.raises(UserError, match="finished parts are in"):
         d.prepare({"words": some_documents(50)}, tmp_path / "other", tokenizer)
-    assert (tmp_path / "other/file").read_text() == "theirs" and list((tmp_path / "other.partial").glob("*/shard-*.json"))
+    assert (tmp_path / "other/file").read_text() == "theirs" and shards_in(tmp_path / "other.partial")
 
 
 def test_generated_math_is_right_and_held_out_problems_are_new():
@@ -478,7 +491,8 @@ def test_generated_math_is_right_and_held_out_problems_are_new():
                 a, sign, b = left.split()
                 result = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
                 assert int(right.split(",")[0]) == result, text
-    keys = {side: {key for key, _ in documents if (uniform(key) < HELD_OUT) == (side == "val")} for side in ("train", "val")}
+    keys = {side: {key for key, _ in documents if (uniform(key) < HELD_OUT) == (side == "val")}
+            for side in ("train", "val")}
     sums = {side: {tuple(sorted(pair)) for key, text in documents if key in keys[side]
                    for pair in re.findall(r"What is (\d+) \+ (\d+)\?", text)} for side in keys}
     assert sums["train"] and sums["val"] and not sums["train"] & sums["val"]
@@ -593,16 +607,6 @@ def test_every_epoch_is_shuffled_anew(prepared, tokenizer):
     assert np.mean(np.array(order[:n]) == np.array(order[n:])) < 0.02 and order[:n] != sorted(order[:n])
 
 
-def test_the_order_is_the_same_with_and_without_memory(prepared, tokenizer, monkeypatch):
-    curriculum = make(load(prepared, tokenizer), tokens=6 * 16 * 200)
-    kept = [curriculum.locate(step, 0, 6) for step in range(curriculum.steps)]
-    monkeypatch.setattr(d, "SMALL", 0)
-    monkeypatch.setattr(d, "small_shuffle", None)
-    for step, (source, sequence) in enumerate(kept):
-        again = curriculum.locate(step, 0, 6)
-        assert (again[0] == source).all() and (again[1] == sequence).all()
-
-
 class Endless:
     """The length of a trillion tokens without them."""
 
@@ -615,8 +619,8 @@ class Endless:
 
 def test_any_step_of_ten_billion_sequences_is_found_at_once():
     sequences, context = 10**10, 4096
-    splits = [d.Split(name, Endless(share * sequences // 4 * context), np.array([0, share * sequences // 4 * context]), 0, "")
-              for name, share in (("web", 3), ("code", 1))]
+    splits = [d.Split(name, Endless(tokens), np.array([0, tokens]), 0, "") for name, tokens in (
+        ("web", 3 * sequences // 4 * context), ("code", sequences // 4 * context))]
     stages = [d.Stage("a", sequences * context * 0.8, {"web": 0.7, "code": 0.3}),
               d.Stage("b", sequences * context * 0.4, {"web": 0.5, "code": 0.5})]
     curriculum = d.Curriculum(splits, stages, context, 512 * context)
@@ -628,7 +632,8 @@ def test_any_step_of_ten_billion_sequences_is_found_at_once():
         assert (source == 0).mean() == pytest.approx(0.7 if step < curriculum.ends[0] else 0.5, abs=0.005)
         for s, split in enumerate(splits):
             mine = sequence[source == s]
-            assert 0 <= mine.min() and mine.max() < len(split.tokens) // context and len(set(mine.tolist())) == len(mine)
+            assert 0 <= mine.min() and mine.max() < len(split.tokens) // context
+            assert len(set(mine.tolist())) == len(mine)
             assert mine.max() - mine.min() > 10**9  # from all over the source
         parts = [curriculum.locate(step, first, 64) for first in range(0, 512, 64)]
         assert (np.concatenate([part[1] for part in parts]) == sequence).all()
@@ -638,7 +643,8 @@ def test_a_source_without_a_share_may_be_short(tmp_path, tokenizer):
     d.prepare({"long": some_documents(300), "short": [("a", "cat"), ("b", "a mat")]}, tmp_path / "set", tokenizer)
     splits = [s["train"] for s in load(tmp_path / "set", tokenizer)]
     stage = d.Stage("a", 9600, {"long": 1.0})
-    assert set(np.concatenate([d.Curriculum(splits, [stage], 16, 96).batch(i).sources for i in range(20)]).tolist()) == {0}
+    curriculum = d.Curriculum(splits, [stage], 16, 96)
+    assert set(np.concatenate([curriculum.batch(i).sources for i in range(20)]).tolist()) == {0}
     with pytest.raises(UserError, match="short .* fewer tokens than one sequence"):
         d.Curriculum(splits, [stage, d.Stage("b", 9600, {"short": 1.0})], 16, 96)
 
@@ -700,7 +706,7 @@ def test_packings_by_brute_force(prepared, tokenizer, packing, context):
         end = 0
         for begin, size in made.pieces(row):
             document = np.searchsorted(split.starts, begin, side="right") - 1
-            assert begin + size <= split.starts[document + 1] and end in starts[row]  # one document, its start is marked
+            assert begin + size <= split.starts[document + 1] and end in starts[row]  # one document, and marked
             part = split.tokens[begin:begin + size + 1]  # the very last token of the file has no target
             assert (tokens[row, end:end + len(part) - 1] == part[:-1]).all()
             assert (targets[row, end:end + len(part) - 1] == part[1:]).all()
@@ -709,7 +715,8 @@ def test_packings_by_brute_force(prepared, tokenizer, packing, context):
             if size == split.starts[document + 1] - split.starts[document]:
                 whole.add(int(document))
             end += size
-        assert end <= context and starts[row].tolist() == np.cumsum([0, *(n for _, n in made.pieces(row))])[:-1].tolist()
+        sizes = [size for _, size in made.pieces(row)]
+        assert end <= context and starts[row].tolist() == [sum(sizes[:i]) for i in range(len(sizes))]
         if packing == "bos":
             assert tokens[row, 0] == tokenizer.eos_id
     assert max(seen.values()) == 1
@@ -723,7 +730,7 @@ def test_packings_by_brute_force(prepared, tokenizer, packing, context):
 
 
 def test_best_fit_by_hand():
-    # context 10, longest first: 7 -> row 0; 6 -> row 1; 4 fits row 1 only; 3 fits row 0; the next 3 opens row 2; 2 joins it
+    # context 10, longest first: 7 -> row 0; 6 -> row 1; 4 fits row 1 only; 3 fits row 0; the next 3 opens row 2; 2 too
     rows = d.best_fit(np.array([3, 7, 4, 2, 6, 3]), 10)
     assert [sorted(np.flatnonzero(rows == r).tolist()) for r in range(3)] == [[0, 1], [2, 4], [3, 5]]
 
@@ -749,7 +756,7 @@ def test_each_packing_trains(prepared, tokenizer):
 
 
 def test_stages_of_another_context_and_ranks(prepared, tokenizer):
-    """A longer context cuts the same batch into fewer rows, each sequence once an epoch; any number of ranks sees one order."""
+    """A longer context cuts the same batch into fewer rows, each sequence once an epoch, in one order for all ranks."""
     splits = [s["train"] for s in load(prepared, tokenizer)]
     stages = [d.Stage("short", 24 * 16 * 30, {}), d.Stage("long", 24 * 16 * 20, {"words": 1.0}, context=48)]
     curriculum = d.Curriculum(splits, stages, 16, 24 * 16)
@@ -801,10 +808,11 @@ def test_an_epoch_reads_every_row_once(packing):
 
 
 def test_a_stage_may_have_a_larger_batch(prepared, tokenizer):
-    """A batch that grows is a list of stages: each sequence still comes once an epoch, in the order of the small batch."""
+    """A batch that grows is a list of stages: each sequence still comes once an epoch."""
     splits = [s["train"] for s in load(prepared, tokenizer)]
     mixture = {"words": 0.5, "more": 0.5}
-    stages = [d.Stage("a", 96 * 10, mixture), d.Stage("b", 192 * 10, mixture, batch_tokens=192), d.Stage("c", 96 * 4, mixture)]
+    stages = [d.Stage("a", 96 * 10, mixture), d.Stage("b", 192 * 10, mixture, batch_tokens=192),
+              d.Stage("c", 96 * 4, mixture)]
     curriculum = d.Curriculum(splits, stages, 16, 96)
     assert curriculum.ends == [10, 20, 24] and curriculum.batches == [96, 192, 96] and curriculum.contexts == [16] * 3
     assert [curriculum.rows(step) for step in (0, 9, 10, 19, 20, 23)] == [6, 6, 12, 12, 6, 6]

@@ -1,4 +1,4 @@
-"""posttrain.py: masks, packing, losses and rewards against hand-worked cases, enumeration, TRL's formulas, a whole run."""
+"""posttrain.py: masks, packing, losses and rewards against hand-worked cases, enumeration and TRL's formulas; runs."""
 
 import itertools
 import json
@@ -16,11 +16,11 @@ import data as d
 import posttrain as p
 import sample
 import train
-from conftest import ROOT, call, torchrun
 from checkpoint import from_pretrained, newest_checkpoint, save_pretrained, save_weights
+from conftest import ROOT, call, torchrun
+from data import HELD_OUT, uniform
 from model import GPT, ModelConfig, cross_entropy
 from tokenizer import ChatFormat, Tokenizer, UserError, train_bpe
-from data import HELD_OUT, uniform
 
 TALK = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."},
         {"role": "user", "content": "and <|im_end|>?"}, {"role": "assistant", "content": "no."}]
@@ -28,7 +28,7 @@ TOKENIZER = train_bpe(["What is the sum of these two small numbers? The answer i
 
 
 def tiny(vocab: int = 280, context: int = 64, **more) -> GPT:
-    return GPT(ModelConfig(vocab, 32, 48, 2, 2, 1, max_position_embeddings=context, initializer_range=0.2, **more)).eval()
+    return GPT(ModelConfig(vocab, 32, 48, 2, 2, 1, max_position_embeddings=context, initializer_range=0.2, **more))
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------------
@@ -65,16 +65,13 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
     padding and prompts are no targets, and the divisor is the whole batch's number of trained tokens."""
     model, talks = tiny(), talks_of()
     split = p.conversation_split("talks", [[talk] for talk in talks])
-    packing = d.Packing(split, 64, "best-fit")
-    assert packing.count < len(talks)
-    def rows(first, last):
-        return d.cut_batch([packing], np.zeros(last - first, np.int64), np.arange(first, last))
-
-    targets = rows(0, packing.count).targets
+    rows = d.Packing(split, 64, "best-fit").count
+    assert rows < len(talks)
+    curriculum = d.Curriculum([split], [d.Stage("sft", rows * 64, {})], 64, rows * 64, packing="best-fit")
     trained = sum(sum(mask) for _, mask in talks)
-    assert (targets >= 0).sum() == trained == sum(packing.targets(row) for row in range(packing.count))
-    for first, last in ((0, 1), (1, packing.count)):  # pieces with different numbers of trained tokens
-        batch = rows(first, last)
+    assert curriculum.steps == 1 and curriculum.targets(0) == trained == (curriculum.batch(0).targets >= 0).sum()
+    for first, count in ((0, 1), (1, rows - 1)):  # pieces with different numbers of trained tokens
+        batch = curriculum.batch(0, first, count)
         logits = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
         (cross_entropy(logits, torch.from_numpy(batch.targets)) / trained).backward()
     packed = {name: w.grad.clone() for name, w in model.named_parameters()}
@@ -120,7 +117,8 @@ TRL = {  # kind -> losses and their gradient by the policy's log-probabilities
     "dpo": ([0.493248945997, 1.701413277983, 0.554355244469],
             [[-0.116808229815, -0.245272342858, -0.127667244957], [0.116808229815, 0.245272342858, 0.127667244957]]),
     "apo_zero": ([0.888127637845, 1.356605808851, 0.925140309313],
-                 [[-0.073337493507, -0.068635272137, -0.074579702003], [0.074579702003, 0.061650092203, 0.074579702003]]),
+                 [[-0.073337493507, -0.068635272137, -0.074579702003],
+                  [0.074579702003, 0.061650092203, 0.074579702003]]),
 }
 
 
@@ -140,9 +138,9 @@ def test_nll_adds_the_chosen_answers_loss_a_token(monkeypatch):
     """6 nats of 3 trained tokens, twice: 4 more than DPO's loss."""
     monkeypatch.setattr(p, "sums_of", lambda *_: torch.tensor([[-6.0], [-9.0]]))
     pair = [([1] * 4, [0, 1, 1, 1]), ([1] * 4, [0, 1, 1, 1])]
-    run = SimpleNamespace(recipe=SimpleNamespace(method="dpo", beta=0.1, nll=2.0, pairs=1, seed=0), parallel=None, rows=[2],
-                          world=train.World(), found={}, examples=[(pair, torch.zeros(2))],
-                          model=SimpleNamespace(routing_loss=lambda: 0.0))
+    recipe = SimpleNamespace(method="dpo", beta=0.1, nll=2.0, pairs=1, seed=0)
+    run = SimpleNamespace(recipe=recipe, parallel=None, rows=[2], world=train.World(), found={},
+                          examples=[(pair, torch.zeros(2))], model=SimpleNamespace(routing_loss=lambda: 0.0))
     (loss_of,) = p.preference_losses(run, 0)
     torch.testing.assert_close(loss_of()[0], 4 - torch.tensor(0.3).sigmoid().log())
 
@@ -234,8 +232,8 @@ def test_the_gradient_of_kl_is_that_of_the_reverse_divergence():
 
     reverse = gradient(policy.exp() * (policy - reference))
     forward = gradient(reference.exp() * (reference - policy))
-    torch.testing.assert_close(gradient(drawn.exp() * p.kl_loss(policy, drawn, reference)), reverse, atol=1e-12, rtol=1e-9)
-    torch.testing.assert_close(gradient(drawn.exp() * p.kl_k3(policy, reference)), forward, atol=1e-12, rtol=1e-9)
+    for estimate, expected in ((p.kl_loss(policy, drawn, reference), reverse), (p.kl_k3(policy, reference), forward)):
+        torch.testing.assert_close(gradient(drawn.exp() * estimate), expected, atol=1e-12, rtol=1e-9)
 
 
 def test_a_reward_that_raises_shows_the_sample(tmp_path):
@@ -259,7 +257,8 @@ def test_held_out_problems_are_in_no_training_data():
     held = {q["prompt"] for q in p.problems(300, 1, held_out=True)}
     assert len(held) == 300 and not held & {q["prompt"] for q in p.problems(3000, 2)}
     for problem in p.problems(50, 3):
-        assert p.correct(problem, problem["reply"] + "\nQuestion: 4?") and not p.correct(problem, problem["reply"] + " 707")
+        right = problem["reply"]
+        assert p.correct(problem, right + "\nQuestion: 4?") and not p.correct(problem, right + " 707")
     trained = {text.split("\n")[0].removeprefix("Question: ") for key, text in d.generated_math(20_000)
                if uniform(key) >= HELD_OUT}
     assert not held & trained
@@ -288,7 +287,7 @@ def test_preferences_with_the_prompt_in_front_of_both_answers():
             {"chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
             {"prompt": prompt, "chosen": [*prompt, chosen], "rejected": [rejected]}]
     for row in rows:
-        assert {name: p.parse_row(row, "dpo")[name] for name in ("prompt", "chosen", "rejected")} == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        assert p.parse_row(row, "dpo") == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def chat(*said: str) -> dict:
@@ -373,8 +372,8 @@ def here(tmp_path, monkeypatch) -> Path:
 
 FLAGS = {"sft": ["--data", "sft.jsonl", "--batch-tokens", "128", "--optimizer", "adamw"],
          "apo": ["--data", "pairs.jsonl", "--pairs", "8", "--epochs", "2", "--nll", "0"],
-         "grpo": ["--data", "ask.jsonl", "--reward", "r.py:score", "--prompts", "4", "--samples", "4", "--max-tokens", "6",
-                  "--steps", "8", "--updates", "2", "--kl", "0.1", "--overlong", "3"]}
+         "grpo": ["--data", "ask.jsonl", "--reward", "r.py:score", "--prompts", "4", "--samples", "4",
+                  "--max-tokens", "6", "--steps", "8", "--updates", "2", "--kl", "0.1", "--overlong", "3"]}
 
 
 COMMON = ["--learning-rate", "1e-3", "--warmup-steps", "1", "--device", "cpu", "--dtype", "float32"]
@@ -435,28 +434,56 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
             json.loads((run / "log.jsonl").read_text().splitlines()[1]))
 
 
+def test_built_in_problems_need_no_data(here):
+    save_weights(tiny(TOKENIZER.vocab_size, 128), TOKENIZER, here / "base", here)
+    small = ["--problems", "100", "--eval-problems", "4", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
+    for method in ("sft", "grpo"):
+        scores = p.post_train(p.parse([method, "base", *small, "--max-tokens", "8"])[1], Path(f"runs/{method}"))
+        assert {"arithmetic", "arithmetic, sampled"} <= set(scores["val"])
+    with pytest.raises(UserError, match="no pairs to prefer"):  # it has not learned anything
+        p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+    p.answers, original = (lambda run, asked, samples=1, **_: [
+        [(run.tokenizer.encode(f"So {n}")[:7], float(n)) for n in range(2)][:samples] for _ in asked]), p.answers
+    try:  # a start that is right in every second answer
+        scores = p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+    finally:
+        p.answers = original
+    assert "held-out margin" in scores["val"]
+    assert p.post_train(p.parse(["--resume", "runs/apo"])[1], Path("runs/apo"), True) == {}
+
+
 def test_pieces_and_one_big_batch_train_the_same(here):
     for method in FLAGS:
+        losses = []
         for size in ("1", "2"):
-            post_train(f"{method}-{size}", method, "--micro-batch", size)
-        one, two = (logged(Path(f"runs/{method}-{size}"), "loss") for size in ("1", "2"))
-        assert one[:4] == pytest.approx(two[:4], abs=2e-5)
+            post_train(f"{method}-{size}", method, "--micro-batch", size, "--steps", "3", "--eval-problems", "2")
+            losses.append(logged(Path(f"runs/{method}-{size}"), "loss"))
+        assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 def test_two_processes_and_fsdp_train_as_one(here):
+    script = here / "both.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import posttrain as p
+world = p.train.World.join()
+for words in {[[method, "base", *FLAGS[method], *COMMON] for method in ("sft", "apo")]}:
+    for kind in ("ddp", "fsdp"):
+        p.post_train(p.parse([*words, "--parallel", kind])[1], p.Path(f"runs/{{words[0]}}-{{kind}}"), False, world)
+""")
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr
     for method in ("sft", "apo"):
-        losses = []
-        for name, kind in (("one", "ddp"), ("ddp", "ddp"), ("fsdp", "fsdp")):
-            words = [method, "base", *FLAGS[method], *COMMON, "--name", f"{method}-{name}", "--parallel", kind]
-            done = call(p.main, *words) if name == "one" else torchrun(str(ROOT / "posttrain.py"), *words)
-            assert done.returncode == 0, done.stderr
-            losses.append(logged(Path(f"runs/{method}-{name}"), "loss"))
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5) and losses[0] == pytest.approx(losses[2], abs=1e-5)
+        scores = post_train(f"{method}-one", method, "--micro-batch", "0")["val"]
+        one = logged(Path(f"runs/{method}-one"), "loss")
+        for kind in ("ddp", "fsdp"):
+            assert logged(Path(f"runs/{method}-{kind}"), "loss") == pytest.approx(one, abs=1e-5)
+            assert logged(Path(f"runs/{method}-{kind}"), "val")[-1] == pytest.approx(scores, abs=1e-4)
 
 
 def test_an_epoch_sees_every_conversation_once(here):
     """Rows carry padding, so an epoch has more rows than tokens over the context; of two sources too."""
-    talks = [json.dumps({"messages": p.turns("x" * (i % 37), "user") + p.turns(f"{i}", "assistant")}) for i in range(370)]
+    talks = [json.dumps({"messages": p.turns("x" * (i % 37)) + p.turns(f"{i}", "assistant")}) for i in range(370)]
     for name, part in (("a", talks[:300]), ("b", talks[300:])):
         (here / f"{name}.jsonl").write_text("\n".join(part))
     run = p.set_up(recipe("sft", "--data", "a.jsonl,b.jsonl"), here / "runs/x", train.World(), False)
