@@ -441,7 +441,7 @@ def overtrain(law: LossLaw, compute: float, k: float) -> dict[str, float]:
 
 def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> LossLaw:
     """The law with the least squared error on (parameters, tokens, loss) points of several sizes and lengths: for each
-    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. ValueError if no law fits."""
+    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
     N, D, L = (np.array(x, dtype=float) for x in zip(*points))
     best = None
     for alpha in np.arange(0.05, 1.21, 0.025):
@@ -453,7 +453,7 @@ def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> Lo
             if solution.min() >= 0 and (best is None or error < best[0]):
                 best = (error, alpha, beta, *solution)
     if best is None:
-        raise ValueError("no law whose loss falls with size and tokens fits these runs")
+        raise UserError("no law whose loss falls with size and tokens fits these runs; train longer ones")
     _, alpha, beta, E, A, B = (float(x) for x in best)
     return LossLaw(source, E, A, B, alpha, beta, (N.min() / 2, N.max() * 2), (D.min() / 2, D.max() * 2))
 

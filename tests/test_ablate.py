@@ -1,136 +1,319 @@
-"""The commands that choose hyperparameters, on a tiny corpus."""
+"""The commands of ablate.py on a tiny corpus."""
 
 import json
 import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import ablate
+import cost
 import train
 from checkpoint import Log
 from conftest import call
 from model import cross_entropy
 from schedule import NoiseScale
-from test_train import TINY, corpus, here, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
+from test_train import TINY, corpus, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
+from tokenizer import UserError
+
+SHORT = [*TINY, "--tokens", "2560"]
+
+
+# ---- one change at a time -------------------------------------------------------------------------------------
 
 
 def test_paired_difference_by_hand():
     # differences 0.10, 0.05, 0.10: mean 0.08333, standard deviation 0.028868; 4.30 * 0.028868 / sqrt(3) = 0.07167
     assert ablate.paired_difference([1.0, 1.2, 1.1], [1.1, 1.25, 1.2]) == pytest.approx((0.08333, 0.07167), abs=1e-4)
+    assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
+    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under about 0.1000")
+    assert ablate.verdict(0.0, 0.0) == "exactly the same losses"
+
+
+def test_confidence_intervals_against_scipy():
     stats = pytest.importorskip("scipy.stats")
     for n, t in enumerate(ablate.T95, start=1):
         assert t == pytest.approx(stats.t.ppf(0.975, n), abs=0.006)
 
 
-def test_one_change_at_a_time(here, capsys):
-    """What hurts is found, what does nothing is not, what diverges is named; nothing is trained twice."""
-    given = ["change", *TINY, "--tokens", "2560", "--seeds", "3"]
-    tries = ["learning_rate=1e-6", "save_every=7", "learning_rate=1e20"]
-    done = call(ablate.main, *given, *(word for change in tries for word in ("--try", change)))
-    assert done.returncode == 0, done.stderr
-    table = {name: next(line for line in done.stdout.splitlines() if line.startswith(name)) for name in tries}
-    assert "worse" in table["learning_rate=1e-6"] and "exactly the same" in table["save_every=7"]
-    assert "diverged" in table["learning_rate=1e20"]
-    runs = [json.loads(line) for line in Path("runs/changes/log.jsonl").read_text().splitlines()]
-    assert len(runs) == 12
-    straight = pretrain("a", "--tokens", "2560", "--seed", "1")
+def test_one_change_at_a_time(here, capsys, monkeypatch):
+    """What hurts is found, what does nothing is not; the losses are those of train.py; nothing is trained twice."""
+    tries = ["learning_rate=1e-6", "save-every=3", "hidden_size=48 num_hidden_layers=1", "learning_rate=1e20"]
+    begun, train_arm = [], ablate.train_arm
+
+    def counted(recipe, folder):
+        begun.append(folder)
+        if len(begun) == 7:
+            raise KeyboardInterrupt
+        return train_arm(recipe, folder)
+
+    monkeypatch.setattr(ablate, "train_arm", counted)
+    options = ablate.Options(tries=tries)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.change(SHORT, options)
+    with open("runs/changes/log.jsonl", "a") as file:
+        file.write('{"key": "cut')  # as kill -9 leaves it
+    found = ablate.change(SHORT, options)
+    assert len(begun) == 16 and len(set(begun)) == 15  # the seventh twice
+    out = capsys.readouterr().out
+    assert "training 7 of 15: " in out
+    table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
+    assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
+    assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
+    assert "diverged (seed 0, step " in table["learning_rate=1e20"] and math.isnan(found["learning_rate=1e20"][0])
+    assert "% parameters: part of the difference is size" in out
+    runs = list(Log(Path("runs/changes")).entries())
     mine = next(run for run in runs if run["change"] == "baseline" and run["seed"] == 1)
-    assert losses(Path("runs/changes") / mine["key"]) == losses(straight)
-    again = call(ablate.main, *given, "--try", tries[0])
-    assert again.returncode == 0 and "worse" in again.stdout
-    assert len(Path("runs/changes/log.jsonl").read_text().splitlines()) == 12
+    straight = train.pretrain(recipe("--tokens", "2560", "--seed", "1"), Path("runs/a"))
+    assert len(runs) == 15 and mine["loss"] == pytest.approx(np.mean(list(straight.values())))
+    assert losses(Path("runs/changes") / mine["key"]) == losses(Path("runs/a"))
+    again = ablate.change(SHORT, replace(options, tries=tries[:3]))
+    assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
+    monkeypatch.setattr(ablate, "code_and_data", lambda recipe: "other data")
+    ablate.change(SHORT, ablate.Options(seeds=2, tries=tries[1:2]))
+    assert len(begun) == 20  # all anew
+
+
+def test_a_stopped_arm_is_resumed(here, monkeypatch):
+    """Stopped before its last step, an arm continues from its checkpoint and ends with the same loss."""
+    short = recipe("--tokens", "2560", "--save-every", "4", "--eval-every", "1000")
+    whole = ablate.train_arm(short, Path("runs/whole"))
+    made, update = [], train.update
+
+    def stopped(run, *words):
+        made.append(run.step)
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        return update(run, *words)
+
+    monkeypatch.setattr(train, "update", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ablate.train_arm(short, Path("runs/stopped"))
+    again = ablate.train_arm(short, Path("runs/stopped"))
+    assert made == [*range(7), *range(4, 10)] and again["loss"] == whole["loss"]
+    assert losses(Path("runs/stopped")) == losses(Path("runs/whole"))
+
+
+def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
+    """FAULTS A17: where every look at the machine would choose another dtype, the arms share the first choice."""
+    looked, chosen = [], cost.find_machine
+
+    def wavering(device, dtype, compile):
+        looked.append(dtype)
+        return replace(chosen(device, "float32", compile), dtype=torch.bfloat16 if dtype == "auto" and
+                       len(looked) % 2 else torch.float32 if dtype == "auto" else getattr(torch, dtype))
+
+    monkeypatch.setattr(cost, "find_machine", wavering)
+    ablate.change([*SHORT, "--dtype", "auto"], ablate.Options(seeds=2, tries=["clip=2", "dtype=float32"]))
+    runs = {run["key"]: run["change"] for run in Log(Path("runs/changes")).entries()}
+    dtypes = {(name, json.loads((Path("runs/changes") / key / "recipe.json").read_text())["dtype"])
+              for key, name in runs.items()}
+    assert dtypes == {("baseline", "bfloat16"), ("clip=2", "bfloat16"), ("dtype=float32", "float32")}
+    assert looked.count("auto") == 1
 
 
 def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
-    job = recipe("--tokens", "2560")
-    around = ablate.code_and_data(job)
-    before = ablate.fingerprint(job, around)
-    assert ablate.fingerprint(recipe("--tokens", "2560"), ablate.code_and_data(job)) == before
-    for other in (replace(job, clip=2.0), replace(job, dtype="bfloat16")):
-        assert ablate.fingerprint(other, around) != before
-    read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b"# edited" * (path.name == "schedule.py"))
-    assert ablate.fingerprint(job, ablate.code_and_data(job)) != before
+    pretrain("a", "--tokens", "512")
+    short = recipe("--tokens", "2560")
+    before = ablate.fingerprint(short, ablate.code_and_data(short))
+    assert ablate.fingerprint(recipe("--tokens", "2560"), ablate.code_and_data(short)) == before
+    for other in (replace(short, clip=2.0), replace(short, start="runs/a"), replace(short, dtype="bfloat16")):
+        assert ablate.fingerprint(other, ablate.code_and_data(short)) != before
+    other = replace(short, data="data/short")
+    assert ablate.code_and_data(other) != ablate.code_and_data(short)
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *words: (
+        read(path, *words) + "# edited" * (path.name == "schedule.py")))
+    assert ablate.fingerprint(short, ablate.code_and_data(short)) != before
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--try", "learning_rate"], "is not NAME=VALUE"),
-    (["--try", "learning_rat=1"], "did you mean --learning_rate"),
-    (["--try", "save_every=500"], "changes nothing"),
-    (["--try", "eval_tokens=256"], "changes what is measured with"),
-    (["--try", "clip=2", "--seeds", "1"], "--seeds 1 is not between 2"),
-    (["--try", "position=nope"], "position 'nope' is not one of"),
-    (["--try", "clip=2", "--name", "mine"], "train.py"),
-])
-def test_mistaken_changes_are_a_sentence(here, flags, words):
-    done = call(ablate.main, "change", *TINY, *flags)
-    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and not Path("runs").exists()
+# ---- rates and spikes -----------------------------------------------------------------------------------------
+
+
+def test_lr_range_test_stops_where_training_diverges(here, capsys):
+    steepest, tenth = ablate.lr_range(TINY, ablate.Options(low=1e-4, high=1e3, steps=60))
+    assert 1e-4 < steepest < 10 and 1e-4 < tenth < 10
+    out = capsys.readouterr().out
+    assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
+    last = float(out.splitlines()[-3].split()[0])
+    assert last < 500  # it ended early
+
+
+def test_random_tokens_in_poisoned_batches_alone(here):
+    run = train.set_up(recipe("--tokens", "2560"), Path("runs/none"))
+    clean, bad, again = ([loss()[0].item() for loss in ablate.poisoned_losses(run, step, range(3, 5))]
+                         for step in (2, 3, 3))
+    assert clean == [loss()[0].item() for loss in train.pretraining_losses(run, 2)]
+    assert bad != [loss()[0].item() for loss in train.pretraining_losses(run, 3)]
+    assert bad == again
+
+
+def test_rewinding_past_poisoned_batches(here):
+    """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
+    found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
+                          ablate.Options())
+    assert found["poisoned"] > 1.01 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
+    log = log_of(Path("runs/spikes/rewind"))
+    rewinds = [entry for entry in log if entry.get("event") == "rewind"]
+    skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
+    assert rewinds and not skipped & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 300}
+    dtypes = {train.read_recipe(Path("runs/spikes") / name)[0].dtype for name in found}
+    assert dtypes == {"float32"}
+
+
+# ---- the batch size at a checkpoint ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(here) -> Path:
+    return pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000", "--save-every", "8",
+                    "--keep", "9")
+
+
+def read_rows(curriculum, steps) -> list[tuple[int, int]]:
+    """(source, sequence) of every row of some steps."""
+    return [pair for step in steps for pair in zip(*(x.tolist() for x in curriculum.locate(
+        step, 0, curriculum.rows(step))))]
+
+
+def test_branches_read_the_same_text_and_large_ones_fall_behind(run, capsys, monkeypatch):
+    """From a young checkpoint, 16 times the batch is past the critical size, with the same text and sqrt(16) the rate;
+    all branches begin with the checkpoint's weights and without moments."""
+    seen, update = {}, train.update
+
+    def spy(run, losses, rate):
+        batch = run.curriculum.batches[-1]
+        if batch not in seen:
+            seen[batch] = []
+            assert not any(part.state for part in run.optimizer.optimizers)
+            first.append([weight.clone() for weight in run.model.parameters()])
+        seen[batch].append((rate, read_rows(run.curriculum, [run.step])))
+        return update(run, losses, rate)
+
+    first = []
+    monkeypatch.setattr(train, "update", spy)
+    found = ablate.branch([str(run)], ablate.Options(doublings=4, read=64 * 256))
+    text = {batch: [row for _, rows in parts for row in rows] for batch, parts in seen.items()}
+    assert len(text) == 5 and all(rows == text[256] for rows in text.values()) and len(text[256]) == 64 * 8
+    peaks = [max(rate for rate, _ in parts) for parts in seen.values()]
+    assert peaks == pytest.approx([0.01 * math.sqrt(2**i) for i in range(5)])
+    assert all(torch.equal(a, b) for weights in first[1:] for a, b in zip(weights, first[0]))
+    assert found[16] > found[1] + 0.01
+    best = max(k for k in found if all(found[k] <= found[j] + 0.01 for j in found if j < k))
+    assert best < 16 and f"critical batch size at step 20: {best * 256:,} tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="give 8192"):
+        ablate.branch([str(run)], ablate.Options(read=1000))
+
+
+def test_a_branch_begins_where_its_checkpoint_ends(run, monkeypatch):
+    """From a checkpoint in the middle, the branch's text is what the run itself read next."""
+    seen, update = [], train.update
+
+    def spy(run, losses, rate):
+        if run.curriculum.batches[-1] == 256:
+            seen.extend(read_rows(run.curriculum, [run.step]))
+        return update(run, losses, rate)
+
+    monkeypatch.setattr(train, "update", spy)
+    ablate.branch([str(run / "checkpoints/step-00000008")], ablate.Options(doublings=1, read=8 * 256))
+    whole = train.set_up(train.read_recipe(run)[0], Path("runs/none")).curriculum
+    kinds = [sorted(row for row in rows if row[0] == 0) for rows in (seen, read_rows(whole, range(8, 16)))]
+    assert len(seen) == 64 and len(set(kinds[0]) & set(kinds[1])) >= 0.9 * len(kinds[0])
+    assert not set(seen) & set(read_rows(whole, range(8)))  # nothing is read again
+
+
+def test_noise_scale_by_hand(run, capsys):
+    """The gradient of each of 24 sequences one by one, from the checkpoint's weights; nothing is changed on disk."""
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    scale = ablate.noise([str(run)], ablate.Options(read=24 * 32))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    fresh = train.set_up(replace(train.read_recipe(run)[0], start=str(run)), Path("runs/none"))
+    rows = []
+    for row in range(24):
+        batch = fresh.curriculum.batch(20 + row // 8, row % 8, 1)
+        logits = fresh.model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
+        loss = cross_entropy(logits, torch.from_numpy(batch.targets)) / 32
+        gradients = torch.autograd.grad(loss, list(fresh.model.parameters()))
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+    rows = torch.stack(rows)
+    variance = rows.var(0).sum()  # unbiased, as is |mean|^2 - variance / n
+    signal = rows.mean(0).square().sum() - variance / 24
+    expected = float(variance / signal) * 32 if signal > 0 else math.nan
+    assert scale == pytest.approx(expected, rel=1e-3, nan_ok=True)
+    assert NoiseScale.split(float(rows.square().sum(1).mean()), float(rows.mean(0).square().sum()), 1, 24) == (
+        pytest.approx((float(signal), float(variance)), rel=1e-3))
+    out = capsys.readouterr().out
+    assert "24 sequences" in out and ("times the fewest steps" in out or "noise hides" in out)
+
+
+# ---- a scaling law --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
+    """Every rung is trained to its end with its own tokens, and the law that is fitted to them, not to the largest,
+    says what the largest loses (within 20 %, after 40 steps)."""
+    monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
+    monkeypatch.setattr(ablate, "PREDICTED", 48)
+    words = [*TINY, "--tokens", "10240", "--learning-rate", "0.01", "--eval-tokens", "4096"]
+    predicted, measured = ablate.fit(words, ablate.Options())
+    found = json.loads(Path("runs/ladder/law.json").read_text())
+    sizes, tokens, scores = zip(*found["parameters, tokens, loss"])
+    assert tokens == (2560, 5120, 5120, 10240, 10240, 10240, 10240)
+    assert scores[-1] == measured and predicted == pytest.approx(measured, rel=0.2)
+    law = found["law"]
+    assert predicted == pytest.approx(law["E"] + law["A"] * sizes[-1]**-law["alpha"] + law["B"] * 10_240**-law["beta"])
+    first = recipe("--tokens", "2560", "--learning-rate", "0.01", "--eval-tokens", "4096")
+    model = first.model.change(hidden_size=16, intermediate_size=48, num_attention_heads=1,
+                               initializer_range=0.05 * math.sqrt(8))
+    alone = train.pretrain(replace(first, model=model, warmup_steps=1), Path("runs/alone"))
+    assert scores[0] == pytest.approx(np.mean(list(alone.values())))
+    assert "off by" in capsys.readouterr().out
+
+
+# ---- the command line -----------------------------------------------------------------------------------------
+
+
+def test_commands_by_their_names(here):
+    done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--try", "clip=2", "--out", "runs/mine")
+    assert done.returncode == 0, done.stderr
+    assert "seeds differ by" in done.stdout and "clip=2" in done.stdout and Path("runs/mine/log.jsonl").exists()
+    done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--out", "runs/mine")  # the noise of seeds alone
+    assert done.returncode == 0 and "seeds differ by" in done.stdout and "training " not in done.stdout
+    done = call(ablate.main, "--help")
+    assert done.returncode == 0 and all(name in done.stdout for name in ("--doublings", "noise runs/laptop"))
+
+
+@pytest.mark.parametrize("words, told", [
+    (["change", "--try", "learning_rate"], "expected one argument"),
+    (["change", "--try", "learning_rat=1"], "did you mean --learning_rate"),
+    (["change", "--try", "save_every=500"], "changes nothing"),
+    (["change", "--try", "eval-tokens=256"], "changes what is measured with"),
+    (["change", "--try", "clip=2", "--seeds", "1"], "--seeds 1 is not between 2 and"),
+    (["change", "--try", "position=nope"], "--position 'nope' is not one of"),
+    (["change", "--try", "clip=2", "--name", "mine"], "--name belongs to train.py"),
+    (["change", "--try", "resume=runs/a"], "--resume belongs to train.py"),
+    (["lr-range", "--steps", "3"], "--steps 3 is not between 20 and"),
+    (["lr-range", "--low", "1", "--high", "0.1"], "not below"), (["lr-range", "--seeds", "3"], "takes no --seeds"),
+    (["spikes", "--tokens", "2560"], "give --tokens 51200"), (["forget"], "invalid choice")])
+def test_mistakes_are_one_sentence(here, words, told):
+    done = call(ablate.main, words[0], *TINY, *words[1:])
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("words, told", [
+    (["branch", "runs/none"], "give a run"), (["noise"], "give a run"), (["noise", "data/tiny"], "give a run"),
+    (["lr-range", "laptob"], "take laptop"), (["branch", "runs/none", "--read", "nine"], "invalid number value")])
+def test_mistaken_runs_are_one_sentence(here, words, told):
+    done = call(ablate.main, *words)
+    assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_ablations_do_not_start_under_torchrun(here, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     done = call(ablate.main, "change", *TINY, "--try", "clip=2")
     assert done.returncode == 2 and "in one process" in done.stderr and not Path("runs").exists()
-
-
-def test_lr_range_test_stops_where_training_diverges(here):
-    done = call(ablate.main, "lr-range", *TINY, "--high", "1e3", "--steps", "60")
-    assert done.returncode == 0 and "a peak to try" in done.stdout, done.stderr
-
-
-def test_a_larger_batch_falls_behind_on_the_same_tokens(here):
-    run = pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000")
-    before = sorted(run.rglob("*"))
-    done = call(ablate.main, "branch", run, "--multiples", "1,2,16", "--tokens", str(64 * 256))
-    assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if line.split()[:1] in (["1"], ["2"], ["16"])]
-    assert len(rows) == 3 and float(rows[2][-1]) > float(rows[0][-1]) + 0.01
-    assert "critical batch size" in done.stdout and sorted(run.rglob("*")) == before  # the run stays as it was
-
-
-def test_noise_scale_equals_gradients_computed_apart(here, monkeypatch):
-    """|G|^2 and tr(S) from the gradients of 16 single sequences and of their mean, computed here one by one."""
-    run = pretrain("a", "--tokens", "2560", "--eval-every", "1000")
-    found = ablate.noise(ablate.NoiseOptions(str(run), 16 * 32))
-    at = ablate.at_checkpoint(str(run))
-    train.enter_stage(at)
-    squares, total, n = 0.0, None, 0
-    for step in range(at.step, at.step + 2):
-        for row in range(at.curriculum.rows(step)):
-            tokens, targets, starts = at.loader.get((step, row, 1))
-            grads = torch.autograd.grad(cross_entropy(at.model(tokens, starts), targets) / 32, at.model.parameters())
-            flat = torch.cat([grad.flatten() for grad in grads])
-            squares, total, n = squares + flat.square().sum().item(), flat if total is None else total + flat, n + 1
-    signal, noise = NoiseScale.split(squares / n, (total / n).square().sum().item(), 1, n)
-    expected = noise / signal * 32 if signal > 0 else math.nan
-    assert n == 16 and found == pytest.approx(expected, rel=1e-2, nan_ok=True)
-
-
-def test_poisoned_batches_cost_and_the_guard_rewinds(here):
-    done = call(ablate.main, "spikes", *TINY, "--tokens", "76800", "--learning-rate", "0.01", "--eval-tokens", "512")
-    assert done.returncode == 0, done.stderr
-    assert all(word in done.stdout for word in ("clean", "poisoned", "rewind")), done.stdout
-    kinds = [entry["event"] for entry in Log(Path("runs/spikes/poisoned")).entries() if "event" in entry]
-    assert "spike" in kinds
-
-
-@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
-def test_ladder_predicts_its_largest(here, monkeypatch):
-    monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
-    monkeypatch.setattr(ablate, "PREDICTED", 48)
-    predicted, measured = ablate.fit_ladder(ablate.RecipeOptions([*TINY, "--tokens", "10240", "--learning-rate", "0.01",
-                                                                  "--eval-tokens", "4096"]))
-    assert predicted == pytest.approx(measured, rel=0.2)  # after 40 steps
-    found = json.loads(next(Path("runs").glob("ladder*/law.json")).read_text())
-    assert found["runs"][-1]["loss"] == measured and len(found["runs"]) == 7
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["branch", "runs/none"], "no whole checkpoint"), (["lr-range", "--steps", "3"], "--steps 3 is not between 20"),
-    (["lr-range", "--low", "1", "--high", "0.1"], "low"), (["lr-range", "laptob"], "take laptop")])
-def test_bad_commands_are_one_sentence(here, flags, words):
-    done = call(ablate.main, *flags)
-    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr

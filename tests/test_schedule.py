@@ -15,6 +15,7 @@ from conftest import call
 from model import GPT, ModelConfig
 from schedule import (CHINCHILLA, HOFFMANN, Extrapolation, NoiseScale, build_optimizer, cosine, multistep,
                       parameter_groups, rate_share, warmup, wsd)
+from tokenizer import UserError
 
 
 def test_warmup_never_zero_and_ends_at_the_peak():
@@ -274,7 +275,7 @@ def test_fit_finds_a_known_law():
               for n in (1e5, 3e5, 1e6) for d in (1e6, 2e6, 4e6)]
     found = schedule.fit_law(points)
     assert (found.alpha, found.beta) == pytest.approx((0.5, 0.4)) and found.E == pytest.approx(1.5, rel=1e-3)
-    with pytest.raises(ValueError, match="no law"):  # losses that grow with size
+    with pytest.raises(UserError, match="no law"):  # losses that grow with size
         schedule.fit_law([(n, d, 5 - loss) for n, d, loss in points])
 
 
