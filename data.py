@@ -557,7 +557,7 @@ def encoded(source: Source, position: tuple | None, tokenizer: Tokenizer, limit:
         for document in itertools.chain(stream, [None]):
             if document:
                 documents.append(document)
-                size += len(document.text) + 256  # about what a short document takes in memory
+                size += sys.getsizeof(document.text) + 200  # in memory: an emoji makes every character take 4 bytes
             if size >= JOB_BYTES or not document:
                 queue.append((size, pool.submit(encode_job, documents, source.dropped, tokenizer, limit)))
                 ahead, documents, size, source.dropped = ahead + size, [], 0, Counter()
