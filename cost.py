@@ -333,6 +333,8 @@ def stage_rows(recipe, processes: int, device: str) -> list[int]:
     for stage in recipe.stages:
         context, batch = stage.context or base, stage.batch_tokens or recipe.batch_tokens
         if batch % (unit := context * processes):
+            if not stage.batch_tokens:  # a batch that suits every stage that shares it
+                unit = processes * math.lcm(*(s.context or base for s in recipe.stages if not s.batch_tokens))
             nearest = " or ".join(str(n) for n in (batch // unit * unit, -(-batch // unit) * unit) if n)
             own = f"batch_tokens of stage {stage.name} in the recipe" if stage.batch_tokens else "--batch_tokens"
             raise UserError(f"stage {stage.name}: a batch of {batch} tokens does not divide into sequences of "

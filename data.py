@@ -1,36 +1,42 @@
 """Data: from text to batches, the chapter that matters most.
 
 SmolLM3's recipe is a mixture that changes: web, code and math at 85/12/3 % in stage 1, 75/15/10 in stage 2, and
-63/24/13 while the learning rate decays, because what comes last is remembered best (playbook). Text becomes token
-files once; everything after that is computed from the step number, so that no loader has a state to lose:
+63/24/13 while the learning rate decays, because the model remembers best what it reads last (playbook). Text becomes
+token files once. Everything after that is computed from the step number, so no loader has a state to lose:
 
-    documents -> token files (one folder a source) -> sequences -> mixture of a stage -> batch of a step
+    documents -> token files (one folder per source) -> sequences -> mixture of a stage -> batch of a step
 
-Exact duplicates go, and so do documents that repeat a span of up to 13 tokens 32 times (playbook). Packing cuts documents
-into sequences, by default end to end. Document starts travel with each batch as `cu_seqlens`, so attention can stay inside
-a document: no effect in short context (2.197 against 2.198), adopted for long context and because a step gets cheaper.
+Exact duplicates are dropped, and so are documents that repeat a span of up to 13 tokens 32 times (playbook). Packing
+cuts documents into sequences, by default end to end. Document starts travel with each batch as `cu_seqlens`, so that
+attention can stay inside a document: no effect in short context (loss 2.197 against 2.198), adopted for long context
+and because a step gets cheaper.
 
-    python data.py prepare                            # the embedded corpus -> data/laptop
+    python data.py prepare                             # the embedded corpus -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
-    python data.py prepare web=dump/ hf:HuggingFaceFW/fineweb-edu:sample-10BT --max-tokens 1e9 --out data/web
-    python data.py show data/laptop                   # how it packs, how long documents are, where they begin
+    python data.py prepare web=dump/ hf:HuggingFaceFW/fineweb-edu:sample-10BT --max-tokens 1B --out data/web
+    python data.py show data/laptop                    # how it packs, how long documents are, where they begin
+    python data.py tokenizer dump/ --vocab-size 32768 --out tokenizers/mine
 
-Without network the Python installation is the corpus: docstrings of the standard library, numpy and torch and the
+Without a network the Python installation is the corpus: docstrings of the standard library, numpy and torch and the
 language reference (prose), the standard library's modules (code), and generated arithmetic (math).
 """
 
 import argparse
 import bisect
+import bz2
+import codecs
 import contextlib
-import copy
 import functools
+import glob
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import os
 import random
@@ -38,578 +44,330 @@ import re
 import shutil
 import sys
 import sysconfig
-import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import islice
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import Parser, Tokenizer, UserError, run, train_bpe, utf8
+from tokenizer import Parser, Tokenizer, UserError, draw, number, option, reading, run, train_bpe, utf8
 
-FORMAT = 2  # of the token files
-SHARD_TOKENS = 2**24  # a shard ends with the job that reaches this many: bounded files, bounded memory
-SMALL = 2**16  # sequences of a source whose order is kept in memory, 512 KB an epoch at the most
+FORMAT = 3  # of the token files
+HELD_OUT = 0.03  # share of the documents that is kept for validation
+LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents, after a blank line if there is one
+LONGEST_VALUE = 16 << 20  # bytes of a line or a value; a longer document is more likely a mistake than a text
+SHARD_TOKENS = 2**24  # a shard ends with the job that reaches this many tokens: bounded files, bounded memory
 JOB_BYTES = 2**20  # text that one thread encodes at a time
+SMALL = 2**16  # sequences of a source whose order is kept in memory, at most 512 KB per epoch
 
 
 # ---- text sources ---------------------------------------------------------------------------------------------
+# A reader yields (text, held, offset) for each document of one file. held: a number in [0, 1), uniform over documents,
+# below HELD_OUT for validation; None: the hash of the text. offset: how much to skip to resume behind the document.
 
-HELD_OUT = 0.03  # the share of documents that data.py keeps for validation
-LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents after a blank line
-LONGEST_LINE = 16 << 20  # bytes of a jsonl line; a document this long is more likely a mistake than a text
-LARGEST_PAGE = 64 << 20  # bytes of a parquet page that Arrow may read: it holds one up to five times over
-LARGEST_BLOCK = 640 << 20  # bytes of a larger page, packed and unpacked: it is held once
-SAMPLED_FILES = 64  # of a remote data set, for a tokenizer's sample
+
+def uniform(key: str) -> float:
+    """A number in [0, 1) from the key alone: the same key is always on the same side, in every run and order."""
+    return int.from_bytes(hashlib.sha256(utf8(key)).digest()[:6], "big") / 2**48
+
+
+def needs(package: str, what: str | Path):
+    """An optional package. UserError if it is missing."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{what} needs a package that is missing: pip install {package}") from None
+
+
+def open_zst(file: str | Path, mode: str) -> io.BufferedReader:
+    unpacker = needs("zstandard", file).ZstdDecompressor(max_window_size=2**31)
+    return io.BufferedReader(unpacker.stream_reader(open(file, mode), read_across_frames=True))
+
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
+ROWS = {".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".array": ("json", {}),  # suffix -> reader in `datasets`
+        ".csv": ("csv", {"keep_default_na": False}), ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"})}
+
+
+@contextlib.contextmanager
+def decoding(path: str | Path) -> Iterator[None]:
+    """`reading` that names the encoding of text that is not UTF-8."""
+    with reading(path):
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+            raise UserError(f"{path} is {'UTF-16, ' if utf16 else ''}not UTF-8 text: convert it, for example with `iconv -f "
+                            f"{'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8`, or leave it out") from None
+
+
+@contextlib.contextmanager
+def opened(file: str | Path) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, unpacked if it is .gz, .bz2, .xz or .zst. Whatever goes wrong meanwhile is a UserError."""
+    with decoding(file), OPENERS.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
+        yield stream
+
+
+def blocks(file: Path) -> Iterator[str]:
+    """A UTF-8 text file, LONGEST_PIECE characters at a time."""
+    with opened(file) as stream:
+        text = io.TextIOWrapper(stream, "utf-8-sig")
+        while block := text.read(LONGEST_PIECE):
+            if "\0" in block:
+                raise UserError(f"{file} is binary or UTF-16, not UTF-8 text: convert it, for example with `iconv -f UTF-16LE "
+                                "-t UTF-8`, or leave it out")
+            yield block
+
+
+def read_plain(file: Path, held: float, skip: int) -> Iterator[tuple[str, float | None, int]]:
+    """A text file in documents of at most LONGEST_PIECE characters. `held` counts for a file that is not cut; of a longer
+    one the last 3 % are held out, so that the two sides touch at one seam only."""
+    size = sum(map(len, blocks(file)))
+    seam, at, rest, count = size - int(HELD_OUT * size), 0, "", 0
+    for block in itertools.chain(blocks(file), [""]):
+        rest += block
+        while len(rest) >= LONGEST_PIECE or rest and not block:
+            end, line = min(len(rest), LONGEST_PIECE), rest.rfind("\n", 0, max(0, seam - at)) + 1
+            if size > LONGEST_PIECE and at + end > seam and line:
+                end = line  # the last line break before the seam
+            elif at + end < size:  # after a blank line, or else a line or a space
+                end = next((i + len(mark) for mark in ("\n\n", "\n", " ")
+                            if (i := rest.rfind(mark, end // 2, end)) >= 0), end)
+            text, rest, at, count = rest[:end], rest[end:], at + end, count + 1
+            if count > skip and text.strip():
+                yield text, held if size <= LONGEST_PIECE else 0.0 if at > seam else 0.999, count
+
+
+def read_lines(file: Path, text_key: str, skip: int, strict: bool, leave_out: Callable) -> Iterator[
+        tuple[str, float | None, int]]:
+    """One document per line of JSON. A line without text is an error, unless not `strict` and a line before had some."""
+    found = skip > 0
+    with opened(file) as stream:
+        for count in itertools.count(1):
+            line = rest = stream.readline(LONGEST_VALUE)
+            while len(rest) == LONGEST_VALUE:  # read to the end of the line without keeping it
+                rest = stream.readline(LONGEST_VALUE)
+            if not line:
+                return
+            where = f"{file} line {count}"
+            if count <= skip or not line.strip():
+                continue
+            if len(line) == LONGEST_VALUE:
+                leave_out("documents over 16 MB", f"{where} is longer than 16 MB")
+                continue
+            try:
+                with decoding(where):
+                    text = text_of(json.loads(line), text_key, where)
+            except UserError as error:
+                if strict or not found:
+                    raise
+                leave_out("unreadable lines", str(error))
+            else:
+                found = True
+                yield text, None, count
+
+
+def text_of(record: dict, text_key: str, where: str) -> str:
+    """The text of a record, "" for null."""
+    if not isinstance(record, dict) or not isinstance(record.get(text_key, 0), str | None):
+        names = ", ".join(record) if isinstance(record, dict) else "its fields"
+        raise UserError(f"{where} has no text in a field {text_key}: choose one of {names} with --text-key")
+    return record[text_key] or ""
+
+
+def read_rows(rows, text_key: str, state: dict, where: str, leave_out: Callable) -> Iterator[
+        tuple[str, float | None, dict]]:
+    """One document per row of a dataset that streams. The offset is the state that `datasets` resumes from.
+
+    The iterator is closed, not abandoned: one that is left half-read may keep the process from ending.
+    """
+    if state:
+        rows.load_state_dict(state)
+    with closing(iter(rows)) as stream:
+        for row in stream:
+            text = text_of(row, text_key, where)
+            if len(text) < LONGEST_VALUE:
+                yield text, None, rows.state_dict()
+            else:
+                leave_out("documents over 16 MB", f"a row of {where} is longer than 16 MB: {text[:40]}...")
 
 
 class Document(NamedTuple):
     text: str
-    held: float  # in [0, 1), uniform; below HELD_OUT it is for validation
-    position: tuple[str, int]  # Source.read(position) goes on behind this document
-
-
-def uniform(key: str) -> float:
-    """A number in [0, 1) from the key alone: what has the same key is held out, or not, in every run and order."""
-    return int.from_bytes(hashlib.sha256(utf8(key)).digest()[:6], "big") / 2**48
+    held: float  # in [0, 1), uniform over documents; below HELD_OUT it is for validation
+    position: tuple[str, int | dict]  # Source.read(position) resumes behind this document
 
 
 class Source:
-    """The documents of a path: text, source code, .jsonl, .parquet (text and jsonl also as .gz), a folder of
-    those, or hf:DATASET[:CONFIG[:SPLIT]]. Read as a stream, in a fixed order, from any position.
+    """The documents of a path: text, source code, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow (text and JSON
+    lines also as .gz, .bz2, .xz, .zst), a folder of those, or hf:DATASET[:CONFIG[:SPLIT]]. A stream in a fixed order, from
+    any position.
 
-    A file named outright must be readable; in a folder, or behind a data set's first document, what is not is left out, said
-    on stderr and counted. That a network fails is always an error.
-    A data set's document is held out by the hash of its text, a text file by that of its name; of a long text
-    file, which is cut into documents, the last 3 % are held out, so that the two sides touch at one seam.
-
-    `datasets` finds the files of a data set, here or on the Hub. Those of jsonl, parquet and text are then read as they
-    would be from the disk, at one revision, with bounded memory; any other format streams through `datasets` itself: its size
-    is not told, its revision may change between two calls, and a long value takes what memory it takes.
+    This is the one place that decides what is held out: documents of data sets by the hash of their text, text files by
+    the hash of their name, long text files at a seam (read_plain). A file that is named must be readable; in a folder an
+    unreadable one is left out, said on stderr and counted. Any failure on the way to the Hub is an error.
     """
 
-    def __init__(self, where: str | Path, text_key: str = "text"):
-        self.where, self.text_key, path = str(where), text_key, Path(where)
-        self.dropped = Counter()  # what reading leaves out, and why
-        self.said: dict[str, list[str]] = {}  # reason -> what was printed of it
-        self.done = 0  # bytes of the files read so far
+    def __init__(self, where: str | Path, text_key: str = "text", revision: str | None = None):
+        self.where, self.text_key, self.revision, path = str(where), text_key, revision, Path(where)
         self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
+        self.dropped, self.said = Counter(), {}  # documents left out per reason, and what was printed of them
         if self.hub:
-            return self.pin(hub_files(self.where[3:], text_key))
-        if not path.exists():
-            raise UserError(f"{path} does not exist: give a text file, .jsonl, .parquet or a folder of those")
-        self.files: dict[str, Path | str] = {path.name: path}  # name in a position -> file, or URL
-        if self.folder:
-            inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
-            self.files = {name.as_posix(): file for name, file in inside.items()
-                          if not any(part.startswith(".") or part == "__pycache__" for part in name.parts)}
+            self.find_shards()
+        elif self.folder:
+            self.files = files_below(path)
+        else:
+            self.files = {path.name: path} if path.exists() else {}
         if not self.files:
-            raise UserError(f"{path} holds no files: give a text file, .jsonl, .parquet or a folder of those")
-        self.sizes = {name: file.stat().st_size for name, file in self.files.items()}
-        self.size = sum(self.sizes.values())
+            raise UserError(f"there is nothing to read at {where}: give a text file, .jsonl, .parquet, .csv or a folder of "
+                            "those")
 
-    def pin(self, sizes: dict[str, int]) -> None:
-        """To the files of a data set and their bytes, as `hub_files` finds them; on the Hub, their URLs name a revision."""
-        self.files, self.sizes, self.size = {file: file for file in sizes}, sizes, sum(sizes.values())
+    def find_shards(self) -> None:
+        """Opens a data set, on the Hub at one revision, so that a resumed preparation reads what it began with."""
+        name, config, split = (self.where[3:].split(":") + ["", ""])[:3]
+        with reading_hub(self.where):
+            datasets = needs("datasets", self.where)
+            if not self.revision and not Path(name).exists():
+                self.revision = importlib.import_module("huggingface_hub").HfApi().dataset_info(name).sha
+            self.rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
+                                              revision=self.revision)
+            if self.text_key in (self.rows.column_names or ()):
+                self.rows = self.rows.select_columns(self.text_key)
+            self.files = {str(i): i for i in range(self.rows.num_shards)}
 
-    def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
-        """All documents, or those behind `position`. UserError where a file that was named cannot be read."""
-        names = list(self.files)
-        if position and position[0] not in self.files:
-            raise UserError(f"{self.where} no longer holds {position[0]}, which was being read; put it back, or remove the "
+    def open(self, name: str, offset: int | dict) -> Iterator[tuple[str, float | None, int | dict]]:
+        """The documents of one file, or of one shard on the Hub, from an offset on."""
+        file, rest = self.files[name], (self.text_key, offset)
+        if self.hub:
+            with reading_hub(self.where):
+                shard = self.rows.shard(self.rows.num_shards, file)
+                yield from read_rows(shard, *rest, self.where, self.leave_out)
+            return
+        kind = next((suffix for suffix in map(str.lower, reversed(file.suffixes)) if suffix not in OPENERS), "")
+        if kind == ".json":
+            with opened(file) as stream:
+                array = stream.read(4096).lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"[")
+            kind = ".array" if array else ".jsonl"
+        if kind in ROWS:
+            datasets, (builder, options) = needs("datasets", file), ROWS[kind]
+            with decoding(file):
+                rows = datasets.load_dataset(builder, data_files={"train": glob.escape(str(file.absolute()))}, split="train",
+                                             streaming=True, **options)
+                yield from read_rows(rows, *rest, str(file), self.leave_out)
+        elif kind in (".jsonl", ".ndjson"):
+            yield from read_lines(file, *rest, not self.folder, self.leave_out)
+        else:
+            yield from read_plain(file, uniform(name), offset)
+
+    def read(self, position: tuple[str, int | dict] | None = None, only: str = "") -> Iterator[Document]:
+        """All documents, or those behind `position`, or those of one file."""
+        names = [only] if only else list(self.files)
+        start, offset = position or (names[0], 0)
+        if start not in names:
+            raise UserError(f"{self.where} no longer holds {start}, which was being read; put it back, or remove the "
                             "unfinished preparation")
-        first, found = names.index(position[0]) if position else 0, position is not None
-        self.done = sum(self.sizes[name] for name in names[:first])
-        for i, name in enumerate(names[first:]):
-            before = self.done
+        for name in names[names.index(start):]:
             try:
-                for text, held, offset, done in self.open(name, position[1] if position and not i else 0):
-                    self.done, found = before + done, True
-                    yield Document(text, uniform(text) if held is None else held, (name, offset))
+                with closing(self.open(name, offset)) as documents:
+                    for text, held, offset in documents:
+                        yield Document(text, uniform(text) if held is None else held, (name, offset))
             except UserError as error:
-                if isinstance(error, Unreachable) or not (self.folder or self.hub and found):
+                if not self.folder:
                     raise
                 self.leave_out("unreadable files", str(error))
-            if self.size:
-                self.done = before + self.sizes[name]
+            offset = 0
 
-    def open(self, name: str, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
-        """(text, held or None, offset behind it, bytes of the file read so far) of one file's documents."""
-        file = str(self.files[name])
-        if self.hub and file == self.where:
-            reader = stream_hub(file[3:], self.text_key, offset, self.leave_out)
-        elif file.lower().endswith(".parquet"):
-            reader = read_parquet(file, self.text_key, offset, self.leave_out)
-        elif holds_lines(file, self.text_key):
-            reader = read_jsonl(file, self.text_key, offset, self.leave_out, strict=not (self.folder or self.hub))
-        else:
-            reader = read_plain(file, uniform(name), offset)
-        return read_hub(self.where[3:], reader) if self.hub else reader
-
-    def leave_out(self, reason: str, what: str, documents: int = 1) -> None:
-        """Counts what cannot be read, and prints the first three of a kind: a folder of pictures must not fill the screen."""
-        self.dropped[reason] += documents
+    def leave_out(self, reason: str, what: str) -> None:
+        """Counts what is left out and prints the first three per reason: a folder of pictures must not fill the screen."""
+        self.dropped[reason] += 1
         said = self.said.setdefault(reason, [])
         if what not in said and len(said) < 3:
             said.append(what)
             tqdm.write(f"left out: {what}", file=sys.stderr)
 
     def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
-        """Text of at most max_bytes: the same share from the start of each file (of SAMPLED_FILES of a data set's, evenly
-        apart), nothing that is held out."""
-        names = list(self.files)[::-(-len(self.files) // SAMPLED_FILES) if self.hub else 1]
-        size = sum(self.sizes[name] for name in names)
-        part = copy.copy(self)
-        part.dropped = Counter()  # its own: what is left out counts when all is read
-        for i, name in enumerate(names):
-            left = max_bytes * (self.sizes[name] / size if size else 1)
-            part.files = {name: self.files[name]}
-            try:
-                for document in part.read():
-                    if document.held >= held_out:
-                        text = document.text[:max(1, int(left))]
-                        left -= len(text) if text.isascii() else len(utf8(text))
-                        yield text
-                    if left <= 0:
+        """Text of at most max_bytes, nothing that is held out: the same share from the start of each file, or from the
+        start of at most 64 shards on the Hub, evenly apart."""
+        names = list(self.files)[::-(-len(self.files) // 64) if self.hub else 1]
+        sizes = [1 if self.hub else self.files[name].stat().st_size for name in names]
+        for name, size in zip(names, sizes):
+            left = max_bytes * size / max(1, sum(sizes))
+            with closing(self.read(only=name)) as documents:
+                for text in (document.text for document in documents if document.held >= held_out):
+                    yield text[:int(left) + 1]
+                    if (left := left - len(utf8(text))) <= 0:
                         break
-            except UserError as error:
-                if isinstance(error, Unreachable) or not (self.hub and i):
-                    raise
-            self.done += part.done
-
-
-def holds_lines(file: str, text_key: str) -> bool:
-    """Whether a file holds a JSON object a line; of .json that is to be seen."""
-    name = file.lower().removesuffix(".gz")
-    if not name.endswith(".json"):
-        return name.endswith((".jsonl", ".ndjson"))
-    with opened(file) as (stream, _):
-        lines = (line for line in iter(lambda: stream.readline(LONGEST_LINE), b"") if line.strip())
-        first, second = next(lines, b""), next(lines, b"")
-    if len(first) == LONGEST_LINE:  # too long to read, not to be a line
-        return first.lstrip().startswith(b"{")
-    try:
-        record = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and (text_key in record or second.lstrip().startswith(b"{"))
 
 
 @contextlib.contextmanager
-def opened(file: Path | str) -> Iterator[tuple]:
-    """(the stream of a file's bytes, unpacked if it is .gz; the stream on the disk). Errors become UserErrors."""
-    try:
-        with open_bytes(file) as raw, (gzip.open(raw) if str(file).lower().endswith(".gz") else raw) as stream:
-            yield stream, raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(file, "to its end", error) from None
-
-
-class Unreachable(UserError):
-    """What may be there another time."""
-
-
-def unreadable(file: Path | str, place: str, error: Exception) -> UserError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if "://" in str(file) and isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile):
-        return Unreachable(f"{file} cannot be read {place} ({reason}): check the network and run the command again")
-    return UserError(f"{file} cannot be read {place} ({reason}): check the file or leave it out")
-
-
-def open_bytes(file: Path | str):
-    """A file to read; a URL, as `datasets` gives for what is on the Hub, through fsspec, which comes with it."""
-    if "://" not in str(file):
-        return open(file, "rb")
-    import fsspec
-
-    return fsspec.open(file, "rb").open()
-
-
-def read_plain(file: Path | str, held: float, offset: int) -> Iterator[tuple[str, float | None, int, int]]:
-    """A text file in documents of at most LONGEST_PIECE bytes; `held` is for one that need not be cut."""
-    with opened(file) as (stream, raw):
-        size = stream.seek(0, os.SEEK_END)
-        seam = size - int(HELD_OUT * size)  # a piece that ends behind it is held out
-        stream.seek(offset)
-        buffer, ended = b"", False
-        while buffer or not ended:
-            while len(buffer) <= LONGEST_PIECE and not ended:
-                block = stream.read(1 << 17)
-                ended, buffer = not block, buffer + block
-                if b"\0" in block:
-                    raise UserError(f"{file} is not UTF-8 text but binary: leave it out")
-            end, whole = len(buffer), offset == 0 and len(buffer) <= LONGEST_PIECE
-            if not whole:
-                if (line := buffer.rfind(b"\n", 0, max(0, seam - offset)) + 1) > 0 and line <= LONGEST_PIECE:
-                    end = line  # the last line break before the seam
-                elif end > LONGEST_PIECE:
-                    end = piece_end(buffer)
-            try:
-                text = buffer[:end].decode("utf-8-sig" if offset == 0 else "utf-8").replace("\r\n", "\n")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{file} is not UTF-8 text (byte {offset + error.start}): convert it with "
-                                "`iconv -t UTF-8` or leave it out") from None
-            buffer, offset = buffer[end:], offset + end
-            if text.strip():
-                yield text, held if whole else 0.0 if offset > seam else 0.999, offset, raw.tell()
-            elif whole:
-                raise UserError(f"{file} is empty: leave it out or put text into it")
-
-
-def piece_end(buffer: bytes) -> int:
-    """Where to cut: after the last blank line of the second half, or else line, space, or whole character."""
-    for mark in (b"\n\n", b"\n", b" "):
-        if (end := buffer.rfind(mark, LONGEST_PIECE // 2, LONGEST_PIECE)) >= 0:
-            return end + len(mark)
-    end = LONGEST_PIECE
-    while end > LONGEST_PIECE - 4 and buffer[end] & 0xC0 == 0x80:  # a continuation byte
-        end -= 1
-    return end
-
-
-def read_jsonl(file: Path | str, text_key: str, offset: int, leave_out: Callable,
-               strict: bool = True) -> Iterator[tuple[str, float | None, int, int]]:
-    """A document a line. UserError for a line without text, unless not `strict` and a line before it had some."""
-    with opened(file) as (stream, raw):
-        stream.seek(offset)
-        found = offset > 0
-        while line := stream.readline(LONGEST_LINE):
-            begin, offset = offset, offset + len(line)
-            if len(line) == LONGEST_LINE:  # read to its end without keeping it
-                while line and not line.endswith(b"\n"):
-                    line = stream.readline(LONGEST_LINE)
-                    offset += len(line)
-                leave_out("documents over 16 MB", f"the line of {file} that ends at byte {offset} is longer than 16 MB")
-            elif line.strip():
-                problem = ""
-                try:
-                    record = json.loads(line.decode("utf-8" if begin else "utf-8-sig"))
-                    if not isinstance(record, dict) or not isinstance(record.get(text_key), str | None):
-                        problem = f'is not a JSON object with text in "{text_key}": name its field with --text-key'
-                    elif text_key not in record:
-                        problem = f"has no field {text_key}: choose one of {', '.join(record)} with --text-key"
-                except UnicodeDecodeError:
-                    problem = "is not UTF-8 text: convert the file with `iconv -t UTF-8`"
-                except (ValueError, RecursionError):
-                    problem = "is not JSON: mend it or leave the file out"
-                if not problem:
-                    found = True
-                    yield record[text_key] or "", None, offset, raw.tell()  # null: an empty document, as in parquet
-                elif strict or not found:
-                    raise UserError(f"{file} {place(file, offset)} {problem}")
-                else:
-                    leave_out("unreadable lines", f"the line of {file} that ends at byte {offset} {problem}")
-
-
-def place(file: Path | str, offset: int) -> str:
-    """The number of the line that ends at `offset`; only for a message, so it may read the file again."""
-    with opened(file) as (stream, _):
-        lines, block = 1, b""
-        while offset > 1 and (block := stream.read(min(1 << 20, offset - 1))):  # without the line's own end
-            lines, offset = lines + block.count(b"\n"), offset - len(block)
-        return f"line {lines}"
-
-
-def read_parquet(file: Path | str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
-        tuple[str, float | None, int, int]]:
-    """Row by row: through Arrow, or here where a page is so large that Arrow's copies of it would fill the memory; a row group
-    whose page fills it even so is left out."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file} needs a package that is missing: pip install pyarrow") from None
-    row = 0
-    try:
-        with (open_bytes(file) as stream,
-              pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False) as table):
-            size = stream.seek(0, os.SEEK_END)
-            names, rows = table.schema_arrow.names, max(1, table.metadata.num_rows)
-            if text_key not in names:
-                raise UserError(f"{file} has no column {text_key}: choose one of {', '.join(names)} with --text-key")
-            kind = table.schema_arrow.field(text_key).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
-                raise UserError(f"the column {text_key} of {file} is no text: choose another with --text-key")
-            leaf = next(i for i in range(len(table.schema)) if table.schema.column(i).path == text_key)
-            for group in range(table.metadata.num_row_groups):
-                about = table.metadata.row_group(group)
-                if row + about.num_rows <= offset or not about.num_rows:
-                    row += about.num_rows
-                    continue
-                pages = large_pages(stream, about.column(leaf))
-                page, block = max((page for page, _ in pages), default=0), max(map(sum, pages), default=0)
-                if block > LARGEST_BLOCK:
-                    leave_out("documents in huge parquet pages",
-                              f"rows {row + 1} to {row + about.num_rows} of {file} share a page of {page / 1e6:.0f} MB, or lie "
-                              "beside one: write the file again in smaller pages, or without what is that long", about.num_rows)
-                    row += about.num_rows
-                    continue
-                if page > LARGEST_PAGE:
-                    values = page_values(stream, about.column(leaf), table.schema.column(leaf).max_definition_level)
-                else:  # no value is longer than the largest page
-                    values = arrow_values(table, group, text_key, max(1, min(64, LARGEST_PAGE // max(page, 1))))
-                for value in values:
-                    row += 1
-                    if row > offset:
-                        if value is not None and len(value) >= LONGEST_LINE:
-                            leave_out("documents over 16 MB", f"row {row} of {file} is longer than 16 MB")
-                        else:
-                            yield str(value, "utf-8") if value else "", None, row, size * row // rows
-    except (pyarrow.ArrowException, OSError, ValueError, IndexError, KeyError, RecursionError) as error:
-        raise unreadable(file, f"behind row {row}", error) from None
-
-
-def arrow_values(table, group: int, column: str, at_once: int) -> Iterator[memoryview | None]:
-    """The values of a row group's column, None where there is none, `at_once` of them in memory."""
-    for batch in table.iter_batches(at_once, row_groups=[group], columns=[column], use_threads=False):
-        values = batch.column(0)
-        for value in values.dictionary_decode() if hasattr(values, "dictionary_decode") else values:
-            yield memoryview(value.as_buffer()) if value.is_valid else None
-
-
-# A column chunk of parquet is pages on end, each behind a header (parquet-format, README and Encodings.md). Arrow tells the
-# size of a page only when it holds it, and then needs up to five times as much for one long value.
-
-
-def varint(stream) -> int:
-    """7 bits a byte, the lowest first."""
-    number = 0
-    for shift in range(0, 70, 7):
-        byte = stream.read(1)[0]
-        number |= (byte & 127) << shift
-        if byte < 128:
-            return number
-    raise ValueError("a number in a page is damaged")
-
-
-def read_thrift(stream, depth: int = 0) -> dict:
-    """A struct in Thrift's compact protocol, {number of the field: integer, truth or struct}; other fields are passed."""
-    def zigzag() -> int:  # 0, -1, 1, -2, ...
-        return (number := varint(stream)) >> 1 ^ -(number & 1)
-
-    fields, field = {}, 0
-    while head := stream.read(1)[0]:  # high half: how far from the last field's number; low half: the type
-        field = field + (head >> 4) if head >> 4 else zigzag()
-        match head & 15:
-            case 1 | 2 as truth:
-                fields[field] = truth == 1
-            case 3 | 7 as fixed:  # a byte, a double
-                stream.seek(1 if fixed == 3 else 8, os.SEEK_CUR)
-            case 4 | 5 | 6:  # integers of 16, 32 and 64 bits
-                fields[field] = zigzag()
-            case 8:  # bytes behind their length
-                stream.seek(varint(stream), os.SEEK_CUR)
-            case 12 if depth < 4:
-                fields[field] = read_thrift(stream, depth + 1)
-            case kind:
-                raise ValueError(f"a page header holds a field of type {kind}")
-    return fields
-
-
-def page_headers(stream, column) -> Iterator[tuple[dict, int]]:
-    """(header, where its page begins) of each page: 1 type, 2 and 3 its bytes unpacked and packed, 5, 7 and 8 more."""
-    begin = column.dictionary_page_offset or column.data_page_offset
-    end = begin + column.total_compressed_size
-    while begin < end:
-        stream.seek(begin)
-        header = read_thrift(stream)
-        if header[2] < 0 or header[3] < 0:
-            raise ValueError("a page header is damaged")
-        page = stream.tell()
-        yield header, page
-        begin = page + header[3]
-
-
-def large_pages(stream, column) -> list[tuple[int, int]]:
-    """(bytes unpacked, bytes packed) of the pages that decide how a chunk is read: of its dictionary, which any row may
-    repeat, and of all where the chunk is so large that one could be."""
-    sizes = ((header, (header[2], header[3] if column.compression != "UNCOMPRESSED" else 0))
-             for header, _ in page_headers(stream, column))
-    if column.total_uncompressed_size > LARGEST_PAGE:
-        return [size for _, size in sizes]
-    return [size for header, size in itertools.islice(sizes, 1) if header[1] == 2]
-
-
-def page_values(stream, column, max_definition: int) -> Iterator[memoryview | None]:
-    """The values of a flat column of bytes, None where there is none, a page in memory at a time (and the dictionary)."""
-    import pyarrow
-
-    codec, dictionary = column.compression.lower().replace("lz4", "lz4_raw"), []  # the name is of the one without frames
-    for header, begin in page_headers(stream, column):
-        stream.seek(begin)
-        kind, about = header[1], header.get(5) or header.get(8) or header.get(7)
-        beside = about[5] + about[6] if kind == 3 else 0  # version 2 keeps its levels apart and unpacked
-        levels, data = stream.read(beside), stream.read(header[3] - beside)
-        if codec != "uncompressed" and (kind != 3 or about.get(7, True)):
-            data = pyarrow.decompress(data, header[2] - beside, codec, asbytes=False)
-        data, count = memoryview(data), about[1]
-        if kind == 2:
-            dictionary = list(plain_values(data))
-            continue
-        if kind != 3 and max_definition:
-            length = int.from_bytes(data[:4], "little")
-            levels, data = data[4:4 + length], data[4 + length:]
-        there = hybrid_values(levels, 1, count) if max_definition else [1] * count
-        encoding = about[4] if kind == 3 else about[2]
-        if encoding == 0:
-            values = plain_values(data)
-        elif encoding in (2, 8):
-            values = (dictionary[i] for i in hybrid_values(data[1:], data[0], sum(there)))
-        else:
-            raise ValueError(f"pages in the encoding {encoding}, and too large for Arrow")
-        for defined in there:
-            value = next(values, None) if defined else None
-            if defined and value is None:
-                raise ValueError("a page holds fewer values than its header says")
-            yield value
-
-
-def plain_values(data: memoryview) -> Iterator[memoryview]:
-    """Values behind their lengths of 4 bytes, little-endian (PLAIN)."""
-    at = 0
-    while at < len(data):
-        begin = at + 4
-        at = begin + int.from_bytes(data[at:begin], "little")
-        if at > len(data):
-            raise ValueError("a value is longer than its page")
-        yield data[begin:at]
-
-
-def hybrid_values(data: memoryview, width: int, count: int) -> list[int]:
-    """`count` integers of `width` bits: runs of one, and groups of 8 packed bit by bit (RLE)."""
-    out, stream = [], io.BytesIO(data)
-    while len(out) < count:
-        head = varint(stream)
-        for _ in range(min(head >> 1, -(-count // 8)) if head & 1 else 0):
-            if len(group := stream.read(width)) < width:
-                raise ValueError("a page ends before its values")
-            packed = int.from_bytes(group, "little")
-            out += [packed >> i * width & (1 << width) - 1 for i in range(8)]
-        if not head & 1:
-            out += [int.from_bytes(stream.read((width + 7) // 8), "little")] * min(head >> 1, count)
-    return out[:count]
-
-
-@contextlib.contextmanager
-def hub_errors(name: str) -> Iterator[None]:
-    """What goes wrong between here and a data set, in one sentence."""
-    try:
-        import datasets  # noqa: F401 (missing: said here)
-    except ImportError:
-        raise UserError(f"hf:{name} needs a package that is missing: pip install datasets") from None
+def reading_hub(where: str) -> Iterator[None]:
+    """`reading` for a data set: what goes wrong in `datasets` or between here and the Hub."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # the client raises its own, its HTTP library's and OS errors
-        reason = " ".join(str(error).split())[:400]
-        raise Unreachable(f"hf:{name} cannot be read ({type(error).__name__}: {reason}): check the name, which is "
-                        "hf:DATASET:CONFIG:SPLIT where there are several, and the network, and run the command again") from None
+    except Exception as error:
+        raise UserError(f"{where} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:400]}): check the "
+                        "name, hf:DATASET:CONFIG:SPLIT if there are several, and the network, and run the command again"
+                        ) from None
 
 
-def hub_builder(name: str) -> tuple:
-    """(the builder that `datasets` makes of DATASET[:CONFIG[:SPLIT]], a name on the Hub or a local folder; the split)."""
-    import datasets
-
-    path, config, split = (name.split(":") + ["", ""])[:3]
-    return datasets.load_dataset_builder(path, config or None), split or "train"
-
-
-def hub_files(name: str, text_key: str) -> dict[str, int]:
-    """{path or URL: bytes} of a data set's files, where all are of a kind read here; or else {"hf:NAME": 0}."""
-    def kind(file: str) -> str:
-        return Path(file.lower().removesuffix(".gz")).suffix
-
-    with hub_errors(name):
-        import fsspec
-
-        builder, split = hub_builder(name)
-        files = {str(key): value for key, value in (builder.config.data_files or {}).items()}.get(split, [])
-        kinds = {kind(file): file for file in files}
-        if kinds and kinds.keys() <= {".parquet", ".txt", ".md", ".jsonl", ".ndjson", ".json"} and (
-                ".json" not in kinds or holds_lines(kinds[".json"], text_key)):  # not a list of objects
-            places = {file: fsspec.core.url_to_fs(file) for file in files}
-            return {file: system.size(path) for file, (system, path) in places.items()}
-    return {f"hf:{name}": 0}
-
-
-def read_hub(name: str, reader: Iterator) -> Iterator[tuple[str, float | None, int, int]]:
-    with hub_errors(name):
-        yield from reader
-
-
-def stream_hub(name: str, text_key: str, offset: int, leave_out: Callable) -> Iterator[
-        tuple[str, float | None, int, int]]:
-    """A data set of any other format."""
-    builder, split = hub_builder(name)
-    done, rows = 0, builder.as_streaming_dataset(split=split)  # bytes of text; the size of the whole is not told
-    for row in rows.skip(offset) if offset else rows:
-        offset += 1
-        if text_key not in row:
-            raise UserError(f"hf:{name} has no column {text_key}: choose one of {', '.join(row)} with --text-key")
-        if not isinstance(row[text_key], str | None):
-            raise UserError(f"the column {text_key} of hf:{name} is no text: choose another with --text-key")
-        if len(row[text_key] or "") >= LONGEST_LINE:
-            leave_out("documents over 16 MB", f"document {offset} of hf:{name} is longer than 16 MB")
-        else:
-            done += len(utf8(row[text_key] or ""))
-            yield row[text_key] or "", None, offset, done
+def files_below(folder: Path) -> dict[str, Path]:
+    """{path inside the folder: file}, hidden ones left out. A folder that several links lead to is read once."""
+    found, seen = [], {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, followlinks=True):
+        found += [Path(root, name) for name in names if name[0] != "."]
+        folders[:] = [name for name in sorted(folders) if name[0] != "." and name != "__pycache__"
+                      and (real := os.path.realpath(Path(root, name))) not in seen and not seen.add(real)]
+    return {file.relative_to(folder).as_posix(): file for file in sorted(found) if file.is_file()}
 
 
 # ---- the embedded corpus --------------------------------------------------------------------------------------
-# (key, text) pairs; what has the same key is held out, or trained on, together.
+# (key, text) pairs. Texts with the same key are held out, or trained on, together.
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "pydoc_data"}
 DOCSTRING = re.compile(r'(?:\A(?:#[^\n]*\n|\s)*|:[ \t]*\n[ \t]*)[rR]?"""(.*?)"""', re.DOTALL)
+THINGS = "apples books coins stamps pencils shells tickets marbles cards stones".split()
+PEOPLE = "Ada Ben Chen Dora Emil Fatima Goro Hana Ivan Julia".split()
 
 
-def _python_files(root: Path) -> Iterator[tuple[str, str]]:
-    """(path below root, text) of every module that is not a test, in a fixed order."""
-    for path in sorted(root.rglob("*.py")):
+def modules(name: str, root: str | Path) -> Iterator[tuple[str, str]]:
+    """(name/path below root, text) of every module that is not a test, in a fixed order."""
+    for path in sorted(Path(root).rglob("*.py")):
         inside = path.relative_to(root)
         if not SKIPPED.intersection(inside.parts):
             with contextlib.suppress(UnicodeDecodeError, OSError):  # some distributions hold broken links
-                yield inside.as_posix(), path.read_text("utf-8")
-
-
-def _standard_library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
+                yield f"{name}/{inside.as_posix()}", path.read_text("utf-8")
 
 
 def embedded_code() -> Iterator[tuple[str, str]]:
-    """The standard library, one document a module."""
-    return ((f"python/{key}", text) for key, text in _python_files(_standard_library()) if text.strip())
+    """The standard library, one document per module."""
+    return (pair for pair in modules("python", sysconfig.get_paths()["stdlib"]) if pair[1].strip())
 
 
 def embedded_prose() -> Iterator[tuple[str, str]]:
     """Docstrings of at least 200 characters, and the language reference that `help()` shows.
 
-    The key is the module's, so a held-out docstring never stands in a module that the model trains on.
+    The key is the module's, so no held-out docstring stands in a module that the model trains on.
     """
-    roots = {"python": _standard_library()}
-    for name in ("numpy", "torch"):
-        roots[name] = Path(importlib.util.find_spec(name).origin).parent
-    for name, root in roots.items():
-        for key, text in _python_files(root):
+    roots = {name: Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")}
+    for name, root in ({"python": sysconfig.get_paths()["stdlib"]} | roots).items():
+        for key, text in modules(name, root):
             for match in DOCSTRING.finditer(text):
                 if len(match[1]) >= 200:
-                    yield f"{name}/{key}", inspect.cleandoc(match[1]) + "\n"
-    try:
+                    yield key, inspect.cleandoc(match[1]) + "\n"
+    with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
-        topics = {}
-    for key in sorted(topics):
-        yield f"reference/{key}", topics[key]
+        yield from ((f"reference/{key}", topics[key]) for key in sorted(topics))
 
 
-def _sum_with_carries(a: int, b: int) -> str:
-    """The steps of written addition, from the last digit to the first."""
+def added(a: int, b: int) -> str:
+    """The steps of written addition, from the last digit to the first, and the result."""
     steps, carry = [], 0
     for i in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**i % 10, b // 10**i % 10
@@ -619,53 +377,46 @@ def _sum_with_carries(a: int, b: int) -> str:
     return ", ".join(steps) + f". So {a} + {b} = {a + b}."
 
 
-THINGS = "apples books coins stamps pencils shells tickets marbles cards stones".split()
-PEOPLE = "Ada Ben Chen Dora Emil Fatima Goro Hana Ivan Julia".split()
+def subtracted(a: int, b: int) -> str:
+    """a - b in two steps: the tens, then the rest."""
+    tens = b // 10 * 10
+    return f"{a} - {tens} = {a - tens}, {a - tens} - {b % 10} = {a - b}. So {a} - {b} = {a - b}."
 
 
-def _problem(kind: str, a: int, b: int, rng: random.Random) -> str:
-    """One worked problem; its steps come before its result, as a model that writes left to right needs them."""
-    who, what = rng.choice(PEOPLE), rng.choice(THINGS)
-    if kind == "sum":
-        return f"Question: What is {a} + {b}?\nAnswer: {_sum_with_carries(a, b)}\n"
-    if kind == "difference":
-        a, b = max(a, b), min(a, b)
-        return (f"Question: What is {a} - {b}?\nAnswer: {a} - {b // 10 * 10} = {a - b // 10 * 10}, "
-                f"{a - b // 10 * 10} - {b % 10} = {a - b}. So {a} - {b} = {a - b}.\n")
-    if kind == "product":
-        a, b = a % 90 + 10, b % 8 + 2
-        return (f"Question: What is {a} * {b}?\nAnswer: {a // 10 * 10} * {b} = {a // 10 * 10 * b}, "
-                f"{a % 10} * {b} = {a % 10 * b}, {a // 10 * 10 * b} + {a % 10 * b} = {a * b}. So {a} * {b} = {a * b}.\n")
-    if kind == "comparison":
-        sign = ">" if a > b else "<" if a < b else "="
-        return f"Question: Which is larger, {a} or {b}?\nAnswer: {a} {sign} {b}, so it is {max(a, b)}.\n"
-    if kind == "got":
-        return (f"Question: {who} has {a} {what} and gets {b} more. How many {what} does {who} have now?\n"
-                f"Answer: {who} has {a} + {b} {what}. {_sum_with_carries(a, b)}\n")
-    a, b = max(a, b), min(a, b)
-    return (f"Question: {who} has {a} {what} and gives away {b}. How many {what} are left?\n"
-            f"Answer: {who} has {a} - {b} {what}. {a} - {b // 10 * 10} = {a - b // 10 * 10}, "
-            f"{a - b // 10 * 10} - {b % 10} = {a - b}. So {a} - {b} = {a - b}.\n")
+def multiplied(a: int, b: int) -> str:
+    """a * b by the digits of a, which has two."""
+    tens, ones = a // 10 * 10, a % 10
+    return (f"{tens} * {b} = {tens * b}, {ones} * {b} = {ones * b}, {tens * b} + {ones * b} = {a * b}. "
+            f"So {a} * {b} = {a * b}.")
 
 
 def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Arithmetic with worked steps. The key is the problem without its story, so the same numbers are never both
-    trained on and held out."""
+    """Arithmetic with worked steps, which come before the result because a model writes from left to right. The key is the
+    problem without its story, so the same numbers are never both trained on and held out."""
     rng = random.Random(seed)
-    kinds = {"sum": "+", "difference": "-", "product": "*", "comparison": "?", "got": "+", "left": "-"}
+    signs = {"sum": "+", "difference": "-", "product": "*", "comparison": "?", "got": "+", "left": "-"}
     for _ in range(problems):
-        kind = rng.choice(list(kinds))
-        limit = rng.choice([10, 100, 1000])
+        kind, limit = rng.choice(list(signs)), rng.choice([10, 100, 1000])
         a, b = rng.randrange(limit), rng.randrange(limit)
-        key = f"{a % 90 + 10}*{b % 8 + 2}" if kind == "product" else f"{min(a, b)}{kinds[kind]}{max(a, b)}"
-        yield key, _problem(kind, a, b, rng)
+        who, what = rng.choice(PEOPLE), rng.choice(THINGS)
+        high, low, sign = max(a, b), min(a, b), ">" if a > b else "<" if a < b else "="
+        x, y = a % 90 + 10, b % 8 + 2  # of a product
+        question, answer = {
+            "sum": (f"What is {a} + {b}?", added(a, b)),
+            "difference": (f"What is {high} - {low}?", subtracted(high, low)),
+            "product": (f"What is {x} * {y}?", multiplied(x, y)),
+            "comparison": (f"Which is larger, {a} or {b}?", f"{a} {sign} {b}, so it is {high}."),
+            "got": (f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
+                    f"{who} has {a} + {b} {what}. {added(a, b)}"),
+            "left": (f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
+                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")}[kind]
+        yield f"{x}*{y}" if kind == "product" else f"{low}{signs[kind]}{high}", f"Question: {question}\nAnswer: {answer}\n"
 
 
 EMBEDDED = {"prose": embedded_prose, "code": embedded_code, "math": generated_math}
 
-
-# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash: what
-# an evaluation asks was never stated where the model trained, so only the text in front of it can tell.
+# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash:
+# the pairs that an evaluation asks for never occur in training, so only the text in front of the question can tell.
 KEYS = """anchor angle apples archive audio axis barrier basis batch block books boundary branch browser bucket buffer
 button cache canvas cards chain channel chunk client cluster coins color column command comment cookie corner counter
 cover cursor date decoder degree device dialog digits disk display distance document domain email encoder engine event
@@ -689,13 +440,13 @@ def draw_notes(rng: random.Random, count: int, held_out: bool) -> list[tuple[str
 
 
 def note(key: str, value: str) -> str:
-    """The value follows its key at once: a small model learns to look that up (an induction head) in 150 steps, but not in
-    400 where a word stands between."""
+    """The value follows its key at once: a small model learns to look that up (an induction head) in 150 steps, but does not
+    in 400 steps with a word between them."""
     return f"Note: {key} {value}.\n"
 
 
 def note_question(key: str) -> str:
-    """Ends where the value is due, after its key as in the note; in the form of the math source's problems."""
+    """Ends where the value must follow, after its key as in the note; in the form of the math source's problems."""
     return f"Question: What is the note on {key}?\nAnswer: {key}"
 
 
@@ -725,17 +476,15 @@ def passage(rng: random.Random, texts: list[str], pairs: list[tuple[str, str]], 
 
 
 class Listed:
-    """(key, text) pairs in memory, with the interface of tokenizer.Source. The key decides what is held out."""
+    """(key, text) pairs in memory, with the interface of Source. The key decides what is held out."""
 
     def __init__(self, documents: Iterable[tuple[str, str]]):
-        self.documents = list(documents)
-        self.where, self.size, self.done, self.dropped = "memory", sum(len(utf8(t)) for _, t in self.documents), 0, Counter()
+        self.documents, self.where, self.revision, self.dropped = list(documents), "memory", None, Counter()
+        self.text_key = len(self.documents)  # tells two lists apart when a preparation resumes
 
     def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
         begin = position[1] if position else 0
-        self.done = sum(len(utf8(text)) for _, text in self.documents[:begin])
         for i, (key, text) in enumerate(self.documents[begin:], start=begin + 1):
-            self.done += len(utf8(text))
             yield Document(text, uniform(key), ("", i))
 
     def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
@@ -747,123 +496,109 @@ class Listed:
 
 
 # ---- token files ----------------------------------------------------------------------------------------------
-# One folder a source: {train,val}-NNNNN.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened by
-# EOS; {train,val}.starts the document starts (int64); meta.json, written last, says what they must hold. EOS opens a
-# document because it is then both the target that ends the document before and the prompt that starts this one: the
+# One folder per source: {train,val}-NNNNN.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened
+# by EOS; {train,val}.starts the document starts (int64); meta.json, written last, the sha256 of these files. EOS opens
+# a document because it is then both the target that ends the document before and the prompt that starts this one: the
 # attention of a document begins at its own EOS.
 #
-# All is made in OUT.partial, a shard at a time, and renamed at the end, so that a folder that exists is complete. A shard is
-# there once its shard-NNNNN.json is: it says up to which document of the source everything is stored. Whatever stops
-# the work, kill -9 too, the same command goes on behind that document; the unfinished shard is made anew.
+# All of it is made in OUT.partial, a shard at a time, and renamed at the end, so that a folder that exists is complete.
+# A shard is complete once its shard-NNNNN.json is there: it says up to which document of the source everything is
+# stored. Whatever stops the work, kill -9 too, the same command resumes behind that document and makes the unfinished
+# shard again.
 
 
 class Seen:
-    """Hashes (uint64) of the documents read: 8 bytes each, for the last LIMIT documents (256 MB); older ones are forgotten.
+    """Hashes (uint64) of documents: the latest in a set, older ones in a sorted array, 8 bytes each. After LIMIT documents
+    (256 MB) the older ones are forgotten."""
 
-    Sorted arrays, each at least twice as long as the next, so that one more costs little and a search visits few.
-    """
-
-    LIMIT = 2**25
+    RECENT, LIMIT = 2**20, 2**25
 
     def __init__(self):
-        self.runs: list[np.ndarray] = []
+        self.recent, self.older = set(), np.zeros(1, np.uint64)
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
         """Which of the hashes [N] were not there before (the first of equal ones), bool [N]; adds them."""
-        new = np.zeros(len(hashes), bool)
-        new[np.unique(hashes, return_index=True)[1]] = True
-        for run in self.runs:
-            new &= run[np.searchsorted(run, hashes).clip(max=len(run) - 1)] != hashes
-        if new.any():
-            self.runs.append(np.sort(hashes[new]))
-        while (len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1])
-               and len(self.runs[-2]) < self.LIMIT // 8):
-            self.runs[-2:] = [np.sort(np.concatenate(self.runs[-2:]), kind="stable")]
-        while sum(map(len, self.runs)) > self.LIMIT:
-            self.runs.pop(0)
+        new = self.older[np.searchsorted(self.older, hashes).clip(max=len(self.older) - 1)] != hashes
+        for i in np.flatnonzero(new):
+            size = len(self.recent)
+            self.recent.add(int(hashes[i]))
+            new[i] = len(self.recent) > size
+        if len(self.recent) > self.RECENT:
+            older = self.older if len(self.older) < self.LIMIT else self.older[:0]
+            self.older = np.sort(np.concatenate([older, np.fromiter(self.recent, np.uint64)]), kind="stable")
+            self.recent.clear()
         return new
-
-    def forget(self, hashes: np.ndarray) -> None:
-        """Takes back hashes of documents that were read ahead and are not stored."""
-        self.runs = [left for run in self.runs if len(left := run[~np.isin(run, hashes)])]
 
 
 def repeats_spans(ids: np.ndarray, starts: np.ndarray, times: int = 32, longest: int = 13) -> np.ndarray:
     """Which documents hold a span of 1 to 13 tokens 32 or more times in a row, the playbook's filter (after OLMo 2).
 
-    ids [N]: documents on end, starts [D + 1] int64: where each begins, and N. Returns bool [D]. A span of n tokens that
-    stands k times in a row is n * (k - 1) tokens in a row that equal the one n places on.
+    ids [N]: documents end to end, starts [D]: where each begins. Returns bool [D]. In a span of n tokens that stands k
+    times in a row, n * (k - 1) consecutive tokens equal the one n places later.
     """
-    bad = np.zeros(len(starts) - 1, bool)
+    bad = np.zeros(len(starts), bool)
     for n in range(1, longest + 1):
         same = ids[n:] == ids[:-n]
-        run = same  # run[i]: the 1, 2, 4, 8, 16 places from i on are the same; ends most searches in a few passes
+        runs = same  # runs[i]: the 1, 2, 4, 8, 16 places from i on are the same; ends most searches in a few passes
         for shift in (1, 2, 4, 8):
-            run = run[:-shift] & run[shift:]
-        if not run.any():
-            continue
-        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # runs of True begin and end here
-        begins = edges[::2][edges[1::2] - edges[::2] >= n * (times - 1)]
-        bad[np.searchsorted(starts, begins, side="right") - 1] = True
+            runs = runs[:-shift] & runs[shift:]
+        if runs.any():
+            edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # runs of True begin and end here
+            begins = edges[::2][edges[1::2] - edges[::2] >= n * (times - 1)]
+            bad[np.searchsorted(starts, begins, side="right") - 1] = True
     return bad
 
 
-@dataclass
-class Job:
-    """About JOB_BYTES of a source's documents, without those that were seen before."""
+def read_jobs(source: Source | Listed, position: tuple | None) -> Iterator[tuple[list[Document], Counter]]:
+    """The documents behind `position`, about JOB_BYTES at a time, and what the source left out between them."""
+    documents, size, source.dropped = [], 0, Counter()
+    with closing(source.read(position)) as stream:
+        for document in itertools.chain(stream, [None]):
+            if document:
+                documents.append(document)
+                size += len(document.text) + 256  # about what a short document takes in memory
+            if size >= JOB_BYTES or not document:
+                dropped, source.dropped = source.dropped, Counter()
+                yield documents, dropped
+                documents, size = [], 0
 
-    texts: list[str]
-    held: np.ndarray  # [D] bool: for validation
+
+class Job(NamedTuple):
+    """About JOB_BYTES of encoded documents."""
+
+    ids: np.ndarray  # [N]: of all documents, each opened by EOS
+    lengths: np.ndarray  # [D] int64: tokens of each document
     sizes: np.ndarray  # [D] int64: bytes of text
-    hashes: np.ndarray  # [D] uint64
-    position: tuple[str, int]  # of the last document read, in this job or one before
-    done: int  # bytes of the source read
+    hashes: np.ndarray  # [D] uint64: of the text
+    held: np.ndarray  # [D] bool: for validation
+    repeats: np.ndarray  # [D] bool: holds a span too often
+    position: tuple[str, int | dict] | None  # of the last document; None: no documents
     dropped: Counter  # reason -> documents
 
 
-def read_jobs(source: Source | Listed, position: tuple[str, int] | None, seen: Seen, limit: float) -> Iterator[Job]:
-    """The documents of a source behind `position`; those whose `held` is below `limit` are held out."""
-    documents, size, last = [], 0, position
-
-    def job() -> Job:
-        dropped, source.dropped = source.dropped, Counter()
-        full = [(d, raw) for d in documents if (raw := utf8(d.text)).strip()]
-        hashes = np.array([int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest()) for _, raw in full], np.uint64)
-        new = seen.add(hashes)
-        dropped += Counter({"empty documents": len(documents) - len(full), "exact duplicates": len(full) - int(new.sum())})
-        kept = [pair for pair, keep in zip(full, new) if keep]
-        return Job([d.text for d, _ in kept], np.array([d.held < limit for d, _ in kept], bool),
-                   np.array([len(raw) for _, raw in kept], np.int64), hashes[new], last, source.done, dropped)
-
-    for document in source.read(position):
-        documents.append(document)
-        size, last = size + len(document.text), document.position
-        if size >= JOB_BYTES or len(documents) >= 4096:
-            yield job()
-            documents, size = [], 0
-    if documents or source.dropped and last:  # what is left out behind the last document counts as well
-        yield job()
+def encode_job(documents: list[Document], dropped: Counter, tokenizer: Tokenizer, limit: float) -> Job:
+    """Runs in a thread. Documents whose `held` is below `limit` are held out."""
+    full = [document for document in documents if document.text.strip()]
+    dropped["empty documents"] += len(documents) - len(full)
+    raw = [utf8(document.text) for document in full]
+    parts = [tokenizer.encode_array(document.text) for document in full]
+    lengths = np.array([1 + len(part) for part in parts], np.int64)
+    ids = np.concatenate([np.append(np.uint32(tokenizer.eos_id), part) for part in parts] or [[]]).astype(token_dtype(tokenizer))
+    # tokens that are hardly longer than bytes would make a ruled line a repeated span
+    repeats = repeats_spans(ids, np.cumsum(lengths) - lengths) if tokenizer.vocab_size > 512 else lengths < 0
+    hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) for text in raw]
+    return Job(ids, lengths, np.array([len(text) for text in raw], np.int64), np.array(hashes, np.uint64),
+               np.array([document.held < limit for document in full], bool), repeats,
+               documents[-1].position if documents else None, dropped)
 
 
-def encode_job(job: Job, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids [N] of all documents, each opened by EOS; starts [D + 1]; and which documents repeat a span too often [D]."""
-    eos = np.array([tokenizer.eos_id], np.uint32)
-    parts = [tokenizer.encode_array(text) for text in job.texts]
-    job.texts.clear()  # a shard's text would take more memory than its tokens
-    starts = np.cumsum([0, *(1 + len(part) for part in parts)])
-    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    ids = np.concatenate([x for part in parts for x in (eos, part)] or [eos[:0]]).astype(dtype)
-    return ids, starts, repeats_spans(ids, starts) if merges_spans(tokenizer) else np.zeros(len(parts), bool)
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def merges_spans(tokenizer: Tokenizer) -> bool:
-    """Whether its tokens are longer than bytes, of which a mere ruled line would be a repeated span."""
-    return tokenizer.vocab_size > 512
-
-
-def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, seen: Seen, limit: float, seed: int = 0,
-                 max_tokens: float = 0) -> None:
-    """Makes or goes on with the token files of a source. Encoding runs on all cores: tiktoken leaves Python's lock."""
+def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, seen: Seen, limit: float, seed: int,
+                 max_tokens: float) -> None:
+    """Makes the token files of a source, or resumes. Encoding runs on all cores: tiktoken releases Python's lock."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
     while (file := folder / f"shard-{len(shards):05}.json").exists():
@@ -871,72 +606,58 @@ def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, se
         seen.add(np.fromfile(file.with_suffix(".hash"), "<u8"))
     if (folder / "meta.json").exists():
         return
-    position, done, ended = None, 0, False
-    if shards:
-        position, done, ended = tuple(shards[-1]["position"]), shards[-1]["done"], shards[-1]["ended"]
-    workers, queue, pending, tokens = os.cpu_count() or 1, deque(), [], sum(shard["read"] for shard in shards)
-    jobs = read_jobs(source, position, seen, limit)
-    with (ThreadPoolExecutor(workers) as pool,
-          tqdm(total=source.size or None, initial=done, unit="B", unit_scale=True, desc=f"tokenize {folder.name}",
-               leave=False, delay=1) as bar):
+    last = shards[-1] if shards else {"position": None, "ended": False}
+    position, ended, tokens = last["position"], last["ended"], sum(shard["read"] for shard in shards)
+    workers, queue, pending, held = os.cpu_count() or 1, deque(), [], sum(shard["val"][0] for shard in shards)
+    with (closing(read_jobs(source, position)) as jobs, ThreadPoolExecutor(workers) as pool,
+          tqdm(unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
         while not ended and (not max_tokens or tokens < max_tokens):
-            while (len(queue) < 16 * workers and sum(job.sizes.sum() for job, _ in queue) < 4 * workers * JOB_BYTES
-                   and (job := next(jobs, None))):
-                queue.append((job, pool.submit(encode_job, job, tokenizer)))
+            while sum(size for size, _ in queue) < 4 * workers * JOB_BYTES and (job := next(jobs, None)):
+                queue.append((sum(len(document.text) + 256 for document in job[0]),
+                              pool.submit(encode_job, *job, tokenizer, limit)))
             if ended := not queue:
                 break
-            job, future = queue.popleft()
-            job.done += 0 if source.size else done  # a stream of unknown size counts from where it goes on
-            pending.append((job, *future.result()))
-            tokens += pending[-1][2][-1]
-            bar.update(job.done - bar.n)
-            if sum(starts[-1] for _, _, starts, _ in pending) >= SHARD_TOKENS:
-                shards.append(write_shard(folder, len(shards), pending, seed, ended=False))
+            job = queue.popleft()[1].result()
+            new = seen.add(job.hashes)
+            job.dropped.update({"exact duplicates": int((~new).sum()), "repeated spans": int((job.repeats & new).sum())})
+            pending.append((job, new))
+            position, tokens, held = job.position or position, tokens + job.lengths[new].sum(), held + job.held[new].sum()
+            bar.update(job.sizes.sum())
+            if sum(len(job.ids) for job, _ in pending) >= SHARD_TOKENS:
+                shards.append(write_shard(folder, len(shards), pending, seed, position, False))
                 pending = []
-        for job, future in queue:
+        for _, future in queue:
             future.cancel()
-            seen.forget(job.hashes)
-        nothing_held = not any(s["val"]["documents"] for s in shards) and not any(job.held.any() for job, *_ in pending)
-        if max_tokens and pending and nothing_held:  # of a long text file it would have been the end
-            held = pending[-1][0].held
-            held[-max(1, round(HELD_OUT * len(held))):] = True
-        if pending:
-            shards.append(write_shard(folder, len(shards), pending, seed, ended))
+    if max_tokens and pending and not held:  # the held-out end of a long text file was not reached
+        job, new = pending[-1]
+        job.held[-max(1, round(HELD_OUT * len(job.held))):] = True
+    if pending:
+        shards.append(write_shard(folder, len(shards), pending, seed, position, ended))
     finish_source(folder, shards, tokenizer, seed)
 
 
-def write_shard(folder: Path, number: int, pending: list[tuple], seed: int, ended: bool) -> dict:
-    """The files of one shard, its documents shuffled, and what shard-NNNNN.json says of them. `ended`: none follows."""
-    jobs, ids, starts, bad = zip(*pending)
-    offsets = np.cumsum([0, *map(len, ids)])
-    begins = np.concatenate([s[:-1] + o for s, o in zip(starts, offsets)])
-    lengths = np.concatenate([np.diff(s) for s in starts])
-    ids, bad, held, sizes, hashes = (np.concatenate(x) for x in (
-        ids, bad, [j.held for j in jobs], [j.sizes for j in jobs], [j.hashes for j in jobs]))
-    dropped = sum((job.dropped for job in jobs), Counter({"repeated spans": int(bad.sum())}))
-    shard = {"position": jobs[-1].position, "done": jobs[-1].done, "dropped": dropped, "read": int(offsets[-1]),
-             "ended": ended}
-    order, written = np.random.default_rng([seed, number]).permutation(len(begins)), []
-    try:
-        for split, wanted in (("train", ~held & ~bad), ("val", held & ~bad)):
-            chosen = order[wanted[order]]
-            file = folder / f"{split}-{number:05}.bin"
-            written += [file, file.with_suffix(".lengths")]
-            _write(written[-1], [lengths[chosen].astype("<i8")])
-            shard[split] = {"documents": len(chosen), "tokens": int(lengths[chosen].sum()), "bytes": int(sizes[chosen].sum()),
-                            "sha256": _write(file, (ids[b:b + n] for b, n in zip(begins[chosen], lengths[chosen])))}
-        written.append(folder / f"shard-{number:05}.hash")
-        _write(written[-1], [hashes])
-        _write(folder / f"shard-{number:05}.json", [json.dumps(shard).encode()])
-    except OSError:
-        for path in written:  # a full disk: leave room
-            path.unlink(missing_ok=True)
-        raise
+def write_shard(folder: Path, number: int, pending: list[tuple[Job, np.ndarray]], seed: int, position: tuple | None,
+                ended: bool) -> dict:
+    """The files of one shard, its documents shuffled. Returns the contents of its shard-NNNNN.json; `ended`: no more come."""
+    jobs, new = zip(*pending)
+    ids, lengths, sizes, hashes, held, repeats = map(np.concatenate, list(zip(*jobs))[:6])
+    begins, new = np.cumsum(lengths) - lengths, np.flatnonzero(np.concatenate(new))
+    order = new[np.random.default_rng([seed, number]).permutation(len(new))]
+    shard = {"position": position, "ended": ended, "read": int(lengths[new].sum()), "files": {},
+             "dropped": sum((job.dropped for job in jobs), Counter())}
+    for split, wanted in (("train", ~held & ~repeats), ("val", held & ~repeats)):
+        chosen, file = order[wanted[order]], folder / f"{split}-{number:05}.bin"
+        shard[split] = [len(chosen), int(lengths[chosen].sum()), int(sizes[chosen].sum())]
+        write_file(file.with_suffix(".lengths"), [lengths[chosen].astype("<i8")])
+        if len(chosen):
+            shard["files"][file.name] = write_file(file, (ids[begins[i]:begins[i] + lengths[i]] for i in chosen))
+    write_file(folder / f"shard-{number:05}.hash", [hashes[new]])
+    write_file(folder / f"shard-{number:05}.json", [json.dumps(shard).encode()])
     return shard
 
 
-def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
-    """The file, its parts on end, whole or not at all. Returns its sha256."""
+def write_file(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
+    """Writes the parts one after another, the whole file or nothing. Returns its sha256."""
     partial, digest = path.with_name(path.name + ".partial"), hashlib.sha256()
     try:
         with open(partial, "wb") as file:
@@ -945,68 +666,62 @@ def _write(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-        return digest.hexdigest()
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+    partial.replace(path)
+    return digest.hexdigest()
 
 
 def finish_source(folder: Path, shards: list[dict], tokenizer: Tokenizer, seed: int) -> None:
     """Document starts over all shards, and meta.json."""
-    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "vocab_size": tokenizer.vocab_size, "seed": seed,
-            "dtype": "uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
+    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "seed": seed, "files": {},
             "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter())}
     for split in ("train", "val"):
-        entries = [shard[split] for shard in shards]
-        meta[split] = {key: sum(entry[key] for entry in entries) for key in ("documents", "tokens", "bytes")}
-        if meta[split]["documents"] == 0:
-            kept = sum(shard[s]["documents"] for shard in shards for s in ("train", "val"))
-            dropped = ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"
-            raise UserError(f"{folder.name} has {kept} document(s) left ({dropped} dropped), and one must be held out; give "
-                            "more text")
-        files = [folder / f"{split}-{number:05}.lengths" for number in range(len(shards))]
-        meta[split] |= {"starts_sha256": _write(folder / f"{split}.starts", document_starts(files)),
-                        "shards": [{"tokens": entry["tokens"], "sha256": entry["sha256"]} for entry in entries]}
-    _write(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
+        totals = np.sum([[0, 0, 0], *(shard[split] for shard in shards)], axis=0).tolist()
+        meta[split] = dict(zip(("documents", "tokens", "bytes"), totals))
+    if not (meta["train"]["documents"] and meta["val"]["documents"]):
+        raise UserError(f"{folder.name} has {meta['train']['documents'] + meta['val']['documents']} document(s) left "
+                        f"({counted(meta['dropped'])} dropped), and one must be held out; give more text")
+    for split in ("train", "val"):
+        lengths = (np.fromfile(folder / f"{split}-{number:05}.lengths", "<i8") for number in range(len(shards)))
+        meta["files"][f"{split}.starts"] = write_file(folder / f"{split}.starts", running_sum(lengths))
+    for shard in shards:
+        meta["files"] |= shard["files"]
+    write_file(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
 
 
-def document_starts(files: list[Path]) -> Iterator[np.ndarray]:
-    """From the lengths of each shard's documents: where each begins, and the end; shard by shard, in parts."""
-    position = 0
-    for file in files:
-        ends = position + np.cumsum(np.fromfile(file, "<i8"))
-        if len(ends):
-            yield np.concatenate(([position], ends[:-1])).astype("<i8")
-            position = int(ends[-1])
-    yield np.array([position], "<i8")
+def running_sum(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """0 and the sums of the numbers so far, part by part: document starts from document lengths."""
+    sums = np.zeros(1, "<i8")
+    yield sums
+    for part in parts:
+        if len(part):
+            yield (sums := sums[-1] + np.cumsum(part))
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def counted(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "nothing"
 
 
 class Tokens:
-    """The tokens of several files on end, memory-mapped: len(), an index, a slice."""
+    """The tokens of several files end to end, memory-mapped: len() and slices."""
 
     def __init__(self, parts: list[np.ndarray]):
-        self.parts = [np.asarray(part) for part in parts if len(part)]  # a memmap's own slices are slow
-        self.ends = np.cumsum([len(part) for part in self.parts]).tolist()
+        self.parts = [np.asarray(part) for part in parts]  # a memmap's own slices are slow
+        self.ends = np.cumsum([len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
         return self.ends[-1]
 
-    def __getitem__(self, at: int | slice):
-        if not isinstance(at, slice):
-            return self[range(len(self))[at]:][0] if at == -1 else self[at:at + 1][0]
+    def __getitem__(self, at: slice) -> np.ndarray:
         begin, end, _ = at.indices(len(self))
-        first, last = (min(bisect.bisect_right(self.ends, i), len(self.parts) - 1) for i in (begin, max(begin, end - 1)))
-        parts = []
-        for i in range(first, last + 1):
-            offset = self.ends[i] - len(self.parts[i])
-            parts.append(self.parts[i][max(0, begin - offset):max(0, end - offset)])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        found = [self.parts[0][:0]]
+        while begin < end:
+            i = bisect.bisect_right(self.ends, begin)
+            found.append(self.parts[i][begin - self.ends[i]:][:end - begin])  # counted from the end of the part
+            begin += len(found[-1])
+        return np.concatenate(found)
 
 
 @dataclass
@@ -1018,169 +733,137 @@ class Split:
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
     bytes: int  # of the text, UTF-8
     sha256: str  # of the tokens
-    labels: Tokens | None = None  # the tokens as targets, -100 where nothing is to be learned; None: the tokens
+    labels: Tokens | None = None  # the tokens as targets, -100 for those that are not learned; None: the tokens
+
+
+def read_meta(folder: Path) -> dict:
+    with reading(folder / "meta.json"):
+        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        if meta["format"] != FORMAT:
+            raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: prepare its text again")
+        return meta | {"dropped": counted(meta["dropped"])}
 
 
 def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -> dict[str, Split]:
     """{"train": Split, "val": Split}, after checking that the files are what meta.json says.
 
-    Without `verify` their sizes are compared, but not their sha256.
+    `verify` reads the files once, to compare their sha256, their ids with the vocabulary, and the order of the starts;
+    without it only their sizes are checked.
     """
-    folder = Path(folder)
-    remake = f"remove {folder.parent} and make it again with `python data.py prepare`"
-    try:
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-        if meta["format"] != FORMAT:
-            raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}; {remake}")
-        if meta["tokenizer"] != tokenizer.hash:
-            raise UserError(f"{folder} was encoded with another tokenizer (hash {meta['tokenizer'][:8]}, not "
-                            f"{tokenizer.hash[:8]}); put that tokenizer.json beside it or {remake}")
-        splits = {}
+    folder, splits = Path(folder), {}
+    meta, again = read_meta(folder), "prepare its text again with `python data.py prepare`"
+    if meta["tokenizer"] != tokenizer.hash:
+        raise UserError(f"{folder} was encoded with another tokenizer: put its tokenizer.json beside it, or {again}")
+
+    def load(name: str, dtype: str | np.dtype) -> np.ndarray:
+        with reading(folder / name), open(folder / name, "rb") as file:
+            if verify and hashlib.file_digest(file, "sha256").hexdigest() != meta["files"][name]:
+                raise UserError(f"{folder / name} is not the file that was written (its sha256 differs); {again}")
+            return np.memmap(folder / name, dtype, "r")
+
+    with reading(folder / "meta.json"):
         for split in ("train", "val"):
-            entry, arrays = meta[split], []
-            files = [(f"{split}-{i:05}.bin", meta["dtype"], shard["tokens"], shard["sha256"])
-                     for i, shard in enumerate(entry["shards"])]
-            for name, dtype, count, sha256 in [*files, (f"{split}.starts", "int64", entry["documents"] + 1,
-                                                        entry["starts_sha256"])]:
-                path, dtype = folder / name, np.dtype(dtype).newbyteorder("<")
-                if path.stat().st_size != count * dtype.itemsize:
-                    raise UserError(f"{path} has {path.stat().st_size:,} bytes, not the {count * dtype.itemsize:,} "
-                                    f"that were written: it is truncated or torn; {remake}")
-                if verify and _sha256(path) != sha256:
-                    raise UserError(f"{path} is not what was written (its sha256 differs); {remake}")
-                arrays.append(np.memmap(path, dtype, "r") if count else np.empty(0, dtype))
-            sha256 = hashlib.sha256("".join(file[3] for file in files).encode()).hexdigest()
-            splits[split] = Split(folder.name, Tokens(arrays[:-1]), arrays[-1], entry["bytes"], sha256)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} is missing; {remake}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/meta.json is damaged ({error!r}); {remake}") from None
+            names = sorted(name for name in meta["files"] if name.startswith(f"{split}-"))
+            tokens, starts = Tokens([load(name, token_dtype(tokenizer)) for name in names]), load(f"{split}.starts", "<i8")
+            if len(tokens) != meta[split]["tokens"] or len(starts) != meta[split]["documents"] + 1:
+                raise UserError(f"{folder} has {len(tokens):,} tokens on the side {split}, not the {meta[split]['tokens']:,} "
+                                f"that were written: a file is truncated or missing; {again}")
+            if verify and (max(part.max() for part in tokens.parts) >= tokenizer.vocab_size or starts[0] != 0
+                           or starts[-1] != len(tokens) or (starts[1:] <= starts[:-1]).any()):
+                raise UserError(f"{folder} holds ids beyond the vocabulary or documents that overlap; {again}")
+            digest = hashlib.sha256("".join(meta["files"][name] for name in names).encode()).hexdigest()
+            splits[split] = Split(folder.name, tokens, starts, int(meta[split]["bytes"]), digest)
     return splits
 
 
 def source_folders(data: str) -> list[Path]:
-    """`data` names folders, separated by commas; each is a source or holds sources."""
+    """`data` names folders, separated by commas; each is a source or holds sources. UserError unless they have one
+    tokenizer."""
     folders = []
     for name in data.split(","):
         root = Path(name)
         found = [root] if (root / "meta.json").exists() else sorted(p.parent for p in root.glob("*/meta.json"))
         if not found:
-            raise UserError(f"{name} holds no prepared data; run `python data.py prepare YOUR_TEXT --out {name}`")
+            raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}`, then train on the folder that "
+                            "it makes" if root.exists() else
+                            f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
+    for folder in folders:
+        if read_meta(folder)["tokenizer"] != read_meta(folders[0])["tokenizer"]:
+            raise UserError(f"{folder} was encoded with another tokenizer than {folders[0]}: prepare its text again with "
+                            f"`--tokenizer {folders[0].parent}`")
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
     return folders
 
 
 def find_tokenizer(data: str) -> Path:
-    """The tokenizer.json of prepared data: in the first folder of `data`, or beside it."""
-    first = Path(data.split(",")[0])
+    """The tokenizer.json of prepared data: in its first folder, or beside it."""
+    first = source_folders(data.split(",")[0])[0]
     for folder in (first, first.parent):
         if (folder / "tokenizer.json").exists():
             return folder / "tokenizer.json"
-    raise UserError(f"{first} has no tokenizer.json; run `python data.py prepare YOUR_TEXT --out {first}`")
+    raise UserError(f"{first.parent} has no tokenizer.json: put it back, or prepare the text again")
 
 
-def look(source: Source | Listed) -> tuple[float, list[str], float, float]:
-    """From the start of a source, 1000 documents or more: below which `held` to hold out (at least one document will be),
-    some text, and how many bytes of text and how many documents the whole has, about."""
-    held, texts, size = [], [], 0
-    for read, document in enumerate(islice(source.read(), 50_000)):
-        if document.text.strip():
-            held.append(document.held)
-            if size < 2e5:
-                texts.append(document.text[:20_000])
-            size += len(utf8(document.text))
-        if read >= 1000 and source.done > 2**20:  # fewer bytes say little of what is packed, or read in blocks
-            break
+def held_out_limit(source: Source | Listed) -> float:
+    """Documents whose `held` is below this are held out: HELD_OUT of them, but at least one if there are few."""
+    with closing(source.read()) as documents:
+        held = [document.held for document in itertools.islice(documents, 1000) if document.text.strip()]
     if len(held) < 2:
-        raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out; give more text (a text file "
-                        f"is cut into documents every {LONGEST_PIECE:,} bytes)")
-    whole = source.size / source.done  # over the part that was read
-    source.dropped = Counter()  # what is left out is counted when all is read
-    limit = max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0)
-    return limit, texts, size * whole, len(held) * whole
+        raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out: give more text (a text file "
+                        f"is cut into documents of {LONGEST_PIECE:,} characters)")
+    return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0)
 
 
 def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | Path, tokenizer: Tokenizer | None = None,
             vocab_size: int = 4096, sample_bytes: float = 2e7, seed: int = 0, max_tokens: float = 0) -> Tokenizer:
     """Tokenizes {name: documents} into `out`/name; without a tokenizer trains one on equal parts of the sources.
 
-    At most `sample_bytes` of the training side go into the tokenizer's training; `max_tokens`: of each source, about.
-    A folder that exists is never touched. What is interrupted stays in `out`.partial, and the same call goes on.
+    At most `sample_bytes` of the training side go into the tokenizer's training; `max_tokens`: about so many per source.
+    A folder that exists is never touched. Interrupted work stays in `out`.partial, and the same call resumes it.
     """
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out} exists already; remove it or write elsewhere with --out")
+        raise UserError(f"{out} exists already and is left as it is: choose another --out")
     sources = {name: s if isinstance(s, Source) else Listed(s) for name, s in sources.items()}
     partial = out.with_name(out.name + ".partial")
-    task = {"sources": {name: [s.where, s.size if isinstance(s, Listed) else s.text_key] for name, s in sources.items()},
-            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "seed": seed, "max_tokens": max_tokens,
-            "format": FORMAT}
+    task = {"sources": {name: [s.where, s.text_key] for name, s in sources.items()}, "seed": seed, "max_tokens": max_tokens,
+            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "format": FORMAT}
     if (partial / "task.json").exists():
-        saved = json.loads((partial / "task.json").read_text("utf-8"))
+        with reading(partial / "task.json"):
+            saved = json.loads((partial / "task.json").read_text("utf-8"))
         if saved["task"] != task:
-            raise UserError(f"{partial} is the unfinished preparation of something else; run the command that began it "
-                            "again, or remove that folder")
-        limits, tokenizer = saved["limits"], Tokenizer.load(partial)
-        for name, sizes in saved["files"].items():
-            sources[name].pin(sizes)
-        print(f"going on with {partial}")
+            raise UserError(f"{partial} is the unfinished preparation of something else; run the command that began it again, "
+                            "or remove that folder")
+        tokenizer, limits = Tokenizer.load(partial), saved["limits"]
+        sources |= {name: Source(*task["sources"][name], revision) for name, revision in saved["revisions"].items()}
+        print(f"resuming {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
-        limits, *looks = zip(*(look(source) for source in sources.values()))
-        if tokenizer is None:
-            share = sample_bytes / len(sources)
-            tokenizer = train_bpe((text for source, limit in zip(sources.values(), limits)
-                                   for text in source.sample(share, limit)), vocab_size)
-        check_disk(sources, zip(*looks), tokenizer, out, max_tokens)
+        limits = {name: held_out_limit(source) for name, source in sources.items()}
+        tokenizer = tokenizer or train_bpe(itertools.chain.from_iterable(
+            source.sample(sample_bytes / len(sources), limits[name]) for name, source in sources.items()), vocab_size)
         tokenizer.save(partial)
-        files = {name: s.sizes for name, s in sources.items() if isinstance(s, Source) and s.hub}  # as they are now
-        _write(partial / "task.json", [json.dumps({"task": task, "limits": limits, "files": files}).encode()])
-    if not merges_spans(tokenizer):
-        print(f"repeated spans are not looked for: a vocabulary of {tokenizer.vocab_size} is of single bytes, nearly")
+        revisions = {name: source.revision for name, source in sources.items() if source.revision}
+        write_file(partial / "task.json", [json.dumps({"task": task, "limits": limits, "revisions": revisions}).encode()])
     seen = Seen()
     try:
-        for (name, source), limit in zip(sources.items(), limits):
-            write_source(partial / name, source, tokenizer, seen, limit, seed, max_tokens)
+        for name, source in sources.items():
+            write_source(partial / name, source, tokenizer, seen, limits[name], seed, max_tokens)
         partial.rename(out)
-        for pattern in ("*/shard-*", "*/*.lengths", "task.json"):  # meta.json says it all
-            for path in out.glob(pattern):
-                path.unlink()
     except BaseException as error:
-        if out.exists() and not partial.exists():
-            raise  # only leftovers were still there
         if not any(partial.glob("*/shard-*.json")):
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        note = f"what was finished is in {partial}: run the same command again to go on"
+        note = f"finished parts are in {partial}: run the same command again to resume"
         if isinstance(error, (UserError, OSError)):
             raise UserError(f"{error}; {note}") from None
         print(f"\n{note}", file=sys.stderr)
         raise
+    for path in [*out.glob("*/shard-*"), *out.glob("*/*.lengths"), out / "task.json"]:  # meta.json holds all of it
+        path.unlink()
     return tokenizer
-
-
-def check_disk(sources: dict, looks: Iterable[tuple[list[str], float, float]], tokenizer: Tokenizer, out: Path,
-               max_tokens: float) -> None:
-    """Prints how much disk the token files will need, judged by how the sources begin; UserError if there is less."""
-    need = 0.0
-    for source, (sample, size, documents) in zip(sources.values(), looks):
-        if not source.size:  # which is told by max_tokens only
-            size, documents = 1e18 * bool(max_tokens), 0
-        text = "".join(sample)
-        tokens = size * len(tokenizer.encode_array(text)) / len(utf8(text)) + documents
-        part = min(1.0, max_tokens / tokens) if max_tokens and tokens else 1.0
-        need += part * (tokens * (2 if tokenizer.vocab_size <= 2**16 else 4) + documents * 24)  # start, length, hash
-    there = next(parent for parent in (out.absolute().parent, *out.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    unknown = [name for name, source in sources.items() if not source.size]
-    size = sum(source.size for source in sources.values())
-    print(f"sources of {size / 1e6:,.1f} MB need about {need / 1e6:,.1f} MB of disk; "
-          f"{free / 1e9:,.1f} GB are free" + (f" ({', '.join(unknown)}: of unknown size)" if unknown else ""))
-    if need > free:
-        raise UserError(f"{out} would need {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB left; write elsewhere "
-                        "with --out or take less with --max-tokens")
 
 
 def prepare_embedded(out: str | Path, vocab_size: int = 4096) -> Tokenizer:
@@ -1195,15 +878,15 @@ def prepare_recall(out: str | Path, tokenizer: Tokenizer) -> None:
 
 
 # ---- packing: documents -> sequences --------------------------------------------------------------------------
-
-PACKINGS = ("concat", "best-fit", "bos")
+# A packing takes document starts [D + 1] and a context, and returns the row, begin and size of each piece, three int64
+# arrays [P]; pieces of one row stand in it in the order of the arrays. PACKINGS is the only place that lists them.
 
 
 def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
     """Row of each piece [P] int64: longest first, into the open row that it fills most (Ding et al. 2024, arXiv 2404.10830).
 
     `room[c]` lists the rows with c places left, bit c of `some` says that there is one: the lowest bit from a piece's
-    length on is its best fit. One step a piece, whatever the number of rows.
+    length on is its best fit. One step per piece, whatever the number of rows.
     """
     row, rows, some = np.empty(len(lengths), np.int64), 0, 0
     room: list[list[int]] = [[] for _ in range(context + 1)]
@@ -1222,81 +905,74 @@ def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
     return row
 
 
+def pack_best_fit(starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents whole, in the fullest row that has room; only longer ones are cut; the rest of a row is padding."""
+    cuts = -(-np.diff(starts) // context)  # pieces of each document
+    number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    begins = np.repeat(starts[:-1], cuts) + number * context
+    sizes = np.minimum(context, np.repeat(starts[1:], cuts) - begins)
+    return best_fit(sizes, context), begins, sizes
+
+
+def pack_bos(starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every row begins with a document; the part that does not fit into the row is dropped (nanochat, modded-nanogpt)."""
+    lengths = np.diff(starts)
+    rows, sizes, row, used = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64), 0, 0
+    for i, n in enumerate(lengths.tolist()):
+        rows[i], sizes[i] = row, min(n, context - used)
+        row, used = (row + 1, 0) if used + n >= context else (row, used + n)
+    return rows, starts[:-1], sizes
+
+
+# concat: documents end to end, cut every `context` tokens. Nothing is lost or padded; arithmetic instead of arrays.
+PACKINGS = {"concat": None, "best-fit": pack_best_fit, "bos": pack_bos}
+
+
 class Packing:
     """The sequences of a split under one of PACKINGS: `count` of them, and the pieces of the token files in each.
 
-    concat    documents end to end, cut every `context` tokens: nothing is lost or padded; constant time and no memory
-    best-fit  documents whole, in the fullest row that has room; only longer ones are cut; the rest of a row is padding
-    bos       every row begins with a document; what does not fit into the row is dropped (nanochat, modded-nanogpt)
-
-    The last two take 16 bytes of memory a document, and a pass over them (about 1 us each) before training.
+    All but concat take 16 bytes of memory per document, and a pass over them (about 1 us each) before training.
     """
 
     def __init__(self, split: Split, context: int, strategy: str = "concat"):
-        self.split, self.context, self.strategy = split, context, strategy
-        total, starts = len(split.tokens), split.starts
-        if strategy == "concat":  # the last sequence may be shorter; the very first token is no target
-            self.count = -(-(total - 1) // context)
-            return
-        lengths = np.diff(starts)
-        if strategy == "best-fit":
-            cuts = -(-lengths // context)  # pieces of each document
-            number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-            begins = np.repeat(starts[:-1], cuts) + number * context
-            sizes = np.minimum(context, np.repeat(starts[1:], cuts) - begins)
-            rows = best_fit(sizes, context)
-        else:
-            rows, sizes, row, used = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64), 0, 0
-            for i, n in enumerate(lengths.tolist()):
-                rows[i], sizes[i] = row, min(n, context - used)
-                row, used = (row + 1, 0) if used + n >= context else (row, used + n)
-            begins = starts[:-1]
-        order = np.argsort(rows, kind="stable")
-        self.begins, self.sizes = begins[order], sizes[order]
-        self.rows = np.searchsorted(rows[order], np.arange(rows.max() + 2))  # first piece of each row, and the end
-        self.count = len(self.rows) - 1
+        self.split, self.context, self.end, self.pack = split, context, len(split.tokens), PACKINGS[strategy]
+        self.count = -(-(self.end - 1) // context)  # the last may be shorter; the very first token is no target
+        if self.pack:
+            rows, begins, sizes = self.pack(split.starts, context)
+            order = np.argsort(rows, kind="stable")
+            self.begins, self.sizes, self.count = begins[order], sizes[order], int(rows.max()) + 1
+            self.rows = np.searchsorted(rows[order], np.arange(self.count + 1))  # first piece of each row, and the end
 
     def pieces(self, row: int) -> list[tuple[int, int]]:
         """(where it begins in the tokens, its length) of each piece of a sequence."""
-        if self.strategy == "concat":
-            return [(row * self.context, min(self.context, len(self.split.tokens) - 1 - row * self.context))]
+        if not self.pack:
+            return [(row * self.context, min(self.context, self.end - 1 - row * self.context))]
         here = slice(self.rows[row], self.rows[row + 1])
         return list(zip(self.begins[here].tolist(), self.sizes[here].tolist()))
 
     def targets(self, row: int) -> int:
-        """How many targets of a sequence count: not padding, nor what labels leave out."""
-        end, labels = len(self.split.tokens), self.split.labels
-        spans = [(begin + 1, min(begin + length + 1, end)) for begin, length in self.pieces(row)]
-        return sum(b - a if labels is None else int((labels[a:b] >= 0).sum()) for a, b in spans)
-
-    def most_documents(self) -> int:
-        """An upper bound of the documents that one sequence touches."""
-        if self.strategy != "concat":
-            return int(np.diff(self.rows).max())
-        starts, most = self.split.starts, 0
-        for i in range(0, len(starts), 2**20):  # in blocks: there may be hundreds of millions
-            block = starts[i:i + 2**20]
-            most = max(most, int((np.searchsorted(starts, block + self.context) - np.arange(i, i + len(block))).max()))
-        return most + 1
+        """How many targets of a sequence count: neither padding nor left out by labels."""
+        spans = [slice(begin + 1, min(begin + length + 1, self.end)) for begin, length in self.pieces(row)]
+        labels = self.split.labels
+        return sum(span.stop - span.start if labels is None else int((labels[span] >= 0).sum()) for span in spans)
 
     def report(self) -> dict[str, float]:
         """What the packing does to the split's documents.
 
-        utilisation: share of the rows' places that hold a token; dropped: share of the tokens in no row; cut: share of the
-        documents that are not whole in one row; mean_square: mean of the squared lengths of the pieces of documents that
-        attention sees, to which its work is proportional.
+        utilisation: share of the rows' places that hold a token; dropped: share of the tokens in no row; cut: share of
+        the documents that are not whole in one row; mean_square: mean of the squared lengths of the pieces of documents
+        that attention sees, to which its work is proportional.
         """
-        total, starts = len(self.split.tokens), np.asarray(self.split.starts)
-        if self.strategy == "concat":
-            edges = np.union1d(starts, np.arange(0, total, self.context))
-            sizes, whole = np.diff(edges), np.isin(starts[1:], edges[1:][np.isin(edges[:-1], starts[:-1])])
+        starts = np.asarray(self.split.starts)
+        if self.pack:
+            begins, sizes = self.begins, self.sizes
         else:
-            sizes = self.sizes
-            whole = np.isin(starts[:-1], self.begins[self.begins + self.sizes == starts[1:][
-                np.searchsorted(starts, self.begins, side="right") - 1]])
-        kept = sizes.sum()
-        return {"rows": self.count, "utilisation": kept / (self.count * self.context), "dropped": 1 - kept / total,
-                "cut": 1 - whole.mean(), "mean_square": float((sizes.astype(float) ** 2).mean())}
+            begins = np.union1d(starts[:-1], np.arange(0, self.end, self.context))
+            sizes = np.diff(begins, append=self.end)
+        kept, lengths = sizes.sum(), np.diff(starts)
+        whole = (sizes == lengths[np.searchsorted(starts, begins, side="right") - 1]).sum()
+        return {"rows": self.count, "utilisation": kept / (self.count * self.context), "dropped": 1 - kept / self.end,
+                "cut": 1 - whole / len(lengths), "mean_square": float((sizes.astype(float) ** 2).mean())}
 
 
 # ---- order: which sequence comes when -------------------------------------------------------------------------
@@ -1305,9 +981,9 @@ class Packing:
 def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
     """Where a shuffle of range(n) puts each index, in constant time and memory: no array of n is made.
 
-    A Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; what lands outside
-    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the
-    shuffle. Returns int64 of the same shape.
+    A Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; an index that lands outside
+    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the shuffle. Returns
+    int64 of the same shape.
     """
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
@@ -1329,85 +1005,73 @@ def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def small_shuffle(n: int, key: tuple[int, ...]) -> np.ndarray:
-    """`permute` of all of range(n), kept: of a small source an array is cheaper than its many small calls."""
+    """`permute` of all of range(n), kept: for a small source one array is cheaper than many small calls."""
     return permute(np.arange(n), n, list(key))
 
 
-def dealt(n: np.ndarray, shares: list[float]) -> np.ndarray:
+def dealt(n: np.ndarray, weights: list[float]) -> np.ndarray:
     """How many of a stage's first n sequences come from each source, [S, *n.shape] int64.
 
-    Halves of the sources get floor(share of n) and the rest, their halves likewise: each step of n deals exactly one, and
-    each count is exact to within 1 + log2(S), so that every stretch has the mixture that was asked for, not just the average.
+    Half of the sources get floor(n * their share) and the others the rest; then each half deals likewise among its own.
+    So each step of n deals exactly one, and each count is exact to within 1 + log2(S): every stretch has the mixture
+    that was asked for, not just the average. Whole weights (rows of the sources) are dealt in whole numbers, so that the
+    first sum(weights) sequences are exactly one epoch.
     """
     n = np.asarray(n, np.int64)
-    if len(shares) == 1:
+    if len(weights) == 1:
         return n[None]
-    half, total = len(shares) // 2, sum(shares)
-    first = np.floor(n * (sum(shares[:half]) / total if total else 0.0)).astype(np.int64)
-    return np.concatenate([dealt(first, shares[:half]), dealt(n - first, shares[half:])])
-
-
-def interleave(index: np.ndarray, shares: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Of a stage's sequences `index`: (which source each is from, how many of that source came before it)."""
-    before = dealt(index, shares)
-    source = (dealt(index + 1, shares) - before).argmax(0)
-    return source, before[source, np.arange(len(index))]
+    half, total = len(weights) // 2, sum(weights)
+    if isinstance(total, int):
+        first = np.asarray(n.astype(object) * sum(weights[:half]) // max(1, total), np.int64)
+    else:
+        first = np.floor(n * (sum(weights[:half]) / total if total else 0.0)).astype(np.int64)
+    return np.concatenate([dealt(first, weights[:half]), dealt(n - first, weights[half:])])
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with one mixture, and whatever else changes with it."""
+    """A stretch of training with one mixture, and everything else that changes with it. 0: as in the recipe."""
 
-    name: str
-    tokens: float
-    mixture: dict[str, float]  # source -> weight; weights are divided by their sum; {}: as large as they are
-    context: int = 0  # tokens of a sequence; 0: the model's max_position_embeddings
-    rope_theta: float = 0.0  # RoPE's base; 0: the model's
-    learning_rate: float = 0.0  # a peak of its own, after warmup_steps, then a cosine to 0; 0: the run's schedule
-    warmup_steps: int = 0  # of a stage with a learning rate of its own
-    batch_tokens: int = 0  # 0: the recipe's
-
-    def shares(self, sources: list[str], tokens: list[int]) -> list[float]:
-        """Weights in the order of `sources`, summing to 1."""
-        if unknown := set(self.mixture) - set(sources):
-            raise UserError(f"stage {self.name} wants {', '.join(sorted(unknown))}, but the data has "
-                            f"{', '.join(sources)}; change the mixture or --data")
-        weights = [self.mixture.get(name, 0.0) for name in sources] if self.mixture else tokens
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise UserError(f"stage {self.name}: the weights of its mixture must not be negative and not all be 0")
-        if self.mixture and abs(sum(weights) - 1) > 1e-6:
-            print(f"mixture   the weights of stage {self.name} sum to {sum(weights):.5g}: divided by that")
-        return [w / sum(weights) for w in weights]
+    name: str = option("", "name of the stage")
+    tokens: float = option(0.0, "tokens of the stage", low=0)
+    mixture: dict[str, float] = field(default_factory=dict)  # source -> weight, divided by their sum; {}: by their rows
+    context: int = option(0, "tokens of a sequence; 0: the model's max_position_embeddings", low=0)
+    rope_theta: float = option(0.0, "RoPE's base; 0: the model's", low=0)
+    learning_rate: float = option(0.0, "a peak of its own, after warmup_steps, then a cosine to 0; 0: the schedule's", low=0)
+    warmup_steps: int = option(0, "warmup of a stage with a learning rate of its own", low=0)
+    batch_tokens: int = option(0, "tokens of a batch, so that a growing batch is a list of stages; 0: the recipe's", low=0)
 
 
 @dataclass
 class Batch:
     tokens: np.ndarray  # [B, T] int64
-    targets: np.ndarray  # [B, T] int64: the next token; -100 where there is none
+    targets: np.ndarray  # [B, T] int64: the next token; -100 if there is none
     cu_seqlens: np.ndarray  # [M] int32: document starts in the flattened batch, padded with B*T
-    sources: np.ndarray  # [B]: which source each row is from
+    sources: np.ndarray  # [B]: the source of each row
 
 
-def cut_sequences(packing: Packing, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Sequences of a packing: tokens and targets [B, T], and each row's document starts within it (0 first)."""
-    split, shape, starts = packing.split, (len(indices), packing.context), []
-    tokens, targets = np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
-    for row, index in enumerate(indices):
-        at, inside = 0, []
-        for begin, length in packing.pieces(int(index)):
-            part = split.tokens[begin:begin + length + 1]  # the target after the last one opens the next document
-            n = len(part) - 1  # less than `length` at the end of the file only
-            tokens[row, at:at + n] = part[:-1]
-            targets[row, at:at + n] = (part if split.labels is None else split.labels[begin:begin + length + 1])[1:]
+def cut_batch(packings: list[Packing], sources: np.ndarray, sequences: np.ndarray) -> Batch:
+    """A batch whose row i is sequence sequences[i] of packings[sources[i]]; -1: a row without tokens and targets."""
+    tokens = np.zeros((len(sources), packings[0].context), np.int64)
+    targets, starts = np.full_like(tokens, -100), []
+    for row, (source, sequence) in enumerate(zip(sources.tolist(), sequences.tolist())):
+        split, at, inside = packings[source].split, 0, [[0]]
+        labels = split.labels or split.tokens
+        for begin, length in packings[source].pieces(sequence) if sequence >= 0 else ():
+            part = slice(begin, begin + length + 1)  # the target after the last token opens the next document
+            ids = split.tokens[part]
+            n = len(ids) - 1  # less than `length` at the end of the file only
+            tokens[row, at:at + n], targets[row, at:at + n] = ids[:-1], labels[part][1:]
             first, last = np.searchsorted(split.starts, [begin + 1, begin + n])
-            inside += [[at], split.starts[first:last] - begin + at]
+            inside += [[at] if at else [], split.starts[first:last] - begin + at]
             at += length
         starts.append(np.concatenate(inside))
-    return tokens, targets, starts
+    return Batch(tokens, targets, pack_cu_seqlens(starts, tokens.shape[1]), sources)
 
 
 def pack_cu_seqlens(starts: list[np.ndarray], context: int) -> np.ndarray:
-    """Row starts -> cu_seqlens int32 over the flattened batch, padded with its end to a power of two."""
+    """Row starts -> cu_seqlens int32 over the flattened batch, padded with its end to a power of two, at least 16: few
+    lengths to compile for, and little work for documents that are not there."""
     flat = np.concatenate([row * context + s for row, s in enumerate(starts)])
     out = np.full(max(16, 1 << len(flat).bit_length()), len(starts) * context, np.int32)
     out[:len(flat)] = flat
@@ -1423,38 +1087,61 @@ class Curriculum:
 
     def __init__(self, sources: list[Split], stages: list[Stage], context: int, batch_tokens: int, seed: int = 0,
                  packing: str = "concat"):
+        if packing not in PACKINGS:
+            raise UserError(f"--packing {packing} is not one of {', '.join(PACKINGS)}")
         self.sources, self.stages, self.seed = sources, stages, seed
         self.contexts = [stage.context or context for stage in stages]
-        self.batches = [stage.batch_tokens or batch_tokens for stage in stages]
-        for stage, length, batch in zip(stages, self.contexts, self.batches):
-            if batch % length:
-                raise UserError(f"stage {stage.name}: a batch of {batch:,} tokens does not divide into sequences of {length:,}")
+        self.batches = [stage.batch_tokens or batch_tokens for stage in stages]  # tokens per step
         self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}
-        names = [s.name for s in sources]
-        self.shares = [stage.shares(names, [p.count for p in self.packings[length]]) for stage, length in zip(stages, self.contexts)]
-        self.ends, done = [], 0.0
-        for stage, batch in zip(stages, self.batches):
-            done += stage.tokens / batch
-            self.ends.append(max(1, round(done)))
-        self.steps = self.ends[-1]
-        self.before = []
+        self.weights = list(map(self.stage_weights, stages, self.contexts, self.batches))
+        self.shares = [[w / sum(weights) for w in weights] for weights in self.weights]
+        # per stage: the step at which it ends; tokens before it; rows of each source before it, which another context
+        # cuts, and so counts, anew
+        self.ends, self.passed, self.before = [], [0], []
         self.used = {length: np.zeros(len(sources), np.int64) for length in self.packings}
-        for begin, end, length, batch, shares in zip([0, *self.ends], self.ends, self.contexts, self.batches, self.shares):
+        planned = np.cumsum([stage.tokens for stage in stages])
+        for tokens, length, batch, weights in zip(planned, self.contexts, self.batches, self.weights):
+            begin = self.ends[-1] if self.ends else 0
+            steps = max(not begin, round((tokens - (self.passed[-1] - begin * batch)) / batch) - begin)
+            self.ends.append(begin + steps)
+            self.passed.append(self.passed[-1] + steps * batch)
             self.before.append(self.used[length])
-            self.used[length] = self.used[length] + dealt((end - begin) * (batch // length), shares)
+            self.used[length] = self.used[length] + dealt(steps * (batch // length), weights)
+        self.steps = self.ends[-1]
 
-    def rows(self, step: int) -> int:
-        number = self.stage(step)
-        return self.batches[number] // self.contexts[number]
-
-    def tokens(self, step: int) -> int:
-        total = 0
-        for begin, end, batch in zip([0, *self.ends], self.ends, self.batches):
-            total += max(0, min(step, end) - begin) * batch
-        return total
+    def stage_weights(self, stage: Stage, length: int, batch: int) -> list[float]:
+        """Weights of the sources that sum to 1, or without a mixture their rows. UserError for an impossible stage."""
+        if batch % length:
+            near = " or ".join(f"{n:,}" for n in (batch // length * length, -(-batch // length) * length) if n)
+            raise UserError(f"stage {stage.name}: a batch of {batch:,} tokens does not divide into sequences of {length:,}; "
+                            f"the nearest that do are {near}")
+        names = [split.name for split in self.sources]
+        if unknown := set(stage.mixture) - set(names):
+            raise UserError(f"stage {stage.name} wants {', '.join(sorted(unknown))}, but the data has {', '.join(names)}; "
+                            "change the mixture or --data")
+        packings = self.packings[length]
+        weights = [stage.mixture.get(name, 0.0) if stage.mixture else p.count for name, p in zip(names, packings)]
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise UserError(f"stage {stage.name}: the weights of its mixture must not be negative and not all be 0")
+        if short := [f"{p.split.name} ({p.end:,})" for p, w in zip(packings, weights) if w and not p.pack and p.end <= length]:
+            raise UserError(f"{', '.join(short)} has fewer tokens than one sequence of {length}; give more text or a shorter "
+                            "--max_position_embeddings")
+        return [w / sum(weights) for w in weights] if stage.mixture else weights
 
     def stage(self, step: int) -> int:
-        return int(np.searchsorted(self.ends, step, side="right").clip(max=len(self.ends) - 1))
+        return min(bisect.bisect_right(self.ends, step), len(self.ends) - 1)
+
+    def begin(self, step: int) -> int:
+        """The step at which the stage of a step begins."""
+        return [0, *self.ends][self.stage(step)]
+
+    def rows(self, step: int) -> int:
+        """Rows of a step's global batch."""
+        return self.batches[self.stage(step)] // self.contexts[self.stage(step)]
+
+    def tokens(self, step: int) -> int:
+        """Tokens in the steps before this one."""
+        return self.passed[self.stage(step)] + (step - self.begin(step)) * self.batches[self.stage(step)]
 
     def epochs(self) -> dict[str, float]:
         """How often the run goes through each source; the playbook stays under about 4."""
@@ -1465,12 +1152,15 @@ class Curriculum:
         """What the playbook would say of the mixture: epochs, and the share of other languages than English."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
-        lines += [f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step"
-                  for stage, begin, end in zip(self.stages, [0, *self.ends], self.ends) if begin == end]
-        foreign = [i for i, split in enumerate(self.sources) if split.name.startswith("multilingual")]
-        if foreign:
-            tokens = np.diff([0, *self.ends])
-            share = sum(n * shares[i] for n, shares in zip(tokens, self.shares) for i in foreign) / tokens.sum()
+        foreign = [split.name.startswith("multilingual") for split in self.sources]
+        for stage, tokens in zip(self.stages, np.diff(self.passed)):
+            total = sum(stage.mixture.values()) or 1
+            if not tokens:
+                lines.append(f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step")
+            if abs(total - 1) > 1e-6:
+                lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
+        if any(foreign):
+            share = np.diff(self.passed) @ np.array(self.shares) @ foreign / self.passed[-1]
             lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the limit of "
                          f"20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
@@ -1478,13 +1168,13 @@ class Curriculum:
     def locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, sequence index in it) of the rows first .. first + count of a step's global batch."""
         stage = self.stage(step)
-        begin, length = self.ends[stage - 1] if stage else 0, self.contexts[stage]
-        index = (step - begin) * self.rows(step) + np.arange(first, first + count, dtype=np.int64)
-        source, rank = interleave(index, self.shares[stage])
-        rank = rank + self.before[stage][source]
+        index = (step - self.begin(step)) * self.rows(step) + np.arange(first, first + count, dtype=np.int64)
+        before = dealt(index, self.weights[stage])
+        source = (dealt(index + 1, self.weights[stage]) - before).argmax(0)
+        rank = before[source, np.arange(count)] + self.before[stage][source]
         sequence = np.empty(count, np.int64)
         for s in np.unique(source):
-            n = self.packings[length][s].count
+            n = self.packings[self.contexts[stage]][s].count
             for epoch in np.unique(rank[source == s] // n):
                 here = (source == s) & (rank // n == epoch)
                 place, key = rank[here] % n, (self.seed, int(s), int(epoch))
@@ -1492,39 +1182,25 @@ class Curriculum:
         return source, sequence
 
     def targets(self, step: int) -> int:
-        """How many targets of a step's global batch count: what its mean loss is divided by, however many processes share
-        it. A mean of their means would give a token more weight where there are few."""
+        """How many targets of a step's global batch count: its mean loss is divided by this number, however many
+        processes share it. A mean of their means would give more weight to a token in a share with few targets."""
         packings = self.packings[self.contexts[self.stage(step)]]
-        rows = self.rows(step)
-        return sum(packings[source].targets(int(row)) for source, row in zip(*self.locate(step, 0, rows)))
+        return sum(packings[source].targets(int(row)) for source, row in zip(*self.locate(step, 0, self.rows(step))))
 
     def batch(self, step: int, first: int = 0, count: int | None = None) -> Batch:
         """The rows first .. first + count of the global batch of a step (all without them)."""
-        context = self.contexts[self.stage(step)]
-        count = self.rows(step) if count is None else count
-        source, sequence = self.locate(step, first, count)
-        tokens, targets = np.empty((count, context), np.int64), np.empty((count, context), np.int64)
-        starts: list[np.ndarray] = [None] * count
-        for s in np.unique(source):
-            rows = np.flatnonzero(source == s)
-            tokens[rows], targets[rows], parts = cut_sequences(self.packings[context][s], sequence[rows])
-            for row, part in zip(rows, parts):
-                starts[row] = part
-        return Batch(tokens, targets, pack_cu_seqlens(starts, context), source)
+        packings = self.packings[self.contexts[self.stage(step)]]
+        return cut_batch(packings, *self.locate(step, first, self.rows(step) if count is None else count))
 
 
 def validation_batches(split: Split, context: int, rows: int, sequences: int) -> Iterator[Batch]:
     """The first `sequences` sequences of a split: a fixed slice, whatever the batch size. The last batch is filled up
-    with rows that have no targets, so that all have one shape. `documents`: at most so many touch a row."""
+    with rows that have no targets, so that all have one shape."""
     packing = Packing(split, context)
-    indices = np.arange(min(sequences, packing.count))
-    for i in range(0, len(indices), rows):
-        tokens, targets, starts = cut_sequences(packing, indices[i:i + rows])
-        missing = rows - len(tokens)
-        tokens = np.pad(tokens, ((0, missing), (0, 0)))
-        targets = np.pad(targets, ((0, missing), (0, 0)), constant_values=-100)
-        starts += [np.zeros(1, np.int64)] * missing
-        yield Batch(tokens, targets, pack_cu_seqlens(starts, context), np.zeros(rows, np.int64))
+    count = min(sequences, packing.count)
+    for first in range(0, count, rows):
+        indices = np.arange(first, first + rows)
+        yield cut_batch([packing], np.zeros(rows, np.int64), np.where(indices < count, indices, -1))
 
 
 def load_data(data: str, vocab_size: int = 8192, verify: bool = True) -> tuple[Tokenizer, list[dict[str, Split]]]:
@@ -1555,114 +1231,104 @@ def fit_stages(stages: tuple[Stage, ...], names: list[str], tokens: float = 0) -
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
-def describe(data: str) -> str:
-    """One line a source: documents, tokens, bytes a token; what was dropped."""
-    tokenizer = Tokenizer.load(find_tokenizer(data))
-    lines = []
+def summary(data: str) -> str:
+    """One line per source: documents, tokens, bytes per token; and what was dropped."""
+    tokenizer, lines = Tokenizer.load(find_tokenizer(data)), []
     for folder in source_folders(data):
-        splits = load_source(folder, tokenizer, verify=False)
-        train, val = splits["train"], splits["val"]
+        train, val = load_source(folder, tokenizer, verify=False).values()
         lines.append(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
                      f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
-                     f"{len(val.tokens):9,} tokens")
-        if dropped := json.loads((folder / "meta.json").read_text("utf-8"))["dropped"]:
-            lines.append(" " * 13 + "dropped: " + ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()))
+                     f"{len(val.tokens):9,} tokens\n{'':13}dropped: {read_meta(folder)['dropped']}")
     return "\n".join(lines)
 
 
 def show(data: str, context: int = 2048, documents: int = 2) -> None:
-    """Prints the sources, the packings side by side, document lengths, and the first sequence with its boundaries."""
-    tokenizer = Tokenizer.load(find_tokenizer(data))
-    print(describe(data))
-    lengths = {}
+    """Prints the sources, the packings side by side, document lengths, and the first documents with their boundaries."""
+    tokenizer, lengths = Tokenizer.load(find_tokenizer(data)), {}
+    print(summary(data))
     for folder in source_folders(data):
         split = load_source(folder, tokenizer, verify=False)["train"]
         lengths[folder.name] = np.diff(split.starts)
         print(f"\n{folder.name}: packed into sequences of {context:,}\n"
               f"{'':10}{'sequences':>12}{'utilisation':>13}{'dropped':>10}{'cut':>10}{'mean square of lengths':>25}")
         for strategy in PACKINGS:
-            row = Packing(split, context, strategy).report()
-            print(f"{strategy:10}{row['rows']:>12,}{row['utilisation']:>13.1%}{row['dropped']:>10.1%}{row['cut']:>10.1%}"
-                  f"{row['mean_square']:>25,.0f}")
-        print("tokens a document " + histogram(lengths[folder.name]))
-        for start, end in zip(split.starts[:documents], split.starts[1:documents + 1]):
+            print("{:10}{:>12,}{:>13.1%}{:>10.1%}{:>10.1%}{:>25,.0f}".format(
+                strategy, *Packing(split, context, strategy).report().values()))
+        print("tokens per document", histogram(lengths[folder.name]))
+        for start, end in zip(split.starts[:documents], split.starts[1:]):
             text = tokenizer.decode(split.tokens[start + 1:min(end, start + 60)].tolist())
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
+
+    def paint(axes):
+        bins = np.geomspace(1, max(int(n.max()) for n in lengths.values()) + 1, 50)
+        for name, n in lengths.items():
+            axes.hist(n, bins, histtype="step", label=name, weights=np.full(len(n), 1 / len(n)))
+        axes.set(xscale="log", xlabel="tokens per document", ylabel="share of the documents")
+        axes.legend()
+
     path = Path(data.split(",")[0]) / "document-lengths.png"
-    if picture(lengths, path):
+    if draw(path, paint):
         print(f"\nThe lengths of all documents are drawn in {path}")
 
 
 def histogram(lengths: np.ndarray) -> str:
     """Shares of documents by length, in powers of 4."""
-    edges = [4**i for i in range(2, 10)]
-    counts = np.histogram(lengths, [0, *edges, np.inf])[0] / len(lengths)
-    names = [f"<{edges[0]}", *(f"{a:,}-{b - 1:,}" for a, b in zip(edges, edges[1:])), f">={edges[-1]:,}"]
-    return ", ".join(f"{name}: {share:.0%}" for name, share in zip(names, counts) if share > 0)
+    edges = [0, *(4**i for i in range(2, 10)), 10**18]
+    shares = np.histogram(lengths, edges)[0] / len(lengths)
+    return ", ".join(f"{a:,} to {b - 1:,}: {share:.0%}" for a, b, share in zip(edges, edges[1:], shares) if share)
 
 
-def picture(lengths: dict[str, np.ndarray], path: Path) -> bool:
-    """The histogram of lengths as a picture; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    bins = np.geomspace(1, max(int(n.max()) for n in lengths.values()) + 1, 50)
-    for name, n in lengths.items():
-        axes.hist(n, bins, histtype="step", label=name, weights=np.full(len(n), 1 / len(n)))
-    axes.set(xscale="log", xlabel="tokens a document", ylabel="share of the documents")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
+def named_sources(words: list[str], text_key: str) -> dict[str, Source]:
+    """{name: source} of NAME=SOURCE, or of SOURCE, which then lends its own name."""
+    sources = {}
+    for word in words:
+        name, equals, where = word.partition("=")
+        if not equals or Path(word).exists():
+            name, where = word.split(":")[1] if word.startswith("hf:") else Path(word).resolve().name, word
+        name = name.split("/")[-1].split(".")[0]
+        if name in sources or not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"{name!r} is the name of two sources, or no name: give one of letters and digits as NAME=PATH")
+        sources[name] = Source(where, text_key)
+    return sources
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show | tokenizer")
     p = commands.add_parser("prepare", help="text -> token files")
     p.add_argument("sources", nargs="*", metavar="SOURCE",
-                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the embedded corpus. NAME=SOURCE names one; what "
-                   "is named multilingual... counts as other languages than English")
-    p.add_argument("--out", help="where to (default: data/NAME of the first source)")
+                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the embedded corpus. NAME=SOURCE names one; a "
+                   "name multilingual... counts as other languages than English")
+    p.add_argument("--out", help="folder for the token files (default: data/NAME of the first source)")
     p.add_argument("--tokenizer", help="as for `tokenizer.py fertility`; without it one is trained on the sources")
-    p.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer that is trained")
-    p.add_argument("--sample-bytes", type=float, default=2e7, help="of text that the tokenizer is trained on")
-    p.add_argument("--max-tokens", type=float, default=0, help="of each source, about; 0: all")
-    p.add_argument("--text-key", default="text", help="the field of a data set that holds the text")
-    p = commands.add_parser("show", help="what prepared data holds, and how it packs")
-    p.add_argument("data", metavar="DIR")
-    p.add_argument("--context", type=int, default=2048, help="tokens of a sequence")
+    p.add_argument("--max-tokens", type=number, default=0, help="per source, about; 0: all (default: 0)")
+    t = commands.add_parser("tokenizer", help="train a tokenizer on any source that `prepare` reads")
+    t.add_argument("sources", nargs="+", metavar="PATH", help="as for prepare")
+    t.add_argument("--out", required=True, help="folder for tokenizer.json")
+    t.add_argument("--pretokenizer", default="qwen", help="as for `tokenizer.py train` (default: qwen)")
+    for q, sample in (p, 2e7), (t, 2e8):
+        q.add_argument("--vocab-size", type=int, default=4096, required=q is t, help="of the tokenizer that is trained")
+        q.add_argument("--sample-bytes", type=number, default=sample, help=f"of text it is trained on (default: {sample:.0e})")
+        q.add_argument("--text-key", default="text", help="the field of a data set that holds the text (default: text)")
+    s = commands.add_parser("show", help="what prepared data holds, and how it packs")
+    s.add_argument("data", metavar="DIR")
+    s.add_argument("--context", type=int, default=2048, help="tokens of a sequence (default: 2048)")
     args = parser.parse_args()
     if args.command == "show":
         if args.context < 1:
             raise UserError(f"--context {args.context} is no length of a sequence; give 1 or more, such as 2048")
         return show(args.data, args.context)
-    if not 0 < args.sample_bytes < math.inf or not 0 <= args.max_tokens < math.inf:
-        raise UserError("--sample-bytes and --max-tokens are numbers above 0, such as 2e7")
+    if not 0 < args.sample_bytes < math.inf or not 0 <= getattr(args, "max_tokens", 0) < math.inf:
+        raise UserError("--sample-bytes and --max-tokens are numbers above 0, such as 20M")
+    if args.command == "tokenizer":
+        sources = [Source(path, args.text_key) for path in args.sources]
+        texts = (text for source in sources for text in source.sample(args.sample_bytes / len(sources)))
+        return print(train_bpe(texts, args.vocab_size, args.pretokenizer).save(args.out))
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    if not args.sources:
-        out = args.out or "data/laptop"
-        sources = {name: documents() for name, documents in EMBEDDED.items()}
-    else:
-        pairs = [s.split("=", 1) if "=" in s and not Path(s).exists() else
-                 (s.split(":")[1].split("/")[-1] if s.startswith("hf:") else Path(s).resolve().name.split(".")[0], s)
-                 for s in args.sources]
-        named = dict(pairs)
-        if len(named) < len(pairs):
-            raise UserError("two sources have the same name; name them apart with NAME=PATH")
-        for name in named:
-            if not re.fullmatch(r"[\w-]+", name):
-                raise UserError(f"{name!r} is no name for a source; give one of letters and digits as NAME=PATH")
-        out = args.out or f"data/{next(iter(named))}"
-        sources = {name: Source(path, args.text_key) for name, path in named.items()}
+    sources = named_sources(args.sources, args.text_key) or {name: documents() for name, documents in EMBEDDED.items()}
+    out = args.out or f"data/{next(iter(sources)) if args.sources else 'laptop'}"
     prepare(sources, out, tokenizer, args.vocab_size, args.sample_bytes, max_tokens=args.max_tokens)
-    print(describe(out))
-    print(f"Prepared {out}. Train on it with: python train.py --data {out}")
+    print(f"{summary(out)}\nPrepared {out}. Train on it with: python train.py --data {out}")
 
 
 if __name__ == "__main__":

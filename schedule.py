@@ -191,15 +191,18 @@ class Guard:
             skips twice as many; after TRIES the run ends and says so.
 
     A spike is over when three losses in a row are within 2 standard deviations of where it began: `fast` in at most
-    FAST updates, `slow` in at most LOST, otherwise `not recovered`.
+    FAST updates, `slow` in at most LOST, otherwise `not recovered`. A smoothed loss that stays HIGH above its lowest,
+    or above that of guessing, for LEAST updates is trouble: `diverged`, or `plateaued higher` below guessing.
     """
 
-    WINDOW, LEAST, SIGMAS, FAST, LOST = 128, 63, 6.0, 10, 256
+    WINDOW, LEAST, SIGMAS, FAST, LOST, HIGH = 128, 63, 6.0, 10, 256, 0.5
     TRIES, MARGIN = 3, 16  # rewinds for one spike; batches skipped on either side of it
-    PLAIN = ("count", "spike", "calm", "since", "skipped", "tight_until", "rewinds")
+    PLAIN = ("count", "spike", "calm", "since", "skipped", "tight_until", "rewinds", "smooth", "lowest", "high")
 
-    def __init__(self, policy: str, device: str):
-        self.policy = policy
+    def __init__(self, policy: str, device: str, guessing: float = math.inf):
+        """guessing: the loss of a model that knows nothing, ln(vocab_size) nats."""
+        self.policy, self.guessing = policy, guessing
+        self.smooth, self.lowest, self.high = 0.0, 1e9, 0  # averaged loss, its lowest, updates far above that
         self.seen = torch.zeros(2, self.WINDOW, device=device)  # losses and norms, a ring
         self.stopped = torch.zeros((), device=device)  # 1 after a value that is not finite: no update follows
         self.count = 0  # values seen
@@ -223,7 +226,13 @@ class Guard:
         return {"spike": spike, "dropped": dropped, "stopped": self.stopped, "usual": mean[0], "spread": deviation[0]}
 
     def follow(self, step: int, values: dict[str, float]) -> dict | None:
-        """On the host, after `judge`: the event to log, if any; its "event" is spike, over, or rewind."""
+        """On the host, after `judge`: the event to log, if any; its "event" is spike, over, rewind, or trouble."""
+        self.smooth = 0.95 * (self.smooth or values["loss"]) + 0.05 * values["loss"]
+        self.lowest = min(self.lowest, self.smooth)
+        self.high = self.high + 1 if self.smooth > min(self.lowest, self.guessing) + self.HIGH else 0
+        if self.high == self.LEAST:
+            kind = "diverged" if self.smooth > self.guessing else "plateaued higher"
+            return {"event": "trouble", "step": step, "kind": kind, "loss": self.smooth, "lowest": self.lowest}
         if values["spike"] and self.spike is None:
             self.spike = {"step": step, **{name: values[name] for name in ("loss", "grad_norm", "usual", "spread")}}
             self.calm, self.since = 0, 0
@@ -242,12 +251,16 @@ class Guard:
         return None
 
     def describe(self, event: dict) -> str:
-        """What a spike is, or how it ended, for people."""
+        """An event of `follow` in words."""
         if event["event"] == "spike":
             done = {"skip": "this update is left out", "warn": "training continues",
                     "rewind": "training continues for now"}[self.policy]
             return ("a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; {done}"
                     .format(**event["spike"], done=done))
+        if event["event"] == "trouble":
+            return ("{kind}: the loss has stayed near {loss:.2f} for {updates} updates, far above its lowest, "
+                    "{lowest:.2f}; lower --learning_rate, rewind (--guard rewind) or look at the data"
+                    ).format(**event, updates=self.LEAST)
         advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
         return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
                 + advice * (event["kind"] == "not recovered"))
@@ -267,6 +280,31 @@ class Guard:
         self.stopped = torch.zeros_like(self.stopped)
         for name in self.PLAIN:
             setattr(self, name, state[name])
+
+
+def judge_losses(losses: list[float], guessing: float, score: float, expected: float) -> str:
+    """How a run ended, in words, from its training losses and that of guessing in nats, and its held-out score beside
+    what a law predicts; "" if nothing is unusual."""
+    tenth = max(1, len(losses) // 10)
+    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-tenth:]))
+    if last > guessing + 0.1:
+        return (f"diverged: the loss ends at {last:.2f} nats, above the {guessing:.2f} of guessing; lower "
+                "--learning_rate, then look at the data, the initialisation and the precision")
+    if first - last < 0.1 * guessing:
+        return f"flat: the loss fell only from {first:.2f} to {last:.2f} nats; raise --learning_rate or train longer"
+    if score > 1.15 * expected:
+        return (f"plateaued higher than expected: {score:.3f} bits per byte, where runs of this size and length reach "
+                f"about {expected:.3f}; look at the data and the labels, then try another --learning_rate")
+    return ""
+
+
+def judge_log(entries: list[dict], guessing: float, parameters: float) -> str:
+    """`judge_losses` of a run's log; the law is that of the embedded corpus."""
+    losses, scores = [e["loss"] for e in entries if "loss" in e], [e["val"] for e in entries if "val" in e]
+    text = [score for name, score in scores[-1].items() if name in ("prose", "code")] if scores else []
+    law = LAPTOP_LAW.predict(parameters, max((e.get("tokens", 1) for e in entries), default=1))
+    known = law["fitted"] and len(text) == 2
+    return judge_losses(losses, guessing, sum(text) / 2, law["loss"] if known else math.inf) if losses else ""
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------

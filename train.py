@@ -20,6 +20,7 @@ import contextlib
 import difflib
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -50,7 +51,7 @@ from data import Curriculum, Split, Stage
 from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
                    z_loss)
 from sample import complete
-from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, learning_rate
+from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_log, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
                        parse_options, reading)
 from tokenizer import run as run_command
@@ -164,7 +165,6 @@ RECIPES = {
 
 # ---- one process or many --------------------------------------------------------------------------------------
 
-
 class World:
     """This process among those that `torchrun` started; alone without it."""
 
@@ -243,7 +243,6 @@ class Run:
 
 # ---- one update -----------------------------------------------------------------------------------------------
 
-
 def update(run: Run, losses: list[Callable[[], tuple[Tensor, Tensor | float]]], rate: float) -> "Report":
     """One optimizer step from a batch in pieces, without waiting for the device.
 
@@ -311,7 +310,6 @@ class Report:
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------
-
 
 class Interrupted(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
@@ -387,6 +385,8 @@ def enter_stage(run: Run) -> None:
     if run.curriculum:
         stage = run.curriculum.stages[number := run.curriculum.stage(run.step)]
         base = run.recipe.model
+        if run.step in run.curriculum.ends:  # other data, another loss
+            run.guard.lowest = run.guard.guessing
         run.model.config = base.change(max_position_embeddings=run.curriculum.contexts[number],
                                        rope_theta=stage.rope_theta or base.rope_theta)
 
@@ -513,7 +513,6 @@ def describe_piece(run: Run, step: int, number: int) -> str:
 
 # ---- batches and evaluations ----------------------------------------------------------------------------------
 
-
 class Loader:
     """Micro-batches of a curriculum on the device. On CUDA a thread makes the next while the GPU works on this one; a
     CPU, which has no time to spare, makes it when it is wanted. It has no state that a checkpoint would need."""
@@ -590,7 +589,6 @@ def watch(run: Run) -> dict:
 
 # ---- setting up -----------------------------------------------------------------------------------------------
 
-
 def read_recipe(folder: Path, kind: type = Recipe) -> tuple[Recipe, dict[str, str]]:
     """The recipe of a run, and {source: sha256 of the tokens} that it trains on."""
     if not (folder / "recipe.json").exists():
@@ -618,8 +616,8 @@ def make_run(recipe: Recipe, folder: Path, world: World, machine: cost.Machine, 
     model = model.to(machine.device)
     optimizer = build_optimizer(model, recipe.learning_rate, recipe.weight_decay, (recipe.beta1, recipe.beta2),
                                 recipe.eps, recipe.optimizer, machine.dtype)
-    run = Run(recipe, folder, world, machine, tokenizer, model, optimizer, Guard(recipe.guard, machine.device),
-              steps, rate, parallel=model, **more)
+    guard = Guard(recipe.guard, machine.device, math.log(recipe.model.vocab_size))
+    run = Run(recipe, folder, world, machine, tokenizer, model, optimizer, guard, steps, rate, parallel=model, **more)
     if begun:
         state = load_checkpoint(begun, model, optimizer)
         if resume:
@@ -639,7 +637,8 @@ def connect(run: Run) -> Run:
     if run.world.leader:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "recipe.json", asdict(run.recipe) | {"sources": run.fingerprint})
-        run.tokenizer.save(run.folder)
+        if not (run.folder / "tokenizer.json").exists():  # a kill while it is written again would damage a run
+            run.tokenizer.save(run.folder)
         run.log = Log(run.folder, run.recipe, run.step)
     print(f"run       {run.folder}" + (f", resumed at step {run.step:,}" if run.step else "")
           + "; Ctrl-C stops, saves, and says how to resume\n", flush=True)
@@ -724,6 +723,9 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | 
         print(f"finished  all {run.steps:,} steps are done; a new run can begin with these weights: "
               f"python train.py --start {folder}")
     scores = train(run)
+    count, guessing = count_parameters(run.recipe.model), run.guard.guessing
+    if run.log and (verdict := judge_log(list(run.log.entries()), guessing, count["active"])):
+        print(f"verdict   {verdict}")
     if held := cost.peak_memory(run.machine.device):
         print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {run.memory / 2**20:,.0f}")
     if run.world.leader and draw_log(folder):
@@ -823,7 +825,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--check", action="store_true",
                         help="try data, disk, memory, every stage, a save and a load, and say when the run would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
-    parser.add_argument("--model", metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
+    parser.add_argument("--model", metavar="PRESET", choices=PRESETS, help="architecture: " + ", ".join(PRESETS))
     add_options(parser, Recipe, ModelConfig)
     args = parse_options(parser, argv)
     given, sizes = given_options(args, Recipe), given_options(args, ModelConfig)
@@ -841,8 +843,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
             raise UserError(f"{args.recipe} is not a recipe; to train on it write --data {args.recipe}")
         near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
         raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
-    if args.model and args.model not in PRESETS:
-        raise UserError(f"there is no model {args.model}; take one of {', '.join(PRESETS)}")
     if not args.recipe and "data" in given:
         args.name = args.name or Path(given["data"].split(",")[0]).name
     recipe = RECIPES[args.recipe or "laptop"]

@@ -264,7 +264,7 @@ def weights_of(config=TINY):
     ({"mlp_bias": True}, "mlp_bias = True"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
     ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}}, "mscale = 0"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method = gptq"),
-    ({"vocab_size": 2**31}, "more than its files hold|cannot be read"), ({"num_attention_heads": 10**9}, "1,000"),
+    ({"vocab_size": 2**31}, "more than its files hold|cannot be read|is not between"), ({"num_attention_heads": 10**9}, "1,000"),
     ({"num_hidden_layers": 10**9}, "1,000"), ({"hidden_size": "32"}, "cannot be read|hidden_size"),
     ({"rope_parameters": [1]}, "cannot be read"), ({"model_type": ["llama"]}, "cannot be read")])
 def test_what_is_not_supported_is_named(change, sentence, tmp_path):

@@ -2,11 +2,17 @@
 
 import argparse
 import inspect
+from dataclasses import fields
 
 import pytest
 import torch
 
-from model import GPT, KVCache, MoE, ModelConfig, PRESETS, alibi, apply_rope, count_parameters, cross_entropy, dense_document_attention, distance_bucket, document_attention, dual_chunk_attention, gated_delta_rule, rope_frequencies, z_loss
+import model as model_
+from model import (ACTIVATIONS, GPT, KVCache, MoE, ModelConfig, PRESETS, alibi, apply_rope, attention_extremes,
+                   count_parameters, cross_entropy, dense_attention, distance_bucket, distances, document_attention,
+                   document_positions, dual_chunk_attention, gated_delta_rule, rope_frequencies, visible_keys,
+                   watch_attention, z_loss)
+from conftest import call
 from tokenizer import UserError
 
 PUBLISHED = {"llama-2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400,
@@ -32,6 +38,7 @@ VARIANTS = {  # windows, chunks and trained contexts shorter than the sequences 
     "mla": PLAIN.change(**LATENT), "mla-queries": PLAIN.change(**LATENT, q_lora_rank=9),
     "learned": PLAIN.change(position="learned"), "relative": PLAIN.change(position="relative"),
     "alibi": PLAIN.change(position="alibi", layer_types="sliding,full", sliding_window=9),
+    "alibi-chunked": PLAIN.change(position="alibi", layer_types="chunked,full", attention_chunk_size=9),
     "llama3": PLAIN.change(position="llama3", rope_factor=8.0, original_max_position_embeddings=32),
     "yarn": PLAIN.change(position="yarn", rope_factor=4.0, original_max_position_embeddings=16),
     "dual-chunk": PLAIN.change(position="dual_chunk", original_max_position_embeddings=12),
@@ -107,6 +114,34 @@ def brute_force_attention(q, k, v, lengths, window=0, sink=None):
                 out.append(scores.softmax(0)[:i + 1 - first] @ v[first:i + 1, h // ratio])
         start += length
     return torch.stack(out).view_as(q)
+
+
+def dense_document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
+    """`document_attention` by its definition, where all documents stand in one row."""
+    visible = visible_keys(distances(max_length, max_length, q.device), document_positions(cu_seqlens, max_length)[None],
+                           window)
+    return dense_attention(q[None], k[None], v[None], visible, sink=sink)[0]
+
+
+def test_the_mask_by_brute_force():
+    lengths, window, chunk = [9, 1, 20], 6, 4
+    document = [(d, i) for d, length in enumerate(lengths) for i in range(length)]
+    positions = document_positions(lengths_to_cu(lengths, 6), 30)
+    assert positions.tolist() == [i for _, i in document]
+    for w, c in ((0, 0), (window, 0), (0, chunk), (1, 0)):
+        seen = visible_keys(distances(30, 30, "cpu"), positions[None], w, c)[0, 0]
+        for i, (d, at) in enumerate(document):
+            for j, (e, key) in enumerate(document):
+                inside = (not w or i - j < w) and (not c or at // c == key // c)
+                assert seen[i, j] == (d == e and j <= i and inside)
+
+
+def test_the_definition_with_a_sink_of_no_weight_is_the_fused_kernel():
+    q, k, v = torch.randn(2, 9, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 5)
+    visible = visible_keys(distances(9, 12, "cpu"), torch.arange(3, 12)[None], 6)
+    bias = torch.randn(4, 9, 12)
+    torch.testing.assert_close(dense_attention(q, k, v, visible, bias, torch.full((4,), -torch.inf)),
+                               dense_attention(q, k, v, visible, bias))
 
 
 @pytest.mark.parametrize("kernel", [document_attention, dense_document_attention])
@@ -221,9 +256,9 @@ def test_nope_layers_ignore_the_order_of_earlier_tokens():
 
 
 def test_alibi_by_hand():
-    i = torch.arange(3)[None]
-    assert torch.equal(alibi(8, i, i)[0, 0, 2], torch.tensor([-1.0, -0.5, 0.0]))  # head 1 of 8 loses 1/2 a token
-    assert alibi(8, i, i)[0, 7, 2, 0] == -2 / 256
+    bias = alibi(8, distances(3, 3, "cpu"))
+    assert torch.equal(bias[0, 2], torch.tensor([-1.0, -0.5, 0.0]))  # head 1 of 8 loses 1/2 a token
+    assert bias[7, 2, 0] == -2 / 256
 
 
 def test_relative_buckets_are_those_of_t5():
@@ -240,9 +275,8 @@ def test_dual_chunk_distances_by_hand():
     q = torch.tensor([1.0, 0.0]).expand(1, T, 1, 2)
     angles = (place % 6)[:, None, None] * frequency
     k = apply_rope(q, angles.cos(), angles.sin())
-    visible = (place[:, None] >= place)[None, None]
     v = torch.eye(T).view(1, T, 1, T)
-    p = dual_chunk_attention(q, k, v, place[None], place[None], visible, frequency, 8)[0, :, 0]  # [T, T] probabilities
+    p = dual_chunk_attention(q, k, v, place[None], frequency, 8)[0, :, 0]  # [T, T] probabilities
     for i in range(T):
         same = [i - j if j // 6 == i // 6 else min(6 + i % 6, 7) - j % 6 if j // 6 == i // 6 - 1 else 7 - j % 6
                 for j in range(i + 1)]
@@ -259,11 +293,9 @@ def test_dual_chunk_is_plain_rope_within_its_first_chunk():
     assert not torch.allclose(dual(tokens), plain(tokens), atol=1e-3)
 
 
-def delta_rule_token_by_token(q, k, v, decay, beta, documents, state):
+def delta_rule_token_by_token(q, k, v, decay, beta, state):
     out = []
     for t in range(q.shape[1]):
-        if t and documents[0, t] != documents[0, t - 1]:
-            state = torch.zeros_like(state)
         state = state * decay[:, t].exp()[..., None, None]
         error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * error)
@@ -277,12 +309,15 @@ def test_gated_delta_rule_equals_the_recurrence(lengths):
     q, k, v = torch.randn(B, T, H, 8), torch.nn.functional.normalize(torch.randn(B, T, H, 8), dim=-1), torch.randn(B, T, H, 5)
     decay, beta = -torch.rand(B, T, H), torch.rand(B, T, H)
     state = torch.randn(B, H, 8, 5)
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).expand(B, T)
-    out, last = gated_delta_rule(q, k, v, decay, beta, documents, state)
-    double = [x.double() for x in (q, k, v, decay, beta)]
-    expected, expected_last = delta_rule_token_by_token(*double, documents, state.double())
+    starts = torch.tensor([0, *lengths]).cumsum(0)[1:-1]
+    decay[:, starts] = -1e4  # all but the first document find an empty state
+    out, last = gated_delta_rule(q, k, v, decay, beta, state)
+    expected, expected_last = delta_rule_token_by_token(*(x.double() for x in (q, k, v, decay, beta, state)))
     torch.testing.assert_close(out, expected.float(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(last, expected_last.float(), atol=1e-5, rtol=1e-4)
+    if len(starts):  # exactly: what came before may be anything
+        first = int(starts[0])
+        assert torch.equal(gated_delta_rule(q, k, v, decay, beta, state * 7)[0][:, first:], out[:, first:])
 
 
 def moe_one_token_at_a_time(moe: MoE, x: torch.Tensor) -> torch.Tensor:
@@ -312,6 +347,36 @@ def test_moe_equals_one_token_at_a_time(width):
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     assert moe.routing[1].tolist()[2] == 0 and moe.routing[1].tolist()[5] == 18
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_in_mlps_and_experts(name):
+    act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu2": lambda x: x.clamp(min=0) ** 2}[name]
+    config, x = PLAIN.change(hidden_act=name), torch.randn(3, 48)
+    mlp = build(config).model.layers[0].mlp
+    torch.testing.assert_close(mlp(x), mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x)))
+    moe = build(config.change(num_experts=1, num_experts_per_tok=1)).model.layers[0].mlp  # one expert: an MLP
+    gate, up = (moe.experts.gate_up_proj[0] @ x.t()).chunk(2)
+    torch.testing.assert_close(moe(x[None])[0], (moe.experts.down_proj[0] @ (act(gate) * up)).t(), atol=1e-5, rtol=1e-4)
+
+
+def test_shared_experts_may_be_of_any_width():
+    sizes = [GPT(VARIANTS["moe"].change(n_shared_experts=n, shared_expert_intermediate_size=width))
+             .model.layers[0].mlp.shared_experts.gate_proj.weight.shape[0] for n, width in ((2, 0), (1, 17), (0, 5))]
+    assert sizes == [24, 17, 5]
+
+
+def test_expert_biases_equal_a_look_up():
+    model = build(VARIANTS["moe"].change(mlp_bias=True))
+    moe, x = model.model.layers[0].mlp, torch.randn(1, 9, 48)
+    weights, index, _, _ = moe.gate(x[0])
+    with torch.no_grad():
+        before = moe(x)
+        moe.experts.down_proj_bias += 1.5
+        moved = weights.sum(1, keepdim=True) * 1.5
+        torch.testing.assert_close(moe(x) - before, moved.expand(1, 9, 48), atol=1e-5, rtol=1e-4)
+        moe.experts.down_proj_bias[index[3, 0]] += 1.0
+        torch.testing.assert_close((moe(x) - before - moved)[0, 3], weights[3, 0].expand(48), atol=1e-5, rtol=1e-4)
 
 
 def test_routing_loss_by_hand_and_over_micro_batches():
@@ -387,30 +452,54 @@ def test_initialisation_is_normal_with_the_configured_deviation(given, deviation
             assert (parameter == 1).all(), name
 
 
-COMPILED = {"dense": (PLAIN, 1), "rnope": (ODD, 2), "sliding-sinks": (VARIANTS["sinks"], 2),
-            "moe": (PLAIN.change(num_experts=4, moe_intermediate_size=16), 1), "mla": (VARIANTS["mla"], 1),
-            "deltanet": (VARIANTS["deltanet"], 2)}
+COMPILED = {"dense": (PLAIN, 1), "rnope": (ODD, 2), "sliding-sinks": (VARIANTS["sinks"], 2), "chunked": (VARIANTS["llama-4"], 2),
+            "moe": (PLAIN.change(num_experts=4, moe_intermediate_size=16, mlp_bias=True), 1), "mla": (VARIANTS["mla"], 1),
+            "deltanet": (VARIANTS["deltanet"], 1)}  # kinds of layers with a graph; a linear layer has none
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_are_one_graph_for_every_document_layout(name):
+    """Whatever the documents and their number are; without gradients and with a cache blocks are not compiled at all."""
     import torch._dynamo as dynamo
     import torch._dynamo.testing
     dynamo.reset()
     config, kinds = COMPILED[name]
     model = GPT(config)
     model.compute_dtype = torch.bfloat16  # compiled grouped_mm knows no fp32
-    counter = dynamo.testing.CompileCounterWithBackend("aot_eager" if "linear" not in config.layer_types else "eager")
-    for layer in model.model.layers:
-        layer.compile(fullgraph=True, backend=counter)
+    counter = dynamo.testing.CompileCounterWithBackend("aot_eager")
+    model.compile_blocks(backend=counter)
     tokens = torch.randint(61, (2, 32))
-    for lengths in ([64], [20, 12, 5, 27], [1, 63], [9] * 7 + [1]):
-        cu = lengths_to_cu(lengths, 12)
+    with torch.no_grad():
+        for length in (5, 6, 7):
+            model(tokens[:, :length]), model(tokens[:, :length], cache=KVCache(9))
+    model(tokens[:, :3], cache=KVCache(9))
+    with watch_attention():
+        model(tokens)
+    assert counter.frame_count == 0
+    for lengths in ([64], [20, 12, 5, 27], [1, 63], [9] * 7 + [1], [4] * 16):
+        cu = lengths_to_cu(lengths, len(lengths) + 1)
         out = model(tokens, cu)
         torch.testing.assert_close(out, eager(model, tokens, cu), atol=2e-2, rtol=2e-2)
         (out.float().square().mean() + model.routing_loss()).backward()
-    assert counter.frame_count <= kinds  # one for each kind of layer
+    assert counter.frame_count == kinds  # one for each kind of layer
     assert not config.num_experts or model.balance_experts()
+    assert model.forget_compilation() and not model.forget_compilation()
+    model(tokens[:, :11]).sum().backward()
+    assert counter.frame_count == kinds
+
+
+@pytest.mark.parametrize("name", ["dense", "sliding-sinks"])
+def test_compiled_gradients_equal_eager_ones(name):
+    import torch._dynamo as dynamo
+    dynamo.reset()
+    model, tokens = build(COMPILED[name][0]), torch.randint(61, (2, 32))
+    model.compile_blocks(backend="aot_eager")
+    for lengths in ([20, 12, 32], [9, 9, 9, 5, 32]):
+        cu = lengths_to_cu(lengths, len(lengths) + 1)
+        found = torch.autograd.grad(model(tokens, cu).square().mean(), list(model.parameters()))
+        expected = torch.autograd.grad(eager(model, tokens, cu).square().mean(), list(model.parameters()))
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 def eager(model, tokens, cu):
@@ -418,21 +507,35 @@ def eager(model, tokens, cu):
         return model(tokens, cu)
 
 
-@pytest.mark.parametrize("wrong, word", [({"num_key_value_heads": 3}, "1, 2, 4"), ({"hidden_size": 130}, "heads"),
-                                         ({"head_dim": 7}, "even"), ({"num_attention_heads": 0}, "greater"),
-                                         ({"rope_theta": 0.0}, "greater"), ({"no_rope_layer_interval": -1}, "negative"),
-                                         ({"layer_types": "full,slide"}, "sliding"), ({"layer_types": "sliding"}, "sliding_window"),
-                                         ({"position": "rotary"}, "alibi"), ({"kv_lora_rank": 8}, "qk_nope_head_dim"),
-                                         ({"num_experts": 2, "num_experts_per_tok": 3}, "choose"),
-                                         ({"scoring_func": "tanh"}, "sigmoid"), ({"num_experts": 6, "n_group": 4}, "n_group")])
+@pytest.mark.parametrize("wrong, word", [
+    ({"num_key_value_heads": 3}, "1, 2, 4"), ({"hidden_size": 130}, "heads"), ({"head_dim": 7}, "pairs"),
+    ({"num_attention_heads": 0}, "between 1"), ({"rope_theta": 0.0}, "between 2"),
+    ({"no_rope_layer_interval": -1}, "between 0"), ({"layer_types": "full,slide"}, "sliding"),
+    ({"layer_types": "sliding"}, "sliding_window"), ({"layer_types": "chunked"}, "attention_chunk_size"),
+    ({"position": "rotary"}, "alibi"), ({"kv_lora_rank": 8}, "qk_nope_head_dim"),
+    ({"kv_lora_rank": 8, "qk_norm": True}, "without sinks"), ({"num_experts": 2, "num_experts_per_tok": 3}, "choose"),
+    ({"scoring_func": "tanh"}, "sigmoid"), ({"num_experts": 6, "n_group": 4}, "n_group"),
+    ({"hidden_act": "swish"}, "relu2"), ({"swiglu_limit": 7.0, "hidden_act": "gelu"}, "silu"),
+    ({"position": "dual_chunk", "attention_sinks": True}, "sinks"), ({"yarn_mscale_all_dim": 1.0}, "MLA"),
+    ({"vocab_size": 2**31}, "vocab_size"), ({"num_attention_heads": 2**31, "head_dim": 8}, "num_attention_heads"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"), ({"hidden_size": float("nan")}, "type"),
+    ({"rms_norm_eps": float("nan")}, "between"), ({"vocab_size": "61"}, "type"), ({"qk_norm": 1}, "type")])
 def test_impossible_configs_are_a_sentence(wrong, word):
     with pytest.raises(UserError, match=word):
         ModelConfig(**wrong)
 
 
+def test_every_field_is_an_option_whose_default_is_allowed():
+    for field in fields(ModelConfig):
+        assert field.metadata["help"] and (field.type in (bool, str) or field.metadata["high"] < 1e13), field.name
+
+
 def test_changed_width_changes_the_heads_unless_they_were_given():
     assert ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=512).head_dim == 128
     assert PRESETS["qwen3-0.6b"].change(hidden_size=512).head_dim == 128  # 16 heads of 128 on width 1024: its own
+    moe = ModelConfig(num_experts=8)
+    assert (moe.moe_intermediate_size, moe.change(intermediate_size=400).moe_intermediate_size) == (384, 200)
+    assert ModelConfig(num_experts=8, moe_intermediate_size=30).change(intermediate_size=400).moe_intermediate_size == 30
     with pytest.raises(UserError, match="divide"):
         ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=258)
 
@@ -471,3 +574,35 @@ def test_document_attention_on_cuda_equals_dense_mask(kv_heads, window, sinks):
     assert (out - expected).norm() < 1e-2 * expected.norm()
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
         assert (a - b).norm() < 1.5e-2 * b.norm()
+
+
+def test_attention_extremes_by_brute_force():
+    q, k = torch.randn(1, 24, 4, 8), torch.randn(1, 24, 2, 8)
+    positions, window = torch.cat((torch.arange(10), torch.arange(14)))[None], 6
+    scores, entropies = [], torch.zeros(4, 24)
+    for head in range(4):
+        for at in range(24):
+            begin = max(0 if at < 10 else 10, at - window + 1)
+            row = q[0, at, head] @ k[0, begin:at + 1, head // 2].T / 8 ** 0.5
+            scores.append(float(row.max()))
+            entropies[head, at] = torch.distributions.Categorical(logits=row).entropy()
+    mean = entropies.mean(1)
+    expected = torch.tensor([max(scores), mean.min(), mean.max()])
+    torch.testing.assert_close(attention_extremes(q, k, positions, window, 0), expected)
+
+
+@pytest.mark.parametrize("name", ["gqa-rnope", "llama-4", "mla", "relative"])
+def test_watching_attention_sees_every_softmax_layer(name):
+    model, tokens = build(VARIANTS[name]), torch.randint(61, (2, 32))
+    with watch_attention() as extremes:
+        model(tokens, lengths_to_cu([20, 12, 32], 8))
+    assert len(extremes) == 4 and all(0 <= low <= high < 3.5 for _, low, high in extremes)  # ln 32
+    model(tokens)
+    assert len(extremes) == 4
+
+
+def test_the_command_prints_every_preset_with_published_sizes():
+    done = call(model_.main)
+    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()[0] in PRESETS}
+    assert rows.keys() == PRESETS.keys() and "both embeddings" in done.stdout
+    assert rows["moonlight-16b-a3b"] == ["15,960,108,544", "15,289,019,904", "2,914,774,528", "2,243,685,888"]
