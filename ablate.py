@@ -1,32 +1,35 @@
 """Ablations: short trainings that answer one question before a long one is paid for.
 
-Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did: each changes one thing on a small budget, for
-what is not tested on your own baseline is a guess. Every command trains what `train.py` would train, with its flags.
+Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did: each changes one thing on a small budget,
+because what is not tested on your own baseline is a guess. Every command trains what `train.py` would train, in one
+process; `change`, `lr-range`, `spikes` and `fit` take its recipe and flags.
 
-    python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # one at a time, and the seeds' noise
+    python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # each alone, and the seeds' noise
     python ablate.py lr-range laptop                       # one short run whose rate grows until the loss diverges
-    python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at its newest checkpoint
     python ablate.py spikes laptop                         # what a stretch of broken data costs, and what a guard saves
     python ablate.py fit                                   # a ladder of sizes and its scaling law
+    python ablate.py branch runs/laptop --multiples 1,2,4  # the critical batch size at its newest checkpoint
+    python ablate.py noise runs/laptop                     # the gradient noise scale there, without training
 
-`branch` (Merrill et al. 2025): from one checkpoint, branches with k times the batch and sqrt(k) times the rate read the
-same text; the largest k whose loss stays within epsilon of all smaller ones is the critical multiple. The optimizer
-starts anew and the rate warms up again, as in the playbook. The critical batch grows during training: ask again later,
-of RUN/checkpoints/step-00001055 too.
+`branch` and `noise` also take one checkpoint, such as runs/laptop/checkpoints/step-00000859: the critical batch grows
+during training, so ask again later.
 """
 
 import argparse
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
 import sys
-import time
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -35,26 +38,24 @@ from tqdm import tqdm
 import cost
 import schedule
 import train
-from checkpoint import from_pretrained
-from model import PRESETS, count_parameters
-from schedule import LossLaw
-from tokenizer import Parser, UserError, run
+from checkpoint import Log, find_checkpoint, load_checkpoint, new_run_folder, newest_checkpoint, write_json
+from data import load_data
+from model import count_parameters
+from tokenizer import Parser, UserError, add_options, check_options, draw, given_options, option, parse_options
+from tokenizer import run as run_command
+
+NOWHERE = Path("runs/none")  # the folder of runs that write nothing
+progress = functools.partial(tqdm, leave=False, mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
 @contextlib.contextmanager
 def quietly():
-    """Without the plans and samples that training prints."""
+    """Hides the plans and samples that training prints. A signal that stopped a training stops what follows, too."""
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield
-
-
-@contextlib.contextmanager
-def stoppable():
-    """A training that a signal has stopped stops what comes after it, too."""
-    try:
-        yield
-    except train.Interrupted as stop:
-        raise KeyboardInterrupt from stop
+        try:
+            yield
+        except train.Interrupted as stop:
+            raise KeyboardInterrupt from stop
 
 
 def recipe_of(words: list[str]) -> train.Recipe:
@@ -62,31 +63,67 @@ def recipe_of(words: list[str]) -> train.Recipe:
     args, recipe = train.parse(words)
     for name in ("resume", "minutes", "check", "name"):
         if getattr(args, name):
-            raise UserError(f"--{name} is train.py's alone; leave it out here")
+            raise UserError(f"--{name} belongs to train.py alone; leave it out here")
     return recipe
 
 
+def settled(recipe: train.Recipe) -> train.Recipe:
+    """With device, dtype and compilation decided once, so that all trainings that are compared compute alike."""
+    return cost.settle(recipe, cost.choose_machine(recipe), 1, recipe.model.max_position_embeddings)
+
+
+def updates(run: train.Run, rates: Iterable[float], label: str) -> Iterator[float]:
+    """The loss of one update at each rate, from `run.step` on; nothing is logged or saved."""
+    for rate in progress(rates, desc=label):
+        train.enter_stage(run)
+        report = train.update(run, train.pretraining_losses(run, run.step), rate)
+        run.step += 1
+        yield report.read()["loss"]
+
+
+def held_out_scores(run: train.Run) -> dict[str, float]:
+    """Held-out bits per byte of each source, with the model as it is now."""
+    train.enter_stage(run)
+    return {s["val"].name: train.bits_per_byte(run, s["val"], run.recipe.eval_tokens) for s in run.sources}
+
+
 def mean_score(scores: dict[str, float]) -> float:
-    """The mean bits per byte of the sources but generated math, which is learned in a jump that no law describes."""
+    """The mean over sources; without generated math, which is learned in a jump that no law describes."""
     return float(np.mean([score for name, score in scores.items() if name != "math"] or list(scores.values())))
 
 
-def held_out_score(job: train.Pretraining) -> float:
-    """`mean_score` of a job's model as it is now."""
-    return mean_score({s["val"].name: train.bits_per_byte(job, s["val"], job.recipe.eval_tokens) for s in job.sources})
+def draw_lines(path: Path, lines: dict[str, tuple], **labels: str) -> None:
+    """Draws {label: (x, y, format)}, where matplotlib is installed."""
+    def paint(axes) -> None:
+        for label, (x, y, style) in lines.items():
+            axes.plot(x, y, style, label=label, lw=1)
+        axes.set(**labels)
+        axes.legend()
+
+    if draw(path, paint):
+        print(f"The picture is in {path}")
 
 
-# ---- one change at a time ----------------------------------------------------------------------------------------
+# ---- one change at a time -------------------------------------------------------------------------------------
 
-# Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a little wide.
+
+@dataclass
+class ChangeOptions:
+    words: list[str]  # recipe and flags of train.py
+    seeds: int = option(3, "trainings of each; a single one would not show the noise", 2)
+    out: str = option("runs/changes", "folder of the trainings, and of changes.png where matplotlib is installed")
+    tries: list[str] | None = None  # each "NAME=VALUE", or several that belong together: flags of train.py
+
+
+# Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
 def paired_difference(baseline: list[float], changed: list[float]) -> tuple[float, float]:
     """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval.
 
-    The same seed reads the same data in the same order and, where shapes agree, begins with the same weights: what luck gives
-    to both cancels, so that pairs tell smaller differences than two means do.
+    Runs of the same seed read the same data in the same order and, where shapes agree, begin with the same weights:
+    luck that both share cancels, so pairs show smaller differences than two means do.
     """
     differences = np.subtract(changed, baseline)
     n = len(differences)
@@ -94,418 +131,411 @@ def paired_difference(baseline: list[float], changed: list[float]) -> tuple[floa
 
 
 def verdict(difference: float, half_width: float) -> str:
-    """In words, of held-out bits per byte, of which fewer are better."""
+    """What a difference in held-out bits per byte (lower is better) says."""
     if difference == half_width == 0:
-        return "the very same losses"
+        return "exactly the same losses"
     if abs(difference) <= half_width:
-        return f"no difference seen; one under about {2 * half_width:.4f} may well not show"
+        return f"no difference seen; one under about {2 * half_width:.4f} may not show"
     return "better" if difference < 0 else "worse"
 
 
-def one_run(recipe: train.Recipe, folder: Path) -> dict:
-    """Trains a recipe, or goes on where that was stopped; what is compared, and where the log is."""
-    resume = any((folder / "checkpoints").glob("step-*"))
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
-    found = {"parameters": count_parameters(recipe.model)["total"], "run": folder.name}
-    with quietly(), stoppable():
-        try:
-            found["scores"] = train.train(recipe, folder, resume)
-        except train.Diverged as error:
-            found["diverged"] = str(error).split(",")[0]
-    shutil.rmtree(folder / "checkpoints")
-    speeds = [entry["tokens_per_second"] for entry in train.Log(folder).entries() if "tokens_per_second" in entry]
-    return found | {"tokens_per_second": float(np.median(speeds)) if speeds else math.nan}
+def changed_recipes(given: list[str], tries: list[str]) -> dict[str, train.Recipe]:
+    """The recipe of the given words as "baseline", and it with each of the tries."""
+    recipes = {"baseline": recipe_of(given)}
+    for words in tries:
+        if not (names := set(re.findall(r"([\w-]+)=\S+", words))) or len(words.split()) != words.count("="):
+            raise UserError(f"--try {words!r} is not NAME=VALUE of a flag of train.py, such as num_key_value_heads=2")
+        if fixed := {name.replace("-", "_") for name in names} & {"seed", "eval_tokens", "data"}:
+            raise UserError(f"--try {words} changes what is measured with; give --{fixed.pop()} to all, or compare "
+                            "data with `python train.py --anneal RUN --candidate SOURCE`")
+        recipes[words] = recipe_of([*given, *(f"--{word}" for word in words.split())])
+        if recipes[words] == recipes["baseline"]:
+            raise UserError(f"--try {words} changes nothing: the baseline has it already")
+    return {name: replace(recipe, eval_every=10**9) for name, recipe in recipes.items()}  # evaluated at the end
 
 
 def code_and_data(recipe: train.Recipe) -> list:
-    """What a training depends on besides its recipe and the machine, as hashes."""
-    tokenizer, sources = train.load_data(recipe, True)
-    code = [Path(module.__file__).read_bytes() for module in (train, train.data_, train.schedule_, sys.modules["model"])]
-    return [[hashlib.sha256(text).hexdigest() for text in code], tokenizer.hash,
-            [(split.name, split.sha256) for source in sources for split in source.values()]]
+    """Hashes of all that a training depends on besides its recipe."""
+    with quietly():
+        tokenizer, sources = load_data(recipe.data, recipe.model.vocab_size)
+    code = [hashlib.sha256(Path(__file__).with_name(f"{name}.py").read_bytes()).hexdigest()
+            for name in ("train", "data", "schedule", "model", "evals")]
+    return [code, tokenizer.hash, [(split.name, split.sha256) for source in sources for split in source.values()]]
 
 
 def fingerprint(recipe: train.Recipe, around: list) -> str:
     """Changes with whatever changes a training; `around`: from `code_and_data`."""
-    machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
-    start = (train.starting_point(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
-    content = [asdict(recipe), machine.device, str(machine.dtype), machine.compile, start, around]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    start = (find_checkpoint(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
+    return hashlib.sha256(json.dumps([asdict(recipe), start, around]).encode()).hexdigest()[:16]
 
 
-def changed_recipes(given: list[str], tries: list[str]) -> dict[str, train.Recipe]:
-    """The recipe that `given` names as "baseline", and it with each of `tries`."""
-    recipes = {"baseline": recipe_of(given)}
-    for words in tries:
-        if not all(re.fullmatch(r"\w+=\S+", word) for word in words.split()):
-            raise UserError(f"--try {words!r} is not NAME=VALUE of a flag of train.py, such as --try num_key_value_heads=2")
-        if fixed := {word.split("=")[0] for word in words.split()} & {"seed", "eval_tokens", "data"}:
-            raise UserError(f"--try {words} changes what is measured with; give --{fixed.pop()} to all, or compare data with "
-                            "`python train.py --anneal RUN --candidate SOURCE`")
-        recipes[words] = recipe_of([*given, *(f"--{word}" for word in words.split())])
-        if recipes[words] == recipes["baseline"]:
-            raise UserError(f"--try {words} changes nothing: the baseline has it already")
-    return {name: replace(recipe, eval_every=10**9) for name, recipe in recipes.items()}  # at the end only
-
-
-def change(given: list[str], tries: list[str], seeds: int, folder: Path) -> dict[str, tuple[float, float]]:
-    """Trains the recipe that `given` names, and it with each of `tries` ("NAME=VALUE", or several that belong together), with
-    `seeds` seeds; prints, draws and returns each change's (difference in held-out bits per byte, half width of its 95 %).
-
-    A finished training is a line of log.jsonl in `folder`: the same command goes on after an interruption, and one with
-    more changes or seeds trains only those.
-    """
-    recipes, log, started = changed_recipes(given, tries), train.Log(folder), time.time()
-    runs = {run["key"]: run for run in log.entries()}
+def train_arm(recipe: train.Recipe, folder: Path) -> dict:
+    """Trains a recipe, or resumes it where it was stopped; returns what is compared."""
+    resume = any((folder / "checkpoints").glob("step-*"))
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
     with quietly():
-        around = code_and_data(recipes["baseline"])
-        keys = {(seed, name): f"{fingerprint(recipe, around)}-{seed}"
-                for name, recipe in recipes.items() for seed in range(seeds)}
-    todo = sorted(pair for pair, key in keys.items() if key not in runs)  # a seed of all before the next
-    for i, (seed, name) in enumerate(todo):
-        left = f", about {tqdm.format_interval((time.time() - started) / i * (len(todo) - i))} left" if i else ""
-        print(f"training {i + 1} of {len(todo)}: {name}, seed {seed}{left}", flush=True)
-        recipe, key = replace(recipes[name], seed=recipes[name].seed + seed), keys[seed, name]
-        runs[key] = {"key": key, "change": name, "seed": recipe.seed} | one_run(recipe, folder / key)
-        log.append(json.dumps(runs[key]))
-    found = compare_runs({name: [runs[keys[seed, name]] for seed in range(seeds)] for name in recipes})
-    print(f"The trainings are in {folder}")
-    with contextlib.suppress(UserError):  # a picture only where matplotlib is
-        draw_changes(found, folder / "changes.png")
+        run = train.connect(train.set_up(recipe, folder, resume=resume))
+        try:
+            train.train(run)
+            found = {"scores": held_out_scores(run)}
+        except train.Diverged as error:
+            found = {"diverged": str(error).split(":")[0]}
+    shutil.rmtree(folder / "checkpoints")
+    speeds = [entry["tokens_per_second"] for entry in run.log.entries() if "loss" in entry]
+    return found | {"step": run.step, "parameters": count_parameters(run.recipe.model)["total"],
+                    "tokens_per_second": float(np.median(speeds or [0])), "seed": recipe.seed}
+
+
+def change(o: ChangeOptions) -> dict[str, tuple[float, float]]:
+    """One change at a time against a baseline: trains a recipe, and it with each --try alone, with every seed.
+
+    Prints, draws and returns each try's `paired_difference` in held-out bits per byte. A finished training is a line
+    of log.jsonl in the folder: the same command resumes after an interruption, and one with more tries or seeds trains
+    only those.
+    """
+    base, folder = settled(changed_recipes(o.words, o.tries)["baseline"]), Path(o.out)
+    decided = [f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile")]
+    recipes, around = changed_recipes([*o.words, *decided], o.tries), code_and_data(base)
+    arms = {(name, seed): replace(recipe, seed=recipe.seed + seed)
+            for seed in range(o.seeds) for name, recipe in recipes.items()}  # one seed of all before the next
+    keys = {arm: fingerprint(recipe, around) for arm, recipe in arms.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    log = Log(folder, resumed_at=10**18)  # drops a line that a kill tore
+    done = {entry["key"]: entry for entry in log.entries()}
+    todo = [arm for arm in arms if keys[arm] not in done]
+    for i, arm in enumerate(todo):
+        train.say(f"training {i + 1} of {len(todo)}: {arm[0]}, seed {arms[arm].seed}")
+        log.write(key=keys[arm], change=arm[0], **train_arm(arms[arm], folder / keys[arm]))
+    done = {entry["key"]: entry for entry in log.entries()}
+    found = compare_runs({name: [done[keys[name, seed]] for seed in range(o.seeds)] for name in recipes})
+
+    def paint(axes) -> None:
+        for i, (difference, half) in enumerate(found.values()):  # one that diverged leaves its line empty
+            color = {"better": "tab:green", "worse": "tab:red"}.get(verdict(difference, half), "gray")
+            axes.errorbar(difference, i, xerr=half, fmt="o", color=color, capsize=3)
+        axes.axvline(0, color="black", lw=0.8)
+        axes.set_yticks(range(len(found)), found)
+        axes.set(xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
+
+    drawn = draw(folder / "changes.png", paint, size=(8, 1 + 0.5 * len(found)))
+    print(f"The trainings are in {folder}" + ", with a picture in changes.png" * drawn)
     return found
 
 
 def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
-    """Prints a table of what `one_run` returned, by change and seed; returns the `paired_difference` of each change."""
-    losses = {name: [mean_score(run["scores"]) if "scores" in run else math.nan for run in done] for name, done in runs.items()}
-    baseline, found, wide = runs["baseline"], {}, max(map(len, runs))
-    if bad := [run for run in baseline if "diverged" in run]:
-        raise UserError(f"the baseline itself diverges (seed {bad[0]['seed']}, {bad[0]['diverged']}): lower its --learning_rate")
+    """Prints a table of what `train_arm` returned, by change and seed; returns the changes' `paired_difference`."""
+    losses = {name: [mean_score(run.get("scores", {"": math.nan})) for run in done] for name, done in runs.items()}
+    base, found, wide = runs["baseline"], {}, max(map(len, runs))
     print(f"\n{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
     for name, done in runs.items():
-        line = (f"{name:{wide}}{done[0]['parameters']:12,}{np.median([run['tokens_per_second'] for run in done]):10,.0f}"
-                f"{np.mean(losses[name]):15.4f}  ")
-        if name == "baseline":
-            print(f"{line}seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)")
-            continue
-        found[name] = paired_difference(losses["baseline"], losses[name])
-        if bad := [f"seed {run['seed']}, {run['diverged']}" for run in done if "diverged" in run]:
-            print(f"{line}diverged ({'; '.join(bad)})")
-        else:
-            print(f"{line}{found[name][0]:+.4f} ± {found[name][1]:.4f}  {verdict(*found[name])}")
-        if abs(ratio := done[0]["parameters"] / baseline[0]["parameters"] - 1) > 0.02:
-            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or widths with it)")
-    names = " and ".join(name for name in baseline[0]["scores"] if name != "math")
-    print(f"bits per byte: the mean over held-out {names}. ±: the 95 % interval over {len(baseline)} seeds; of 20 changes that "
-          "do nothing, about one looks better or worse.")
+        bad = "; ".join(f"seed {run['seed']}, {run['diverged']}" for run in done if "diverged" in run)
+        says = f"seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)"
+        if name != "baseline":
+            difference, half = found[name] = paired_difference(losses["baseline"], losses[name])
+            says = f"diverged ({bad})" if bad else f"{difference:+.4f} ± {half:.4f}  {verdict(difference, half)}"
+        elif bad:
+            raise UserError(f"the baseline itself diverges ({bad}): lower its --learning_rate")
+        speed, size = np.median([run["tokens_per_second"] for run in done]), done[0]["parameters"]
+        print(f"{name:{wide}}{size:12,}{speed:10,.0f}{np.mean(losses[name]):15.4f}  {says}")
+        if abs(ratio := size / base[0]["parameters"] - 1) > 0.02:
+            print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or width too)")
+    names = " and ".join(name for name in base[0]["scores"] if name != "math")
+    print(f"bits per byte: the mean over held-out {names} (lower is better). ±: the 95 % interval over "
+          f"{len(base)} seeds; "
+          "of 20 changes that do nothing, about one looks better or worse.")
     return found
-
-
-def draw_changes(found: dict[str, tuple[float, float]], path: Path) -> None:
-    pyplot = cost.pyplot_or_error()
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.5 * len(found)), layout="constrained")
-    colors = {"better": "tab:green", "worse": "tab:red"}
-    for i, (difference, half) in enumerate(found.values()):  # what diverged leaves its line empty
-        axes.errorbar(difference, i, xerr=half, fmt="o", color=colors.get(verdict(difference, half), "gray"), capsize=3)
-    axes.axvline(0, color="black", lw=0.8)
-    axes.set_yticks(range(len(found)), found)
-    axes.invert_yaxis()
-    axes.set(xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    print(f"They are drawn in {path}")
 
 
 # ---- the learning-rate range test -----------------------------------------------------------------------------
 
 
-def lr_range(recipe: train.Recipe, low: float, high: float, steps: int, picture: str) -> tuple[float, float]:
-    """Trains with rates that grow from low to high by equal factors until the loss is a third above its lowest; prints
-    and draws loss against rate. Returns what `schedule.suggest_rates` makes of them."""
-    pyplot = cost.pyplot_or_error(picture) if picture else None
+@dataclass
+class RangeOptions:
+    words: list[str]  # recipe and flags of train.py
+    low: float = option(1e-4, "first rate", 1e-12)
+    high: float = option(1.0, "last rate", 1e-12)
+    steps: int = option(200, "updates", 20)
+
+
+def lr_range(o: RangeOptions) -> tuple[float, float]:
+    """The learning-rate range test: the rate grows by equal factors until the loss is a third above its lowest.
+
+    Prints and draws loss against rate. Returns `schedule.suggest_rates`.
+    """
+    recipe = recipe_of(o.words)
+    if o.low >= o.high:
+        raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
     with quietly():
-        job = train.set_up(replace(recipe, tokens=steps * recipe.batch_tokens), train.World(), Path("runs/none"), False)
-    rates, losses = [], []
-    for step in tqdm(range(job.curriculum.steps), desc="rate grows", mininterval=0.5 if sys.stderr.isatty() else 10):
-        rate = schedule.range_test_rate(step, job.curriculum.steps, low, high)
-        loss = train.training_step(job, step, rate).read()["loss"]
-        if not math.isfinite(loss):  # beyond here is nothing
+        run = train.set_up(replace(recipe, tokens=o.steps * recipe.batch_tokens), NOWHERE)
+    rates, losses = [schedule.range_test_rate(step, run.steps, o.low, o.high) for step in range(run.steps)], []
+    for loss in updates(run, rates, "rate grows"):
+        if not math.isfinite(loss):
             break
-        rates.append(rate)
         losses.append(loss)
         smooth = schedule.smoothed(losses)
-        if step > 10 and smooth[-1] > min(smooth) * 4 / 3:
+        if len(losses) > 11 and smooth[-1] > min(smooth) * 4 / 3:
             break
     if len(losses) < 10:
-        raise UserError(f"the loss diverged after {len(losses)} steps; begin with a --low below {low:g}")
+        raise UserError(f"the loss diverged after {len(losses)} steps; begin with a --low below {o.low:g}")
+    rates = rates[:len(losses)]
     steepest, tenth = schedule.suggest_rates(rates, losses)
     peak = math.sqrt(steepest * tenth)
     print(f"{'rate':>10}{'loss':>10}")
     for i in range(0, len(rates), max(1, len(rates) // 20)):
         print(f"{rates[i]:10.2e}{smooth[i]:10.3f}")
-    print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the one "
-          f"and a tenth of the other, such as {peak:.1e}"
-          + ("; the loss was still falling: go on with a higher --high" if 10 * tenth > 0.99 * rates[-1] else ""))
-    if pyplot:
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        axes.plot(rates, losses, lw=0.5, color="lightgray")
-        axes.plot(rates, smooth, label="smoothed loss")
-        axes.axvline(peak, color="tab:green", label=f"peak to try {peak:.1e}")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss, nats a token", title="Learning-rate range test")
-        axes.legend()
-        figure.savefig(picture, dpi=120)
-        pyplot.close(figure)
-        print(f"The curve is in {picture}")
+    print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
+          f"first and a tenth of the second, such as {peak:.1e}"
+          + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
+    Path("runs").mkdir(exist_ok=True)
+    draw_lines(Path("runs/lr-range.png"), {"loss": (rates, losses, "y-"), "smoothed": (rates, smooth, "-"),
+               f"peak to try {peak:.1e}": ([peak] * 2, [min(losses), max(losses)], "g--")},
+               xscale="log", xlabel="learning rate", ylabel="loss, nats per token", title="Learning-rate range test")
     return steepest, tenth
-
-
-# ---- the branch method ----------------------------------------------------------------------------------------
-
-
-def branch(begin: Path, multiples: list[int], tokens: float, epsilon: float, batch_tokens: int = 0,
-           warmup_share: float = 0.2) -> dict[int, float]:
-    """Trains a branch for each k from a checkpoint, or the newest of a run; prints and returns their held-out losses in
-    bits per byte. `batch_tokens`: that of k = 1 (0: the run's); its rate is the run's peak, times sqrt of the batches'
-    ratio.
-
-    All branches read the same sequences: those that come next in the run, whose last stage goes on if need be.
-    """
-    alone = begin.parent.name == "checkpoints"  # RUN/checkpoints/step-00001055
-    recipe = train.read_recipe(begin.parent.parent if alone else begin)[0]
-    checkpoint, largest = train.starting_point(str(begin)), max(multiples)
-    step = json.loads((checkpoint / "manifest.json").read_text("utf-8"))["step"]
-    batch = batch_tokens or recipe.batch_tokens
-    rate = schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
-    if tokens < 4 * largest * batch:
-        raise UserError(f"--tokens {tokens:g} are fewer than 4 updates of {largest} x {batch:,}; give {4 * largest * batch}")
-    losses, weights, common = {}, from_pretrained(checkpoint).state_dict(), math.lcm(*multiples)
-    batches = int(tokens / batch) // common * common or int(tokens / batch)  # so that every k reads all of them
-    context, first = recipe.model.max_position_embeddings, round(step * recipe.batch_tokens / batch)
-    if batch % context:
-        raise UserError(f"--batch-tokens {batch} is not a number of sequences of {context}; take "
-                        f"{max(1, batch // context) * context}")
-    last = recipe.stages[-1]  # which goes on for as long as a branch
-    longer = replace(recipe, batch_tokens=batch, batch_doublings="", micro_batch=0, tokens=0,
-                     stages=(*recipe.stages[:-1], replace(last, tokens=last.tokens + tokens + batch)))
-    print(f"{'k':>4}{'batch':>12}{'rate':>10}{'updates':>9}{'held-out bits per byte':>24}")
-    for k in sorted(multiples):
-        with quietly():
-            job = train.set_up(longer, train.World(), Path("runs/none"), False)
-        job.model.load_state_dict(weights)
-        updates = batches // k
-        for update in tqdm(range(updates), desc=f"k = {k}", leave=False, mininterval=0.5 if sys.stderr.isatty() else 10):
-            share = schedule.warmup(update, round(warmup_share * updates))  # the same tokens whatever k
-            train.training_step(job, first + update * k, rate * math.sqrt(k) * share, steps=k)
-        losses[k] = held_out_score(job)
-        print(f"{k:4}{k * batch:12,}{rate * math.sqrt(k):10.2e}{updates:9,}{losses[k]:24.4f}", flush=True)
-    best = schedule.critical_multiple(losses, epsilon)
-    more = " or more: no branch lost more; add a larger one to --multiples" if best == largest else ""
-    print(f"critical batch size at step {step:,} of {begin}: {best * batch:,} tokens (k = {best}, epsilon "
-          f"{epsilon:g}){more}")
-    return losses
 
 
 # ---- what a loss spike costs ----------------------------------------------------------------------------------
 
 
-class Poisoned(train.Pretraining):
-    """Pretraining whose batches of the steps `poison` hold random tokens, as from a broken shard."""
+@dataclass
+class RecipeOptions:
+    words: list[str]  # recipe and flags of train.py
 
-    def __init__(self, poison: range, *parts):
-        super().__init__(*parts)
-        self.poison = poison
 
-    def load(self, piece, following) -> tuple[torch.Tensor, ...]:
-        tokens, targets, cu_seqlens = super().load(piece, following)
-        if piece[0] in self.poison:
+def poisoned(steps: range):
+    """`train.pretraining_losses` with random tokens in the batches of these steps, as from a broken shard."""
+    def losses_of(run: train.Run, step: int) -> list:
+        def load(piece, following) -> tuple[torch.Tensor, ...]:
+            tokens, _, cu_seqlens = run.loader.get(piece, following)
             generator = torch.Generator().manual_seed(sum(piece))
-            tokens, targets = torch.randint(self.model.config.vocab_size, (2, *tokens.shape), generator=generator).to(
-                tokens.device)
-        return tokens, targets, cu_seqlens
+            noise = torch.randint(run.model.config.vocab_size, (2, *tokens.shape), generator=generator)
+            return *noise.to(tokens.device), cu_seqlens
+
+        poison = replace(run, loader=SimpleNamespace(get=load)) if step in steps else run
+        return train.pretraining_losses(poison, step)
+
+    return losses_of
 
 
-def spikes(recipe: train.Recipe, begin: float = 0.8, share: float = 0.04) -> dict[str, float]:
-    """Trains on clean data; then twice from before `begin` (of the steps) on with `share` of the batches poisoned: nothing
-    done about it, and with `--guard rewind`. Prints and returns the mean held-out bits per byte of each."""
-    root = train.new_run_folder("spikes")
-    steps = round((recipe.tokens or sum(stage.tokens for stage in recipe.stages)) / recipe.batch_tokens)
-    poison, every = range(round(begin * steps), round((begin + share) * steps)), max(1, steps // 20)
-    recipe = replace(recipe, save_every=every, keep=20, eval_every=10**9)
-    scores = {}
-    for name, guard in (("clean", "warn"), ("poisoned", "warn"), ("rewind", "rewind")):
+def spikes(o: RecipeOptions) -> dict[str, float]:
+    """What poisoned batches cost: trains on clean data, then twice with 4 % of the batches poisoned at 80 % of the run.
+
+    The second does nothing about it, the third has `--guard rewind`; both begin at a checkpoint from before the poison.
+    Prints, draws and returns the mean held-out bits per byte of each.
+    """
+    root, lines, scores = new_run_folder("spikes"), {}, {}
+    with quietly():
+        run = train.set_up(recipe_of(o.words), NOWHERE)
+    steps, recipe = run.steps, run.recipe  # with device, dtype and compilation decided for all three
+    if steps < 200:
+        raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
+    poison = range(round(0.8 * steps), round(0.84 * steps))
+    recipe = replace(recipe, save_every=steps // 20, keep=20, eval_every=10**9)
+    for name, guard, bad in (("clean", "warn", range(0)), ("poisoned", "warn", poison), ("rewind", "rewind", poison)):
         folder = root / name
-        if name != "clean":  # the same until the poison
-            early = [path for path in sorted((root / "clean/checkpoints").glob("step-????????"))
-                     if int(path.name[5:]) < poison[0] - recipe.spike_margin]
-            if not early:
-                raise UserError(f"{steps} steps are too few for this; give --tokens of {200 * recipe.batch_tokens} or more")
-            shutil.copytree(early[-1], folder / "checkpoints" / early[-1].name)
-            for file in ("recipe.json", "tokenizer.json"):
-                shutil.copy(root / "clean" / file, folder)
-            recipe = replace(train.read_recipe(folder)[0], guard=guard)
-        with quietly(), stoppable():
-            scores[name] = mean_score(train.train(recipe, folder, name != "clean", kind=lambda *parts: Poisoned(
-                poison if name != "clean" else range(0), *parts)))
-        rewinds = [f"{e['step']} -> {e['to']}" for e in train.Log(folder).events if e["event"] == "rewind"]
-        print(f"{name:10} {scores[name]:.4f} bits per byte, {scores[name] / scores['clean'] - 1:+.1%}"
-              + (f"; poison in steps {poison[0] + 1} to {poison[-1] + 1}" if name != "clean" else "")
-              + (f"; went back {', '.join(rewinds)}" if rewinds else ""), flush=True)
-    with contextlib.suppress(UserError):  # a picture only where matplotlib is
-        pyplot = cost.pyplot_or_error()
-        figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-        for name in scores:
-            points = [(e["step"], e["loss"]) for e in train.Log(root / name).entries() if "loss" in e]
-            axes.plot(*zip(*points), lw=0.8, label=f"{name}: {scores[name]:.3f} bits per byte")
-        axes.axvspan(poison[0], poison[-1], color="mistyrose", zorder=0)
-        axes.set(xlabel="step", ylabel="loss, nats a token", title="A stretch of broken data")
-        axes.legend()
-        figure.savefig(root / "spikes.png", dpi=120)
-        pyplot.close(figure)
-    print(f"The runs are in {root}, and spikes.png where matplotlib is installed")
+        train.say(f"training  {name}" + f": random tokens in steps {poison[0] + 1} to {poison[-1] + 1}" * bool(bad))
+        if bad:
+            early = newest_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
+            shutil.copytree(root / "clean", folder, ignore=lambda _, names: [
+                file for file in names if file.startswith("step-") and file != early])
+        with quietly():
+            run = train.connect(train.set_up(replace(recipe, guard=guard), folder, resume=bool(bad)))
+            train.train(run, losses_of=poisoned(bad))
+            scores[name] = mean_score(held_out_scores(run))
+        points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if "loss" in entry]
+        lines[f"{name}: {scores[name]:.3f} bits per byte"] = (*zip(*points), "-")
+        rewinds = ", ".join(f"{e['step']} to {e['to']}" for e in run.log.events if e["event"] == "rewind")
+        train.say(f"{name:10}{scores[name]:.4f} bits per byte, {scores[name] / scores['clean'] - 1:+.1%}"
+                  + f"; went back from step {rewinds}" * bool(rewinds))
+    lowest = min(lines[next(iter(lines))][1])
+    draw_lines(root / "spikes.png", lines | {"poison": ((poison[0], poison[-1]), (lowest, lowest), "r-")},
+               xlabel="step", ylabel="loss, nats per token", title="A stretch of broken data")
+    print(f"The runs are in {root}")
     return scores
 
 
 # ---- a scaling law of your own --------------------------------------------------------------------------------
 
-# (width, share of the tokens); several lengths at two widths, so that the law sees tokens and parameters apart.
+# (width, share of the tokens): several lengths at two widths, so that the law can tell tokens from parameters.
 LADDER = [(32, 0.25), (64, 0.25), (32, 0.5), (64, 0.5), (32, 1), (48, 1), (64, 1), (96, 1), (128, 1)]
-PREDICTED = 192  # the width whose loss the law must foretell
+PREDICTED = 192  # the width whose loss the law must predict
 
 
-def rung(width: int, tokens: float, device: str, dtype: str) -> train.Recipe:
-    """The laptop recipe at another width and length."""
-    model = PRESETS["laptop"].change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
-                                     num_attention_heads=max(1, round(width / 64)),
-                                     initializer_range=0.05 * math.sqrt(128 / width))
-    recipe = train.RECIPES["laptop"]
-    return replace(recipe, model=model, tokens=tokens, device=device, dtype=dtype,
-                   warmup_steps=math.ceil(0.04 * tokens / recipe.batch_tokens))
+def rung(base: train.Recipe, width: int, tokens: float) -> train.Recipe:
+    """The recipe at another width and length."""
+    model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
+                              num_attention_heads=max(1, round(width / 64)),
+                              initializer_range=0.05 * math.sqrt(128 / width))
+    return replace(base, model=model, tokens=tokens, warmup_steps=math.ceil(0.04 * tokens / base.batch_tokens))
 
 
-def fit_ladder(tokens: float, device: str, dtype: str) -> tuple[float, float]:
-    """Trains LADDER on the embedded corpus, fits the law, foretells PREDICTED, trains it, and compares: numbers, law.json
-    and law.png in runs/ladder. Returns (predicted, measured)."""
-    rungs, points, started = [*LADDER, (PREDICTED, 1)], [], time.time()
-    flops = [cost.training_flops(count_parameters(rung(width, 1, device, dtype).model)["total"], tokens * share)
-             for width, share in rungs]
-    bar = tqdm(total=sum(flops), unit="FLOP", unit_scale=True, leave=False, mininterval=0.5 if sys.stderr.isatty() else 10)
+def fit_ladder(o: RecipeOptions) -> tuple[float, float]:
+    """A scaling law of your own: trains a ladder of widths and lengths, fits the law, and predicts a larger model.
 
-    def say(text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
-
-    for (width, share), work in zip(rungs, flops):
+    --tokens is the length of a full rung (400k without it). Trains the predicted model too, writes law.json and law.png
+    in runs/ladder, and returns (predicted, measured) held-out bits per byte.
+    """
+    base, points = settled(recipe_of(o.words)), []
+    tokens = base.tokens or 4e5
+    for width, share in [*LADDER, (PREDICTED, 1)]:
         with quietly():
-            job = train.set_up(rung(width, tokens * share, device, dtype), train.World(), Path("runs/none"), False)
-        size = float(count_parameters(job.recipe.model)["total"])
-        if width == PREDICTED:
+            run = train.set_up(rung(base, width, tokens * share), NOWHERE)
+        size = float(count_parameters(run.recipe.model)["total"])
+        if len(points) == len(LADDER):
             try:
                 law = schedule.fit_law(points, "this ladder")
             except ValueError as error:
                 raise UserError(f"{error}; give the ladder more --tokens") from None
             predicted = law.loss(size, tokens)
-            say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / D^{law.beta:.3f} bits a "
-                "byte")
-            say(f"predicted    {predicted:.4f} for width {PREDICTED}; training it to see")
-        for step in range(job.steps):
-            train.training_step(job, step, job.rate(step))
-            bar.update(work / job.steps)
-        points.append((size, tokens * share, held_out_score(job)))
-        say(f"width {width:4}{cost.say_number(size):>8} parameters{cost.say_number(tokens * share):>8} tokens  loss "
-            f"{points[-1][2]:.4f}  ({time.time() - started:.0f} s so far)")
-    bar.close()
-    *points, held_out = points
-    measured = held_out[2]
-    print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}")
-    folder = train.new_run_folder("ladder")
+            train.say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / "
+                      f"D^{law.beta:.3f} bits per byte\npredicted    {predicted:.4f} for width {width}")
+        list(updates(run, map(run.rate, range(run.steps)), f"width {width}"))
+        points.append((size, tokens * share, mean_score(held_out_scores(run))))
+        train.say(f"{len(points):3} of {len(LADDER) + 1}    width {width:4}{cost.say_number(size):>8} parameters"
+                  f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
+    sizes, lengths, losses = zip(*points)
+    measured, folder = losses[-1], new_run_folder("ladder")
+    print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}; see "
+          f"{folder}/law.json")
     folder.mkdir(parents=True)
-    runs = [dict(zip(("parameters", "tokens", "loss"), point)) for point in (*points, held_out)]
-    (folder / "law.json").write_text(json.dumps(
-        {"law": asdict(law), "runs": runs, "predicted": predicted, "measured": measured}, indent=1), "utf-8")
-    with contextlib.suppress(UserError):  # a picture only where matplotlib is
-        draw_law(law, points, held_out, folder / "law.png")
-    print(f"In {folder}: law.json, and law.png where matplotlib is installed; {time.time() - started:.0f} s in all")
+    runs = [dict(zip(("parameters", "tokens", "loss"), point)) for point in points]
+    write_json(folder / "law.json", {"law": asdict(law), "runs": runs, "predicted": predicted, "measured": measured})
+    at = np.geomspace(min(sizes) / 1.3, size * 1.3, 60)
+    lines = {f"law at {cost.say_number(d)} tokens": (at, [law.predict(n, d)["loss"] for n in at], "-")
+             for d in sorted(set(lengths))}
+    draw_lines(folder / "law.png", lines | {"fitted": (sizes[:-1], losses[:-1], "ko"),
+                                           "predicted": (size, measured, "r*")},
+               xscale="log", xlabel="parameters", ylabel="held-out bits per byte",
+               title="A scaling law on this machine")
     return predicted, measured
 
 
-def draw_law(law: LossLaw, points: list[tuple], held_out: tuple, path: Path) -> None:
-    pyplot = cost.pyplot_or_error()
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    sizes = np.geomspace(min(p[0] for p in points) / 1.3, held_out[0] * 1.3, 60)
-    for tokens in sorted({p[1] for p in points}):
-        curve = [law.E + law.A * n**-law.alpha + law.B * tokens**-law.beta for n in sizes]
-        line, = axes.plot(sizes, curve, label=f"law at {cost.say_number(tokens)} tokens")
-        measured = [(p[0], p[2]) for p in points if p[1] == tokens]
-        axes.plot(*zip(*measured), "o", color=line.get_color())
-    axes.plot(held_out[0], held_out[2], "r*", ms=12, label="held out of the fit")
-    axes.set(xscale="log", xlabel="parameters", ylabel="held-out bits per byte", title="A scaling law on this machine")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+# ---- the batch size at a checkpoint ---------------------------------------------------------------------------
+
+
+@dataclass
+class NoiseOptions:
+    run: str  # a run, or one checkpoint
+    tokens: float = option(2e5, "tokens to read, per branch", 1)
+
+
+@dataclass
+class BranchOptions(NoiseOptions):
+    multiples: str = option("1,2,4,8", "batches to try, in batches of the run; each divides the largest")
+    epsilon: float = option(0.01, "bits per byte that a larger batch may lose", 0)
+
+
+def at_checkpoint(path: str) -> train.Run:
+    """A run as it was at a checkpoint, or at the newest of a run folder; it writes nothing."""
+    checkpoint = find_checkpoint(path)
+    with quietly():
+        run = train.set_up(replace(train.read_recipe(checkpoint.parent.parent)[0], start=""), NOWHERE)
+    run.step = load_checkpoint(checkpoint, run.model, run.optimizer)["step"]
+    return run
+
+
+def branch(o: BranchOptions) -> dict[float, float]:
+    """The critical batch size at a checkpoint: branches with k times the batch and sqrt(k) times the rate.
+
+    Merrill et al. (2025): the largest k whose held-out bits per byte stay within epsilon of all smaller ones. All
+    branches read the same sequences: those that come next in the run, whose last stage continues if need be. The
+    optimizer starts anew and the rate warms up again over a fifth of the tokens, as in the playbook.
+    """
+    multiples = sorted({float(k) for k in re.findall(r"\d*\.?\d+", o.multiples)} - {0})
+    largest = multiples[-1] if multiples else 0
+    if len(multiples) <= o.multiples.count(",") or any(largest % k for k in multiples):
+        raise UserError(f"--multiples {o.multiples} is not a list of numbers that divide the largest, such as 1,2,4,8")
+    run = at_checkpoint(o.run)
+    recipe, curriculum, step, losses = run.recipe, run.curriculum, run.step, {}
+    weights, run = {name: w.cpu() for name, w in run.model.state_dict().items()}, None  # its memory is free again
+    number = curriculum.stage(step)
+    stage, batch = curriculum.stages[number], curriculum.batches[number]
+    if o.tokens < 4 * largest * batch:
+        raise UserError(f"--tokens {o.tokens:g} are fewer than 4 of the largest batches; give {4 * largest * batch:g}")
+    tokens = o.tokens // (largest * batch) * largest * batch  # every branch reads all of them
+    rate = stage.learning_rate or schedule.scale_rate(recipe.learning_rate, batch / recipe.batch_tokens)
+    read = [replace(part, tokens=(min(end, step) - begin) * size) for part, begin, end, size in
+            zip(curriculum.stages, [0, *curriculum.ends], curriculum.ends, curriculum.batches) if begin < step]
+    print(f"{'k':>4}{'batch':>12}{'rate':>10}{'updates':>9}{'held-out bits per byte':>24}")
+    for k in multiples:
+        size, count, peak = int(k * batch), round(tokens / batch / k), schedule.scale_rate(rate, k)
+        last = replace(stage, tokens=tokens, batch_tokens=size)
+        with quietly():
+            run = train.set_up(replace(recipe, stages=(*read, last), tokens=0, micro_batch=0), NOWHERE)
+        run.model.load_state_dict(weights)
+        run.step = run.steps - count
+        list(updates(run, [peak * schedule.warmup(i, round(count / 5)) for i in range(count)], f"k = {k:g}"))
+        losses[k] = mean_score(held_out_scores(run))
+        train.say(f"{k:4g}{size:12,}{peak:10.2e}{count:9,}{losses[k]:24.4f}")
+    best = schedule.critical_multiple(losses, o.epsilon)
+    print(f"critical batch size at step {step:,} of {o.run}: {best * batch:,.0f} tokens (k = {best:g}, epsilon "
+          f"{o.epsilon:g})" + " or more: no branch lost more; add a larger one to --multiples" * (best == largest))
+    return losses
+
+
+def noise(o: NoiseOptions) -> float:
+    """The gradient noise scale at a checkpoint, which stays as it is, in tokens; nan if noise hides the gradient.
+
+    McCandlish et al. (2018), from the squared norms of the gradients of single sequences and of all of them.
+    """
+    run, squares, scale = at_checkpoint(o.run), 0.0, math.nan
+    train.enter_stage(run)
+    number = run.curriculum.stage(run.step)
+    context, batch = run.curriculum.contexts[number], run.curriculum.batches[number]
+    run.rows = [1] * len(run.rows)  # a piece of a batch is a sequence
+    pieces = (piece for step in itertools.count(run.step) for piece in train.pretraining_losses(run, step))
+    count, weights = max(16, int(o.tokens / context)), list(run.model.parameters())
+    total = [torch.zeros_like(weight) for weight in weights]
+    print(f"{'sequences':>9}{'|G|^2':>12}{'tr(S)':>12}{'noise scale, tokens':>21}")
+    for n, piece in zip(progress(range(1, count + 1), desc="gradients"), pieces):
+        run.model.zero_grad()
+        (sum(piece()) * (batch // context)).backward()  # a batch's gradient is the mean of these
+        for mean, weight in zip(total, weights):
+            if weight.grad is not None:  # an expert may have had no token
+                squares += float(weight.grad.square().sum())
+                mean += weight.grad
+        if n == count or n >= 16 and n & (n - 1) == 0:  # several lines show whether it has settled
+            whole = sum(float(mean.square().sum()) for mean in total) / n**2
+            signal, variance = schedule.NoiseScale.split(squares / n, whole, 1, n)
+            scale = variance / signal * context if signal > 0 else math.nan
+            train.say(f"{n:9,}{signal:12.3g}{variance:12.3g}{scale:21,.0f}")
+    print("the noise hides the gradient; give more --tokens" if math.isnan(scale) else
+          f"gradient noise scale at step {run.step:,}: {scale:,.0f} tokens. A batch of this size needs twice the "
+          f"fewest possible steps and tokens;\nthis run's batch of {batch:,} needs {1 + scale / batch:.2f} times "
+          f"the fewest steps and {1 + batch / scale:.2f} times the fewest tokens (McCandlish et al. 2018).\nAdam often "
+          f"bears a larger batch: `python ablate.py branch {o.run}` measures it.")
+    return scale
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-
-def multiples(text: str) -> list[int]:
-    values = sorted({int(part) for part in text.split(",") if part.strip().isdecimal()} - {0})
-    if values[:1] != [1] or values[-1] > 2**20 or len(values) < text.count(",") + 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a list of whole numbers that begins with 1, such as 1,2,4,8")
-    return values
+COMMANDS = {"change": (change, ChangeOptions), "lr-range": (lr_range, RangeOptions), "spikes": (spikes, RecipeOptions),
+            "fit": (fit_ladder, RecipeOptions), "branch": (branch, BranchOptions), "noise": (noise, NoiseOptions)}
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="change | lr-range | branch | spikes | fit")
-    p = commands.add_parser("change", help="one change at a time against a baseline; takes train.py's recipe and flags too")
-    p.add_argument("--try", dest="tries", action="append", required=True, metavar="NAME=VALUE",
-                   help="a flag of train.py; several that belong together in quotes; again for each change")
-    p.add_argument("--seeds", type=cost.positive_integer, default=3, help="trainings of each (default: 3)")
-    p.add_argument("--out", type=Path, default=Path("runs/changes"), help="of the trainings and changes.png (runs/changes)")
-    p = commands.add_parser("lr-range", help="loss against a rate that grows; takes train.py's recipe and flags too")
-    p.add_argument("--low", type=cost.positive, default=1e-4, help="first rate (default: 1e-4)")
-    p.add_argument("--high", type=cost.positive, default=1.0, help="last rate (default: 1)")
-    p.add_argument("--steps", type=cost.positive_integer, default=200)
-    p.add_argument("--picture", default="", metavar="FILE", help="draw the curve into this file")
-    p = commands.add_parser("branch", help="the critical batch size at a checkpoint")
-    p.add_argument("run", type=Path, metavar="RUN", help="a run, or one checkpoint: RUN/checkpoints/step-00001055")
-    p.add_argument("--multiples", type=multiples, default=[1, 2, 4, 8], help="batches to try, in batches of the run")
-    p.add_argument("--tokens", type=cost.positive, default=2e5, help="that each branch reads")
-    p.add_argument("--batch-tokens", type=cost.positive_integer, default=0, help="of k = 1 (default: the run's)")
-    p.add_argument("--epsilon", type=cost.positive, default=0.01, help="bits per byte that a larger batch may lose")
-    commands.add_parser("spikes", help="poisons batches of a run, with and without a guard; takes train.py's flags")
-    p = commands.add_parser("fit", help="train a ladder of sizes, fit the loss law, predict the largest")
-    p.add_argument("--tokens", type=cost.positive, default=4e5, help="of every full rung of the ladder")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "mps", "cpu"))
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    args, rest = parser.parse_known_args()
     if "RANK" in os.environ:
         raise UserError("ablate.py trains in one process; start it with python, not torchrun")
-    if args.command == "change":
-        if args.seeds < 2:
-            raise UserError("one seed tells nothing of the noise; give --seeds 2 or more")
-        change(rest, args.tries, args.seeds, args.out)
-        return
-    if args.command == "fit":
-        if not 1e5 <= args.tokens <= 1e10:
-            raise UserError(f"--tokens {args.tokens:g} is not between 1e5, below which nothing is learned, and 1e10")
-        fit_ladder(args.tokens, args.device, args.dtype)
-        return
-    if args.command == "spikes":
-        spikes(recipe_of(rest))
-        return
-    if args.command == "branch":
-        if rest:
-            raise UserError(f"there is no flag {rest[0]}; see `python ablate.py branch --help`")
-        branch(args.run, args.multiples, args.tokens, args.epsilon, args.batch_tokens)
-        return
-    if args.steps < 20:
-        raise UserError(f"--steps {args.steps} are too few to see where the loss falls; give at least 20")
-    if args.low >= args.high:
-        raise UserError(f"--low {args.low:g} is not below --high {args.high:g}; give a range such as --low 1e-4 --high 1")
-    lr_range(recipe_of(rest), args.low, args.high, args.steps, args.picture)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (work, kind) in COMMANDS.items():
+        p = commands.add_parser(name, description=work.__doc__, help=work.__doc__.split(":")[0])
+        add_options(p, kind)
+        if issubclass(kind, NoiseOptions):
+            p.add_argument("run", metavar="RUN", help="a run, or one checkpoint: RUN/checkpoints/step-00000859")
+    commands.choices["change"].add_argument("--try", dest="tries", action="append", required=True, metavar="NAME=VALUE",
+        help="a flag of train.py; several that belong together in quotes; again for each change")
+    args, subject = parser.parse_known_args()  # what is left is for train.py
+    work, kind = COMMANDS[args.command]
+    if issubclass(kind, NoiseOptions):
+        args = parse_options(parser, sys.argv[1:])
+        subject = args.run
+    options = kind(subject, **given_options(args, kind))
+    if kind is ChangeOptions:
+        options.tries = args.tries
+    check_options(options)
+    work(options)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -23,12 +23,9 @@ language reference (prose), the standard library's modules (code), and generated
 
 import argparse
 import bisect
-import bz2
 import codecs
 import contextlib
-import functools
 import glob
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -36,7 +33,6 @@ import inspect
 import io
 import itertools
 import json
-import lzma
 import math
 import os
 import random
@@ -58,17 +54,22 @@ from tqdm import tqdm
 from tokenizer import Parser, Tokenizer, UserError, draw, number, option, reading, run, train_bpe, utf8
 
 FORMAT = 3  # of the token files
+AGAIN = "prepare its text again with `python data.py prepare`"
 HELD_OUT = 0.03  # share of the documents that is kept for validation
 LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents, after a blank line if there is one
 LONGEST_VALUE = 16 << 20  # bytes of a line or a value; a longer document is more likely a mistake than a text
-SHARD_TOKENS = 2**24  # a shard ends with the job that reaches this many tokens: bounded files, bounded memory
+SHARD_TOKENS = 2**24  # a shard, what is shuffled and written at once, ends with the job that reaches this many tokens
 JOB_BYTES = 2**20  # text that one thread encodes at a time
-SMALL = 2**16  # sequences of a source whose order is kept in memory, at most 512 KB per epoch
 
 
 # ---- text sources ---------------------------------------------------------------------------------------------
-# A reader yields (text, held, offset) for each document of one file. held: a number in [0, 1), uniform over documents,
-# below HELD_OUT for validation; None: the hash of the text. offset: how much to skip to resume behind the document.
+# A reader yields (text, held, offset) for each document of a file. held: a number in [0, 1), uniform over documents,
+# below HELD_OUT for validation; None: the hash of the text. offset: what to skip to resume behind the document.
+
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "backports.zstd"}  # suffix -> module
+TEXT = {"keep_default_na": False}  # "NA" and "null" in a table are text
+ROWS = {".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".json": ("json", {}), ".csv": ("csv", TEXT),
+        ".tsv": ("csv", TEXT | {"sep": "\t"})}  # suffix -> builder in `datasets` and its options
 
 
 def uniform(key: str) -> float:
@@ -84,52 +85,43 @@ def needs(package: str, what: str | Path):
         raise UserError(f"{what} needs a package that is missing: pip install {package}") from None
 
 
-def open_zst(file: str | Path, mode: str) -> io.BufferedReader:
-    unpacker = needs("zstandard", file).ZstdDecompressor(max_window_size=2**31)
-    return io.BufferedReader(unpacker.stream_reader(open(file, mode), read_across_frames=True))
-
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zst}
-ROWS = {".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".array": ("json", {}),  # suffix -> reader in `datasets`
-        ".csv": ("csv", {"keep_default_na": False}), ".tsv": ("csv", {"keep_default_na": False, "sep": "\t"})}
-
-
 @contextlib.contextmanager
 def decoding(path: str | Path) -> Iterator[None]:
-    """`reading` that names the encoding of text that is not UTF-8."""
+    """`reading`, with a hint for text that is not UTF-8."""
     with reading(path):
         try:
             yield
         except UnicodeDecodeError as error:
-            utf16 = error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-            raise UserError(f"{path} is {'UTF-16, ' if utf16 else ''}not UTF-8 text: convert it, for example with `iconv -f "
-                            f"{'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8`, or leave it out") from None
+            name = "UTF-16" if error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "WINDOWS-1252"
+            raise UserError(f"{path} is not UTF-8 text, but perhaps {name}: convert it with `iconv -f {name} -t UTF-8` "
+                            "or leave it out") from None
 
 
 @contextlib.contextmanager
 def opened(file: str | Path) -> Iterator[io.BufferedIOBase]:
     """The bytes of a file, unpacked if it is .gz, .bz2, .xz or .zst. Whatever goes wrong meanwhile is a UserError."""
-    with decoding(file), OPENERS.get(Path(file).suffix.lower(), open)(file, "rb") as stream:
+    module = needs(PACKED.get(Path(file).suffix.lower(), "builtins"), file)
+    with decoding(file), module.open(file, "rb") as stream:
         yield stream
 
 
-def blocks(file: Path) -> Iterator[str]:
+def text_blocks(file: Path) -> Iterator[str]:
     """A UTF-8 text file, LONGEST_PIECE characters at a time."""
     with opened(file) as stream:
         text = io.TextIOWrapper(stream, "utf-8-sig")
         while block := text.read(LONGEST_PIECE):
             if "\0" in block:
-                raise UserError(f"{file} is binary or UTF-16, not UTF-8 text: convert it, for example with `iconv -f UTF-16LE "
-                                "-t UTF-8`, or leave it out")
+                raise UserError(f"{file} is not UTF-8 text, but binary or UTF-16: leave it out, or convert it with "
+                                "`iconv -f UTF-16LE -t UTF-8`")
             yield block
 
 
 def read_plain(file: Path, held: float, skip: int) -> Iterator[tuple[str, float | None, int]]:
-    """A text file in documents of at most LONGEST_PIECE characters. `held` counts for a file that is not cut; of a longer
-    one the last 3 % are held out, so that the two sides touch at one seam only."""
-    size = sum(map(len, blocks(file)))
+    """A text file in documents of at most LONGEST_PIECE characters. `held` counts for a file that is not cut. The last
+    3 % of a longer one are held out, so that the two sides touch at one seam only."""
+    size = sum(map(len, text_blocks(file)))
     seam, at, rest, count = size - int(HELD_OUT * size), 0, "", 0
-    for block in itertools.chain(blocks(file), [""]):
+    for block in itertools.chain(text_blocks(file), [""]):
         rest += block
         while len(rest) >= LONGEST_PIECE or rest and not block:
             end, line = min(len(rest), LONGEST_PIECE), rest.rfind("\n", 0, max(0, seam - at)) + 1
@@ -145,22 +137,20 @@ def read_plain(file: Path, held: float, skip: int) -> Iterator[tuple[str, float 
 
 def read_lines(file: Path, text_key: str, skip: int, strict: bool, leave_out: Callable) -> Iterator[
         tuple[str, float | None, int]]:
-    """One document per line of JSON. A line without text is an error, unless not `strict` and a line before had some."""
+    """One document per line of JSON. A line without text is an error, or if not `strict` and a line before had some, is
+    left out."""
     found = skip > 0
     with opened(file) as stream:
-        for count in itertools.count(1):
-            line = rest = stream.readline(LONGEST_VALUE)
+        for count, line in enumerate(iter(lambda: stream.readline(LONGEST_VALUE), b""), 1):
+            where, rest = f"{file} line {count}", line
             while len(rest) == LONGEST_VALUE:  # read to the end of the line without keeping it
                 rest = stream.readline(LONGEST_VALUE)
-            if not line:
-                return
-            where = f"{file} line {count}"
             if count <= skip or not line.strip():
                 continue
-            if len(line) == LONGEST_VALUE:
-                leave_out("documents over 16 MB", f"{where} is longer than 16 MB")
-                continue
             try:
+                if len(line) == LONGEST_VALUE:
+                    leave_out("documents over 16 MB", f"{where} is longer than 16 MB")
+                    continue
                 with decoding(where):
                     text = text_of(json.loads(line), text_key, where)
             except UserError as error:
@@ -204,13 +194,12 @@ class Document(NamedTuple):
 
 
 class Source:
-    """The documents of a path: text, source code, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow (text and JSON
-    lines also as .gz, .bz2, .xz, .zst), a folder of those, or hf:DATASET[:CONFIG[:SPLIT]]. A stream in a fixed order, from
-    any position.
+    """The documents of a path: text, source code, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow (also as .gz,
+    .bz2, .xz, .zst), a folder of those, or hf:DATASET[:CONFIG[:SPLIT]]. A stream in a fixed order, from any position.
 
     This is the one place that decides what is held out: documents of data sets by the hash of their text, text files by
-    the hash of their name, long text files at a seam (read_plain). A file that is named must be readable; in a folder an
-    unreadable one is left out, said on stderr and counted. Any failure on the way to the Hub is an error.
+    the hash of their name, long text files at a seam (read_plain). A file that is named must be readable; in a folder
+    an unreadable one is left out, said on stderr and counted. Any failure on the way to the Hub is an error.
     """
 
     def __init__(self, where: str | Path, text_key: str = "text", revision: str | None = None):
@@ -220,70 +209,66 @@ class Source:
         if self.hub:
             self.find_shards()
         elif self.folder:
-            self.files = files_below(path)
+            self.files = {file.relative_to(path).as_posix(): file for file in files_below(path, set())}
         else:
             self.files = {path.name: path} if path.exists() else {}
         if not self.files:
-            raise UserError(f"there is nothing to read at {where}: give a text file, .jsonl, .parquet, .csv or a folder of "
-                            "those")
+            raise UserError(f"there is nothing to read at {where}: give a text file, .jsonl, .parquet or a folder")
 
     def find_shards(self) -> None:
         """Opens a data set, on the Hub at one revision, so that a resumed preparation reads what it began with."""
         name, config, split = (self.where[3:].split(":") + ["", ""])[:3]
-        with reading_hub(self.where):
+        label = f"{self.where} (check its name, DATASET:CONFIG:SPLIT, and the network)"
+        with decoding(label):
             datasets = needs("datasets", self.where)
             if not self.revision and not Path(name).exists():
-                self.revision = importlib.import_module("huggingface_hub").HfApi().dataset_info(name).sha
+                self.revision = needs("huggingface_hub", self.where).HfApi().dataset_info(name).sha
             self.rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
                                               revision=self.revision)
-            if self.text_key in (self.rows.column_names or ()):
-                self.rows = self.rows.select_columns(self.text_key)
-            self.files = {str(i): i for i in range(self.rows.num_shards)}
+            self.files = {str(i): label for i in range(self.rows.num_shards)}
 
     def open(self, name: str, offset: int | dict) -> Iterator[tuple[str, float | None, int | dict]]:
         """The documents of one file, or of one shard on the Hub, from an offset on."""
-        file, rest = self.files[name], (self.text_key, offset)
-        if self.hub:
-            with reading_hub(self.where):
-                shard = self.rows.shard(self.rows.num_shards, file)
-                yield from read_rows(shard, *rest, self.where, self.leave_out)
-            return
-        kind = next((suffix for suffix in map(str.lower, reversed(file.suffixes)) if suffix not in OPENERS), "")
-        if kind == ".json":
-            with opened(file) as stream:
-                array = stream.read(4096).lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"[")
-            kind = ".array" if array else ".jsonl"
-        if kind in ROWS:
-            datasets, (builder, options) = needs("datasets", file), ROWS[kind]
+        file, kind = self.files[name], ""
+        if not self.hub:
+            kind = next((suffix for suffix in map(str.lower, reversed(file.suffixes)) if suffix not in PACKED), "")
+        if self.hub or kind in ROWS:
             with decoding(file):
-                rows = datasets.load_dataset(builder, data_files={"train": glob.escape(str(file.absolute()))}, split="train",
-                                             streaming=True, **options)
-                yield from read_rows(rows, *rest, str(file), self.leave_out)
+                if self.hub:
+                    rows = self.rows.shard(self.rows.num_shards, int(name))
+                else:
+                    builder, options = ROWS[kind]
+                    rows = needs("datasets", file).load_dataset(
+                        builder, data_files={"train": glob.escape(str(file.absolute()))}, split="train", streaming=True,
+                        **options)
+                yield from read_rows(rows, self.text_key, offset, str(file), self.leave_out)
         elif kind in (".jsonl", ".ndjson"):
-            yield from read_lines(file, *rest, not self.folder, self.leave_out)
+            yield from read_lines(file, self.text_key, offset, not self.folder, self.leave_out)
         else:
             yield from read_plain(file, uniform(name), offset)
 
-    def read(self, position: tuple[str, int | dict] | None = None, only: str = "") -> Iterator[Document]:
-        """All documents, or those behind `position`, or those of one file."""
-        names = [only] if only else list(self.files)
+    def read_file(self, name: str, offset: int | dict = 0) -> Iterator[Document]:
+        try:
+            for text, held, offset in self.open(name, offset):
+                yield Document(text, uniform(text) if held is None else held, (name, offset))
+        except UserError as error:
+            if not self.folder:
+                raise
+            self.leave_out("unreadable files", str(error))
+
+    def read(self, position: tuple[str, int | dict] | None = None) -> Iterator[Document]:
+        """All documents, or those behind `position`."""
+        names = list(self.files)
         start, offset = position or (names[0], 0)
         if start not in names:
             raise UserError(f"{self.where} no longer holds {start}, which was being read; put it back, or remove the "
                             "unfinished preparation")
-        for name in names[names.index(start):]:
-            try:
-                with closing(self.open(name, offset)) as documents:
-                    for text, held, offset in documents:
-                        yield Document(text, uniform(text) if held is None else held, (name, offset))
-            except UserError as error:
-                if not self.folder:
-                    raise
-                self.leave_out("unreadable files", str(error))
-            offset = 0
+        yield from self.read_file(start, offset)
+        for name in names[names.index(start) + 1:]:
+            yield from self.read_file(name)
 
     def leave_out(self, reason: str, what: str) -> None:
-        """Counts what is left out and prints the first three per reason: a folder of pictures must not fill the screen."""
+        """Counts what is left out. Prints the first three per reason: a folder of pictures must not fill the screen."""
         self.dropped[reason] += 1
         said = self.said.setdefault(reason, [])
         if what not in said and len(said) < 3:
@@ -297,34 +282,22 @@ class Source:
         sizes = [1 if self.hub else self.files[name].stat().st_size for name in names]
         for name, size in zip(names, sizes):
             left = max_bytes * size / max(1, sum(sizes))
-            with closing(self.read(only=name)) as documents:
+            with closing(self.read_file(name)) as documents:
                 for text in (document.text for document in documents if document.held >= held_out):
                     yield text[:int(left) + 1]
                     if (left := left - len(utf8(text))) <= 0:
                         break
 
 
-@contextlib.contextmanager
-def reading_hub(where: str) -> Iterator[None]:
-    """`reading` for a data set: what goes wrong in `datasets` or between here and the Hub."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{where} cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:400]}): check the "
-                        "name, hf:DATASET:CONFIG:SPLIT if there are several, and the network, and run the command again"
-                        ) from None
-
-
-def files_below(folder: Path) -> dict[str, Path]:
-    """{path inside the folder: file}, hidden ones left out. A folder that several links lead to is read once."""
-    found, seen = [], {os.path.realpath(folder)}
-    for root, folders, names in os.walk(folder, followlinks=True):
-        found += [Path(root, name) for name in names if name[0] != "."]
-        folders[:] = [name for name in sorted(folders) if name[0] != "." and name != "__pycache__"
-                      and (real := os.path.realpath(Path(root, name))) not in seen and not seen.add(real)]
-    return {file.relative_to(folder).as_posix(): file for file in sorted(found) if file.is_file()}
+def files_below(folder: Path, seen: set[str]) -> Iterator[Path]:
+    """The files of a folder in a fixed order, without hidden ones. A folder that several links lead to is read once."""
+    if (real := os.path.realpath(folder)) not in seen and not seen.add(real):
+        for path in sorted(folder.iterdir()):
+            if path.name[0] != "." and path.name != "__pycache__":
+                if path.is_dir():
+                    yield from files_below(path, seen)
+                elif path.is_file():
+                    yield path
 
 
 # ---- the embedded corpus --------------------------------------------------------------------------------------
@@ -391,8 +364,8 @@ def multiplied(a: int, b: int) -> str:
 
 
 def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Arithmetic with worked steps, which come before the result because a model writes from left to right. The key is the
-    problem without its story, so the same numbers are never both trained on and held out."""
+    """Arithmetic with worked steps, which come before the result because a model writes from left to right. The key is
+    the problem without its story, so the same numbers are never both trained on and held out."""
     rng = random.Random(seed)
     signs = {"sum": "+", "difference": "-", "product": "*", "comparison": "?", "got": "+", "left": "-"}
     for _ in range(problems):
@@ -410,7 +383,8 @@ def generated_math(problems: int = 40_000, seed: int = 0) -> Iterator[tuple[str,
                     f"{who} has {a} + {b} {what}. {added(a, b)}"),
             "left": (f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
                      f"{who} has {high} - {low} {what}. {subtracted(high, low)}")}[kind]
-        yield f"{x}*{y}" if kind == "product" else f"{low}{signs[kind]}{high}", f"Question: {question}\nAnswer: {answer}\n"
+        key = f"{x}*{y}" if kind == "product" else f"{low}{signs[kind]}{high}"
+        yield key, f"Question: {question}\nAnswer: {answer}\n"
 
 
 EMBEDDED = {"prose": embedded_prose, "code": embedded_code, "math": generated_math}
@@ -440,7 +414,7 @@ def draw_notes(rng: random.Random, count: int, held_out: bool) -> list[tuple[str
 
 
 def note(key: str, value: str) -> str:
-    """The value follows its key at once: a small model learns to look that up (an induction head) in 150 steps, but does not
+    """The value follows its key at once: a small model learns to look that up (an induction head) in 150 steps, but not
     in 400 steps with a word between them."""
     return f"Note: {key} {value}.\n"
 
@@ -451,8 +425,8 @@ def note_question(key: str) -> str:
 
 
 def generated_recall(size: int, documents: int, seed: int = 0) -> Iterator[tuple[str, str]]:
-    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between their lines, then a question for each.
-    The text around held-out notes is held out as well."""
+    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between their lines, then a question for
+    each. The text around held-out notes is held out as well."""
     rng = random.Random(seed)
     texts: dict[bool, list[str]] = {False: [], True: []}
     for key, text in embedded_prose():
@@ -475,17 +449,17 @@ def passage(rng: random.Random, texts: list[str], pairs: list[tuple[str, str]], 
     return "".join(lines)
 
 
-class Listed:
-    """(key, text) pairs in memory, with the interface of Source. The key decides what is held out."""
+class Listed(Source):
+    """(key, text) pairs in memory. The key decides what is held out."""
 
     def __init__(self, documents: Iterable[tuple[str, str]]):
-        self.documents, self.where, self.revision, self.dropped = list(documents), "memory", None, Counter()
-        self.text_key = len(self.documents)  # tells two lists apart when a preparation resumes
+        self.documents = list(documents)
+        self.where, self.text_key = "memory", len(self.documents)  # the number tells two lists apart on resuming
+        self.files, self.revision, self.folder = {"": None}, None, False
 
-    def read(self, position: tuple[str, int] | None = None) -> Iterator[Document]:
-        begin = position[1] if position else 0
-        for i, (key, text) in enumerate(self.documents[begin:], start=begin + 1):
-            yield Document(text, uniform(key), ("", i))
+    def open(self, name: str, offset: int) -> Iterator[tuple[str, float, int]]:
+        for i, (key, text) in enumerate(self.documents[offset:], offset + 1):
+            yield text, uniform(key), i
 
     def sample(self, max_bytes: float, held_out: float = 0.0) -> Iterator[str]:
         texts = [text for key, text in self.documents if uniform(key) >= held_out]
@@ -496,37 +470,35 @@ class Listed:
 
 
 # ---- token files ----------------------------------------------------------------------------------------------
-# One folder per source: {train,val}-NNNNN.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened
-# by EOS; {train,val}.starts the document starts (int64); meta.json, written last, the sha256 of these files. EOS opens
-# a document because it is then both the target that ends the document before and the prompt that starts this one: the
-# attention of a document begins at its own EOS.
+# One folder per source: {train,val}.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened by
+# EOS; {train,val}.starts the document starts and the end (int64); meta.json, written last, the sha256 of these files.
+# EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
+# one: the attention of a document begins at its own EOS.
 #
-# All of it is made in OUT.partial, a shard at a time, and renamed at the end, so that a folder that exists is complete.
-# A shard is complete once its shard-NNNNN.json is there: it says up to which document of the source everything is
-# stored. Whatever stops the work, kill -9 too, the same command resumes behind that document and makes the unfinished
-# shard again.
+# All of it is made in OUT.partial and renamed at the end, so that a folder that exists is complete. The files grow by a
+# shard at a time; then state.json is replaced, which says how long they are and up to which document of the source
+# everything is stored. Whatever stops the work, kill -9 too, the same command cuts the files to these lengths and
+# resumes there.
 
 
 class Seen:
-    """Hashes (uint64) of documents: the latest in a set, older ones in a sorted array, 8 bytes each. After LIMIT documents
-    (256 MB) the older ones are forgotten."""
+    """Hashes (int64) of documents: the latest in a set, older ones in a sorted array, 8 bytes each. After LIMIT
+    documents (256 MB) the older ones are forgotten."""
 
     RECENT, LIMIT = 2**20, 2**25
 
     def __init__(self):
-        self.recent, self.older = set(), np.zeros(1, np.uint64)
+        self.recent, self.older = set(), np.zeros(1, np.int64)
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
         """Which of the hashes [N] were not there before (the first of equal ones), bool [N]; adds them."""
         new = self.older[np.searchsorted(self.older, hashes).clip(max=len(self.older) - 1)] != hashes
         for i in np.flatnonzero(new):
-            size = len(self.recent)
-            self.recent.add(int(hashes[i]))
-            new[i] = len(self.recent) > size
+            new[i] = hashes[i] not in self.recent
+            self.recent.add(hashes[i])
         if len(self.recent) > self.RECENT:
             older = self.older if len(self.older) < self.LIMIT else self.older[:0]
-            self.older = np.sort(np.concatenate([older, np.fromiter(self.recent, np.uint64)]), kind="stable")
-            self.recent.clear()
+            self.older, self.recent = np.sort(np.concatenate([older, list(self.recent)]), kind="stable"), set()
         return new
 
 
@@ -539,189 +511,157 @@ def repeats_spans(ids: np.ndarray, starts: np.ndarray, times: int = 32, longest:
     bad = np.zeros(len(starts), bool)
     for n in range(1, longest + 1):
         same = ids[n:] == ids[:-n]
-        runs = same  # runs[i]: the 1, 2, 4, 8, 16 places from i on are the same; ends most searches in a few passes
+        near = same  # near[i]: the 1, 2, 4, 8, 16 places from i on are the same; ends most searches in a few passes
         for shift in (1, 2, 4, 8):
-            runs = runs[:-shift] & runs[shift:]
-        if runs.any():
+            near = near[:-shift] & near[shift:]
+        if near.any():
             edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # runs of True begin and end here
             begins = edges[::2][edges[1::2] - edges[::2] >= n * (times - 1)]
             bad[np.searchsorted(starts, begins, side="right") - 1] = True
     return bad
 
 
-def read_jobs(source: Source | Listed, position: tuple | None) -> Iterator[tuple[list[Document], Counter]]:
-    """The documents behind `position`, about JOB_BYTES at a time, and what the source left out between them."""
-    documents, size, source.dropped = [], 0, Counter()
-    with closing(source.read(position)) as stream:
-        for document in itertools.chain(stream, [None]):
-            if document:
-                documents.append(document)
-                size += len(document.text) + 256  # about what a short document takes in memory
-            if size >= JOB_BYTES or not document:
-                dropped, source.dropped = source.dropped, Counter()
-                yield documents, dropped
-                documents, size = [], 0
-
-
 class Job(NamedTuple):
-    """About JOB_BYTES of encoded documents."""
+    """About JOB_BYTES of documents, encoded."""
 
     ids: np.ndarray  # [N]: of all documents, each opened by EOS
-    lengths: np.ndarray  # [D] int64: tokens of each document
-    sizes: np.ndarray  # [D] int64: bytes of text
-    hashes: np.ndarray  # [D] uint64: of the text
-    held: np.ndarray  # [D] bool: for validation
-    repeats: np.ndarray  # [D] bool: holds a span too often
-    position: tuple[str, int | dict] | None  # of the last document; None: no documents
+    table: np.ndarray  # [D, 5] int64, per document: tokens, bytes, hash, held out?, repeats a span?
+    position: tuple[str, int | dict] | None  # of the last document
     dropped: Counter  # reason -> documents
-
-
-def encode_job(documents: list[Document], dropped: Counter, tokenizer: Tokenizer, limit: float) -> Job:
-    """Runs in a thread. Documents whose `held` is below `limit` are held out."""
-    full = [document for document in documents if document.text.strip()]
-    dropped["empty documents"] += len(documents) - len(full)
-    raw = [utf8(document.text) for document in full]
-    parts = [tokenizer.encode_array(document.text) for document in full]
-    lengths = np.array([1 + len(part) for part in parts], np.int64)
-    ids = np.concatenate([np.append(np.uint32(tokenizer.eos_id), part) for part in parts] or [[]]).astype(token_dtype(tokenizer))
-    # tokens that are hardly longer than bytes would make a ruled line a repeated span
-    repeats = repeats_spans(ids, np.cumsum(lengths) - lengths) if tokenizer.vocab_size > 512 else lengths < 0
-    hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=8).digest()) for text in raw]
-    return Job(ids, lengths, np.array([len(text) for text in raw], np.int64), np.array(hashes, np.uint64),
-               np.array([document.held < limit for document in full], bool), repeats,
-               documents[-1].position if documents else None, dropped)
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def write_source(folder: Path, source: Source | Listed, tokenizer: Tokenizer, seen: Seen, limit: float, seed: int,
+def encode_job(documents: list[Document], dropped: Counter, tokenizer: Tokenizer, limit: float) -> Job:
+    """Documents whose `held` is below `limit` are held out."""
+    rows, parts = [], [np.empty(0, np.uint32)]
+    for text, held, _ in documents:
+        if (raw := utf8(text)).strip():
+            parts += [np.uint32([tokenizer.eos_id]), tokenizer.encode_array(text)]
+            key = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), signed=True)
+            rows.append((1 + len(parts[-1]), len(raw), key, held < limit, False))
+    table, ids = np.array(rows, np.int64).reshape(-1, 5), np.concatenate(parts).astype(token_dtype(tokenizer))
+    if tokenizer.vocab_size > 512:  # of tokens that are hardly longer than bytes, a ruled line would be a repeated span
+        table[:, 4] = repeats_spans(ids, np.cumsum(table[:, 0]) - table[:, 0])
+    dropped["empty documents"] += len(documents) - len(rows)
+    return Job(ids, table, documents[-1].position if documents else None, dropped)
+
+
+def encoded(source: Source, position: tuple | None, tokenizer: Tokenizer, limit: float) -> Iterator[Job]:
+    """The documents behind `position`, in order; encoded on all cores, since tiktoken releases Python's lock."""
+    workers, queue, ahead, documents, size = os.cpu_count() or 1, deque(), 0, [], 0
+    source.dropped = Counter()
+    with closing(source.read(position)) as stream, ThreadPoolExecutor(workers) as pool:
+        for document in itertools.chain(stream, [None]):
+            if document:
+                documents.append(document)
+                size += len(document.text) + 256  # about what a short document takes in memory
+            if size >= JOB_BYTES or not document:
+                queue.append((size, pool.submit(encode_job, documents, source.dropped, tokenizer, limit)))
+                ahead, documents, size, source.dropped = ahead + size, [], 0, Counter()
+            while queue and (ahead > 4 * workers * JOB_BYTES or not document):
+                ahead -= queue[0][0]
+                yield queue.popleft()[1].result()
+
+
+def write_source(folder: Path, source: Source, tokenizer: Tokenizer, seen: Seen, limit: float, seed: int,
                  max_tokens: float) -> None:
-    """Makes the token files of a source, or resumes. Encoding runs on all cores: tiktoken releases Python's lock."""
+    """Makes the token files of a source, or resumes."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = []
-    while (file := folder / f"shard-{len(shards):05}.json").exists():
-        shards.append(json.loads(file.read_text("utf-8")))
-        seen.add(np.fromfile(file.with_suffix(".hash"), "<u8"))
+    state = {"shards": 0, "position": None, "ended": False, "read": 0, "dropped": {}, "sizes": {}, "train": [0, 0, 0],
+             "val": [0, 0, 0]}  # read: tokens; sizes: bytes of the files; then documents, tokens, bytes of text
+    if (folder / "state.json").exists():
+        state = json.loads((folder / "state.json").read_text("utf-8"))
+        seen.add(np.fromfile(folder / "hashes", "<i8", state["sizes"]["hashes"] // 8))
     if (folder / "meta.json").exists():
         return
-    last = shards[-1] if shards else {"position": None, "ended": False}
-    position, ended, tokens = last["position"], last["ended"], sum(shard["read"] for shard in shards)
-    workers, queue, pending, held = os.cpu_count() or 1, deque(), [], sum(shard["val"][0] for shard in shards)
-    with (closing(read_jobs(source, position)) as jobs, ThreadPoolExecutor(workers) as pool,
+    pending, tokens, held = [], state["read"], state["val"][0] > 0
+    with (closing(encoded(source, state["position"], tokenizer, limit)) as jobs,
           tqdm(unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
-        while not ended and (not max_tokens or tokens < max_tokens):
-            while sum(size for size, _ in queue) < 4 * workers * JOB_BYTES and (job := next(jobs, None)):
-                queue.append((sum(len(document.text) + 256 for document in job[0]),
-                              pool.submit(encode_job, *job, tokenizer, limit)))
-            if ended := not queue:
+        while not state["ended"] and (not max_tokens or tokens < max_tokens):
+            if not (job := next(jobs, None)):
+                state["ended"] = True
                 break
-            job = queue.popleft()[1].result()
-            new = seen.add(job.hashes)
-            job.dropped.update({"exact duplicates": int((~new).sum()), "repeated spans": int((job.repeats & new).sum())})
+            new = seen.add(job.table[:, 2])
+            job.dropped.update({"exact duplicates": int((~new).sum()), "repeated spans": int(job.table[new, 4].sum())})
             pending.append((job, new))
-            position, tokens, held = job.position or position, tokens + job.lengths[new].sum(), held + job.held[new].sum()
-            bar.update(job.sizes.sum())
+            tokens, held = tokens + job.table[new, 0].sum(), held or job.table[new, 3].any()
+            bar.update(job.table[:, 1].sum())
             if sum(len(job.ids) for job, _ in pending) >= SHARD_TOKENS:
-                shards.append(write_shard(folder, len(shards), pending, seed, position, False))
+                write_shard(folder, state, pending, seed)
                 pending = []
-        for _, future in queue:
-            future.cancel()
-    if max_tokens and pending and not held:  # the held-out end of a long text file was not reached
-        job, new = pending[-1]
-        job.held[-max(1, round(HELD_OUT * len(job.held))):] = True
+    if pending and not held and not state["ended"]:  # the held-out end of a long text file was not reached
+        table = pending[-1][0].table
+        table[-max(1, round(HELD_OUT * len(table))):, 3] = True
     if pending:
-        shards.append(write_shard(folder, len(shards), pending, seed, position, ended))
-    finish_source(folder, shards, tokenizer, seed)
+        write_shard(folder, state, pending, seed)
+    finish_source(folder, state, tokenizer)
 
 
-def write_shard(folder: Path, number: int, pending: list[tuple[Job, np.ndarray]], seed: int, position: tuple | None,
-                ended: bool) -> dict:
-    """The files of one shard, its documents shuffled. Returns the contents of its shard-NNNNN.json; `ended`: no more come."""
+def write_shard(folder: Path, state: dict, pending: list[tuple[Job, np.ndarray]], seed: int) -> None:
+    """Appends jobs to the files of a source, their documents shuffled, and replaces state.json."""
     jobs, new = zip(*pending)
-    ids, lengths, sizes, hashes, held, repeats = map(np.concatenate, list(zip(*jobs))[:6])
+    ids = np.concatenate([job.ids for job in jobs])
+    lengths, sizes, hashes, held, repeats = np.concatenate([job.table for job in jobs]).T
     begins, new = np.cumsum(lengths) - lengths, np.flatnonzero(np.concatenate(new))
-    order = new[np.random.default_rng([seed, number]).permutation(len(new))]
-    shard = {"position": position, "ended": ended, "read": int(lengths[new].sum()), "files": {},
-             "dropped": sum((job.dropped for job in jobs), Counter())}
-    for split, wanted in (("train", ~held & ~repeats), ("val", held & ~repeats)):
-        chosen, file = order[wanted[order]], folder / f"{split}-{number:05}.bin"
-        shard[split] = [len(chosen), int(lengths[chosen].sum()), int(sizes[chosen].sum())]
-        write_file(file.with_suffix(".lengths"), [lengths[chosen].astype("<i8")])
-        if len(chosen):
-            shard["files"][file.name] = write_file(file, (ids[begins[i]:begins[i] + lengths[i]] for i in chosen))
-    write_file(folder / f"shard-{number:05}.hash", [hashes[new]])
-    write_file(folder / f"shard-{number:05}.json", [json.dumps(shard).encode()])
-    return shard
+    order = new[np.random.default_rng([seed, state["shards"]]).permutation(len(new))]
+    append(folder / "hashes", state, [hashes[new]])
+    for side, split in enumerate(("train", "val")):
+        chosen = order[(held[order] == side) & (repeats[order] == 0)]
+        ends = state[split][1] + np.cumsum(lengths[chosen])
+        append(folder / f"{split}.starts", state, [ends] if state["shards"] else [np.zeros(1, np.int64), ends])
+        append(folder / f"{split}.bin", state, (ids[begins[i]:begins[i] + lengths[i]] for i in chosen))
+        totals = len(chosen), lengths[chosen].sum(), sizes[chosen].sum()
+        state[split] = [int(a + b) for a, b in zip(state[split], totals)]
+    state["position"] = next((job.position for job in reversed(jobs) if job.position), state["position"])
+    state["dropped"] = sum((job.dropped for job in jobs), Counter(state["dropped"]))
+    state |= {"shards": state["shards"] + 1, "read": state["read"] + int(lengths[new].sum())}
+    write_text(folder / "state.json", json.dumps(state))
 
 
-def write_file(path: Path, parts: Iterable[np.ndarray | bytes]) -> str:
-    """Writes the parts one after another, the whole file or nothing. Returns its sha256."""
-    partial, digest = path.with_name(path.name + ".partial"), hashlib.sha256()
-    try:
-        with open(partial, "wb") as file:
-            for part in parts:
-                digest.update(part)
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+def append(path: Path, state: dict, parts: Iterable[np.ndarray]) -> None:
+    """Writes the parts behind the part of a file that state.json knows."""
+    with open(path, "ab") as file:
+        file.truncate(state["sizes"].get(path.name, 0))
+        file.writelines(parts)
+        file.flush()
+        os.fsync(file.fileno())
+        state["sizes"][path.name] = file.tell()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a small file, the whole of it or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
-    return digest.hexdigest()
 
 
-def finish_source(folder: Path, shards: list[dict], tokenizer: Tokenizer, seed: int) -> None:
-    """Document starts over all shards, and meta.json."""
-    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "seed": seed, "files": {},
-            "dropped": sum((Counter(shard["dropped"]) for shard in shards), Counter())}
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def finish_source(folder: Path, state: dict, tokenizer: Tokenizer) -> None:
+    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "dropped": state["dropped"]}
     for split in ("train", "val"):
-        totals = np.sum([[0, 0, 0], *(shard[split] for shard in shards)], axis=0).tolist()
-        meta[split] = dict(zip(("documents", "tokens", "bytes"), totals))
-    if not (meta["train"]["documents"] and meta["val"]["documents"]):
-        raise UserError(f"{folder.name} has {meta['train']['documents'] + meta['val']['documents']} document(s) left "
-                        f"({counted(meta['dropped'])} dropped), and one must be held out; give more text")
-    for split in ("train", "val"):
-        lengths = (np.fromfile(folder / f"{split}-{number:05}.lengths", "<i8") for number in range(len(shards)))
-        meta["files"][f"{split}.starts"] = write_file(folder / f"{split}.starts", running_sum(lengths))
-    for shard in shards:
-        meta["files"] |= shard["files"]
-    write_file(folder / "meta.json", [json.dumps(meta, indent=1).encode()])
-
-
-def running_sum(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """0 and the sums of the numbers so far, part by part: document starts from document lengths."""
-    sums = np.zeros(1, "<i8")
-    yield sums
-    for part in parts:
-        if len(part):
-            yield (sums := sums[-1] + np.cumsum(part))
+        if not state[split][0]:
+            raise UserError(f"{folder.name} has no document left for {split} (dropped: {counted(state['dropped'])}): "
+                            "give more text")
+        meta[split] = dict(zip(("documents", "tokens", "bytes"), state[split]))
+        meta[split]["sha256"] = [file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]
+    write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
 
 def counted(dropped: dict[str, int]) -> str:
     return ", ".join(f"{n:,} {reason}" for reason, n in dropped.items()) or "nothing"
 
 
-class Tokens:
-    """The tokens of several files end to end, memory-mapped: len() and slices."""
-
-    def __init__(self, parts: list[np.ndarray]):
-        self.parts = [np.asarray(part) for part in parts]  # a memmap's own slices are slow
-        self.ends = np.cumsum([len(part) for part in parts]).tolist()
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, at: slice) -> np.ndarray:
-        begin, end, _ = at.indices(len(self))
-        found = [self.parts[0][:0]]
-        while begin < end:
-            i = bisect.bisect_right(self.ends, begin)
-            found.append(self.parts[i][begin - self.ends[i]:][:end - begin])  # counted from the end of the part
-            begin += len(found[-1])
-        return np.concatenate(found)
+Tokens = np.concatenate  # the tokens of a split, from arrays end to end
 
 
 @dataclass
@@ -729,18 +669,18 @@ class Split:
     """The tokens of one source on one side, memory-mapped."""
 
     name: str
-    tokens: Tokens  # uint16 or uint32
+    tokens: np.ndarray  # uint16 or uint32
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
     bytes: int  # of the text, UTF-8
     sha256: str  # of the tokens
-    labels: Tokens | None = None  # the tokens as targets, -100 for those that are not learned; None: the tokens
+    labels: np.ndarray | None = None  # the tokens as targets, -100 for those that are not learned; None: the tokens
 
 
 def read_meta(folder: Path) -> dict:
     with reading(folder / "meta.json"):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
-            raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: prepare its text again")
+            raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
         return meta | {"dropped": counted(meta["dropped"])}
 
 
@@ -751,28 +691,26 @@ def load_source(folder: str | Path, tokenizer: Tokenizer, verify: bool = True) -
     without it only their sizes are checked.
     """
     folder, splits = Path(folder), {}
-    meta, again = read_meta(folder), "prepare its text again with `python data.py prepare`"
-    if meta["tokenizer"] != tokenizer.hash:
-        raise UserError(f"{folder} was encoded with another tokenizer: put its tokenizer.json beside it, or {again}")
-
-    def load(name: str, dtype: str | np.dtype) -> np.ndarray:
-        with reading(folder / name), open(folder / name, "rb") as file:
-            if verify and hashlib.file_digest(file, "sha256").hexdigest() != meta["files"][name]:
-                raise UserError(f"{folder / name} is not the file that was written (its sha256 differs); {again}")
-            return np.memmap(folder / name, dtype, "r")
-
+    meta = read_meta(folder)
     with reading(folder / "meta.json"):
+        if meta["tokenizer"] != tokenizer.hash:
+            raise UserError(f"{folder} was encoded with another tokenizer: put that one beside it, or {AGAIN}")
         for split in ("train", "val"):
-            names = sorted(name for name in meta["files"] if name.startswith(f"{split}-"))
-            tokens, starts = Tokens([load(name, token_dtype(tokenizer)) for name in names]), load(f"{split}.starts", "<i8")
-            if len(tokens) != meta[split]["tokens"] or len(starts) != meta[split]["documents"] + 1:
-                raise UserError(f"{folder} has {len(tokens):,} tokens on the side {split}, not the {meta[split]['tokens']:,} "
-                                f"that were written: a file is truncated or missing; {again}")
-            if verify and (max(part.max() for part in tokens.parts) >= tokenizer.vocab_size or starts[0] != 0
-                           or starts[-1] != len(tokens) or (starts[1:] <= starts[:-1]).any()):
-                raise UserError(f"{folder} holds ids beyond the vocabulary or documents that overlap; {again}")
-            digest = hashlib.sha256("".join(meta["files"][name] for name in names).encode()).hexdigest()
-            splits[split] = Split(folder.name, tokens, starts, int(meta[split]["bytes"]), digest)
+            about, arrays = meta[split], []
+            for kind, dtype, count, sha256 in zip(("bin", "starts"), (token_dtype(tokenizer), np.dtype("<i8")),
+                                                  (about["tokens"], about["documents"] + 1), about["sha256"]):
+                path = folder / f"{split}.{kind}"
+                with reading(path):
+                    if path.stat().st_size != count * dtype.itemsize:
+                        raise UserError(f"{path} is truncated, it must have {count * dtype.itemsize:,} bytes: {AGAIN}")
+                    if verify and file_sha256(path) != sha256:
+                        raise UserError(f"{path} is not the file that was written (its sha256 differs): {AGAIN}")
+                    arrays.append(np.asarray(np.memmap(path, dtype, "r")))  # a memmap's own slices are slow
+            tokens, starts = arrays
+            if verify and (tokens.max() >= tokenizer.vocab_size or starts[0] != 0 or starts[-1] != len(tokens)
+                           or (starts[1:] <= starts[:-1]).any()):
+                raise UserError(f"{folder} holds ids beyond the vocabulary, or documents that overlap: {AGAIN}")
+            splits[split] = Split(folder.name, tokens, starts, int(about["bytes"]), about["sha256"][0])
     return splits
 
 
@@ -782,16 +720,16 @@ def source_folders(data: str) -> list[Path]:
     folders = []
     for name in data.split(","):
         root = Path(name)
-        found = [root] if (root / "meta.json").exists() else sorted(p.parent for p in root.glob("*/meta.json"))
+        found = [root] if (root / "meta.json").exists() else sorted(file.parent for file in root.glob("*/meta.json"))
         if not found:
-            raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}`, then train on the folder that "
-                            "it makes" if root.exists() else
+            raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on its result"
+                            if root.exists() else
                             f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
     for folder in folders:
         if read_meta(folder)["tokenizer"] != read_meta(folders[0])["tokenizer"]:
-            raise UserError(f"{folder} was encoded with another tokenizer than {folders[0]}: prepare its text again with "
-                            f"`--tokenizer {folders[0].parent}`")
+            raise UserError(f"{folder} was encoded with another tokenizer than {folders[0]}: {AGAIN} and `--tokenizer "
+                            f"{folders[0].parent}`")
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
     return folders
@@ -800,19 +738,19 @@ def source_folders(data: str) -> list[Path]:
 def find_tokenizer(data: str) -> Path:
     """The tokenizer.json of prepared data: in its first folder, or beside it."""
     first = source_folders(data.split(",")[0])[0]
-    for folder in (first, first.parent):
-        if (folder / "tokenizer.json").exists():
-            return folder / "tokenizer.json"
-    raise UserError(f"{first.parent} has no tokenizer.json: put it back, or prepare the text again")
+    for file in (first / "tokenizer.json", first.parent / "tokenizer.json"):
+        if file.exists():
+            return file
+    raise UserError(f"{file} is missing: put it back, or prepare the text again")
 
 
-def held_out_limit(source: Source | Listed) -> float:
+def held_out_limit(source: Source) -> float:
     """Documents whose `held` is below this are held out: HELD_OUT of them, but at least one if there are few."""
     with closing(source.read()) as documents:
         held = [document.held for document in itertools.islice(documents, 1000) if document.text.strip()]
     if len(held) < 2:
-        raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out: give more text (a text file "
-                        f"is cut into documents of {LONGEST_PIECE:,} characters)")
+        raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out: give more text (a text "
+                        f"file is cut into documents of {LONGEST_PIECE:,} characters)")
     return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0)
 
 
@@ -820,24 +758,24 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
             vocab_size: int = 4096, sample_bytes: float = 2e7, seed: int = 0, max_tokens: float = 0) -> Tokenizer:
     """Tokenizes {name: documents} into `out`/name; without a tokenizer trains one on equal parts of the sources.
 
-    At most `sample_bytes` of the training side go into the tokenizer's training; `max_tokens`: about so many per source.
+    At most `sample_bytes` of the training side go into the tokenizer's training. `max_tokens`: per source, about.
     A folder that exists is never touched. Interrupted work stays in `out`.partial, and the same call resumes it.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already and is left as it is: choose another --out")
-    sources = {name: s if isinstance(s, Source) else Listed(s) for name, s in sources.items()}
-    partial = out.with_name(out.name + ".partial")
-    task = {"sources": {name: [s.where, s.text_key] for name, s in sources.items()}, "seed": seed, "max_tokens": max_tokens,
-            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "format": FORMAT}
+    sources = {name: source if isinstance(source, Source) else Listed(source) for name, source in sources.items()}
+    partial, seen = out.with_name(out.name + ".partial"), Seen()
+    task = {"sources": {name: [source.where, source.text_key] for name, source in sources.items()}, "seed": seed,
+            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "max_tokens": max_tokens}
     if (partial / "task.json").exists():
         with reading(partial / "task.json"):
             saved = json.loads((partial / "task.json").read_text("utf-8"))
-        if saved["task"] != task:
-            raise UserError(f"{partial} is the unfinished preparation of something else; run the command that began it again, "
-                            "or remove that folder")
-        tokenizer, limits = Tokenizer.load(partial), saved["limits"]
-        sources |= {name: Source(*task["sources"][name], revision) for name, revision in saved["revisions"].items()}
+            if saved["task"] != task:
+                raise UserError(f"{partial} is the unfinished work of another command: run that command again, or "
+                                "remove the folder")
+            tokenizer, limits = Tokenizer.load(partial), saved["limits"]
+            sources |= {name: Source(*task["sources"][name], revision) for name, revision in saved["revisions"].items()}
         print(f"resuming {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
@@ -846,14 +784,13 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
             source.sample(sample_bytes / len(sources), limits[name]) for name, source in sources.items()), vocab_size)
         tokenizer.save(partial)
         revisions = {name: source.revision for name, source in sources.items() if source.revision}
-        write_file(partial / "task.json", [json.dumps({"task": task, "limits": limits, "revisions": revisions}).encode()])
-    seen = Seen()
+        write_text(partial / "task.json", json.dumps({"task": task, "limits": limits, "revisions": revisions}))
     try:
         for name, source in sources.items():
             write_source(partial / name, source, tokenizer, seen, limits[name], seed, max_tokens)
         partial.rename(out)
     except BaseException as error:
-        if not any(partial.glob("*/shard-*.json")):
+        if not any(partial.glob("*/state.json")):
             shutil.rmtree(partial, ignore_errors=True)
             raise
         note = f"finished parts are in {partial}: run the same command again to resume"
@@ -861,7 +798,7 @@ def prepare(sources: dict[str, Source | Iterable[tuple[str, str]]], out: str | P
             raise UserError(f"{error}; {note}") from None
         print(f"\n{note}", file=sys.stderr)
         raise
-    for path in [*out.glob("*/shard-*"), *out.glob("*/*.lengths"), out / "task.json"]:  # meta.json holds all of it
+    for path in [*out.glob("*/state.json"), *out.glob("*/hashes"), out / "task.json"]:
         path.unlink()
     return tokenizer
 
@@ -883,7 +820,7 @@ def prepare_recall(out: str | Path, tokenizer: Tokenizer) -> None:
 
 
 def best_fit(lengths: np.ndarray, context: int) -> np.ndarray:
-    """Row of each piece [P] int64: longest first, into the open row that it fills most (Ding et al. 2024, arXiv 2404.10830).
+    """Row of each piece [P] int64: longest first, into the open row that it fills most (Ding et al. 2024, 2404.10830).
 
     `room[c]` lists the rows with c places left, bit c of `some` says that there is one: the lowest bit from a piece's
     length on is its best fit. One step per piece, whatever the number of rows.
@@ -915,7 +852,7 @@ def pack_best_fit(starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndar
 
 
 def pack_bos(starts: np.ndarray, context: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every row begins with a document; the part that does not fit into the row is dropped (nanochat, modded-nanogpt)."""
+    """Every row begins with a document; a part that does not fit into the row is dropped (nanochat, modded-nanogpt)."""
     lengths = np.diff(starts)
     rows, sizes, row, used = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64), 0, 0
     for i, n in enumerate(lengths.tolist()):
@@ -1003,19 +940,13 @@ def permute(index: np.ndarray, n: int, key: list[int]) -> np.ndarray:
     return out.astype(np.int64)
 
 
-@functools.lru_cache(maxsize=256)
-def small_shuffle(n: int, key: tuple[int, ...]) -> np.ndarray:
-    """`permute` of all of range(n), kept: for a small source one array is cheaper than many small calls."""
-    return permute(np.arange(n), n, list(key))
-
-
 def dealt(n: np.ndarray, weights: list[float]) -> np.ndarray:
     """How many of a stage's first n sequences come from each source, [S, *n.shape] int64.
 
     Half of the sources get floor(n * their share) and the others the rest; then each half deals likewise among its own.
     So each step of n deals exactly one, and each count is exact to within 1 + log2(S): every stretch has the mixture
-    that was asked for, not just the average. Whole weights (rows of the sources) are dealt in whole numbers, so that the
-    first sum(weights) sequences are exactly one epoch.
+    that was asked for, not just the average. Whole weights (rows of the sources) are dealt in whole numbers, so that
+    the first sum(weights) sequences are exactly one epoch.
     """
     n = np.asarray(n, np.int64)
     if len(weights) == 1:
@@ -1037,9 +968,9 @@ class Stage:
     mixture: dict[str, float] = field(default_factory=dict)  # source -> weight, divided by their sum; {}: by their rows
     context: int = option(0, "tokens of a sequence; 0: the model's max_position_embeddings", low=0)
     rope_theta: float = option(0.0, "RoPE's base; 0: the model's", low=0)
-    learning_rate: float = option(0.0, "a peak of its own, after warmup_steps, then a cosine to 0; 0: the schedule's", low=0)
+    learning_rate: float = option(0.0, "peak after warmup_steps, then a cosine to 0; 0: the run's schedule", low=0)
     warmup_steps: int = option(0, "warmup of a stage with a learning rate of its own", low=0)
-    batch_tokens: int = option(0, "tokens of a batch, so that a growing batch is a list of stages; 0: the recipe's", low=0)
+    batch_tokens: int = option(0, "tokens of a batch, which may grow from stage to stage; 0: the recipe's", low=0)
 
 
 @dataclass
@@ -1056,7 +987,7 @@ def cut_batch(packings: list[Packing], sources: np.ndarray, sequences: np.ndarra
     targets, starts = np.full_like(tokens, -100), []
     for row, (source, sequence) in enumerate(zip(sources.tolist(), sequences.tolist())):
         split, at, inside = packings[source].split, 0, [[0]]
-        labels = split.labels or split.tokens
+        labels = split.tokens if split.labels is None else split.labels
         for begin, length in packings[source].pieces(sequence) if sequence >= 0 else ():
             part = slice(begin, begin + length + 1)  # the target after the last token opens the next document
             ids = split.tokens[part]
@@ -1092,7 +1023,7 @@ class Curriculum:
         self.sources, self.stages, self.seed = sources, stages, seed
         self.contexts = [stage.context or context for stage in stages]
         self.batches = [stage.batch_tokens or batch_tokens for stage in stages]  # tokens per step
-        self.packings = {length: [Packing(split, length, packing) for split in sources] for length in set(self.contexts)}
+        self.packings = {n: [Packing(split, n, packing) for split in sources] for n in set(self.contexts)}
         self.weights = list(map(self.stage_weights, stages, self.contexts, self.batches))
         self.shares = [[w / sum(weights) for w in weights] for weights in self.weights]
         # per stage: the step at which it ends; tokens before it; rows of each source before it, which another context
@@ -1113,19 +1044,19 @@ class Curriculum:
         """Weights of the sources that sum to 1, or without a mixture their rows. UserError for an impossible stage."""
         if batch % length:
             near = " or ".join(f"{n:,}" for n in (batch // length * length, -(-batch // length) * length) if n)
-            raise UserError(f"stage {stage.name}: a batch of {batch:,} tokens does not divide into sequences of {length:,}; "
-                            f"the nearest that do are {near}")
+            raise UserError(f"stage {stage.name}: a batch of {batch:,} tokens does not divide into sequences of "
+                            f"{length:,}; the nearest that do are {near}")
         names = [split.name for split in self.sources]
         if unknown := set(stage.mixture) - set(names):
-            raise UserError(f"stage {stage.name} wants {', '.join(sorted(unknown))}, but the data has {', '.join(names)}; "
-                            "change the mixture or --data")
+            raise UserError(f"stage {stage.name} wants {', '.join(sorted(unknown))}, but the data has "
+                            f"{', '.join(names)}; change the mixture or --data")
         packings = self.packings[length]
         weights = [stage.mixture.get(name, 0.0) if stage.mixture else p.count for name, p in zip(names, packings)]
         if min(weights) < 0 or sum(weights) <= 0:
             raise UserError(f"stage {stage.name}: the weights of its mixture must not be negative and not all be 0")
-        if short := [f"{p.split.name} ({p.end:,})" for p, w in zip(packings, weights) if w and not p.pack and p.end <= length]:
-            raise UserError(f"{', '.join(short)} has fewer tokens than one sequence of {length}; give more text or a shorter "
-                            "--max_position_embeddings")
+        if short := [p.split.name for p, w in zip(packings, weights) if w and not p.pack and p.end <= length]:
+            raise UserError(f"{', '.join(short)} has fewer tokens than one sequence of {length}; give more text or a "
+                            "shorter --max_position_embeddings")
         return [w / sum(weights) for w in weights] if stage.mixture else weights
 
     def stage(self, step: int) -> int:
@@ -1161,8 +1092,8 @@ class Curriculum:
                 lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
         if any(foreign):
             share = np.diff(self.passed) @ np.array(self.shares) @ foreign / self.passed[-1]
-            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the limit of "
-                         f"20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
+            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the "
+                         f"limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
 
     def locate(self, step: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1177,8 +1108,7 @@ class Curriculum:
             n = self.packings[self.contexts[stage]][s].count
             for epoch in np.unique(rank[source == s] // n):
                 here = (source == s) & (rank // n == epoch)
-                place, key = rank[here] % n, (self.seed, int(s), int(epoch))
-                sequence[here] = small_shuffle(n, key)[place] if n <= SMALL else permute(place, n, list(key))
+                sequence[here] = permute(rank[here] % n, n, [self.seed, int(s), int(epoch)])
         return source, sequence
 
     def targets(self, step: int) -> int:
@@ -1220,8 +1150,8 @@ def fit_stages(stages: tuple[Stage, ...], names: list[str], tokens: float = 0) -
     """The stages with a mixture that the sources have, and `tokens` in all (0: as many as the stages say)."""
     total, wanted = sum(stage.tokens for stage in stages), {name for stage in stages for name in stage.mixture}
     if wanted - set(names):
-        print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: the "
-              "sources are taken as large as they are")
+        print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
+              "the sources are taken as large as they are")
         stages = tuple(replace(stage, mixture={}) for stage in stages)
         if all(replace(stage, name="", tokens=0) == Stage("", 0, {}) for stage in stages):  # nothing tells them apart
             stages = (Stage("train", total, {}),)
@@ -1237,13 +1167,13 @@ def summary(data: str) -> str:
     for folder in source_folders(data):
         train, val = load_source(folder, tokenizer, verify=False).values()
         lines.append(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
-                     f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
-                     f"{len(val.tokens):9,} tokens\n{'':13}dropped: {read_meta(folder)['dropped']}")
+                     f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} "
+                     f"documents {len(val.tokens):9,} tokens\n{'':13}dropped: {read_meta(folder)['dropped']}")
     return "\n".join(lines)
 
 
 def show(data: str, context: int = 2048, documents: int = 2) -> None:
-    """Prints the sources, the packings side by side, document lengths, and the first documents with their boundaries."""
+    """Prints the sources, the packings side by side, document lengths, and where the first documents begin."""
     tokenizer, lengths = Tokenizer.load(find_tokenizer(data)), {}
     print(summary(data))
     for folder in source_folders(data):
@@ -1287,47 +1217,45 @@ def named_sources(words: list[str], text_key: str) -> dict[str, Source]:
             name, where = word.split(":")[1] if word.startswith("hf:") else Path(word).resolve().name, word
         name = name.split("/")[-1].split(".")[0]
         if name in sources or not re.fullmatch(r"[\w-]+", name):
-            raise UserError(f"{name!r} is the name of two sources, or no name: give one of letters and digits as NAME=PATH")
+            raise UserError(f"{name!r} names two sources, or is no name: give one of letters and digits as NAME=PATH")
         sources[name] = Source(where, text_key)
-    return sources
+    return sources or {name: Listed(documents()) for name, documents in EMBEDDED.items()}
 
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="prepare | show | tokenizer")
     p = commands.add_parser("prepare", help="text -> token files")
-    p.add_argument("sources", nargs="*", metavar="SOURCE",
-                   help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the embedded corpus. NAME=SOURCE names one; a "
-                   "name multilingual... counts as other languages than English")
     p.add_argument("--out", help="folder for the token files (default: data/NAME of the first source)")
     p.add_argument("--tokenizer", help="as for `tokenizer.py fertility`; without it one is trained on the sources")
-    p.add_argument("--max-tokens", type=number, default=0, help="per source, about; 0: all (default: 0)")
+    p.add_argument("--max-tokens", type=number, default="0", help="per source, about; 0: all (default: 0)")
     t = commands.add_parser("tokenizer", help="train a tokenizer on any source that `prepare` reads")
-    t.add_argument("sources", nargs="+", metavar="PATH", help="as for prepare")
     t.add_argument("--out", required=True, help="folder for tokenizer.json")
     t.add_argument("--pretokenizer", default="qwen", help="as for `tokenizer.py train` (default: qwen)")
-    for q, sample in (p, 2e7), (t, 2e8):
-        q.add_argument("--vocab-size", type=int, default=4096, required=q is t, help="of the tokenizer that is trained")
-        q.add_argument("--sample-bytes", type=number, default=sample, help=f"of text it is trained on (default: {sample:.0e})")
+    for q, sample in (p, "20M"), (t, "200M"):
+        q.add_argument("sources", nargs="*", metavar="SOURCE",
+                       help="files, folders, hf:DATASET[:CONFIG[:SPLIT]]; none: the"
+                       " embedded corpus. NAME=SOURCE names one; multilingual... are languages other than English")
+        q.add_argument("--vocab-size", type=int, default=4096, help="of a tokenizer that is trained (default: 4096)")
+        q.add_argument("--sample-bytes", type=number, default=sample, help=f"of text for training (default: {sample})")
         q.add_argument("--text-key", default="text", help="the field of a data set that holds the text (default: text)")
     s = commands.add_parser("show", help="what prepared data holds, and how it packs")
     s.add_argument("data", metavar="DIR")
     s.add_argument("--context", type=int, default=2048, help="tokens of a sequence (default: 2048)")
     args = parser.parse_args()
+    low = {"context": 1, "sample_bytes": 1, "max_tokens": 0}
+    for name in low.keys() & vars(args):
+        if not low[name] <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name):g} is not a number from {low[name]} on")
     if args.command == "show":
-        if args.context < 1:
-            raise UserError(f"--context {args.context} is no length of a sequence; give 1 or more, such as 2048")
         return show(args.data, args.context)
-    if not 0 < args.sample_bytes < math.inf or not 0 <= getattr(args, "max_tokens", 0) < math.inf:
-        raise UserError("--sample-bytes and --max-tokens are numbers above 0, such as 20M")
+    sources = named_sources(args.sources, args.text_key)
     if args.command == "tokenizer":
-        sources = [Source(path, args.text_key) for path in args.sources]
-        texts = (text for source in sources for text in source.sample(args.sample_bytes / len(sources)))
+        texts = (text for source in sources.values() for text in source.sample(args.sample_bytes / len(sources)))
         return print(train_bpe(texts, args.vocab_size, args.pretokenizer).save(args.out))
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    sources = named_sources(args.sources, args.text_key) or {name: documents() for name, documents in EMBEDDED.items()}
     out = args.out or f"data/{next(iter(sources)) if args.sources else 'laptop'}"
-    prepare(sources, out, tokenizer, args.vocab_size, args.sample_bytes, max_tokens=args.max_tokens)
+    prepare(sources, out, Tokenizer.load(args.tokenizer) if args.tokenizer else None, args.vocab_size,
+            args.sample_bytes, max_tokens=args.max_tokens)
     print(f"{summary(out)}\nPrepared {out}. Train on it with: python train.py --data {out}")
 
 

@@ -258,9 +258,8 @@ class Guard:
             return ("a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; {done}"
                     .format(**event["spike"], done=done))
         if event["event"] == "trouble":
-            return ("{kind}: the loss has stayed near {loss:.2f} for {updates} updates, far above its lowest, "
-                    "{lowest:.2f}; lower --learning_rate, rewind (--guard rewind) or look at the data"
-                    ).format(**event, updates=self.LEAST)
+            return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {self.LEAST} updates, far "
+                    f"above its lowest, {event['lowest']:.2f}; lower --learning_rate, rewind, or look at the data")
         advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
         return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
                 + advice * (event["kind"] == "not recovered"))

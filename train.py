@@ -330,7 +330,7 @@ def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
     saver = Saver(run.folder, run.tokenizer, recipe.keep, recipe.keep_every, run.keepers, run.world.leader)
     if not run.step:
         saver.save(0, run.model, run.optimizer, guard.state(0), must=True)  # proves that the disk works
-    with noted_signals(run.signals), contextlib.closing(Meter(run)) as meter:
+    with noted_signals(run.signals), contextlib.closing(Meter(run, saver)) as meter:
         while run.step < run.steps:
             before, run.step = run.step, min(run.steps, guard.after_gap(run.step))  # skips what a rewind leaves out
             if run.step < run.steps:
@@ -359,7 +359,6 @@ def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
                                   f"{run.command} --resume {run.folder}")
             if judges or saves or rewind:
                 meter.mark = time.perf_counter()
-        meter.warn(saver.finish())
     return scores
 
 
@@ -420,8 +419,8 @@ def go_back(run: Run, event: dict) -> None:
 class Meter:
     """Reads an update's numbers into the log and the progress bar."""
 
-    def __init__(self, run: Run):
-        self.run, self.pace = run, run.speed  # pace: tokens per second, averaged
+    def __init__(self, run: Run, saver: Saver):
+        self.run, self.saver, self.pace = run, saver, run.speed  # pace: tokens per second, averaged
         entries = run.log.entries() if run.log else ()
         self.seconds = max((e.get("train_seconds", 0.0) for e in entries), default=0.0)  # spent in updates so far
         self.bar = tqdm(total=run.steps, initial=run.step, disable=not run.world.leader, dynamic_ncols=True,
@@ -445,6 +444,7 @@ class Meter:
             report = waiting.popleft()
             values = report.read()
             if values["stopped"]:
+                self.warn(self.saver.finish())  # it is the last one
                 raise blame(self.run, report, values)
             stop, event = stop or values["signals"] > 0, self.run.guard.follow(report.step + 1, values)
             if self.run.log:
@@ -480,6 +480,7 @@ class Meter:
 
     def close(self) -> None:
         self.bar.close()
+        self.warn(self.saver.finish())
         if self.run.log:
             self.run.log.close()
 
@@ -843,8 +844,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
             raise UserError(f"{args.recipe} is not a recipe; to train on it write --data {args.recipe}")
         near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
         raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
-    if not args.recipe and "data" in given:
-        args.name = args.name or Path(given["data"].split(",")[0]).name
     recipe = RECIPES[args.recipe or "laptop"]
     model = PRESETS[args.model] if args.model else recipe.model
     return args, replace(recipe, model=model.change(**sizes) if sizes else model, **given)
@@ -887,7 +886,8 @@ def start(world: World) -> None:
                             f"{recipe.batch_tokens / speed / 3:.2g}")
     if args.check:
         return check(recipe, world)
-    folder = Path(args.resume) if args.resume else world.agree(new_run_folder(args.name or args.recipe or "laptop"))
+    name = args.name or args.recipe or Path((args.data or "laptop").split(",")[0]).name
+    folder = Path(args.resume) if args.resume else world.agree(new_run_folder(name))
     pretrain(recipe, folder, bool(args.resume), world)
 
 

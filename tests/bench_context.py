@@ -24,11 +24,14 @@ def main(run: str, source: str) -> None:
     split = data.load_source(source, Tokenizer.load(run))["val"]
     starts = [int(s) for s in split.starts]
     long = [start for start, end in zip(starts, starts[1:]) if end - start > 8 * n][:24]
-    rows = torch.stack([torch.as_tensor(split.tokens[start:start + 8 * n + 1].astype("int64")) for start in long])
+    rows = torch.stack([torch.as_tensor(split.tokens[start : start + 8 * n + 1].astype("int64")) for start in long])
     spans = [(0, n // 2), (n // 2, n), (n, 2 * n), (2 * n, 4 * n), (4 * n, 8 * n)]
     print(f"{len(long)} documents; nats a token at positions " + ", ".join(f"{a}-{b}" for a, b in spans))
-    for name, change in (("rope", {}), ("dual_chunk", {"position": "dual_chunk", "original_max_position_embeddings": n}),
-                         ("yarn", {"position": "yarn", "rope_factor": 8.0, "original_max_position_embeddings": n})):
+    for name, change in (
+        ("rope", {}),
+        ("dual_chunk", {"position": "dual_chunk", "original_max_position_embeddings": n}),
+        ("yarn", {"position": "yarn", "rope_factor": 8.0, "original_max_position_embeddings": n}),
+    ):
         model = GPT(trained.config.change(**change)).eval()
         model.load_state_dict(trained.state_dict())
         losses = [F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none") for row in rows]

@@ -42,8 +42,11 @@ def main() -> None:
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - begin)
     here, there = (times[5:] for *_, times in jobs)
-    print(f"here {statistics.median(here) * 1e3:.1f} ms, there {statistics.median(there) * 1e3:.1f} ms a step of 2,048 tokens; "
-          f"here takes {statistics.median(a / b for a, b in zip(here, there)):.3f} times as long")
+    print(
+        f"here {statistics.median(here) * 1e3:.1f} ms, there {statistics.median(there) * 1e3:.1f} ms a step of 2,048 "
+        "tokens; "
+        f"here takes {statistics.median(a / b for a, b in zip(here, there)):.3f} times as long"
+    )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,12 @@ def main() -> None:
                 model.balance_experts()
                 times.append(time.perf_counter() - begin)
         moe, dense = (times[5:] for *_, times in jobs)
-        print(f"{dtype}: experts {statistics.median(moe) * 1e3:.0f} ms, dense {statistics.median(dense) * 1e3:.0f} ms a step of "
-              f"2,048 tokens, {statistics.median(a / b for a, b in zip(moe, dense)):.2f} times; active parameters "
-              + ", ".join(f"{count_parameters(model.config)['active']:,}" for model, *_ in jobs))
+        print(
+            f"{dtype}: experts {statistics.median(moe) * 1e3:.0f} ms, dense {statistics.median(dense) * 1e3:.0f} ms a "
+            "step of "
+            f"2,048 tokens, {statistics.median(a / b for a, b in zip(moe, dense)):.2f} times; active parameters "
+            + ", ".join(f"{count_parameters(model.config)['active']:,}" for model, *_ in jobs)
+        )
 
 
 if __name__ == "__main__":

@@ -51,10 +51,12 @@ class CharacterModel(nn.Module):
         self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(LAYERS))), nn.LayerNorm(WIDTH, bias=False)
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * LAYERS) if name.endswith(("out.weight", "down.weight")) else 0.02)
+                nn.init.normal_(
+                    p, std=0.02 / math.sqrt(2 * LAYERS) if name.endswith(("out.weight", "down.weight")) else 0.02
+                )
 
     def forward(self, x):
-        h = self.tokens(x) + self.positions.weight[:x.shape[1]]
+        h = self.tokens(x) + self.positions.weight[: x.shape[1]]
         return F.linear(self.norm(self.blocks(h)), self.tokens.weight)
 
 
@@ -93,8 +95,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = CharacterModel(len(index))
     optimizer = torch.optim.AdamW(
-        [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.99))
+        [
+            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.99),
+    )
     used, step, bar = 0.0, 0, tqdm(total=round(seconds), unit="s", mininterval=2)
     while used < seconds:  # the schedule follows the time, whose end is known, instead of a number of steps
         start = time.perf_counter()
@@ -113,12 +120,17 @@ def main() -> None:
     bar.close()
     with torch.no_grad():
         n = (len(val) - 1) // CONTEXT
-        x, y = val[:n * CONTEXT].view(n, CONTEXT), val[1:n * CONTEXT + 1].view(n, CONTEXT)
-        nats = sum(F.cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="sum").item()
-                   for a, b in zip(x.split(256), y.split(256)))
-    theirs = nats / math.log(2) / len(held_out[:n * CONTEXT].encode())
-    print(f"nanoGPT's recipe: {step:,} steps, {step * BATCH * CONTEXT:,} characters in {used:.0f} s, {theirs:.3f} bits per "
-          f"byte on {len(held_out):,} held-out characters of code ({unknown} unknown ones left out)")
+        x, y = val[: n * CONTEXT].view(n, CONTEXT), val[1 : n * CONTEXT + 1].view(n, CONTEXT)
+        nats = sum(
+            F.cross_entropy(model(a).flatten(0, 1), b.flatten(), reduction="sum").item()
+            for a, b in zip(x.split(256), y.split(256))
+        )
+    theirs = nats / math.log(2) / len(held_out[: n * CONTEXT].encode())
+    print(
+        f"nanoGPT's recipe: {step:,} steps, {step * BATCH * CONTEXT:,} characters in {used:.0f} s, {theirs:.3f} bits "
+        "per "
+        f"byte on {len(held_out):,} held-out characters of code ({unknown} unknown ones left out)"
+    )
     print(f"{args.run}: {ours:.3f} bits per byte on the same text, {1 - ours / theirs:.1%} fewer")
 
 

@@ -1,5 +1,5 @@
 """Training speed against the `tokenizers` library on the same text and pattern: both times and their ratio. Then the
-speed of `data.py prepare`, reading and writing included, against tiktoken's own encode_ordinary_batch on the same documents.
+speed of `data.py prepare`, reading and writing included, against tiktoken's own encode_ordinary_batch on the same text.
 
     python tests/bench_tokenizer.py [VOCAB_SIZE]        # default 32768; needs: pip install tokenizers
     python tests/bench_tokenizer.py encode [MB]         # the second part alone, on so much text (default 60)
@@ -35,13 +35,23 @@ def standard_library() -> list[str]:
 
 def train_hf(texts: list[str], vocab_size: int):
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERNS["qwen"]), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=CONTROL, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERNS["qwen"]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=CONTROL,
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return tokenizer
 
 
@@ -57,8 +67,10 @@ def bench_training(vocab_size: int) -> None:
         reference = train_hf(texts, vocab_size)
         theirs.append(time.perf_counter() - start)
     ratio = min(ours) / min(theirs)
-    print(f"tokenizer.py {min(ours):.2f} s, tokenizers {min(theirs):.2f} s, ratio {ratio:.2f}, "
-          f"peak memory of both {peak_memory():.2f} GiB")
+    print(
+        f"tokenizer.py {min(ours):.2f} s, tokenizers {min(theirs):.2f} s, ratio {ratio:.2f}, "
+        f"peak memory of both {peak_memory():.2f} GiB"
+    )
     sample = texts[::20]
     n = sum(map(len, tokenizer.encode_batch(sample)))
     m = sum(len(encoding.ids) for encoding in reference.encode_batch(sample))
@@ -79,7 +91,7 @@ def bench_encoding(megabytes: float) -> None:
             while size < megabytes * 1e6:
                 for text in texts:  # in documents of web pages' size; the number makes each a new one
                     for i in range(0, len(text), 3000):
-                        document = f"{size} {text[i:i + 3000]}"
+                        document = f"{size} {text[i : i + 3000]}"
                         size += len(document.encode())
                         if size < 60e6:
                             documents.append(document)
@@ -97,9 +109,12 @@ def bench_encoding(megabytes: float) -> None:
             tokenizer._bpe.encode_ordinary_batch(documents, num_threads=threads)
             theirs.append((part / (time.perf_counter() - start), part / (time.process_time() - work)))
         (wall, core), (their_wall, their_core) = max(ours), max(theirs)
-        print(f"{size / 1e6:.0f} MB of jsonl, {threads} cores: prepare {wall / 1e6:.1f} MB/s, encode_ordinary_batch "
-              f"{their_wall / 1e6:.1f} MB/s, ratio {wall / their_wall:.2f}; a second of one core's time {core / 1e6:.1f} and "
-              f"{their_core / 1e6:.1f} MB, ratio {core / their_core:.2f}; peak memory after prepare {peak:.2f} GiB")
+        print(
+            f"{size / 1e6:.0f} MB of jsonl, {threads} cores: prepare {wall / 1e6:.1f} MB/s, encode_ordinary_batch "
+            f"{their_wall / 1e6:.1f} MB/s, ratio {wall / their_wall:.2f}; a second of one core's time {core / 1e6:.1f} "
+            f"and "
+            f"{their_core / 1e6:.1f} MB, ratio {core / their_core:.2f}; peak memory after prepare {peak:.2f} GiB"
+        )
 
 
 if __name__ == "__main__":

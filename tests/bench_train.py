@@ -1,7 +1,7 @@
 """What the loop costs beside the arithmetic of an update, on the laptop recipe and its data.
 
-    python tests/bench_train.py monitoring     # guard, log, noise scale and the watched steps, against a bare update
-    python tests/bench_train.py processes      # two gloo processes against one with two threads, the same global batch
+python tests/bench_train.py monitoring     # guard, log, noise scale and the watched steps, against a bare update
+python tests/bench_train.py processes      # two gloo processes against one with two threads, the same global batch
 """
 
 import json
@@ -30,7 +30,7 @@ def bare_update(job: train.Job, step: int) -> None:
 
 
 def monitoring(pairs: int = 400) -> None:
-    """Bare and whole updates in turn, so that a drifting machine slows both alike; the rare kinds count by their share."""
+    """Bare and whole updates in turn, so that a drifting machine slows both alike; rare kinds count by their share."""
     recipe = train.RECIPES["laptop"]
     job = train.set_up(recipe, train.World(), Path("runs/none"), False)
     folder = Path(f"runs/bench-{time.time():.0f}")
@@ -47,11 +47,16 @@ def monitoring(pairs: int = 400) -> None:
         seconds["bare"].append(middle - begin)
         seconds["noise scale" if noisy else "watched" if watched else "whole"].append(time.perf_counter() - middle)
     bare, whole, noise, watch = (statistics.median(seconds[kind][5:]) for kind in seconds)
-    parts = {"guard and log": whole - bare, f"noise scale every {recipe.noise_every}": (noise - whole) / recipe.noise_every,
-             f"watching every {recipe.watch_every}": (watch - whole) / recipe.watch_every}
-    print(f"a bare update {1000 * bare:.1f} ms; on top, in % of it: "
-          + ", ".join(f"{name} {part / bare:.1%}" for name, part in parts.items())
-          + f"; together {sum(parts.values()) / bare:.1%}")
+    parts = {
+        "guard and log": whole - bare,
+        f"noise scale every {recipe.noise_every}": (noise - whole) / recipe.noise_every,
+        f"watching every {recipe.watch_every}": (watch - whole) / recipe.watch_every,
+    }
+    print(
+        f"a bare update {1000 * bare:.1f} ms; on top, in % of it: "
+        + ", ".join(f"{name} {part / bare:.1%}" for name, part in parts.items())
+        + f"; together {sum(parts.values()) / bare:.1%}"
+    )
 
 
 def processes(turns: int = 3) -> None:

@@ -1,4 +1,4 @@
-"""Makes the flat files importable from anywhere, and skips tests marked `cuda` where there is no GPU. Where pytest-xdist is
+"""Makes the flat files importable from anywhere, and skips tests marked `cuda` without a GPU. Where pytest-xdist is
 installed (tests/requirements.txt) every core runs tests; `-n 0` runs them one after another."""
 
 import contextlib
@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests' matrices are too small to share, least of all by two processes
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests' matrices are too small to share, least of all by two processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # what is not on this disk is missing at once, not after retries
 
 import pytest
@@ -23,12 +25,13 @@ TRAIN = str(ROOT / "train.py")
 
 def torchrun(*words: str) -> subprocess.CompletedProcess:
     """`torchrun --nproc_per_node=2 WORDS`, a thread each."""
-    return subprocess.run([*TORCHRUN, *words], capture_output=True, text=True, timeout=180,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [*TORCHRUN, *words], capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
 
 
 def call(main: Callable[[], None], *words: str) -> subprocess.CompletedProcess:
-    """A command of the project, such as `call(cost.main, "plan")`, in this process, which has imported torch already."""
+    """A command of the project, such as `call(cost.main, "plan")`, in this process, which has torch already."""
     from tokenizer import run
 
     out, errors, status, before = io.StringIO(), io.StringIO(), 0, sys.argv

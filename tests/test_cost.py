@@ -1,7 +1,5 @@
 """cost.py against hand-worked numbers and a count of what torch executes."""
 
-import dataclasses
-import importlib
 import json
 import os
 import re
@@ -406,18 +404,3 @@ def test_numbers_of_other_commands():
     for read, text in ((cost.positive, "0"), (cost.positive, "-1"), (cost.positive_integer, "2.5")):
         with pytest.raises(cost.argparse.ArgumentTypeError):
             read(text)
-
-
-def test_every_name_in_the_pages_exists():
-    """In README and docs: `file.py` `name`, a dotted name being a method or field, with [...] an entry."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    places = {place for page in pages for place in re.findall(
-        r"`(\w+)\.py` `([\w.]+)(?:\[\"([\w.-]+)\"\])?`", page.read_text("utf-8"))}
-    assert len(places) > 20
-    for file, name, entry in places:
-        found = importlib.import_module(file)
-        for part in name.split("."):
-            fields = [field.name for field in dataclasses.fields(found)] if dataclasses.is_dataclass(found) else []
-            assert part in fields or hasattr(found, part), (file, name)
-            found = getattr(found, part, None)
-        assert not entry or entry in found, (file, name, entry)

@@ -8,8 +8,15 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import (FAMILIES, config_from_hugging_face, config_to_hugging_face, from_pretrained, load_config,
-                        save_pretrained, their_tensors)
+from checkpoint import (
+    FAMILIES,
+    config_from_hugging_face,
+    config_to_hugging_face,
+    from_pretrained,
+    load_config,
+    save_pretrained,
+    their_tensors,
+)
 from conftest import call
 from model import GPT, KVCache, ModelConfig, PRESETS, count_parameters
 from tokenizer import ChatFormat, Tokenizer, UserError, train_bpe
@@ -19,9 +26,20 @@ safetensors = pytest.importorskip("safetensors.torch")
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-BASE = dict(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6,
-            num_key_value_heads=3, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False,
-            pad_token_id=None, bos_token_id=None, eos_token_id=None)
+BASE = dict(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=40,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 
 
 def rope(theta=1e4, **scaling):
@@ -33,12 +51,25 @@ def rope(theta=1e4, **scaling):
 
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=8.0, beta_slow=1.0)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
-LATENT = dict(num_key_value_heads=6, kv_lora_rank=20, qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=12,
-              moe_intermediate_size=20, first_k_dense_replace=1, num_experts_per_tok=3)
-SLIDING = dict(use_sliding_window=True, sliding_window=7, max_window_layers=0,
-               layer_types=["sliding_attention", "full_attention"] * 2)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+LATENT = dict(
+    num_key_value_heads=6,
+    kv_lora_rank=20,
+    qk_nope_head_dim=10,
+    qk_rope_head_dim=6,
+    v_head_dim=12,
+    moe_intermediate_size=20,
+    first_k_dense_replace=1,
+    num_experts_per_tok=3,
+)
+SLIDING = dict(
+    use_sliding_window=True,
+    sliding_window=7,
+    max_window_layers=0,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)
 MODELS = {  # name: (class, its config)
     "llama": ("Llama", dict(head_dim=10)),
     "llama-mha-tied": ("Llama", dict(num_key_value_heads=6, tie_word_embeddings=True)),
@@ -54,21 +85,65 @@ MODELS = {  # name: (class, its config)
     "smollm3-sliding": ("SmolLM3", SLIDING),
     "mixtral": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None)),
     "mixtral-window": ("Mixtral", dict(head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=7)),
-    "qwen3-moe": ("Qwen3Moe", dict(head_dim=10, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20,
-                                   norm_topk_prob=True)),
-    "gpt-oss": ("GptOss", dict(head_dim=10, sliding_window=7, num_local_experts=5, num_experts_per_tok=2,
-                               **rope(150_000.0, **YARN, truncate=False))),
-    "deepseek-v2": ("DeepseekV2", LATENT | dict(q_lora_rank=None, n_routed_experts=6, n_shared_experts=2,
-                                                topk_method="greedy", norm_topk_prob=False)),
-    "moonlight": ("DeepseekV3", LATENT | dict(q_lora_rank=None, n_routed_experts=6, n_shared_experts=2, n_group=1,
-                                              topk_group=1, routed_scaling_factor=2.446)),
-    "deepseek-v3": ("DeepseekV3", LATENT | dict(q_lora_rank=14, attention_bias=True, n_routed_experts=8,
-                                                n_shared_experts=1, n_group=4, topk_group=2,
-                                                **rope(**YARN, mscale=1.0, mscale_all_dim=1.0))),
-    "qwen3-next": ("Qwen3Next", dict(head_dim=16, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20,
-                                     shared_expert_intermediate_size=20, linear_num_key_heads=2,
-                                     linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=10,
-                                     **rope(partial_rotary_factor=0.25))),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        dict(head_dim=10, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True),
+    ),
+    "gpt-oss": (
+        "GptOss",
+        dict(
+            head_dim=10,
+            sliding_window=7,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            **rope(150_000.0, **YARN, truncate=False),
+        ),
+    ),
+    "deepseek-v2": (
+        "DeepseekV2",
+        LATENT
+        | dict(q_lora_rank=None, n_routed_experts=6, n_shared_experts=2, topk_method="greedy", norm_topk_prob=False),
+    ),
+    "moonlight": (
+        "DeepseekV3",
+        LATENT
+        | dict(
+            q_lora_rank=None,
+            n_routed_experts=6,
+            n_shared_experts=2,
+            n_group=1,
+            topk_group=1,
+            routed_scaling_factor=2.446,
+        ),
+    ),
+    "deepseek-v3": (
+        "DeepseekV3",
+        LATENT
+        | dict(
+            q_lora_rank=14,
+            attention_bias=True,
+            n_routed_experts=8,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            **rope(**YARN, mscale=1.0, mscale_all_dim=1.0),
+        ),
+    ),
+    "qwen3-next": (
+        "Qwen3Next",
+        dict(
+            head_dim=16,
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=20,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=12,
+            linear_value_head_dim=10,
+            **rope(partial_rotary_factor=0.25),
+        ),
+    ),
 }
 LENGTH = {"qwen3-next": 130}  # more than two of the delta rule's chunks
 
@@ -127,6 +202,7 @@ def test_gradients_equal_transformers(pair):
 
 def test_32_greedy_tokens_equal_transformers(pair):
     from sample import generate
+
     name, theirs, ours, _ = pair
     prompt = torch.randint(61, (1, 9))
     with torch.no_grad():
@@ -184,11 +260,21 @@ TINY = ModelConfig(61, 32, 24, 2, 2, 1)
 WINDOW = {"layer_types": "sliding,full", "sliding_window": 8}
 
 
-@pytest.mark.parametrize("change, family", [
-    ({}, "llama"), ({"num_experts": 8}, "mixtral"), ({"num_experts": 8, "qk_norm": True}, "qwen3_moe"),
-    (WINDOW, "smollm3"), (WINDOW | {"qk_norm": True}, "qwen3"), (WINDOW | {"layer_types": "sliding"}, "mistral"),
-    (WINDOW | {"layer_types": "sliding", "num_experts": 4}, "mixtral"), (WINDOW | {"attention_bias": True}, "smollm3"),
-    ({"no_rope_layer_interval": 2, "tie_word_embeddings": False}, "smollm3"), ({"attention_bias": True}, "llama")])
+@pytest.mark.parametrize(
+    "change, family",
+    [
+        ({}, "llama"),
+        ({"num_experts": 8}, "mixtral"),
+        ({"num_experts": 8, "qk_norm": True}, "qwen3_moe"),
+        (WINDOW, "smollm3"),
+        (WINDOW | {"qk_norm": True}, "qwen3"),
+        (WINDOW | {"layer_types": "sliding"}, "mistral"),
+        (WINDOW | {"layer_types": "sliding", "num_experts": 4}, "mixtral"),
+        (WINDOW | {"attention_bias": True}, "smollm3"),
+        ({"no_rope_layer_interval": 2, "tie_word_embeddings": False}, "smollm3"),
+        ({"attention_bias": True}, "llama"),
+    ],
+)
 def test_shapes_that_train_py_makes_are_exported(change, family, tmp_path):
     model = GPT(TINY.change(num_hidden_layers=4, initializer_range=0.2, **change))
     for name, parameter in model.named_parameters():
@@ -200,11 +286,18 @@ def test_shapes_that_train_py_makes_are_exported(change, family, tmp_path):
     assert all(torch.equal(back[name], weight) for name, weight in model.state_dict().items())
 
 
-@pytest.mark.parametrize("change, word", [
-    ({"layer_types": "chunked,full", "attention_chunk_size": 8}, "layer_types"), ({"position": "alibi"}, "alibi"),
-    ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"), ({"attn_output_gate": True}, "attn_output_gate"),
-    ({"num_experts": 4, "n_shared_experts": 1}, "n_shared_experts"), ({"attention_sinks": True}, "attention_sinks"),
-    ({"num_experts": 4, "layer_types": "sliding,full", "sliding_window": 8}, "layer_types")])
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        ({"layer_types": "chunked,full", "attention_chunk_size": 8}, "layer_types"),
+        ({"position": "alibi"}, "alibi"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"attn_output_gate": True}, "attn_output_gate"),
+        ({"num_experts": 4, "n_shared_experts": 1}, "n_shared_experts"),
+        ({"attention_sinks": True}, "attention_sinks"),
+        ({"num_experts": 4, "layer_types": "sliding,full", "sliding_window": 8}, "layer_types"),
+    ],
+)
 def test_what_no_family_has_is_not_exported(change, word, tmp_path):
     with pytest.raises(UserError, match=word):
         save_pretrained(GPT(TINY.change(**change)), tmp_path / "out")
@@ -213,8 +306,13 @@ def test_what_no_family_has_is_not_exported(change, word, tmp_path):
 
 def test_an_export_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     right = config_to_hugging_face
-    monkeypatch.setattr(checkpoint, "config_to_hugging_face", lambda config: right(config) | {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_theta": 7.0})
+    monkeypatch.setattr(
+        checkpoint,
+        "config_to_hugging_face",
+        lambda config: (
+            right(config) | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}, "rope_theta": 7.0}
+        ),
+    )
     for experts in (0, 4):
         model = GPT(TINY.change(initializer_range=0.3, num_experts=experts))
         with pytest.raises(UserError, match="other logits"):
@@ -256,17 +354,27 @@ def weights_of(config=TINY):
     return {k: v.clone() for k, v in GPT(config).state_dict().items()}
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"model_type": "mamba"}, "mamba is not one of llama"), ({"hidden_act": "gelu"}, "hidden_act = gelu"),
-    ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
-    ({"num_attention_heads": None}, "num_attention"),
-    ({"rope_scaling": {"rope_type": "yarn"}}, "factor"), ({"model_type": "deepseek_v3"}, "lacks num_experts_per_tok"),
-    ({"mlp_bias": True}, "mlp_bias = True"), ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
-    ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}}, "mscale = 0"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method = gptq"),
-    ({"vocab_size": 2**31}, "more than its files hold|cannot be read|is not between"), ({"num_attention_heads": 10**9}, "1,000"),
-    ({"num_hidden_layers": 10**9}, "1,000"), ({"hidden_size": "32"}, "cannot be read|hidden_size"),
-    ({"rope_parameters": [1]}, "cannot be read"), ({"model_type": ["llama"]}, "cannot be read")])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"model_type": "mamba"}, "mamba is not one of llama"),
+        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        ({"num_attention_heads": None}, "num_attention"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"model_type": "deepseek_v3"}, "lacks num_experts_per_tok"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}}, "mscale = 0"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method = gptq"),
+        ({"vocab_size": 2**31}, "more than its files hold|cannot be read|is not between"),
+        ({"num_attention_heads": 10**9}, "1,000"),
+        ({"num_hidden_layers": 10**9}, "1,000"),
+        ({"hidden_size": "32"}, "cannot be read|hidden_size"),
+        ({"rope_parameters": [1]}, "cannot be read"),
+        ({"model_type": ["llama"]}, "cannot be read"),
+    ],
+)
 def test_what_is_not_supported_is_named(change, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence) as error:
         from_pretrained(write(tmp_path, weights_of(), **change))
@@ -302,10 +410,11 @@ def test_wrong_tensors_are_named(tmp_path):
     weights = weights_of()
     lost = {k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}
     for tensors, sentence in (
-            (lost, "lacks model.layers.1.mlp.up_proj.weight"),
-            (weights | {"model.extra.weight": torch.ones(2)}, "model.extra.weight, which a llama"),
-            (weights | {"model.norm.weight": torch.ones(33)}, r"model.norm.weight with shape \[33\]"),
-            (weights | {"model.norm.weight": torch.ones(32).int()}, "model.norm.weight .*int32")):
+        (lost, "lacks model.layers.1.mlp.up_proj.weight"),
+        (weights | {"model.extra.weight": torch.ones(2)}, "model.extra.weight, which a llama"),
+        (weights | {"model.norm.weight": torch.ones(33)}, r"model.norm.weight with shape \[33\]"),
+        (weights | {"model.norm.weight": torch.ones(32).int()}, "model.norm.weight .*int32"),
+    ):
         with pytest.raises(UserError, match=sentence):
             from_pretrained(write(tmp_path, tensors))
     torn = write(tmp_path, weights) / "model.safetensors"
@@ -319,9 +428,11 @@ def test_wrong_tensors_are_named(tmp_path):
 
 def test_a_tied_head_and_foreign_extras_in_the_file_are_skipped(tmp_path):
     weights = weights_of()
-    extra = {"lm_head.weight": weights["model.embed_tokens.weight"].clone(),
-             "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-             "model.layers.2.mlp.up_proj.weight": torch.ones(3)}
+    extra = {
+        "lm_head.weight": weights["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.2.mlp.up_proj.weight": torch.ones(3),
+    }
     loaded = from_pretrained(write(tmp_path, weights | extra, num_nextn_predict_layers=1)).state_dict()
     with pytest.raises(UserError, match="layers.2"):  # a config that is shorter than the model
         from_pretrained(write(tmp_path, weights | extra))
@@ -357,9 +468,19 @@ def test_which_files_the_weights_come_from(tmp_path):
         from_pretrained(folder)
 
 
-@pytest.mark.parametrize("index", [b"\xff", b"[]", b"{", b'{"weight_map": 3}', b'{"weight_map": {"a": 1}}',
-                                   b'{"weight_map": {"model.norm.weight": "../../etc/passwd"}}',
-                                   b'{"weight_map": {"model.norm.weight": "none.safetensors"}}', b'{"weight_map": {}}'])
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"\xff",
+        b"[]",
+        b"{",
+        b'{"weight_map": 3}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": {"model.norm.weight": "../../etc/passwd"}}',
+        b'{"weight_map": {"model.norm.weight": "none.safetensors"}}',
+        b'{"weight_map": {}}',
+    ],
+)
 def test_a_damaged_index_is_one_sentence(index, tmp_path):
     write(tmp_path, weights_of())
     (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
@@ -387,12 +508,13 @@ def test_damaged_configs_and_weights_are_one_sentence(tmp_path):
             attempt()
     (tmp_path / "config.json").write_text(json.dumps(good))
     for place in range(0, 3000, 29):
-        (tmp_path / "model.safetensors").write_bytes(header[:place] + bytes([header[place] ^ 5]) + header[place + 1:])
+        (tmp_path / "model.safetensors").write_bytes(header[:place] + bytes([header[place] ^ 5]) + header[place + 1 :])
         attempt()
 
 
 def test_gpt_oss_four_bit_weights_unpack_as_in_transformers():
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
     blocks = torch.randint(256, (3, 6, 2, 16), dtype=torch.uint8)
     scales = torch.randint(120, 134, (3, 6, 2), dtype=torch.uint8)
     expected = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32)
@@ -405,8 +527,12 @@ def test_fp8_blocks_and_packed_experts_load(tmp_path):
     weights = weights_of(wide := TINY.change(hidden_size=160, vocab_size=300))
     name, scales = "model.layers.0.mlp.up_proj.weight", torch.tensor([[0.5, 2.0]])
     packed = weights[name].to(torch.float8_e4m3fn)
-    folder = write(tmp_path, weights | {name: packed, name + "_scale_inv": scales}, wide,
-                   quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
+    folder = write(
+        tmp_path,
+        weights | {name: packed, name + "_scale_inv": scales},
+        wide,
+        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
+    )
     expected = packed.float() * torch.cat((torch.full((128,), 0.5), torch.full((32,), 2.0)))
     assert torch.equal(from_pretrained(folder).state_dict()[name], expected)
     with pytest.raises(UserError, match="128 x 128"):
@@ -494,6 +620,7 @@ def test_more_tokens_than_embedding_rows(exported, tmp_path):
 
 def test_sample_chats_with_a_hugging_face_folder(exported):
     import sample
+
     for flags in (["--chat", "--prompt", "the cat?"], ["--prompt", "the"]):
         done = call(sample.main, exported[2], "--max-tokens", "8", *flags)
         assert done.returncode == 0 and not done.stderr, done.stderr

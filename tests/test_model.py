@@ -1,4 +1,4 @@
-"""model.py against brute force, against hand-worked cases, and against itself without cache, packing and compilation."""
+"""model.py against brute force, hand-worked cases, and itself without cache, packing and compilation."""
 
 import argparse
 import inspect
@@ -8,35 +8,89 @@ import pytest
 import torch
 
 import model as model_
-from model import (ACTIVATIONS, GPT, KVCache, MoE, ModelConfig, PRESETS, alibi, apply_rope, attention_extremes,
-                   count_parameters, cross_entropy, dense_attention, distance_bucket, distances, document_attention,
-                   document_positions, dual_chunk_attention, gated_delta_rule, rope_frequencies, visible_keys,
-                   watch_attention, z_loss)
+from model import (
+    ACTIVATIONS,
+    GPT,
+    KVCache,
+    MoE,
+    ModelConfig,
+    PRESETS,
+    alibi,
+    apply_rope,
+    attention_extremes,
+    count_parameters,
+    cross_entropy,
+    dense_attention,
+    distance_bucket,
+    distances,
+    document_attention,
+    document_positions,
+    dual_chunk_attention,
+    gated_delta_rule,
+    rope_frequencies,
+    visible_keys,
+    watch_attention,
+    z_loss,
+)
 from conftest import call
 from tokenizer import UserError
 
-PUBLISHED = {"llama-2-7b": 6_738_415_616, "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400,
-             "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
-             "qwen3-8b": 8_190_735_360, "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120,
-             "smollm3-3b": 3_075_098_624}
-NON_EMBEDDING = {"llama-2-7b": 6.476, "llama-3.1-8b": 6.980, "llama-3.2-1b": 0.973, "qwen3-0.6b": 0.440, "qwen3-1.7b": 1.409,
-                 "qwen3-4b": 3.634, "qwen3-8b": 6.946, "smollm3-3b": 2.812}  # billions
-PUBLISHED_BILLIONS = {"gpt-oss-20b": (20.915, 3.61), "qwen3-next-80b-a3b": (79.67, 3.88), "moonlight-16b-a3b": (15.96, 2.24),
-                      "kimi-k2": (1026, 32.9)}  # total, active as published: see the test
-ODD = ModelConfig(vocab_size=61, hidden_size=48, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6,
-                  num_key_value_heads=3, head_dim=10, max_position_embeddings=64, no_rope_layer_interval=4)
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
+    "qwen3-4b": 4_022_468_096,
+    "qwen3-8b": 8_190_735_360,
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm3-3b": 3_075_098_624,
+}
+NON_EMBEDDING = {
+    "llama-2-7b": 6.476,
+    "llama-3.1-8b": 6.980,
+    "llama-3.2-1b": 0.973,
+    "qwen3-0.6b": 0.440,
+    "qwen3-1.7b": 1.409,
+    "qwen3-4b": 3.634,
+    "qwen3-8b": 6.946,
+    "smollm3-3b": 2.812,
+}  # billions
+PUBLISHED_BILLIONS = {
+    "gpt-oss-20b": (20.915, 3.61),
+    "qwen3-next-80b-a3b": (79.67, 3.88),
+    "moonlight-16b-a3b": (15.96, 2.24),
+    "kimi-k2": (1026, 32.9),
+}  # total, active as published: see the test
+ODD = ModelConfig(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=40,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    head_dim=10,
+    max_position_embeddings=64,
+    no_rope_layer_interval=4,
+)
 PLAIN = ODD.change(no_rope_layer_interval=0)
 LATENT = {"kv_lora_rank": 14, "qk_nope_head_dim": 8, "qk_rope_head_dim": 6, "v_head_dim": 10}
 VARIANTS = {  # windows, chunks and trained contexts shorter than the sequences of the tests
-    "gqa-rnope": ODD, "mha": PLAIN.change(num_key_value_heads=6), "mqa": PLAIN.change(num_key_value_heads=1),
-    "qk-norm": PLAIN.change(qk_norm=True), "nope": PLAIN.change(position="none"),
+    "gqa-rnope": ODD,
+    "mha": PLAIN.change(num_key_value_heads=6),
+    "mqa": PLAIN.change(num_key_value_heads=1),
+    "qk-norm": PLAIN.change(qk_norm=True),
+    "nope": PLAIN.change(position="none"),
     "sliding-3:1": PLAIN.change(layer_types="sliding,sliding,sliding,full", sliding_window=5),
     "sliding-1": PLAIN.change(layer_types="sliding", sliding_window=1),
     "llama-4": ODD.change(layer_types="chunked,chunked,chunked,full", attention_chunk_size=7),
     "sinks": PLAIN.change(layer_types="sliding,full", sliding_window=6, attention_sinks=True, attention_bias=True),
     "gated": PLAIN.change(attn_output_gate=True, head_dim=12, partial_rotary_factor=0.5),
-    "mla": PLAIN.change(**LATENT), "mla-queries": PLAIN.change(**LATENT, q_lora_rank=9),
-    "learned": PLAIN.change(position="learned"), "relative": PLAIN.change(position="relative"),
+    "mla": PLAIN.change(**LATENT),
+    "mla-queries": PLAIN.change(**LATENT, q_lora_rank=9),
+    "learned": PLAIN.change(position="learned"),
+    "relative": PLAIN.change(position="relative"),
     "alibi": PLAIN.change(position="alibi", layer_types="sliding,full", sliding_window=9),
     "alibi-chunked": PLAIN.change(position="alibi", layer_types="chunked,full", attention_chunk_size=9),
     "llama3": PLAIN.change(position="llama3", rope_factor=8.0, original_max_position_embeddings=32),
@@ -45,8 +99,17 @@ VARIANTS = {  # windows, chunks and trained contexts shorter than the sequences 
     "deltanet": PLAIN.change(layer_types="linear,linear,linear,full", linear_num_key_heads=2, linear_num_value_heads=4),
     "soft-cap": PLAIN.change(final_logit_softcapping=2.0),
     "moe": PLAIN.change(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=12, n_shared_experts=1),
-    "moe-sigmoid": PLAIN.change(num_experts=6, num_experts_per_tok=3, scoring_func="sigmoid", first_k_dense_replace=2,
-                                n_group=3, topk_group=2, moe_intermediate_size=20, swiglu_limit=7.0, mlp_bias=True),
+    "moe-sigmoid": PLAIN.change(
+        num_experts=6,
+        num_experts_per_tok=3,
+        scoring_func="sigmoid",
+        first_k_dense_replace=2,
+        n_group=3,
+        topk_group=2,
+        moe_intermediate_size=20,
+        swiglu_limit=7.0,
+        mlp_bias=True,
+    ),
 }
 
 
@@ -108,18 +171,19 @@ def brute_force_attention(q, k, v, lengths, window=0, sink=None):
         for i in range(start, start + length):
             first = max(start, i - window + 1) if window else start
             for h in range(q.shape[1]):
-                scores = k[first:i + 1, h // ratio] @ q[i, h] / q.shape[-1] ** 0.5
+                scores = k[first : i + 1, h // ratio] @ q[i, h] / q.shape[-1] ** 0.5
                 if sink is not None:
-                    scores = torch.cat((scores, sink[h:h + 1]))
-                out.append(scores.softmax(0)[:i + 1 - first] @ v[first:i + 1, h // ratio])
+                    scores = torch.cat((scores, sink[h : h + 1]))
+                out.append(scores.softmax(0)[: i + 1 - first] @ v[first : i + 1, h // ratio])
         start += length
     return torch.stack(out).view_as(q)
 
 
 def dense_document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
     """`document_attention` by its definition, where all documents stand in one row."""
-    visible = visible_keys(distances(max_length, max_length, q.device), document_positions(cu_seqlens, max_length)[None],
-                           window)
+    visible = visible_keys(
+        distances(max_length, max_length, q.device), document_positions(cu_seqlens, max_length)[None], window
+    )
     return dense_attention(q[None], k[None], v[None], visible, sink=sink)[0]
 
 
@@ -140,8 +204,9 @@ def test_the_definition_with_a_sink_of_no_weight_is_the_fused_kernel():
     q, k, v = torch.randn(2, 9, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 5)
     visible = visible_keys(distances(9, 12, "cpu"), torch.arange(3, 12)[None], 6)
     bias = torch.randn(4, 9, 12)
-    torch.testing.assert_close(dense_attention(q, k, v, visible, bias, torch.full((4,), -torch.inf)),
-                               dense_attention(q, k, v, visible, bias))
+    torch.testing.assert_close(
+        dense_attention(q, k, v, visible, bias, torch.full((4,), -torch.inf)), dense_attention(q, k, v, visible, bias)
+    )
 
 
 @pytest.mark.parametrize("kernel", [document_attention, dense_document_attention])
@@ -167,7 +232,11 @@ def test_document_attention_equals_dense_mask(lengths, window, sinks, kv_heads):
     q = torch.randn(512, 6, 16, requires_grad=True)
     k, v = (torch.randn(512, kv_heads, 16, requires_grad=True) for _ in range(2))
     sink = torch.randn(6, requires_grad=True) if sinks else None
-    cu, grad, inputs = lengths_to_cu(lengths, 20), torch.randn(512, 6, 16), [x for x in (q, k, v, sink) if x is not None]
+    cu, grad, inputs = (
+        lengths_to_cu(lengths, 20),
+        torch.randn(512, 6, 16),
+        [x for x in (q, k, v, sink) if x is not None],
+    )
     out, expected = (f(q, k, v, cu, 512, window, sink) for f in (document_attention, dense_document_attention))
     torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-4)
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
@@ -177,9 +246,11 @@ def test_document_attention_equals_dense_mask(lengths, window, sinks, kv_heads):
 @pytest.mark.parametrize("sinks", [False, True])
 def test_operator_is_well_formed(sinks):
     q, k = torch.randn(32, 4, 16, requires_grad=True), torch.randn(32, 2, 16, requires_grad=True)
-    torch.library.opcheck(torch.ops.nanoplaybook.document_attention.default,
-                          (q, k, k, lengths_to_cu([10, 22], 5), 32, 4, torch.randn(4, requires_grad=True) if sinks else None),
-                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.nanoplaybook.document_attention.default,
+        (q, k, k, lengths_to_cu([10, 22], 5), 32, 4, torch.randn(4, requires_grad=True) if sinks else None),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -209,11 +280,11 @@ def test_cached_logits_equal_uncached(name):
     with torch.inference_mode():
         full, cache = model(tokens), KVCache(40)
         parts = [model(tokens[:, :9], cache=cache), model(tokens[:, 9:14], cache=cache)]  # a prompt, and more of it
-        parts += [model(tokens[:, i:i + 1], cache=cache) for i in range(14, 40)]
+        parts += [model(tokens[:, i : i + 1], cache=cache) for i in range(14, 40)]
         assert cache.length == 40
         torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-4, rtol=1e-4)
         one = KVCache(40)  # a single row takes the matrix-vector route
-        rows = [model(tokens[:1, i:i + 1], cache=one) for i in range(40)]
+        rows = [model(tokens[:1, i : i + 1], cache=one) for i in range(40)]
     torch.testing.assert_close(torch.cat(rows, 1), full[:1], atol=1e-4, rtol=1e-4)
 
 
@@ -239,10 +310,12 @@ def test_rope_turns_pair_zero_fastest_and_depends_on_distance_alone():
     frequencies = rope_frequencies(ModelConfig(head_dim=64))
     assert frequencies[0] == 1.0 and (frequencies.diff() < 0).all()
     q, k = torch.randn(2, 1, 1, 1, 64)
+
     def score(i, j):
         angle = torch.tensor([i, j])[:, None] * frequencies
         cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
         return (apply_rope(q, cos[0], sin[0]) * apply_rope(k, cos[1], sin[1])).sum()
+
     torch.testing.assert_close(score(7, 3), score(107, 103), atol=1e-4, rtol=1e-4)
     assert not torch.isclose(score(7, 3), score(8, 3))
 
@@ -264,7 +337,9 @@ def test_alibi_by_hand():
 def test_relative_buckets_are_those_of_t5():
     t5 = pytest.importorskip("transformers.models.t5.modeling_t5")
     distance = torch.arange(300)
-    expected = t5.T5Attention._relative_position_bucket(-distance, bidirectional=False, num_buckets=32, max_distance=128)
+    expected = t5.T5Attention._relative_position_bucket(
+        -distance, bidirectional=False, num_buckets=32, max_distance=128
+    )
     assert torch.equal(distance_bucket(distance), expected)
 
 
@@ -278,11 +353,13 @@ def test_dual_chunk_distances_by_hand():
     v = torch.eye(T).view(1, T, 1, T)
     p = dual_chunk_attention(q, k, v, place[None], frequency, 8)[0, :, 0]  # [T, T] probabilities
     for i in range(T):
-        same = [i - j if j // 6 == i // 6 else min(6 + i % 6, 7) - j % 6 if j // 6 == i // 6 - 1 else 7 - j % 6
-                for j in range(i + 1)]
+        same = [
+            i - j if j // 6 == i // 6 else min(6 + i % 6, 7) - j % 6 if j // 6 == i // 6 - 1 else 7 - j % 6
+            for j in range(i + 1)
+        ]
         assert max(same) <= 7  # never farther than in training
-        expected = (torch.tensor(same) * frequency).cos().div(2 ** 0.5).softmax(0)
-        torch.testing.assert_close(p[i, :i + 1], expected)
+        expected = (torch.tensor(same) * frequency).cos().div(2**0.5).softmax(0)
+        torch.testing.assert_close(p[i, : i + 1], expected)
 
 
 def test_dual_chunk_is_plain_rope_within_its_first_chunk():
@@ -306,7 +383,11 @@ def delta_rule_token_by_token(q, k, v, decay, beta, state):
 @pytest.mark.parametrize("lengths", [[200], [1, 63, 70, 66], [64, 136], [3] * 66 + [2]])
 def test_gated_delta_rule_equals_the_recurrence(lengths):
     B, T, H = 2, 200, 3
-    q, k, v = torch.randn(B, T, H, 8), torch.nn.functional.normalize(torch.randn(B, T, H, 8), dim=-1), torch.randn(B, T, H, 5)
+    q, k, v = (
+        torch.randn(B, T, H, 8),
+        torch.nn.functional.normalize(torch.randn(B, T, H, 8), dim=-1),
+        torch.randn(B, T, H, 5),
+    )
     decay, beta = -torch.rand(B, T, H), torch.rand(B, T, H)
     state = torch.randn(B, H, 8, 5)
     starts = torch.tensor([0, *lengths]).cumsum(0)[1:-1]
@@ -351,7 +432,9 @@ def test_moe_equals_one_token_at_a_time(width):
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_in_mlps_and_experts(name):
-    act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu2": lambda x: x.clamp(min=0) ** 2}[name]
+    act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu2": lambda x: x.clamp(min=0) ** 2}[
+        name
+    ]
     config, x = PLAIN.change(hidden_act=name), torch.randn(3, 48)
     mlp = build(config).model.layers[0].mlp
     torch.testing.assert_close(mlp(x), mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x)))
@@ -361,8 +444,12 @@ def test_activations_in_mlps_and_experts(name):
 
 
 def test_shared_experts_may_be_of_any_width():
-    sizes = [GPT(VARIANTS["moe"].change(n_shared_experts=n, shared_expert_intermediate_size=width))
-             .model.layers[0].mlp.shared_experts.gate_proj.weight.shape[0] for n, width in ((2, 0), (1, 17), (0, 5))]
+    sizes = [
+        GPT(VARIANTS["moe"].change(n_shared_experts=n, shared_expert_intermediate_size=width))
+        .model.layers[0]
+        .mlp.shared_experts.gate_proj.weight.shape[0]
+        for n, width in ((2, 0), (1, 17), (0, 5))
+    ]
     assert sizes == [24, 17, 5]
 
 
@@ -380,7 +467,9 @@ def test_expert_biases_equal_a_look_up():
 
 
 def test_routing_loss_by_hand_and_over_micro_batches():
-    config = ModelConfig(61, 16, 24, 1, 2, 1, num_experts=4, num_experts_per_tok=1, router_aux_loss_coef=0.5, router_z_loss_coef=2.0)
+    config = ModelConfig(
+        61, 16, 24, 1, 2, 1, num_experts=4, num_experts_per_tok=1, router_aux_loss_coef=0.5, router_z_loss_coef=2.0
+    )
     model = GPT(config)
     moe = model.model.layers[0].mlp
     uniform = torch.full((4,), 0.25)
@@ -401,8 +490,11 @@ def test_bias_update_moves_towards_even_load():
     torch.testing.assert_close(moe.gate.e_score_correction_bias, torch.tensor([-0.01, 0, 0.01, 0.01]))
 
 
-BALANCE = {"loss": {"router_aux_loss_coef": 0.02}, "bias": {"scoring_func": "sigmoid", "router_bias_update_rate": 0.02},
-           "off": {}}
+BALANCE = {
+    "loss": {"router_aux_loss_coef": 0.02},
+    "bias": {"scoring_func": "sigmoid", "router_bias_update_rate": 0.02},
+    "off": {},
+}
 
 
 def test_balancing_keeps_experts_in_use_and_without_it_they_collapse():
@@ -412,8 +504,20 @@ def test_balancing_keeps_experts_in_use_and_without_it_they_collapse():
     worst = {}
     for name, how in BALANCE.items():
         torch.manual_seed(0)
-        model = GPT(ModelConfig(256, 32, 64, 2, 2, 1, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
-                                **{"router_aux_loss_coef": 0.0} | how))
+        model = GPT(
+            ModelConfig(
+                256,
+                32,
+                64,
+                2,
+                2,
+                1,
+                num_experts=8,
+                num_experts_per_tok=2,
+                moe_intermediate_size=32,
+                **{"router_aux_loss_coef": 0.0} | how,
+            )
+        )
         optimizer, uneven = torch.optim.AdamW(model.parameters(), lr=1e-2), []
         for step in range(350):
             rows = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)
@@ -435,7 +539,7 @@ def test_cross_entropy_equals_torch_and_skips_padding():
 
 def test_z_loss_and_soft_cap_by_hand():
     logits, targets = torch.zeros(1, 3, 8), torch.tensor([[1, -100, 2]])
-    assert z_loss(logits, targets).item() == pytest.approx(2 * 2.0794415 ** 2)  # log 8, two targets that count
+    assert z_loss(logits, targets).item() == pytest.approx(2 * 2.0794415**2)  # log 8, two targets that count
     model = build(PLAIN.change(final_logit_softcapping=2.0))
     plain = build(PLAIN)(tokens := torch.randint(61, (1, 5)))
     torch.testing.assert_close(model(tokens), 2 * (plain / 2).tanh())
@@ -452,16 +556,23 @@ def test_initialisation_is_normal_with_the_configured_deviation(given, deviation
             assert (parameter == 1).all(), name
 
 
-COMPILED = {"dense": (PLAIN, 1), "rnope": (ODD, 2), "sliding-sinks": (VARIANTS["sinks"], 2), "chunked": (VARIANTS["llama-4"], 2),
-            "moe": (PLAIN.change(num_experts=4, moe_intermediate_size=16, mlp_bias=True), 1), "mla": (VARIANTS["mla"], 1),
-            "deltanet": (VARIANTS["deltanet"], 1)}  # kinds of layers with a graph; a linear layer has none
+COMPILED = {
+    "dense": (PLAIN, 1),
+    "rnope": (ODD, 2),
+    "sliding-sinks": (VARIANTS["sinks"], 2),
+    "chunked": (VARIANTS["llama-4"], 2),
+    "moe": (PLAIN.change(num_experts=4, moe_intermediate_size=16, mlp_bias=True), 1),
+    "mla": (VARIANTS["mla"], 1),
+    "deltanet": (VARIANTS["deltanet"], 1),
+}  # kinds of layers with a graph; a linear layer has none
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_blocks_are_one_graph_for_every_document_layout(name):
-    """Whatever the documents and their number are; without gradients and with a cache blocks are not compiled at all."""
+    """Whatever the documents and their number; without gradients or with a cache blocks are not compiled."""
     import torch._dynamo as dynamo
     import torch._dynamo.testing
+
     dynamo.reset()
     config, kinds = COMPILED[name]
     model = GPT(config)
@@ -491,6 +602,7 @@ def test_compiled_blocks_are_one_graph_for_every_document_layout(name):
 @pytest.mark.parametrize("name", ["dense", "sliding-sinks"])
 def test_compiled_gradients_equal_eager_ones(name):
     import torch._dynamo as dynamo
+
     dynamo.reset()
     model, tokens = build(COMPILED[name][0]), torch.randint(61, (2, 32))
     model.compile_blocks(backend="aot_eager")
@@ -507,19 +619,37 @@ def eager(model, tokens, cu):
         return model(tokens, cu)
 
 
-@pytest.mark.parametrize("wrong, word", [
-    ({"num_key_value_heads": 3}, "1, 2, 4"), ({"hidden_size": 130}, "heads"), ({"head_dim": 7}, "pairs"),
-    ({"num_attention_heads": 0}, "between 1"), ({"rope_theta": 0.0}, "between 2"),
-    ({"no_rope_layer_interval": -1}, "between 0"), ({"layer_types": "full,slide"}, "sliding"),
-    ({"layer_types": "sliding"}, "sliding_window"), ({"layer_types": "chunked"}, "attention_chunk_size"),
-    ({"position": "rotary"}, "alibi"), ({"kv_lora_rank": 8}, "qk_nope_head_dim"),
-    ({"kv_lora_rank": 8, "qk_norm": True}, "without sinks"), ({"num_experts": 2, "num_experts_per_tok": 3}, "choose"),
-    ({"scoring_func": "tanh"}, "sigmoid"), ({"num_experts": 6, "n_group": 4}, "n_group"),
-    ({"hidden_act": "swish"}, "relu2"), ({"swiglu_limit": 7.0, "hidden_act": "gelu"}, "silu"),
-    ({"position": "dual_chunk", "attention_sinks": True}, "sinks"), ({"yarn_mscale_all_dim": 1.0}, "MLA"),
-    ({"vocab_size": 2**31}, "vocab_size"), ({"num_attention_heads": 2**31, "head_dim": 8}, "num_attention_heads"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers"), ({"hidden_size": float("nan")}, "type"),
-    ({"rms_norm_eps": float("nan")}, "between"), ({"vocab_size": "61"}, "type"), ({"qk_norm": 1}, "type")])
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        ({"num_key_value_heads": 3}, "1, 2, 4"),
+        ({"hidden_size": 130}, "heads"),
+        ({"head_dim": 7}, "pairs"),
+        ({"num_attention_heads": 0}, "between 1"),
+        ({"rope_theta": 0.0}, "between 2"),
+        ({"no_rope_layer_interval": -1}, "between 0"),
+        ({"layer_types": "full,slide"}, "sliding"),
+        ({"layer_types": "sliding"}, "sliding_window"),
+        ({"layer_types": "chunked"}, "attention_chunk_size"),
+        ({"position": "rotary"}, "alibi"),
+        ({"kv_lora_rank": 8}, "qk_nope_head_dim"),
+        ({"kv_lora_rank": 8, "qk_norm": True}, "without sinks"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "choose"),
+        ({"scoring_func": "tanh"}, "sigmoid"),
+        ({"num_experts": 6, "n_group": 4}, "n_group"),
+        ({"hidden_act": "swish"}, "relu2"),
+        ({"swiglu_limit": 7.0, "hidden_act": "gelu"}, "silu"),
+        ({"position": "dual_chunk", "attention_sinks": True}, "sinks"),
+        ({"yarn_mscale_all_dim": 1.0}, "MLA"),
+        ({"vocab_size": 2**31}, "vocab_size"),
+        ({"num_attention_heads": 2**31, "head_dim": 8}, "num_attention_heads"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"hidden_size": float("nan")}, "type"),
+        ({"rms_norm_eps": float("nan")}, "between"),
+        ({"vocab_size": "61"}, "type"),
+        ({"qk_norm": 1}, "type"),
+    ],
+)
 def test_impossible_configs_are_a_sentence(wrong, word):
     with pytest.raises(UserError, match=word):
         ModelConfig(**wrong)
@@ -535,7 +665,9 @@ def test_changed_width_changes_the_heads_unless_they_were_given():
     assert PRESETS["qwen3-0.6b"].change(hidden_size=512).head_dim == 128  # 16 heads of 128 on width 1024: its own
     moe = ModelConfig(num_experts=8)
     assert (moe.moe_intermediate_size, moe.change(intermediate_size=400).moe_intermediate_size) == (384, 200)
-    assert ModelConfig(num_experts=8, moe_intermediate_size=30).change(intermediate_size=400).moe_intermediate_size == 30
+    assert (
+        ModelConfig(num_experts=8, moe_intermediate_size=30).change(intermediate_size=400).moe_intermediate_size == 30
+    )
     with pytest.raises(UserError, match="divide"):
         ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=258)
 
@@ -543,15 +675,18 @@ def test_changed_width_changes_the_heads_unless_they_were_given():
 @pytest.mark.cuda
 def test_operator_is_well_formed_on_cuda():
     q, k = (torch.randn(32, h, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for h in (4, 2))
-    torch.library.opcheck(torch.ops.nanoplaybook.document_attention.default,
-                          (q, k, k, lengths_to_cu([10, 22], 5).cuda(), 32, 4, torch.randn(4, device="cuda", requires_grad=True)),
-                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.nanoplaybook.document_attention.default,
+        (q, k, k, lengths_to_cu([10, 22], 5).cuda(), 32, 4, torch.randn(4, device="cuda", requires_grad=True)),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_step_and_sampling_on_cuda(dtype):
     from sample import generate
+
     model = GPT(ModelConfig(64, 128, 256, 12, 2, 1, max_position_embeddings=32)).cuda()
     model.compute_dtype = dtype
     tokens, cu = torch.randint(64, (2, 32), device="cuda"), lengths_to_cu([20, 12, 5, 27], 10).cuda()
@@ -569,7 +704,11 @@ def test_document_attention_on_cuda_equals_dense_mask(kv_heads, window, sinks):
     q = torch.randn(256, 6, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     k, v = (torch.randn(256, kv_heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
     sink = torch.randn(6, device="cuda", requires_grad=True) if sinks else None
-    cu, grad, inputs = lengths_to_cu([100, 1, 99, 56], 12).cuda(), torch.randn_like(q), [x for x in (q, k, v, sink) if x is not None]
+    cu, grad, inputs = (
+        lengths_to_cu([100, 1, 99, 56], 12).cuda(),
+        torch.randn_like(q),
+        [x for x in (q, k, v, sink) if x is not None],
+    )
     out, expected = (f(q, k, v, cu, 256, window, sink) for f in (document_attention, dense_document_attention))
     assert (out - expected).norm() < 1e-2 * expected.norm()
     for a, b in zip(torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, inputs, grad)):
@@ -583,7 +722,7 @@ def test_attention_extremes_by_brute_force():
     for head in range(4):
         for at in range(24):
             begin = max(0 if at < 10 else 10, at - window + 1)
-            row = q[0, at, head] @ k[0, begin:at + 1, head // 2].T / 8 ** 0.5
+            row = q[0, at, head] @ k[0, begin : at + 1, head // 2].T / 8**0.5
             scores.append(float(row.max()))
             entropies[head, at] = torch.distributions.Categorical(logits=row).entropy()
     mean = entropies.mean(1)

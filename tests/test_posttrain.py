@@ -1,11 +1,10 @@
-"""posttrain.py: masks, packing, losses and rewards against hand-worked cases, enumeration, TRL's formulas, a whole run."""
+"""posttrain.py: masks, packing, losses and rewards against hand-worked cases, enumeration and TRL's formulas; runs."""
 
 import itertools
 import json
 import math
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +16,11 @@ import data as d
 import posttrain as p
 import sample
 import train
-from conftest import call
-from checkpoint import from_pretrained, newest_checkpoint
+from checkpoint import from_pretrained, newest_checkpoint, save_pretrained, save_weights
+from conftest import ROOT, call, torchrun
+from data import HELD_OUT, uniform
 from model import GPT, ModelConfig, cross_entropy
 from tokenizer import ChatFormat, Tokenizer, UserError, train_bpe
-from data import HELD_OUT, uniform
 
 TALK = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."},
         {"role": "user", "content": "and <|im_end|>?"}, {"role": "assistant", "content": "no."}]
@@ -29,7 +28,7 @@ TOKENIZER = train_bpe(["What is the sum of these two small numbers? The answer i
 
 
 def tiny(vocab: int = 280, context: int = 64, **more) -> GPT:
-    return GPT(ModelConfig(vocab, 32, 48, 2, 2, 1, max_position_embeddings=context, initializer_range=0.2, **more)).eval()
+    return GPT(ModelConfig(vocab, 32, 48, 2, 2, 1, max_position_embeddings=context, initializer_range=0.2, **more))
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------------
@@ -52,27 +51,7 @@ def test_mask_covers_exactly_what_the_assistant_says_and_its_end(tmp_path):
     assert said == [*TOKENIZER.encode("5."), end, *TOKENIZER.encode("no."), end]
 
 
-@pytest.mark.parametrize("tags", [True, False])
-def test_mask_of_a_hugging_face_template(tmp_path, tags):
-    """With {% generation %} tags, and by what a reply adds to the prompt: the same as ChatML by hand."""
-    pytest.importorskip("jinja2")
-    TOKENIZER.save(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    begin, stop = ("{% generation %}", "{% endgeneration %}") if tags else ("", "")
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}" + begin
-        + "{{ m.content + '<|im_end|>' }}" + stop + "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-    prompter = ChatFormat(tmp_path, TOKENIZER)
-    ours = ChatFormat(tmp_path / "ours", TOKENIZER)  # opens with EOS, which this template does not write
-    assert prompter.samples(TALK) == [(ids[1:], mask[1:]) for ids, mask in ours.samples(TALK)]
-    assert prompter.prompt(TALK[:3]) == ours.prompt(TALK[:3])[1:]
-    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ loop.last }}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="generation"):
-        ChatFormat(tmp_path, TOKENIZER).samples(TALK)
-
-
-def conversations(count: int = 12) -> list[tuple[list[int], list[int]]]:
+def talks_of(count: int = 12) -> list[p.Sequence]:
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -84,17 +63,17 @@ def conversations(count: int = 12) -> list[tuple[list[int], list[int]]]:
 def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
     """Loss and gradients of conversations packed into rows, cut into uneven micro-batches, against one at a time;
     padding and prompts are no targets, and the divisor is the whole batch's number of trained tokens."""
-    model, talks = tiny(), conversations()
-    split = p.conversation_split("talks", talks, TOKENIZER)
-    packing = d.Packing(split, 64, "best-fit")
-    assert packing.count < len(talks)
-    tokens, targets, starts = d.cut_sequences(packing, np.arange(packing.count))
+    model, talks = tiny(), talks_of()
+    split = p.conversation_split("talks", [[talk] for talk in talks])
+    rows = d.Packing(split, 64, "best-fit").count
+    assert rows < len(talks)
+    curriculum = d.Curriculum([split], [d.Stage("sft", rows * 64, {})], 64, rows * 64, packing="best-fit")
     trained = sum(sum(mask) for _, mask in talks)
-    assert (targets >= 0).sum() == trained == sum(packing.targets(row) for row in range(packing.count))
-    for first, last in ((0, 1), (1, packing.count)):  # pieces with different numbers of trained tokens
-        cu = d.pack_cu_seqlens(starts[first:last], 64, 64 * (last - first))
-        logits = model(torch.from_numpy(tokens[first:last]), torch.from_numpy(cu))
-        (cross_entropy(logits, torch.from_numpy(targets[first:last])) / trained).backward()
+    assert curriculum.steps == 1 and curriculum.targets(0) == trained == (curriculum.batch(0).targets >= 0).sum()
+    for first, count in ((0, 1), (1, rows - 1)):  # pieces with different numbers of trained tokens
+        batch = curriculum.batch(0, first, count)
+        logits = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
+        (cross_entropy(logits, torch.from_numpy(batch.targets)) / trained).backward()
     packed = {name: w.grad.clone() for name, w in model.named_parameters()}
     model.zero_grad()
     total = 0.0
@@ -106,12 +85,29 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
         torch.testing.assert_close(packed[name], weight.grad, atol=2e-6, rtol=1e-4)
 
 
+def fit(examples: list[p.Example], too_long: str) -> list[p.Example]:
+    """`p.fit` of examples as they are, in 10 tokens."""
+    recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=10), too_long=too_long)
+    return p.fit(SimpleNamespace(recipe=recipe), examples, lambda run, example: [example], "file")
+
+
 def test_too_long_is_skipped_or_cut_and_counted(capsys):
-    talks = [([1] * 9, [0] * 4 + [1] * 5), ([2] * 20, [0] * 5 + [1] * 15), ([3] * 20, [0] * 12 + [1] * 8)]
-    assert p.fit_conversations(talks, 10, "skip", "file") == talks[:1]
-    assert "2 of file have more than 10 tokens" in capsys.readouterr().out
-    cut = p.fit_conversations(talks, 10, "cut", "file")
-    assert cut == [talks[0], ([2] * 10, [0] * 5 + [1] * 5)] and "1 of file have nothing" in capsys.readouterr().out
+    talks = [[([1] * 9, [0] * 4 + [1] * 5)], [([2] * 20, [0] * 5 + [1] * 15)], [([3] * 20, [0] * 12 + [1] * 8)]]
+    assert fit(talks, "skip") == talks[:1]
+    assert "2 of file have more than 10 tokens" in (said := capsys.readouterr().out) and "--too_long cut" in said
+    assert fit(talks, "cut") == [talks[0], [([2] * 10, [0] * 5 + [1] * 5)]]
+    said = capsys.readouterr().out
+    assert "2 of file" in said and "1 of file have no token to train on" in said and "--too_long" not in said
+    with pytest.raises(UserError) as error:
+        fit(talks[2:], "cut")
+    assert "--too_long" not in str(error.value)
+
+
+def test_pairs_of_the_same_tokens_are_left_out_also_after_cutting(capsys):
+    same, late = ([1, 2, 3], [0, 1, 1]), [([1] * 12 + [n], [0] + [1] * 12) for n in (5, 6)]
+    other = [([1, 2, 3], [0, 1, 1]), ([1, 2, 4], [0, 1, 1])]
+    assert fit([[same, same], late, other], "cut") == [other]
+    assert "2 of file" in capsys.readouterr().out.splitlines()[-1]
 
 
 # ---- preferences ----------------------------------------------------------------------------------------------
@@ -121,7 +117,8 @@ TRL = {  # kind -> losses and their gradient by the policy's log-probabilities
     "dpo": ([0.493248945997, 1.701413277983, 0.554355244469],
             [[-0.116808229815, -0.245272342858, -0.127667244957], [0.116808229815, 0.245272342858, 0.127667244957]]),
     "apo_zero": ([0.888127637845, 1.356605808851, 0.925140309313],
-                 [[-0.073337493507, -0.068635272137, -0.074579702003], [0.074579702003, 0.061650092203, 0.074579702003]]),
+                 [[-0.073337493507, -0.068635272137, -0.074579702003],
+                  [0.074579702003, 0.061650092203, 0.074579702003]]),
 }
 
 
@@ -137,23 +134,30 @@ def test_preference_losses_and_gradients_equal_trls():
         torch.testing.assert_close(rewards, 0.3 * (policy.detach() - reference))
 
 
-def test_nll_adds_the_chosen_answers_loss_a_token():
+def test_nll_adds_the_chosen_answers_loss_a_token(monkeypatch):
     """6 nats of 3 trained tokens, twice: 4 more than DPO's loss."""
-    job = SimpleNamespace(recipe=SimpleNamespace(method="dpo", beta=0.1, nll=2.0, pairs=1), parallel=None,
-                          logprobs=lambda *_: torch.tensor([[-6.0], [-9.0]]),
-                          model=SimpleNamespace(routing_loss=lambda: 0.0))
-    loss, _ = p.Preferences.loss(job, [(([1] * 4, [0, 1, 1, 1]), ([1] * 4, [0, 1, 1, 1]))], torch.zeros(2, 1))
-    torch.testing.assert_close(loss, 4 - torch.tensor(0.3).sigmoid().log())
+    monkeypatch.setattr(p, "sums_of", lambda *_: torch.tensor([[-6.0], [-9.0]]))
+    pair = [([1] * 4, [0, 1, 1, 1]), ([1] * 4, [0, 1, 1, 1])]
+    recipe = SimpleNamespace(method="dpo", beta=0.1, nll=2.0, pairs=1, seed=0)
+    run = SimpleNamespace(recipe=recipe, parallel=None, rows=[2], world=train.World(), found={},
+                          examples=[(pair, torch.zeros(2))], model=SimpleNamespace(routing_loss=lambda: 0.0))
+    (loss_of,) = p.preference_losses(run, 0)
+    torch.testing.assert_close(loss_of()[0], 4 - torch.tensor(0.3).sigmoid().log())
 
 
 def test_logprobs_of_padded_answers_equal_those_of_each_alone():
-    model, talks = tiny(), conversations(5)
-    tokens, targets = p.pad(talks, "cpu")
-    found = p.token_logprobs(model(tokens), targets).sum(1)
-    for (ids, mask), total in zip(talks, found):
-        logprobs = model(torch.tensor([ids])).log_softmax(-1)[0]
-        expected = sum(logprobs[i, ids[i + 1]] for i in range(len(ids) - 1) if mask[i + 1])
-        torch.testing.assert_close(total, expected, atol=1e-4, rtol=1e-5)
+    """Also where shapes are rounded up, for a compiled model."""
+    model, talks, shapes = tiny(), talks_of(5), []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    for compiled in (False, True):
+        machine = SimpleNamespace(compile=compiled, device="cpu")
+        found, mask = p.logprobs(SimpleNamespace(machine=machine, rows=[8]), model, talks)
+        assert len(found) == len(mask) == 5
+        for (ids, trained), row in zip(talks, found):
+            logprobs = model(torch.tensor([ids])).log_softmax(-1)[0]
+            expected = sum(logprobs[i, ids[i + 1]] for i in range(len(ids) - 1) if trained[i + 1])
+            torch.testing.assert_close(row.sum(), expected, atol=1e-4, rtol=1e-5)
+    assert shapes[6] == (8, 64)
 
 
 # ---- reinforcement learning -----------------------------------------------------------------------------------
@@ -216,6 +220,22 @@ def test_grpo_gradient_equals_the_enumerated_policy_gradient():
     torch.testing.assert_close(found, exact * (1 / 2) / 2, atol=1e-12, rtol=1e-9)
 
 
+def test_the_gradient_of_kl_is_that_of_the_reverse_divergence():
+    """Over 6 tokens, each weighed by its probability. k3 alone has the gradient of KL(reference || policy)."""
+    new = torch.tensor([0.9, -0.3, 0.2, 0.0, -1.1, 0.5], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([-0.4, 0.6, 0.1, 0.8, -0.2, -0.7], dtype=torch.float64).log_softmax(0)
+    policy = new.log_softmax(0)
+    drawn = policy.detach()
+
+    def gradient(of):
+        return torch.autograd.grad(of.sum(), new, retain_graph=True)[0]
+
+    reverse = gradient(policy.exp() * (policy - reference))
+    forward = gradient(reference.exp() * (reference - policy))
+    for estimate, expected in ((p.kl_loss(policy, drawn, reference), reverse), (p.kl_k3(policy, reference), forward)):
+        torch.testing.assert_close(gradient(drawn.exp() * estimate), expected, atol=1e-12, rtol=1e-9)
+
+
 def test_a_reward_that_raises_shows_the_sample(tmp_path):
     (tmp_path / "r.py").write_text("def score(problem, answer):\n    return 1 / (len(answer) - 2)\n")
     reward = p.load_reward(f"{tmp_path}/r.py:score")
@@ -233,16 +253,16 @@ def test_a_reward_that_raises_shows_the_sample(tmp_path):
 
 
 def test_held_out_problems_are_in_no_training_data():
-    """Of arithmetic, in neither the problems nor the pre-training corpus."""
-    for kind in p.PROBLEMS:
-        held = {q["prompt"] for q in p.problems(kind, 40, 1, held_out=True)}
-        assert len(held) == 40 and not held & {q["prompt"] for q in p.problems(kind, 3000, 2)}
-        for problem in p.problems(kind, 50, 3):
-            assert p.correct(problem, problem["reply"]) and not p.correct(problem, problem["reply"] + " 707")
-    held = {tuple(q["prompt"].split()) for q in p.problems("arithmetic", 300, 1, held_out=True)}
-    trained = {tuple(text.split("\n")[0].removeprefix("Question: ").split()) for key, text in d.generated_math(20_000)
+    """In neither the problems nor the pre-training corpus; an answer counts by its first line's last number."""
+    held = {q["prompt"] for q in p.problems(300, 1, held_out=True)}
+    assert len(held) == 300 and not held & {q["prompt"] for q in p.problems(3000, 2)}
+    for problem in p.problems(50, 3):
+        right = problem["reply"]
+        assert p.correct(problem, right + "\nQuestion: 4?") and not p.correct(problem, right + " 707")
+    trained = {text.split("\n")[0].removeprefix("Question: ") for key, text in d.generated_math(20_000)
                if uniform(key) >= HELD_OUT}
     assert not held & trained
+    assert not {q["prompt"] for q in p.fresh_problems(100)} & {q["prompt"] for q in p.problems(p.SFT_PROBLEMS, 2)}
 
 
 @pytest.mark.parametrize("form, line", [
@@ -262,11 +282,74 @@ def test_malformed_jsonl_names_file_and_line(tmp_path, form, line):
 
 def test_preferences_with_the_prompt_in_front_of_both_answers():
     """Hugging Face's two forms, explicit and implicit prompt, texts and conversations, are the same."""
-    prompt, chosen, rejected = TALK[:1], [{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]
-    rows = [{"prompt": "2 + 3?", "chosen": "a", "rejected": "b"}, {"chosen": prompt + chosen, "rejected": prompt + rejected},
-            {"prompt": prompt, "chosen": prompt + chosen, "rejected": rejected}]
+    prompt, chosen, rejected = TALK[:1], {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"prompt": "2 + 3?", "chosen": "a", "rejected": "b"},
+            {"chosen": [*prompt, chosen], "rejected": [*prompt, rejected]},
+            {"prompt": prompt, "chosen": [*prompt, chosen], "rejected": [rejected]}]
     for row in rows:
         assert p.parse_row(row, "dpo") == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def chat(*said: str) -> dict:
+    return {"messages": [{"role": role, "content": text} for role, text in zip(("assistant", "user") * 9, said)]}
+
+
+def test_about_three_percent_of_the_questions_are_held_out():
+    """Also where the assistant greets first, and of whole conversations where there are few questions."""
+    greetings = [chat("Welcome!", f"q{i}", f"a{i}") for i in range(1000)]
+    few = [{"prompt": f"p{i % 2}", "chosen": f"c{i}", "rejected": "r"} for i in range(1000)]
+    uneven = [{"prompt": f"p{i}" if i < 500 else "p", "answer": i} for i in range(1000)]
+    for rows in (greetings, few, uneven):
+        rest, held = p.held_out_rows(rows, "file")
+        assert 20 <= len(held) <= 30 and len(rest) + len(held) == 1000
+    questions = [[row["prompt"] for row in side] for side in p.held_out_rows(uneven, "file")]
+    assert not set(questions[0]) & set(questions[1])
+    assert len(p.held_out_rows(greetings[:60], "file")[1]) == 10 and len(p.held_out_rows(greetings[:2], "file")[1]) == 1
+    with pytest.raises(UserError, match="fewer than 2 different"):
+        p.held_out_rows(few[:1] * 9, "file")
+
+
+@pytest.fixture
+def template(tmp_path) -> ChatFormat:
+    """A folder whose chat template shows tools and changes earlier turns, as Qwen3's does."""
+    pytest.importorskip("jinja2")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]"
+        "{% if m.role == 'assistant' %}{% if loop.last %}!{% endif %}{% generation %}"
+        "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.name }}{% endfor %}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]!{% endif %}")
+    return ChatFormat(tmp_path, TOKENIZER)
+
+
+def said(example: p.Example) -> list[str]:
+    return [TOKENIZER.decode(i for i, m in zip(*sequence) if m) for sequence in example]
+
+
+def test_tool_calls_are_trained_and_every_turn_of_a_template_that_changes_earlier_ones(template, tmp_path):
+    call = [{"name": "weather"}]
+    talk = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": call},
+                         {"role": "tool", "content": "3"}, {"role": "assistant", "content": "it is 3"}], "tools": call}
+    run = SimpleNamespace(chat_format=template, recipe=SimpleNamespace(assistant_only=True))
+    samples = p.conversation(run, p.parse_row(talk, "sft"))
+    assert [said(sample) for sample in samples] == [["weather"], ["it is 3"]]
+    assert all('"weather"' in TOKENIZER.decode(ids) for (ids, _), in samples)
+    run.recipe.assistant_only = False
+    assert len(p.conversation(run, p.parse_row(talk, "sft"))) == 1
+    run.chat_format = ChatFormat(tmp_path / "absent", TOKENIZER)  # our own format cannot show tools
+    with pytest.raises(UserError, match="tools"):
+        p.conversation(run, p.parse_row(talk, "sft"))
+
+
+def test_only_the_answer_counts_and_an_empty_one_is_left_out(template, capsys):
+    run = SimpleNamespace(chat_format=template)
+    row = {"prompt": TALK[:3], "chosen": "seven", "rejected": ""}
+    pair = p.answer_pair(run, p.parse_row(row, "dpo"))[0]
+    assert said(pair) == ["seven", ""]  # not the "5." before
+    other = p.answer_pair(run, p.parse_row(row | {"rejected": "the"}, "dpo"))[0]
+    run.recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=99), too_long="skip")
+    assert p.fit(run, [pair, other], lambda run, pair: [pair], "pairs") == [other]
+    assert "1 of pairs" in capsys.readouterr().out
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------
@@ -276,7 +359,7 @@ def test_preferences_with_the_prompt_in_front_of_both_answers():
 def here(tmp_path, monkeypatch) -> Path:
     """A folder with a tiny model in `base`, data for each method, and a reward that likes the letter a."""
     monkeypatch.chdir(tmp_path)
-    p.write_checkpoint(tiny(TOKENIZER.vocab_size), TOKENIZER, tmp_path / "base", tmp_path)
+    save_weights(tiny(TOKENIZER.vocab_size), TOKENIZER, tmp_path / "base", tmp_path)
     words = ["seven", "a small number", "the sum", "two and two", "the answer", "numbers"]
     rows = [{"prompt": f"What is {i} and {i * i}?", "chosen": words[i % 6], "rejected": words[i % 5] + "?"}
             for i in range(60)]
@@ -289,13 +372,15 @@ def here(tmp_path, monkeypatch) -> Path:
 
 FLAGS = {"sft": ["--data", "sft.jsonl", "--batch-tokens", "128", "--optimizer", "adamw"],
          "apo": ["--data", "pairs.jsonl", "--pairs", "8", "--epochs", "2", "--nll", "0"],
-         "grpo": ["--data", "ask.jsonl", "--reward", "r.py:score", "--prompts", "4", "--samples", "4", "--max-tokens", "6",
-                  "--steps", "8", "--updates", "2", "--kl", "0.1", "--overlong", "3"]}
+         "grpo": ["--data", "ask.jsonl", "--reward", "r.py:score", "--prompts", "4", "--samples", "4",
+                  "--max-tokens", "6", "--steps", "8", "--updates", "2", "--kl", "0.1", "--overlong", "3"]}
+
+
+COMMON = ["--learning-rate", "1e-3", "--warmup-steps", "1", "--device", "cpu", "--dtype", "float32"]
 
 
 def recipe(method: str, *more: str) -> p.PostRecipe:
-    return p.parse([method, "base", *FLAGS[method], "--learning-rate", "1e-3", "--warmup-steps", "1", "--device", "cpu",
-                    "--dtype", "float32", "--micro-batch", "2", *more])[1]
+    return p.parse([method, "base", *FLAGS[method], *COMMON, "--micro-batch", "2", *more])[1]
 
 
 def state(folder: Path) -> list[torch.Tensor]:
@@ -308,14 +393,17 @@ def logged(folder: Path, key: str) -> list:
     return [e[key] for line in (folder / "log.jsonl").read_text().splitlines() if key in (e := json.loads(line))]
 
 
+def post_train(folder: str, method: str, *more: str) -> dict:
+    return p.post_train(recipe(method, *more), Path("runs") / folder)
+
+
 @pytest.mark.parametrize("method", list(FLAGS))
 def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monkeypatch):
-    """Weights, moments and losses; and the reference is computed once, also where a run is resumed."""
-    calls, original = [], p.Preferences.logprobs
-    monkeypatch.setattr(p.Preferences, "logprobs", lambda self, pairs, model: (
-        calls.append(torch.is_grad_enabled()), original(self, pairs, model))[1])
-    p.post_train(recipe(method), Path("runs/straight"), False, train.World())
-    straight = calls.count(False)
+    """Weights, moments, losses and scores, also from another folder; the reference is computed once."""
+    calls, original = [], p.all_sums
+    monkeypatch.setattr(p, "all_sums", lambda run, examples: calls.append(len(examples)) or original(run, examples))
+    straight = post_train("straight", method)
+    once = list(calls)
     count, step = 0, torch.optim.AdamW.step
 
     def interrupt(self, *args, **kwargs):
@@ -327,97 +415,162 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
 
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupt)
     with pytest.raises(train.Interrupted, match="python posttrain.py --resume runs/stopped"):
-        p.post_train(recipe(method), Path("runs/stopped"), False, train.World())
+        post_train("stopped", method)
     calls.clear()
-    saved = p.parse(["--resume", "runs/stopped"])[1]
-    p.post_train(saved, Path("runs/stopped"), True, train.World())
-    assert logged(Path("runs/stopped"), "loss") == logged(Path("runs/straight"), "loss")
-    assert all(torch.equal(a, b) for a, b in zip(state(Path("runs/stopped")), state(Path("runs/straight")), strict=True))
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    resumed = p.post_train(p.parse(["--resume", "../runs/stopped"])[1], Path("../runs/stopped"), True)
+    assert resumed == straight
+    monkeypatch.chdir(here)
+    stopped, run = Path("runs/stopped"), Path("runs/straight")
+    assert logged(stopped, "loss") == logged(run, "loss")
+    assert all(torch.equal(a, b) for a, b in zip(state(stopped), state(run), strict=True))
     if method == "apo":
-        assert 0 < calls.count(False) < straight  # only the held-out pairs, not the reference
-        assert logged(Path("runs/straight"), "accuracy")[-1] > 0.8 > 0.2 > logged(Path("runs/straight"), "accuracy")[0]
-        assert logged(Path("runs/straight"), "margin")[0] == 0 < logged(Path("runs/straight"), "margin")[-1]
+        assert once[0] == 60 and calls == [10]  # only the held-out pairs, not the reference
+        assert logged(run, "accuracy")[-1] > 0.8 > 0.2 > logged(run, "accuracy")[0]
+        assert logged(run, "margin")[0] == 0 < logged(run, "margin")[-1]
     if method == "grpo":
-        assert {"reward", "length", "penalty", "kl"} <= set(json.loads(
-            (Path("runs/straight") / "log.jsonl").read_text().splitlines()[1]))
+        assert logged(run, "kl")[-1] > 0 and {"reward", "length", "penalty", "clipped"} <= set(
+            json.loads((run / "log.jsonl").read_text().splitlines()[1]))
+
+
+def test_built_in_problems_need_no_data(here):
+    save_weights(tiny(TOKENIZER.vocab_size, 128), TOKENIZER, here / "base", here)
+    small = ["--problems", "100", "--eval-problems", "4", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
+    for method in ("sft", "grpo"):
+        scores = p.post_train(p.parse([method, "base", *small, "--max-tokens", "8"])[1], Path(f"runs/{method}"))
+        assert {"arithmetic", "arithmetic, sampled"} <= set(scores["val"])
+    with pytest.raises(UserError, match="no pairs to prefer"):  # it has not learned anything
+        p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+    p.answers, original = (lambda run, asked, samples=1, **_: [
+        [(run.tokenizer.encode(f"So {n}")[:7], float(n)) for n in range(2)][:samples] for _ in asked]), p.answers
+    try:  # a start that is right in every second answer
+        scores = p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+    finally:
+        p.answers = original
+    assert "held-out margin" in scores["val"]
+    assert p.post_train(p.parse(["--resume", "runs/apo"])[1], Path("runs/apo"), True) == {}
 
 
 def test_pieces_and_one_big_batch_train_the_same(here):
     for method in FLAGS:
+        losses = []
         for size in ("1", "2"):
-            p.post_train(replace(recipe(method), micro_batch=int(size)), Path(f"runs/{method}-{size}"), False, train.World())
-        one, two = (logged(Path(f"runs/{method}-{size}"), "loss") for size in ("1", "2"))
-        assert one[:4] == pytest.approx(two[:4], abs=2e-5)
+            post_train(f"{method}-{size}", method, "--micro-batch", size, "--steps", "3", "--eval-problems", "2")
+            losses.append(logged(Path(f"runs/{method}-{size}"), "loss"))
+        assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
-def test_grpo_learns_what_is_rewarded(here):
-    p.post_train(recipe("grpo", "--steps", "30", "--prompts", "8", "--samples", "8", "--kl", "0", "--overlong", "0",
-                        "--learning-rate", "5e-3"), Path("runs/a"), False, train.World())
+def test_two_processes_and_fsdp_train_as_one(here):
+    script = here / "both.py"
+    script.write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+import posttrain as p
+world = p.train.World.join()
+for words in {[[method, "base", *FLAGS[method], *COMMON] for method in ("sft", "apo")]}:
+    for kind in ("ddp", "fsdp"):
+        p.post_train(p.parse([*words, "--parallel", kind])[1], p.Path(f"runs/{{words[0]}}-{{kind}}"), False, world)
+""")
+    done = torchrun(str(script))
+    assert done.returncode == 0, done.stderr
+    for method in ("sft", "apo"):
+        scores = post_train(f"{method}-one", method, "--micro-batch", "0")["val"]
+        one = logged(Path(f"runs/{method}-one"), "loss")
+        for kind in ("ddp", "fsdp"):
+            assert logged(Path(f"runs/{method}-{kind}"), "loss") == pytest.approx(one, abs=1e-5)
+            assert logged(Path(f"runs/{method}-{kind}"), "val")[-1] == pytest.approx(scores, abs=1e-4)
+
+
+def test_an_epoch_sees_every_conversation_once(here):
+    """Rows carry padding, so an epoch has more rows than tokens over the context; of two sources too."""
+    talks = [json.dumps({"messages": p.turns("x" * (i % 37)) + p.turns(f"{i}", "assistant")}) for i in range(370)]
+    for name, part in (("a", talks[:300]), ("b", talks[300:])):
+        (here / f"{name}.jsonl").write_text("\n".join(part))
+    run = p.set_up(recipe("sft", "--data", "a.jsonl,b.jsonl"), here / "runs/x", train.World(), False)
+    seen = [set(), set()]
+    for step in range(run.steps):
+        for source, row in zip(*run.curriculum.locate(step, 0, run.curriculum.rows(step))):
+            seen[source].add(int(row))
+    counts = [packing.count for packing in run.curriculum.packings[64]]
+    assert [len(rows) for rows in seen] == counts and 0 <= run.steps * 2 - sum(counts) < 2
+
+
+def test_grpo_learns_what_is_rewarded(here, capsys):
+    post_train("a", "grpo", "--steps", "30", "--prompts", "8", "--samples", "8", "--kl", "0", "--overlong", "0",
+               "--learning-rate", "5e-3")
     rewards = logged(Path("runs/a"), "reward")
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
+    assert "Done" in capsys.readouterr().out
 
 
-def grpo_job(here, size: int = 1, rank: int = 0, *more: str) -> p.GRPO:
-    chosen = recipe("grpo", "--prompts", "8", *more)
-    world = SimpleNamespace(size=size, rank=rank, sum=lambda tensor: tensor, agree=lambda value: value)
-    return p.GRPO(chosen, world, SimpleNamespace(device="cpu", dtype=torch.float32), Tokenizer.load("base"))
+def test_grpo_whose_groups_never_differ_says_so(here, capsys):
+    (here / "flat.py").write_text("def score(problem, answer):\n    return 0.1\n")
+    post_train("flat", "grpo", "--reward", "flat.py:score", "--overlong", "0", "--steps", "2", "--kl", "0")
+    said = capsys.readouterr().out
+    assert "Nothing was learned" in said and "on average 0.1" in said and "Done" not in said
+    assert logged(Path("runs/flat"), "loss") == [0, 0]
 
 
-def test_grpo_draws_every_problem_and_the_same_ones_in_any_number_of_processes(here):
-    def drawn(job, step):  # [updates][questions]
-        said = []
+def grpo_run(here, size: int = 1, rank: int = 0, *more: str) -> p.PostRun:
+    world = train.World(rank, size)
+    world.sum, world.agree = (lambda value=None: value), (lambda value=None: value)
+    return p.set_up(recipe("grpo", "--prompts", "8", *more), here / "runs/grpo", world, False)
 
-        def answers(asked, samples, *stop, **options):
-            said.append([tuple(ids) for ids in asked])
-            return [[[5]] * samples] * len(asked)
 
-        job.answers = answers
-        job.roll_out(step)
-        half = len(said[0]) // 2
-        return [said[0][:half], said[0][half:]]
+def test_grpo_draws_every_problem_and_the_same_ones_in_any_number_of_processes(here, monkeypatch):
+    said = []
 
-    one, two = grpo_job(here), [grpo_job(here, 2, rank) for rank in range(2)]
+    def draw(run, problems, samples, **options):
+        said.append([tuple(ids) for _, ids in problems])
+        return [[([5], 1.0)] * samples] * len(problems)
+
+    def drawn(run, step):  # [updates][questions]
+        p.roll_out(run, step)
+        half = len(said[-1]) // 2
+        return said[-1][:half], said[-1][half:]
+
+    monkeypatch.setattr(p, "answers", draw)
+    one, two = grpo_run(here), [grpo_run(here, 2, rank) for rank in range(2)]
     seen = set()
-    for step in range(8):  # 64 prompts of 58 problems
-        whole, parts = drawn(one, step), [drawn(job, step) for job in two]
+    for step in range(8):  # 64 prompts of 50 problems
+        whole, parts = drawn(one, step), [drawn(run, step) for run in two]
         for update in range(2):
             assert sorted(whole[update]) == sorted(parts[0][update] + parts[1][update])
             seen |= set(whole[update])
-    assert len(seen) == len(one.problems)
+    assert len(seen) == len(one.examples) == 50
 
 
 def test_grpo_leaves_out_prompts_without_room_and_counts_them(here, capsys):
     """An answer that the context cuts short would pass for one that ended itself."""
-    job = grpo_job(here)
-    kept, ask = job.askable([{"prompt": "short"}, {"prompt": "long " * 30}])
-    assert [row["prompt"] for row in kept] == ["short"] and len(ask[0]) + 6 <= 64
-    assert "1 of 2 prompts leave fewer than --max-tokens 6" in capsys.readouterr().out
-    with pytest.raises(UserError, match="smaller --max-tokens"):
-        grpo_job(here, 1, 0, "--max-tokens", "60")
+    run = grpo_run(here)
+    (row, ids), = p.askable(run, [{"prompt": "short"}, {"prompt": "long " * 30}])
+    assert row["prompt"] == "short" and len(ids) + 6 <= 64
+    assert "1 of 2 prompts have more than 58 tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match="smaller --max_tokens"):
+        grpo_run(here, 1, 0, "--max-tokens", "60")
 
 
 def test_grpo_probabilities_are_those_of_the_policy_that_sampled(here):
-    job = grpo_job(here, 1, 0, "--temperature", "0.5")
-    model, (ids, mask) = tiny(TOKENIZER.vocab_size), conversations(1)[0]
-    job.sampled = [(ids, mask)]
-    logprobs = (model(torch.tensor([ids])).detach() / 0.5).log_softmax(-1)[0]
+    run = grpo_run(here, 1, 0, "--temperature", "0.5")
+    ids, mask = talks_of(1)[0]
+    logprobs = (run.model(torch.tensor([ids])).detach() / 0.5).log_softmax(-1)[0]
     expected = [float(logprobs[i, ids[i + 1]]) * mask[i + 1] for i in range(len(ids) - 1)]
-    torch.testing.assert_close(job.logprobs([0], model)[0], torch.tensor(expected), atol=1e-4, rtol=1e-5)
+    found, _ = p.logprobs(run, run.model, [(ids, mask)], 0.5)
+    torch.testing.assert_close(found[0], torch.tensor(expected), atol=1e-4, rtol=1e-5)
 
 
-def test_a_change_is_judged_by_the_same_questions(here, capsys):
+def test_a_change_is_judged_by_the_same_questions(here, capsys, monkeypatch):
     """1 of 4 questions turns from wrong to right: 0.25 with a standard error of 0.25, not that of two scores apart."""
-    job = grpo_job(here)
-    job.model, job.tests = tiny(TOKENIZER.vocab_size), {}
-    for step, values in ((0, [1.0, 0, 0, 1]), (9, [1.0, 1, 0, 1])):
-        job.scores = lambda step: {"reward": values}
-        job.evaluate(step, True)
-    assert "before 0.500 ± 0.289   change +0.250 ± 0.250 (+1.0 standard errors)" in capsys.readouterr().out
+    run = grpo_run(here)
+    for run.step, values in ((0, [1.0, 0, 0, 1]), (9, [1.0, 1, 0, 1])):
+        monkeypatch.setattr(p, "scores_now", lambda run: {"score": values})
+        p.evaluate_answers(run, True)
+    assert "before 0.500 ± 0.289   change +0.250 ± 0.250" in capsys.readouterr().out
 
 
 def test_merge_loads_and_refuses_other_configs(here):
     other = tiny(TOKENIZER.vocab_size)
-    p.write_checkpoint(other, TOKENIZER, here / "other", here)
+    save_weights(other, TOKENIZER, here / "other", here)
     done = call(p.main, "merge", "base", "other", "--weights", ".9", ".1", "--out", "merged")
     assert done.returncode == 0, done.stderr
     merged, base = from_pretrained("merged"), from_pretrained("base")
@@ -427,21 +580,19 @@ def test_merge_loads_and_refuses_other_configs(here):
     torch.testing.assert_close(soup.model.norm.weight, (base.model.norm.weight + other.model.norm.weight) / 2)
     said = call(sample.main, "merged", "--chat", "--prompt", "hi", "--max-tokens", "3")
     assert said.returncode == 0, said.stderr
-    p.post_train(p.parse(["sft", "merged", *FLAGS["sft"], "--device", "cpu"])[1], Path("runs/more"), False, train.World())
-    p.write_checkpoint(tiny(TOKENIZER.vocab_size, rope_theta=5e4), TOKENIZER, here / "theta", here)
-    with pytest.raises(UserError, match="rope_theta"):
+    p.post_train(p.parse(["sft", "merged", *FLAGS["sft"], "--device", "cpu"])[1], Path("runs/more"))
+    save_weights(tiny(TOKENIZER.vocab_size, rope_theta=5e4), TOKENIZER, here / "theta", here)
+    with pytest.raises(UserError, match="another config"):
         p.merge(["base", "theta"], [0.5, 0.5])
 
 
 def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
     pytest.importorskip("safetensors"), pytest.importorskip("jinja2")
-    from checkpoint import save_pretrained
     save_pretrained(from_pretrained("base"), "hf", tokenizer_from="base")
     template = ("{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
                 "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
     (here / "hf/chat_template.jinja").write_text(template)
-    p.post_train(replace(p.parse(["sft", "hf", *FLAGS["sft"], "--device", "cpu"])[1], dtype="float32"), Path("runs/hf-sft"),
-                 False, train.World())
+    p.post_train(p.parse(["sft", "hf", *FLAGS["sft"], "--device", "cpu", "--dtype", "float32"])[1], Path("runs/hf-sft"))
     prompter = ChatFormat("runs/hf-sft", Tokenizer.load("runs/hf-sft"))
     assert prompter.template == template and TOKENIZER.control("<|im_end|>") in prompter.stop
     assert prompter.prompt(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]

@@ -1,0 +1,58 @@
+"""README.md and docs/*.md name only files, functions and flags that exist. Reads the sources; imports none of them."""
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = README + "".join(page.read_text("utf-8") for page in sorted((ROOT / "docs").glob("*.md")))
+
+
+@functools.cache
+def names(file: str) -> dict[str, set[str]]:
+    """What a file defines at its top level -> the methods and fields of a class, or the keys of a dict."""
+    found = {}
+    for node in ast.parse((ROOT / file).read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            targets = [part for line in node.body for part in getattr(line, "targets", [getattr(line, "target", line)])]
+            found[node.name] = {getattr(part, "name", getattr(part, "id", "")) for part in targets}
+        elif isinstance(node, ast.FunctionDef):
+            found[node.name] = set()
+        elif isinstance(node, ast.Assign):
+            keys = node.value.keys if isinstance(node.value, ast.Dict) else ()
+            for name in (part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)):
+                found[name] = {key.value for key in keys if isinstance(key, ast.Constant)}
+    return found
+
+
+def test_files_and_names_exist():
+    """`file.py`, and `file.py` `name`, `name.member` or `name["key"]`; `name` of `file.py`; the targets of links."""
+    files = set(re.findall(r"`((?:tests/)?\w+\.py)`|(?:python|torchrun\b.*?) ([\w/]+\.py)", PAGES))
+    assert not (missing := [file for pair in files for file in pair if not (ROOT / file).exists()]), missing
+    spots = set(re.findall(r"`(\w+\.py)`\s`(\w+)(?:\.(\w+)|\[\"([\w.-]+)\"\])?`", PAGES))
+    spots |= {(file, name, "", "") for name, file in re.findall(r"`(\w+)`\s(?:of|in)\s`(\w+\.py)`", PAGES)}
+    assert len(spots) > 40
+    missing = {spot for spot in spots if spot[1] not in names(spot[0])
+               or (spot[2] or spot[3]) and (spot[2] or spot[3]) not in names(spot[0])[spot[1]]}
+    assert not missing, sorted(missing)
+    links = set(re.findall(r"\]\((?!http)([^)#]+)", PAGES))  # from README, or from a page in docs to another
+    missing = [link for link in links if not any((root / link).exists() for root in (ROOT, ROOT / "docs"))]
+    assert not missing, missing
+
+
+def test_flags_of_readme_exist():
+    """Each --flag is a literal of its file, or a field of a dataclass there, in train.py or in model.py."""
+    commands = [re.split(r"\s#|[`;&]", command)[0] for command in re.findall(r"\b\w+\.py [^\n]*", README)]
+    given = {(command.split()[0], flag) for command in commands for flag in re.findall(r" --([\w-]+)", command)}
+    assert len(given) > 12
+    given |= {("*.py", flag) for flag in re.findall(r"`--([\w-]+)", PAGES)}  # without a command: of any file
+    for file, flag in given - {("train.py", "help")}:
+        places = {place for name in (file, "train.py", "model.py") for place in ROOT.glob(name)}
+        source = "\n".join(place.read_text("utf-8") for place in places)
+        assert re.search(rf"^    {flag.replace('-', '_')}: |[\"']--{flag}[\"']", source, re.MULTILINE), (file, flag)
+
+
+def test_readme_is_short():
+    assert len(README.split()) <= 1100
