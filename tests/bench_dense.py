@@ -23,7 +23,7 @@ def load(root: Path, name: str):
     sys.path.insert(0, str(root))
     exec(compile(source, str(root / "model.py"), "exec"), module.__dict__)
     sys.path.remove(str(root))
-    sys.modules.pop("tokenizer")  # each checkout has its own
+    sys.modules.pop("tokenizer", None)  # each checkout has its own
     return module
 
 
