@@ -53,7 +53,7 @@ import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, newest_checkpoint, save_pretrained, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, Tokens, small_shuffle, uniform
+from data import HELD_OUT, Curriculum, Packing, Split, Stage, Tokens, permute, uniform
 from evals import Score
 from model import GPT, count_parameters
 from sample import continue_all
@@ -434,7 +434,8 @@ def all_sums(run: PostRun, examples: list[Example]) -> Tensor:
 def batch_of(run: PostRun, step: int, count: int) -> list:
     """The `count` examples of a step, of all processes: an endless stream of shuffled epochs."""
     n, seed = len(run.examples), run.recipe.seed
-    return [run.examples[small_shuffle(n, (seed, i // n))[i % n]] for i in range(step * count, (step + 1) * count)]
+    order = (int(permute(np.array([i % n]), n, [seed, i // n])[0]) for i in range(step * count, (step + 1) * count))
+    return [run.examples[i] for i in order]
 
 
 def add_found(run: PostRun, **values: Tensor) -> None:

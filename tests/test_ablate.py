@@ -32,7 +32,7 @@ def test_one_change_at_a_time(here, capsys):
     done = call(ablate.main, *given, *(word for change in tries for word in ("--try", change)))
     assert done.returncode == 0, done.stderr
     table = {name: next(line for line in done.stdout.splitlines() if line.startswith(name)) for name in tries}
-    assert "worse" in table["learning_rate=1e-6"] and "the very same losses" in table["save_every=7"]
+    assert "worse" in table["learning_rate=1e-6"] and "exactly the same" in table["save_every=7"]
     assert "diverged" in table["learning_rate=1e20"]
     runs = [json.loads(line) for line in Path("runs/changes/log.jsonl").read_text().splitlines()]
     assert len(runs) == 12

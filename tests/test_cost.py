@@ -257,7 +257,7 @@ def test_only_what_train_py_has_is_proposed():
     (["--minutes", "5", "--gpus", "4"], "--minutes plans for this machine"),
     (["--minutes", "5", "--budget", "9"], "--minutes plans for this machine"),
     (["laptop", "--minutes", "5"], "--minutes plans for this machine"),
-    (["--minutes", "1", "--vocab-size", "1000000000"], "smaller --vocab-size"),
+    (["--minutes", "1", "--vocab-size", "1000000000"], "is not between"),
     (["--parameters", "70B", "--days", "1", "--gpus", "1"], "nearest possible is"),
     (["--parameters", "70B", "--tokens", "1.4T", "--gpus", "1"], "take more than --gpus 16"),
     (["--budget", "100", "--gpu-hours", "5"], "give one or two"),
@@ -282,7 +282,8 @@ def test_impossible_plans_are_one_sentence(flags, words):
 
 
 def test_a_picture_without_matplotlib_is_one_sentence_before_the_work(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setattr(cost, "find_machine", None)  # the work
     for flags in (["--minutes", "1"], ["--budget", "100k"]):
         status, out, error = command("plan", *flags, "--picture", str(tmp_path / "curve.png"))
@@ -373,14 +374,6 @@ def test_machine_is_found_and_says_why():
 def test_attention_does_not_go_to_cudnn():
     cost.find_machine("cuda")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-def test_a_compiler_that_fails_is_switched_off(capsys):
-    model = GPT(ModelConfig(61, 16, 16, 2, 2, 1))
-    for layer in model.model.layers:
-        layer._compiled_call_impl = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no compiler"))
-    assert cost.measure_speed(model, torch.zeros(1, 8, dtype=torch.int64), None, repeats=2) > 0
-    assert "no compiler" in capsys.readouterr().out and not model.forget_compilation()
 
 
 def test_plan_is_a_table():
