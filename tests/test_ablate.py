@@ -38,7 +38,7 @@ def test_one_change_at_a_time(here, capsys):
     assert len(runs) == 12
     straight = pretrain("a", "--tokens", "2560", "--seed", "1")
     mine = next(run for run in runs if run["change"] == "baseline" and run["seed"] == 1)
-    assert losses(Path("runs/changes") / mine["run"]) == losses(straight)
+    assert losses(Path("runs/changes") / mine["key"]) == losses(straight)
     again = call(ablate.main, *given, "--try", tries[0])
     assert again.returncode == 0 and "worse" in again.stdout
     assert len(Path("runs/changes/log.jsonl").read_text().splitlines()) == 12
