@@ -315,9 +315,6 @@ class Saver:
             raise UserError(failed + " and resume")
         return trouble
 
-    def close(self) -> None:
-        self.finish()
-
     def finish(self) -> str:
         """Waits for the save that is being written; "" or, if it failed, one sentence."""
         pending, self.pending = self.pending, None

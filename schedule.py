@@ -251,7 +251,7 @@ class Guard:
         return None
 
     def describe(self, event: dict) -> str:
-        """What a spike is, or how it ended, for people."""
+        """An event of `follow` in words."""
         if event["event"] == "spike":
             done = {"skip": "this update is left out", "warn": "training continues",
                     "rewind": "training continues for now"}[self.policy]
@@ -295,6 +295,15 @@ def judge_losses(losses: list[float], guessing: float, score: float, expected: f
         return (f"plateaued higher than expected: {score:.3f} bits per byte, where runs of this size and length reach "
                 f"about {expected:.3f}; look at the data and the labels, then try another --learning_rate")
     return ""
+
+
+def judge_log(entries: list[dict], guessing: float, parameters: float) -> str:
+    """`judge_losses` of a run's log; the law is that of the embedded corpus."""
+    losses, scores = [e["loss"] for e in entries if "loss" in e], [e["val"] for e in entries if "val" in e]
+    text = [score for name, score in scores[-1].items() if name in ("prose", "code")] if scores else []
+    law = LAPTOP_LAW.predict(parameters, max((e.get("tokens", 1) for e in entries), default=1))
+    known = law["fitted"] and len(text) == 2
+    return judge_losses(losses, guessing, sum(text) / 2, law["loss"] if known else math.inf) if losses else ""
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------

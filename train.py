@@ -51,10 +51,9 @@ from data import Curriculum, Split, Stage
 from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
                    z_loss)
 from sample import complete
-from schedule import (DECAYS, LAPTOP_LAW, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_losses,
-                      learning_rate)
-from tokenizer import Parser, Tokenizer, UserError, add_options, check_options, given_options, number
-from tokenizer import option, parse_options, reading
+from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_log, learning_rate
+from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
+                       parse_options, reading)
 from tokenizer import run as run_command
 
 
@@ -166,7 +165,6 @@ RECIPES = {
 
 # ---- one process or many --------------------------------------------------------------------------------------
 
-
 class World:
     """This process among those that `torchrun` started; alone without it."""
 
@@ -245,7 +243,6 @@ class Run:
 
 # ---- one update -----------------------------------------------------------------------------------------------
 
-
 def update(run: Run, losses: list[Callable[[], tuple[Tensor, Tensor | float]]], rate: float) -> "Report":
     """One optimizer step from a batch in pieces, without waiting for the device.
 
@@ -314,7 +311,6 @@ class Report:
 
 # ---- the loop -------------------------------------------------------------------------------------------------
 
-
 class Interrupted(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
 
@@ -334,7 +330,7 @@ def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
     saver = Saver(run.folder, run.tokenizer, recipe.keep, recipe.keep_every, run.keepers, run.world.leader)
     if not run.step:
         saver.save(0, run.model, run.optimizer, guard.state(0), must=True)  # proves that the disk works
-    with noted_signals(run.signals), contextlib.closing(saver), contextlib.closing(Meter(run)) as meter:
+    with noted_signals(run.signals), contextlib.closing(Meter(run, saver)) as meter:
         while run.step < run.steps:
             before, run.step = run.step, min(run.steps, guard.after_gap(run.step))  # skips what a rewind leaves out
             if run.step < run.steps:
@@ -363,7 +359,6 @@ def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
                                   f"{run.command} --resume {run.folder}")
             if judges or saves or rewind:
                 meter.mark = time.perf_counter()
-        meter.warn(saver.finish())
     return scores
 
 
@@ -388,8 +383,8 @@ def enter_stage(run: Run) -> None:
     """Sets what changes with a stage besides the data: the context and RoPE's base."""
     if run.curriculum:
         stage = run.curriculum.stages[number := run.curriculum.stage(run.step)]
-        base, begins = run.recipe.model, [0, *run.curriculum.ends]
-        if run.step in begins:  # other data, another loss
+        base = run.recipe.model
+        if run.step in run.curriculum.ends:  # other data, another loss
             run.guard.lowest = run.guard.guessing
         run.model.config = base.change(max_position_embeddings=run.curriculum.contexts[number],
                                        rope_theta=stage.rope_theta or base.rope_theta)
@@ -424,8 +419,8 @@ def go_back(run: Run, event: dict) -> None:
 class Meter:
     """Reads an update's numbers into the log and the progress bar."""
 
-    def __init__(self, run: Run):
-        self.run, self.pace = run, run.speed  # pace: tokens per second, averaged
+    def __init__(self, run: Run, saver: Saver):
+        self.run, self.saver, self.pace = run, saver, run.speed  # pace: tokens per second, averaged
         entries = run.log.entries() if run.log else ()
         self.seconds = max((e.get("train_seconds", 0.0) for e in entries), default=0.0)  # spent in updates so far
         self.bar = tqdm(total=run.steps, initial=run.step, disable=not run.world.leader, dynamic_ncols=True,
@@ -449,6 +444,7 @@ class Meter:
             report = waiting.popleft()
             values = report.read()
             if values["stopped"]:
+                self.warn(self.saver.finish())  # it is the last one
                 raise blame(self.run, report, values)
             stop, event = stop or values["signals"] > 0, self.run.guard.follow(report.step + 1, values)
             if self.run.log:
@@ -484,6 +480,7 @@ class Meter:
 
     def close(self) -> None:
         self.bar.close()
+        self.warn(self.saver.finish())
         if self.run.log:
             self.run.log.close()
 
@@ -516,7 +513,6 @@ def describe_piece(run: Run, step: int, number: int) -> str:
 
 
 # ---- batches and evaluations ----------------------------------------------------------------------------------
-
 
 class Loader:
     """Micro-batches of a curriculum on the device. On CUDA a thread makes the next while the GPU works on this one; a
@@ -594,7 +590,6 @@ def watch(run: Run) -> dict:
 
 # ---- setting up -----------------------------------------------------------------------------------------------
 
-
 def read_recipe(folder: Path, kind: type = Recipe) -> tuple[Recipe, dict[str, str]]:
     """The recipe of a run, and {source: sha256 of the tokens} that it trains on."""
     if not (folder / "recipe.json").exists():
@@ -643,7 +638,8 @@ def connect(run: Run) -> Run:
     if run.world.leader:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "recipe.json", asdict(run.recipe) | {"sources": run.fingerprint})
-        run.tokenizer.save(run.folder)
+        if not (run.folder / "tokenizer.json").exists():  # a kill while it is written again would damage a run
+            run.tokenizer.save(run.folder)
         run.log = Log(run.folder, run.recipe, run.step)
     print(f"run       {run.folder}" + (f", resumed at step {run.step:,}" if run.step else "")
           + "; Ctrl-C stops, saves, and says how to resume\n", flush=True)
@@ -728,7 +724,8 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | 
         print(f"finished  all {run.steps:,} steps are done; a new run can begin with these weights: "
               f"python train.py --start {folder}")
     scores = train(run)
-    if run.log and (verdict := judge_run(run)):
+    count, guessing = count_parameters(run.recipe.model), run.guard.guessing
+    if run.log and (verdict := judge_log(list(run.log.entries()), guessing, count["active"])):
         print(f"verdict   {verdict}")
     if held := cost.peak_memory(run.machine.device):
         print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {run.memory / 2**20:,.0f}")
@@ -736,16 +733,6 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | 
         print(f"The curves are in {folder}/loss.png")
     print(f'Done: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
     return scores.get("val", {})
-
-
-def judge_run(run: Run) -> str:
-    """What is unusual about how a run ended, in words; "" if nothing is."""
-    entries = list(run.log.entries())
-    losses, scores = [e["loss"] for e in entries if "loss" in e], [e["val"] for e in entries if "val" in e]
-    law = LAPTOP_LAW.predict(count_parameters(run.recipe.model)["active"], tokens_before(run, run.steps))
-    text = [score for name, score in scores[-1].items() if name in ("prose", "code")] if scores else []
-    known = law["fitted"] and len(text) == 2  # the law is that of the embedded corpus
-    return judge_losses(losses, run.guard.guessing, sum(text) / 2, law["loss"] if known else math.inf) if losses else ""
 
 
 def check(recipe: Recipe, world: World) -> None:
@@ -839,7 +826,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
     parser.add_argument("--check", action="store_true",
                         help="try data, disk, memory, every stage, a save and a load, and say when the run would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
-    parser.add_argument("--model", metavar="PRESET", help="another architecture: " + ", ".join(PRESETS))
+    parser.add_argument("--model", metavar="PRESET", choices=PRESETS, help="architecture: " + ", ".join(PRESETS))
     add_options(parser, Recipe, ModelConfig)
     args = parse_options(parser, argv)
     given, sizes = given_options(args, Recipe), given_options(args, ModelConfig)
@@ -857,8 +844,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
             raise UserError(f"{args.recipe} is not a recipe; to train on it write --data {args.recipe}")
         near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
         raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
-    if args.model and args.model not in PRESETS:
-        raise UserError(f"there is no model {args.model}; take one of {', '.join(PRESETS)}")
     recipe = RECIPES[args.recipe or "laptop"]
     model = PRESETS[args.model] if args.model else recipe.model
     return args, replace(recipe, model=model.change(**sizes) if sizes else model, **given)

@@ -9,7 +9,6 @@ and compares bits per byte on all the held-out code.
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -22,9 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Batch, load_source, validation_batches
-from checkpoint import from_pretrained
-from model import GPT, cross_entropy
+import evals
+from checkpoint import Log, from_pretrained
+from data import load_source, validation_batches
 from tokenizer import Tokenizer
 from train import read_recipe
 
@@ -60,32 +59,21 @@ class CharacterModel(nn.Module):
         return F.linear(self.norm(self.blocks(h)), self.tokens.weight)
 
 
-@torch.no_grad()
-def bits_per_byte(model: GPT, batches: list[Batch], sizes: torch.Tensor) -> float:
-    nats = size = 0.0
-    for batch in batches:
-        tokens, targets, cu_seqlens = (torch.from_numpy(x) for x in (batch.tokens, batch.targets, batch.cu_seqlens))
-        nats += cross_entropy(model(tokens, cu_seqlens), targets).item()
-        size += sizes[targets[targets >= 0]].sum().item()
-    return nats / math.log(2) / size
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--seconds", type=float, help="train this long instead of as long as the run")
     args = parser.parse_args()
     recipe = read_recipe(args.run)[0]
-    log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
-    last = [entry for entry in log if "val" in entry][-1]
-    seconds = args.seconds or last["train_seconds"]
+    seconds = args.seconds or [entry for entry in Log(args.run).entries() if "val" in entry][-1]["train_seconds"]
     tokenizer = Tokenizer.load(args.run)
     splits = load_source(Path(recipe.data) / "code", tokenizer)
     text = tokenizer.decode(splits["train"].tokens[:].tolist()).replace("<|endoftext|>", "\n")
-    context = recipe.model.max_position_embeddings
-    batches = list(validation_batches(splits["val"], context, 8, len(splits["val"].tokens) // context, context))
-    held_out = "".join(tokenizer.decode(row[row >= 0].tolist()) for b in batches for row in b.targets)
-    ours = bits_per_byte(from_pretrained(args.run).eval(), batches, torch.tensor(tokenizer.token_bytes))
+    context, val = recipe.model.max_position_embeddings, splits["val"]
+    sequences = len(val.tokens) // context
+    held_out = "".join(tokenizer.decode(row[row >= 0].tolist())
+                       for batch in validation_batches(val, context, 8, sequences) for row in batch.targets)
+    ours = evals.bits_per_byte(from_pretrained(args.run).eval(), tokenizer, val, sequences * context).mean
     held_out = held_out.replace("<|endoftext|>", "\n")
     index = {c: i for i, c in enumerate(sorted(set(text)))}
     train = torch.tensor([index[c] for c in text])
@@ -95,13 +83,8 @@ def main() -> None:
     torch.manual_seed(0)
     model = CharacterModel(len(index))
     optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=1e-3,
-        betas=(0.9, 0.99),
-    )
+        [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.99))
     used, step, bar = 0.0, 0, tqdm(total=round(seconds), unit="s", mininterval=2)
     while used < seconds:  # the schedule follows the time, whose end is known, instead of a number of steps
         start = time.perf_counter()

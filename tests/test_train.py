@@ -49,17 +49,19 @@ def corpus(tmp_path_factory) -> Path:
     return root
 
 
+look_at_machine, measure_speed = functools.cache(cost.find_machine), cost.measure_speed
+
+
+def hasten(monkeypatch) -> None:
+    """The machine is looked at once, its speed measured by two steps, no curve is drawn."""
+    monkeypatch.setattr(cost, "find_machine", look_at_machine)
+    monkeypatch.setattr(cost, "measure_speed", lambda *words, **_: measure_speed(*words, repeats=2))
+    monkeypatch.setattr(train, "draw_log", lambda folder: False)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """The machine is looked at once and its speed measured by two steps: a set-up takes a tenth of a second."""
-    global machine
-    machine = machine or functools.cache(cost.find_machine)
-    monkeypatch.setattr(cost, "find_machine", machine)
-    measure = cost.measure_speed
-    monkeypatch.setattr(cost, "measure_speed", lambda *words, **_: measure(*words, repeats=2))
-
-
-machine = None
+    hasten(monkeypatch)
 
 
 @pytest.fixture
@@ -126,9 +128,11 @@ def cut(folder: Path, name: str, step: int) -> Path:
 # ---- a whole run ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_text_to_sample(here):
+def test_a_run_from_text_to_sample(here, monkeypatch):
     """The main job in small: the loss falls, everything is in the run folder, and sample.py picks it up. The run is
     named after its data, and equal stages are one."""
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
     done = call(train.main, *TINY, "--tokens", "15.36k", "--learning-rate", "0.01", "--eval-every", "25")
     assert done.returncode == 0, done.stderr
     for word in ("machine ", "model ", "plan ", "6ND", "stage     train", "minutes", "held-out bits per byte",
@@ -251,18 +255,19 @@ STAGES = (Stage("base", 2560, {}), Stage("wide", 5120, {}, batch_tokens=1024), S
 
 
 def staged() -> train.Recipe:
-    flags = ["--data", "data/short", "--eval-every", "7", "--decay-share", "-1", "--learning-rate", "0.01"]
+    flags = ["--data", "data/short", "--eval-every", "12", "--decay-share", "-1", "--learning-rate", "0.01"]
     return replace(recipe(*flags), stages=STAGES)
 
 
 @pytest.fixture(scope="module")
 def straight(corpus, tmp_path_factory) -> Path:
     """A run through STAGES that nothing happens to."""
-    folder, before = tmp_path_factory.mktemp("straight"), os.getcwd()
+    folder = tmp_path_factory.mktemp("straight")
     shutil.copytree(corpus / "data", folder / "data")
-    os.chdir(folder)
-    train.pretrain(staged(), Path("straight"))
-    os.chdir(before)
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        patch.chdir(folder)
+        train.pretrain(staged(), Path("straight"))
     return folder / "straight"
 
 
@@ -460,6 +465,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (["--batch-tokens", "100"], "96 or 128"),
     (["--micro-batch", "3"], "2 and 4"),
     (["laptob"], "take laptop"),
+    (["--model", "gpt-9"], "smollm2-135m"),
     (["data/tiny"], "--data data/tiny"),
     (["--seed", "-1"], "--seed -1"),
     (["--learning-rate", "nan"], "--learning_rate nan"),
