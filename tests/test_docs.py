@@ -56,3 +56,28 @@ def test_flags_of_readme_exist():
 
 def test_readme_is_short():
     assert len(README.split()) <= 1100
+
+
+SOURCES = {path.stem: ast.parse(path.read_text("utf-8")) for path in sorted(ROOT.glob("*.py"))}
+
+
+def test_no_two_public_names_are_alike():
+    """A name of one file that another defines too would have to be looked up; every command line has its main()."""
+    places = {}
+    for file in SOURCES:
+        for name in names(f"{file}.py"):
+            if name and not name.startswith("_") and name != "main":
+                places.setdefault(name, []).append(file)
+    assert not (alike := {name: files for name, files in places.items() if len(files) > 1}), alike
+
+
+def test_imports_make_no_circle_and_no_function_is_over_60_lines():
+    after = {file: {part for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+                    for part in ([node.module] if isinstance(node, ast.ImportFrom) else [n.name for n in node.names])
+                    } & set(SOURCES) for file, tree in SOURCES.items()}
+    while free := [file for file, needs in after.items() if not needs]:
+        after = {file: needs - set(free) for file, needs in after.items() if file not in free}
+    assert not after, after
+    functions = {(file, node.name): node.end_lineno - node.lineno + 1 for file, tree in SOURCES.items()
+                 for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    assert not (long := {name: lines for name, lines in functions.items() if lines > 60}), long
