@@ -37,13 +37,10 @@ import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
-from typing import get_origin
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -82,7 +79,6 @@ BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
 MAX_SPACE = 100_000  # encoding: tiktoken's regex engine overflows its stack at 1,000,000 white spaces
 MAX_ID = 1 << 22  # loading: a damaged id must not ask for terabytes
-MAX_TOKEN = 2000  # loading: bytes of the longest token, or a damaged one would take hours
 
 # GPT-2's byte alphabet: every byte as one visible character, so that tokens can stand in a JSON file.
 VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -90,9 +86,6 @@ BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE}
 BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 SINGLE = [bytes([b]) for b in range(256)]
-
-Merges = list[tuple[bytes, bytes]]  # (left, right), in order
-
 
 compiled = partial(regex.compile, flags=regex.V1)  # version 1 knows the set operation &&
 
@@ -112,7 +105,7 @@ def split_by(cut, text):
     return [text[a:b] for a, b in zip(edges, edges[1:]) if a < b]
 
 
-def utf8(text: str) -> bytes:
+def utf8(text):
     """UTF-8 bytes; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD as it does in tiktoken."""
     try:
         return text.encode("utf-8")
@@ -125,7 +118,7 @@ def utf8(text: str) -> bytes:
 progress = partial(tqdm, None, delay=1, mininterval=1, leave=False)
 
 
-def count_chunks(texts: Iterable[str], pattern: str, total: int | None = None) -> Counter[bytes]:
+def count_chunks(texts, pattern, total=None):
     """Distinct pre-token chunks (UTF-8) with their counts; `total` characters, if known, give an ETA."""
     findall, chunks, counts = compiled(pattern).findall, Counter(), Counter()
     with progress(total=total, desc="counting", unit="B", unit_scale=True) as bar:
@@ -140,8 +133,8 @@ def count_chunks(texts: Iterable[str], pattern: str, total: int | None = None) -
     return counts
 
 
-def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
-    """The first `num_merges` merges, fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
+def bpe_merges(chunk_counts, num_merges):
+    """The first `num_merges` merges [(left, right)], fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
 
     Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa" "a"); of
     equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts, so "aaa" holds
@@ -179,20 +172,16 @@ def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
                 if ids[i] == a and ids[i + 1] == b:
                     ids[i:i + 2] = [new]
                     last -= 1
-                    if i > 0:  # (x, a) becomes (x, new)
-                        x = ids[i - 1]
-                        pair_count[x, a] -= n
-                        pair_count[x, new] += n
-                        pair_chunks[x, new].add(c)
-                        created.add((x, new))
-                    if i < last:  # (b, y) becomes (new, y)
-                        y = ids[i + 1]
-                        pair_count[b, y] -= n
-                        pair_count[new, y] += n
-                        pair_chunks[new, y].add(c)
-                        created.add((new, y))
+                    changes = [((ids[i - 1], a), (ids[i - 1], new))] if i > 0 else []
+                    if i < last:
+                        changes.append(((b, ids[i + 1]), (new, ids[i + 1])))
+                    for old, made in changes:
+                        pair_count[old] -= n
+                        pair_count[made] += n
+                        pair_chunks[made].add(c)
+                        created.add(made)
                 i += 1
-        del pair_count[a, b]
+        pair_count[a, b] = 0
         for pair in created:
             if pair_count[pair] > 0:  # 0: made and unmade in one merge, as (aa, a) in "aaaa" -> "aa" "aa"
                 heapq.heappush(heap, entry(pair))
@@ -201,8 +190,7 @@ def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
     return merges
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, pretokenizer: str = "qwen",
-              total: int | None = None) -> "Tokenizer":
+def train_bpe(texts, vocab_size, pretokenizer="qwen", total=None):
     """Train on documents: 4 control tokens, 256 bytes, vocab_size - 260 merges; `total` as in count_chunks.
 
     Raises UserError if the text runs out of pairs before vocab_size is reached.
@@ -228,7 +216,8 @@ class Tokenizer:
     """Text to ids and back; made by `train_bpe` or `Tokenizer.load`.
 
     pattern: pre-tokenizer expression       ranks: token bytes -> id; a lower id is an earlier merge
-    merges: (left, right) bytes, in order   special: control token -> id, never produced from text
+    merges: (left, right) bytes, in order; [] where the ranks alone say it, as in tiktoken's vocabularies
+    special: control token -> id, never produced from text
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
     nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
@@ -239,12 +228,16 @@ class Tokenizer:
     does. Ours never drop anything.
     """
 
-    def __init__(self, pattern: str, ranks: dict[bytes, int], merges: Merges | None, special: dict[str, int],
-                 nfc: bool = False, added: dict[str, int] = {}, cuts: Iterable[str] = ()):
-        self.pattern, self.ranks, self.special, self.nfc, self.added = pattern, ranks, special, nfc, added
-        self.cuts, names = list(cuts), special | added
-        self._bytes = dict(zip(ranks.values(), ranks)) | {i: utf8(name) for name, i in names.items()}
-        self.vocab_size = 1 + max(self._bytes)
+    def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
+        self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
+        self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
+        ids = [*ranks.values(), *names.values()]
+        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < MAX_ID for i in ids):
+            raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
+        if not set(SINGLE[32:127]) <= ranks.keys():
+            raise ValueError("its vocabulary lacks some ASCII characters")
+        self._bytes = dict(zip(ids, [*ranks, *map(utf8, names)]))
+        self.vocab_size = 1 + max(ids)
         self.token_bytes = [0] * self.vocab_size
         for i in self._bytes.keys() - special.values():
             self.token_bytes[i] = len(self._bytes[i])
@@ -252,36 +245,27 @@ class Tokenizer:
                                     for known in (EOS_NAMES, PAD_NAMES))
         if self.eos_id is None:
             raise ValueError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}")
-        if max(map(len, ranks)) > MAX_TOKEN:
-            raise ValueError(f"one of its tokens is longer than {MAX_TOKEN} bytes")
         self._added = any_of(added)
         # The last cut ends a piece after MAX_SPACE white spaces, counted from where they or the search begin (\G).
         self._cuts = [compiled(cut) for cut in (*cuts, r"(?:(?<!\s)|\G)\s{%d}" % MAX_SPACE)]
-        # tiktoken merges by rank. Where ids are no ranks (ids that do not follow the merges, or a byte that is
-        # missing, which tiktoken cannot do without) its ids are places in `order`, and _ids maps them to ours.
-        order, made = sorted(ranks, key=ranks.__getitem__), [a + b for a, b in merges or []]
+        # tiktoken merges by rank and needs every byte. Where ids do not follow the merges, or a byte is missing, its
+        # ids are places in `order`, and _ids maps them to ours (-1: dropped).
+        order, made = sorted(ranks, key=ranks.get), [a + b for a, b in merges]
+        missing, self._ids = [byte for byte in SINGLE if byte not in ranks], None
         self._follows = made == sorted(made, key=ranks.__getitem__)
         if not self._follows:
-            order = list(dict.fromkeys([t for t in order if len(t) == 1] + made + order))
-            if recover_merges(dict(zip(order, range(len(order))))) != merges:
+            order = list(dict.fromkeys(made + order))
+            if recover_merges({token: i for i, token in enumerate(order)}) != merges:
                 raise ValueError("its merges say something else than the order of its tokens")
-        order += [byte for byte in SINGLE if byte not in ranks]
-        self._ids = None
-        if len(order) > len(ranks) or not self._follows:
-            self._ids = [ranks.get(token, -1) for token in order]  # -1: dropped
-            ranks = dict(zip(order, range(len(order))))
-        if merges is not None:
-            self.merges = merges
+        if missing or not self._follows:
+            self._ids = [ranks.get(token, -1) for token in order + missing]
+            ranks = {token: i for i, token in enumerate(order + missing)}
         if pattern not in PATTERNS.values():  # text that it does not match is a chunk too, as in Hugging Face's Split
             pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    @cached_property
-    def merges(self) -> Merges:
-        return recover_merges(self.ranks)  # tiktoken's vocabularies come without them
-
     @property
-    def hash(self) -> str:
+    def hash(self):
         """sha256 (hex) of all that decides ids: expressions, normalisation, control tokens, tokens by id."""
         content = [self.pattern, self.nfc, sorted(zip(self.special.values(), self.special)),
                    sorted((i, token.hex()) for token, i in self.ranks.items())]
@@ -290,13 +274,13 @@ class Tokenizer:
             content.append([(a.hex(), b.hex()) for a, b in self.merges])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def control(self, name: str) -> int:
+    def control(self, name):
         """The id of a control token, and the only way to one; UserError for a name this tokenizer lacks."""
         if name not in self.special:
             raise UserError(f"the tokenizer has no control token {name!r}: it has {', '.join(self.special)}.")
         return self.special[name]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text):
         """Ids of ordinary text; adds no EOS, and strings such as "<|endoftext|>" stay text.
 
         MAX_SPACE white spaces in a row start a new piece; only there can ids differ from Hugging Face's.
@@ -315,18 +299,13 @@ class Tokenizer:
                 ids += new if self._ids is None else [self._ids[i] for i in new if self._ids[i] >= 0]
         return ids
 
-    def encode_array(self, text: str):
+    def encode_array(self, text):
         """The same ids as a numpy array (uint32)."""
         import numpy as np
 
         return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """encode() of each text on several threads; tiktoken releases the GIL."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.encode, texts))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids):
         """The bytes of the ids, control tokens as their names; UserError for an id outside the vocabulary."""
         try:
             return b"".join([self._bytes[int(i)] for i in ids])
@@ -334,17 +313,17 @@ class Tokenizer:
             raise UserError(f"id {error} is not in this tokenizer's vocabulary of {self.vocab_size}: "
                             "take the tokenizer that made the ids, and mask a padded model head.") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids):
         """Text of the ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def stream(self) -> Callable[..., str]:
+    def stream(self):
         """A function push(ids, final=False) -> text, to print while generating: the bytes of a character not
         yet complete are held back; push([], final=True) flushes them. The pieces join to decode(all ids)."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path):
         """Write DIR/tokenizer.json (or a .json file) in Hugging Face's format, one line per token and per merge."""
         path = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
         flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
@@ -362,14 +341,15 @@ class Tokenizer:
             # ignore_merges: a chunk that is itself a token becomes that token at once, as in tiktoken
             "model": {"type": "BPE", "ignore_merges": True,
                       "vocab": names | {visible(token): i for token, i in self.ranks.items()},
-                      "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges]},
+                      "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges or recover_merges(self.ranks)]},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-        return path
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+        return partial.replace(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
+    def load(cls, path):
         """Read a tokenizer from one of
 
             a folder, ours or of a Hugging Face model: its tokenizer.json, or else its tiktoken.model (Kimi, Moonlight)
@@ -380,11 +360,30 @@ class Tokenizer:
 
         Post-processors (BOS) are not applied. UserError for anything else; nothing is executed or unpickled.
         """
-        if str(path) == "bytes":
+        path = str(path)
+        if path == "bytes":
             return train_bpe([], len(CONTROL) + 256)
-        if not Path(path).exists() and str(path) in tiktoken.list_encoding_names():
-            return cls(*fetch_tiktoken(str(path)))
-        file, pretokenizer = find_tokenizer_file(str(path))
+        if path in tiktoken.list_encoding_names() and not Path(path).exists():
+            with reading(path, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR)."):
+                encoding = tiktoken.get_encoding(path)
+            return cls(encoding._pat_str, encoding._mergeable_ranks, [], encoding._special_tokens)
+        if path.startswith("hf:"):
+            with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
+                from huggingface_hub import hf_hub_download
+
+                path = hf_hub_download(path[3:], "tokenizer.json")
+        name, _, pretokenizer = path.rpartition(":")
+        if pretokenizer not in PATTERNS:
+            name, pretokenizer = path, ""
+        file = Path(name)
+        if file.is_dir():
+            file, model = file / "tokenizer.json", file / "tiktoken.model"
+            if model.exists() and not file.exists():
+                file, pretokenizer = model, "kimi"
+        if not file.is_file() or file.suffix in (".tiktoken", ".model") and not pretokenizer:
+            raise UserError(f"there is no tokenizer at {file}: give a folder that holds tokenizer.json, or {file}:"
+                            f"PRETOKENIZER for ranks of tiktoken (one of {', '.join(PATTERNS)}), or make one with "
+                            "`python tokenizer.py train PATH --vocab-size N --out DIR`.")
         with reading(file):
             if pretokenizer:
                 return cls(PATTERNS[pretokenizer], *parse_tiktoken(file))
@@ -393,7 +392,7 @@ class Tokenizer:
 
 # ----- tokenizers in and out -------------------------------------------------------------------------------
 
-def recover_merges(ranks) -> Merges:
+def recover_merges(ranks):
     """The merges behind tiktoken's ranks: BPE with the ranks below a token's own leaves it in two pieces."""
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -409,53 +408,18 @@ def recover_merges(ranks) -> Merges:
     return merges
 
 
-def fetch_tiktoken(name):
-    with reading(name, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR), or give a file."):
-        encoding = tiktoken.get_encoding(name)
-    return encoding._pat_str, encoding._mergeable_ranks, None, encoding._special_tokens
-
-
 def parse_tiktoken(file):
     """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of the
     tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one, CONTROL after the last
     rank."""
-    lines = [line.split() for line in file.read_bytes().splitlines() if line]
+    lines = [line.split() for line in file.read_bytes().splitlines()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    first, config = len(ranks), file.with_name("tokenizer_config.json")
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError("its ranks are not 0, 1, 2, ...")
-    names = CONTROL
+    first, config, names = len(ranks), file.with_name("tokenizer_config.json"), CONTROL
     if config.exists():
         names = [f"<|reserved_token_{i}|>" for i in range(first, first + 256)]
-        with reading(config):
-            for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
-                names[int(i) - first] = token["content"]
-    return ranks, None, dict(zip(names, range(first, MAX_ID)))
-
-
-def find_tokenizer_file(path):
-    """(the file, the pre-tokenizer of a tiktoken file or "" for a tokenizer.json)."""
-    name, _, last = path.rpartition(":")
-    if name == "hf":
-        with reading(path, "check the name and the network, or give a local folder."):
-            try:
-                from huggingface_hub import hf_hub_download
-            except ImportError:
-                raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
-            return Path(hf_hub_download(last, "tokenizer.json")), ""
-    if last in PATTERNS and Path(name).is_file():
-        return Path(name), last
-    folder = Path(path)
-    file = folder / "tokenizer.json" if folder.is_dir() else folder
-    if not file.exists() and (folder / "tiktoken.model").exists():
-        return folder / "tiktoken.model", "kimi"
-    if not file.is_file():
-        raise UserError(f"there is no tokenizer at {file}: give a folder that holds tokenizer.json, or make "
-                        "one with `python tokenizer.py train PATH --vocab-size N --out DIR`.")
-    if file.suffix in (".tiktoken", ".model"):
-        raise UserError(f"{file} does not say how it cuts text: write {file}:PRETOKENIZER, one of "
-                        f"{', '.join(PATTERNS)}.")
-    return file, ""
+        for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
+            names[int(i) - first] = token["content"]
+    return ranks, [], dict(zip(names, range(first, MAX_ID)))
 
 
 def parse_tokenizer_json(spec):
@@ -463,27 +427,21 @@ def parse_tokenizer_json(spec):
     that is damaged, or that asks for something else than byte-level BPE."""
     model, normalizer = spec["model"], spec.get("normalizer") or {"normalizers": []}
     steps = normalizer.get("normalizers", [normalizer])
-    if model.get("type", "BPE") != "BPE" or any(step != {"type": "NFC"} for step in steps):
-        raise ValueError(f"its model is {model.get('type')}, its normalizer {normalizer}, not BPE with NFC or nothing")
+    if any(step != {"type": "NFC"} for step in steps):
+        raise ValueError(f"its normalizer is {normalizer}, not NFC or nothing")
     special, added = {}, {}
     for token in spec["added_tokens"]:
         (special if token["special"] else added)[token["content"]] = token["id"]
-        if not token["special"] and (token.get("single_word") or token.get("lstrip") or token.get("rstrip")):
+        if not token["special"] and any(map(token.get, ("single_word", "lstrip", "rstrip"))):
             raise ValueError(f"its token {token} looks at the characters beside it")
-    ids = model["vocab"] | special | added
-    if len(set(ids.values())) < len(ids) or not all(type(i) is int and 0 <= i < MAX_ID for i in ids.values()):
-        raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
 
     def raw(token):  # KeyError for a token that is not byte-level
         return bytes(CHAR_TO_BYTE[c] for c in token)
 
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special and token not in added}
     merges = [tuple(map(raw, merge.split(" ") if isinstance(merge, str) else merge)) for merge in model["merges"]]
-    used = {token for a, b in merges for token in (a, b, a + b)}
-    if used - ranks.keys() or not model.get("ignore_merges") and ranks.keys() - used - set(SINGLE):
+    if not model.get("ignore_merges") and ranks.keys() - {a + b for a, b in merges} - set(SINGLE):
         raise ValueError("its merges and its vocabulary do not fit together")
-    if set(SINGLE[32:127]) - ranks.keys():
-        raise ValueError("its vocabulary lacks some ASCII characters")
     *cuts, pattern = parse_cuts(spec["pre_tokenizer"])
     return pattern, ranks, merges, special, bool(steps), added, cuts
 
@@ -511,18 +469,24 @@ def parse_cuts(pre_tokenizer):
 
 # ----- chats -----------------------------------------------------------------------------------------------
 
+# As in Qwen and SmolLM3. What the assistant must learn to write is inside {% generation %}.
+CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+          "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+          "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
 class ChatFormat:
     """How text and chats begin and end for the model of a folder, ours or Hugging Face's.
 
     opening: ids that begin a text     stop: ids that end a reply
-    template: the model's chat template (jinja), None for our own ChatML
+    template: the model's chat template (jinja), None for our own CHATML
     """
 
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer):
+    def __init__(self, folder, tokenizer):
         self.tokenizer, self.folder, self.control = tokenizer, Path(folder), any_of(tokenizer.special)
-        self.template = None
-        self.opening = [tokenizer.eos_id]  # our documents open with EOS
+        self.template, self.opening = None, [tokenizer.eos_id]  # our documents open with EOS
         self.stop = {tokenizer.eos_id, tokenizer.special.get("<|im_end|>", tokenizer.eos_id)}
+        self.names = {"bos_token": tokenizer.decode(self.opening)}
         config, settings = self.content("config.json"), self.content("tokenizer_config.json")
         if "model_type" not in config and not settings:
             return  # a run of ours that did not begin from such a folder
@@ -548,11 +512,11 @@ class ChatFormat:
         with reading(file):
             return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
-    def text(self, prompt: str) -> list[int]:
+    def text(self, prompt):
         """ids of a text to continue."""
         return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
 
-    def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
+    def prompt(self, messages, tools=None):
         """ids of a conversation of {"role", "content"} up to where the assistant speaks.
 
         The control tokens that the format itself writes become control tokens, and so do those in the assistant's
@@ -561,7 +525,7 @@ class ChatFormat:
         text, _, outline = self.render(messages, tools, True)
         return self.encode(text, [], outline)[0]
 
-    def samples(self, messages: list[dict], tools: list[dict] | None = None) -> list[tuple[list[int], list[int]]]:
+    def samples(self, messages, tools=None):
         """[(ids, mask)] to train on; mask is 1 on the tokens that the assistant must produce, the one that ends its
         turn included: without it a model never learns to stop.
 
@@ -608,28 +572,18 @@ class ChatFormat:
         def hidden(value):
             return json.loads(self.control.sub(lambda name: "x" * len(name[0]), json.dumps(value, ensure_ascii=False)))
 
-        write = self.program if self.template else self.chatml
         with reading("this conversation", "the model's chat format refuses it."):
             for name, given in ("tools", tools), ("tool_calls", any(m.get("tool_calls") for m in messages)):
-                if given and name not in (self.template or ""):
+                if given and name not in (self.template or CHATML):
                     raise ValueError(f"it does not show {name}; leave such conversations out or take another model")
+            if not self.template:
+                self.tokenizer.control("<|im_start|>")
             others = [m if m["role"] == "assistant" else hidden(m) for m in messages]
-            text, spans = write(messages, tools, add_generation_prompt)
-            outline, _ = write(others, hidden(tools), add_generation_prompt)
+            text, spans = self.program(messages, tools, add_generation_prompt)
+            outline, _ = self.program(others, hidden(tools), add_generation_prompt)
             if len(outline) != len(text):
                 raise ValueError("the template changes the name of a control token in a message")
         return text, spans, outline
-
-    def chatml(self, messages, tools, add_generation_prompt):
-        """Our own format, as in Qwen and SmolLM3: <|im_start|>role\\ncontent<|im_end|>\\n per message."""
-        self.tokenizer.control("<|im_start|>")
-        text, spans = self.tokenizer.decode(self.opening), []
-        for message in messages:
-            text += "<|im_start|>" + message["role"] + "\n"
-            end = text + message["content"] + "<|im_end|>"
-            spans += [(len(text), len(end))] * (message["role"] == "assistant")
-            text = end + "\n"
-        return text + "<|im_start|>assistant\n" * add_generation_prompt, spans
 
     @cached_property
     def program(self):
@@ -637,15 +591,11 @@ class ChatFormat:
 
         The spans are counted while the text is written, as in transformers; no character of the text marks them.
         """
-        try:
-            from jinja2 import TemplateError, nodes
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UserError("the chat template of this model needs the package jinja2: pip install jinja2") from None
+        from jinja2 import ext, nodes, sandbox  # which torch needs too
+
         written, said = [], []  # the pieces of text so far; (start, text) of each block
 
-        class Generation(Extension):
+        class Generation(ext.Extension):
             tags = {"generation"}
 
             def parse(self, parser):
@@ -654,11 +604,11 @@ class ChatFormat:
                 return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
 
             def note(self, caller):
-                said.append((len("".join(written)), caller()))
+                said.append((sum(map(len, written)), caller()))
                 return said[-1][1]
 
         def refuse(message):
-            raise TemplateError(message)
+            raise ValueError(message)
 
         def write(messages, tools, add_generation_prompt):
             written.clear(), said.clear()
@@ -670,12 +620,11 @@ class ChatFormat:
                 refuse("it has {% generation %} inside a macro or a {% set %}")
             return text, [(start, start + len(words)) for start, words in said]
 
-        with reading(f"the chat template of {self.folder}"):
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                        extensions=[loopcontrols, Generation])
-            environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-            environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-            template = environment.from_string(self.template)
+        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                            extensions=[ext.loopcontrols, Generation])
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        template = environment.from_string(self.template or CHATML)
         return write
 
 
@@ -687,7 +636,7 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\
 WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
 
 
-def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
+def fertility(tokenizer, text):
     """fertility: tokens per word; pcw: proportion of continued words (>= 2 tokens); words; bytes_per_token.
 
     Words (WORDS says what they are) are tokenised in isolation, with no leading space, as in the playbook's code
@@ -702,8 +651,8 @@ def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
             "words": words.total(), "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
 
 
-def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
-    """A vocabulary size for a model with so many parameters, and why.
+def advise_vocabulary(parameters, languages):
+    """(A vocabulary size for a model with so many parameters, why).
 
     The playbook: about 50k for English, 100k+ for many languages, in a multiple of 128 (SmolLM2 49,152, SmolLM3 and
     Llama 3 128,256, Qwen3 151,936). Our own rule: the tied embedding takes at most half of the parameters, which only
@@ -711,12 +660,9 @@ def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
     """
     size = 49_152 if languages == 1 else 128_256
     width = max(64, round((parameters * 64 / 12) ** (1 / 3) / 64) * 64)
-    fits = int(parameters / 2 / width) // 128 * 128
-    kind = "one language" if languages == 1 else f"{languages} languages"
-    if fits < size:
-        return max(512, fits), (f"at most half of {parameters:,.0f} parameters for a tied embedding about {width} wide "
-                                f"({size:,} in a larger model for {kind})")
-    return size, f"{kind}; a tied embedding about {width} wide takes {size * width / parameters:.0%} of the parameters"
+    fits = max(512, int(parameters / 2 / width) // 128 * 128)
+    return min(size, fits), (f"{size:,} for {languages} of languages, but a tied embedding about {width} wide takes at "
+                             f"most half of {parameters:,.0f} parameters")
 
 
 # ----- what every command line shares -----------------------------------------------------------------------
@@ -726,7 +672,7 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def reading(path, advice: str = "it is damaged, incomplete or in another format; make it or download it again."):
+def reading(path, advice="it is damaged, incomplete or in another format; make it or download it again."):
     """Whatever goes wrong inside, while a file is read and understood, becomes a UserError with its name."""
     try:
         yield
@@ -737,14 +683,14 @@ def reading(path, advice: str = "it is damaged, incomplete or in another format;
         raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
 
 
-def number(text: str) -> float:
+def number(text):
     """1000, 1e6, 2M, 1.5B or 100k."""
     powers = {"k": "e3", "M": "e6", "B": "e9", "T": "e12"}
     return float(text[:-1] + powers[text[-1]] if text[-1:] in powers else text)
 
 
 def whole_number(text):
-    if (value := number(text)) % 1 != 0:  # nan for inf and nan
+    if (value := number(text)) % 1:  # nan for inf and nan
         raise ValueError
     return int(value)
 
@@ -753,18 +699,17 @@ def true_or_false(text):
     return bool(["false", "true"].index(text.lower()))
 
 
-def option(default, help: str, low: float | None = None, high: float = math.inf, choices: tuple = ()):
+def option(default, help, low=None, high=math.inf, choices=()):
     """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values."""
-    start = {"default_factory": default.copy} if isinstance(default, (dict, list)) else {"default": default}
-    return field(**start, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 def options_of(cls):
     """name: (type, help and bounds) of each option of a dataclass."""
-    return {f.name: (get_origin(f.type) or f.type, f.metadata) for f in fields(cls) if f.metadata}
+    return {f.name: (f.type, f.metadata) for f in fields(cls) if f.metadata}
 
 
-def check_options(config) -> None:
+def check_options(config):
     """UserError where a field of a dataclass made of `option`s has the wrong type, is out of bounds or no choice.
 
     JSON may give any type, so types are checked too; a whole number is a float as well, true and false are no numbers.
@@ -778,20 +723,19 @@ def check_options(config) -> None:
             raise UserError(f"--{name} {value!r} is not {wanted}")
 
 
-def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
+def add_options(parser, *classes, without=()):
     """A flag for each option of dataclasses, a group of flags per class; None for a flag that is not given."""
-    flags, done = {bool: true_or_false, int: whole_number, float: number, str: str}, set(without)
+    kinds = {bool: true_or_false, int: whole_number, float: number, str: str}
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
         for name, (kind, rule) in options_of(cls).items():
-            if kind in flags and name not in done:
-                done.add(name)
-                text = f"{rule['help']} (default: {getattr(cls, name, 'none')})".replace("%", "%%")
-                group.add_argument(f"--{name}", type=flags[kind], help=text,
+            if name not in without:
+                text = f"{rule['help']} (default: {getattr(cls, name)})".replace("%", "%%")
+                group.add_argument(f"--{name}", type=kinds[kind], help=text,
                                    metavar="|".join(map(str, rule["choices"])) or kind.__name__)
 
 
-def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def parse_options(parser, argv):
     """The command line; UserError names the flag nearest to an unknown one."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -801,8 +745,8 @@ def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.
     return args
 
 
-def given_options(args: argparse.Namespace, *classes: type) -> dict:
-    """The options of dataclasses that a command line gives."""
+def given_options(args, *classes):
+    """{name: value} of the options of dataclasses that a command line gives."""
     return {name: value for cls in classes for name in options_of(cls)
             if (value := getattr(args, name, None)) is not None}
 
@@ -811,20 +755,20 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are a sentence; flags are never guessed from their beginnings."""
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
         """Dashes and underscores in flags are the same."""
-        flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
-        words = (word.partition("=") for word in (sys.argv[1:] if args is None else args))
-        return super().parse_known_args([flags.get(flag.replace("-", "_"), flag) + equals + value
-                                         for flag, equals, value in words], namespace)
+        flags = self._option_string_actions
+        for flag, action in [*flags.items()]:
+            flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
+        return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(f"{message}; see `python {self.prog} --help`")
 
 
-def draw(path: str | Path, paint: Callable, columns: int = 1, size: tuple[float, float] = (8, 4)) -> bool:
+def draw(path, paint, columns=1, size=(8, 4)):
     """Saves what `paint(axes)` draws (a list of axes where there are several columns); False without matplotlib."""
     try:
         from matplotlib.figure import Figure
@@ -836,7 +780,7 @@ def draw(path: str | Path, paint: Callable, columns: int = 1, size: tuple[float,
     return True
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main):
     """Runs a command line: a user's mistake (UserError, OSError) ends it in one sentence on stderr and exit status 2,
     Ctrl-C in status 130; any other exception is a bug and shows its traceback."""
     if hasattr(sys.stdout, "reconfigure"):  # a redirected Windows console, for one, cannot hold every character
@@ -891,16 +835,16 @@ class Options:
     languages: int = option(1, "advise: how many", 1)
 
 
-def main() -> None:
+def main():
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "fertility", "advise"))
     parser.add_argument("names", nargs="*" if "advise" in words[:1] else "+", metavar="PATH or TOKENIZER")
     add_options(parser, Options)
-    args = vars(parse_options(parser, words[:cut]))
-    command, names, paths = args.pop("command"), args.pop("names"), words[cut + 1:]
-    options = Options(**{name: value for name, value in args.items() if value is not None})
+    args = parse_options(parser, words[:cut])
+    command, names, paths = args.command, args.names, words[cut + 1:]
+    options = Options(**given_options(args, Options))
     check_options(options)
     if command == "advise":
         print("{:,}: {}".format(*advise_vocabulary(options.parameters, options.languages)))
