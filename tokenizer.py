@@ -4,21 +4,18 @@
 2. Merge the most frequent pair of neighbouring tokens into a new token; repeat up to the vocabulary size.
 3. Encode with tiktoken (the same merges at Rust speed); save one file, Hugging Face's tokenizer.json.
 4. Text never becomes a control token: "<|endoftext|>" in a document is ordinary characters to `encode`.
-   Control tokens come only from `control(name)` and from chat templates.
 
-The playbook: about 50k tokens are enough for English alone, 100k or more for many languages, in a multiple of 128.
-Judge a tokenizer by fertility (tokens per word) and PCW (proportion of continued words: two tokens or more), both
-lower is better. English: Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and
-.328. Most modern tokenizers split numbers into single digits, Llama 3 into groups of up to three. Take an existing
-tokenizer if it covers your languages and domain. Train one for low-resource languages or an unusual mix, on a
-sample of that mix.
+The playbook: take an existing tokenizer if it covers your languages and domain; train one for low-resource languages or
+an unusual mix. About 50k tokens are enough for English (SmolLM2 49,152), 100k or more for many languages (SmolLM3
+128,256), in a multiple of 128; in a small model the embedding should not take more than half of the parameters. Judge
+by fertility (tokens per word) and PCW (proportion of continued words: two tokens or more), lower is better. English:
+Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and .328. Most modern tokenizers
+split numbers into single digits, Llama 3 into groups of up to three.
 
     python tokenizer.py train PATH... --vocab-size 4096 --out DIR     # PATH: a text file, or a folder of them
-    python tokenizer.py train PATH... --vocab-size 32768 --out DIR --pretokenizer llama3
-    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # tokenizers side by side, one row per PATH
-    python tokenizer.py advise --parameters 1e9 --languages 1         # a vocabulary size
+    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each PATH
 
-This file imports no other file of the project. What every command line needs (UserError, options, `run`) is at its end.
+What every command line needs (UserError, options, `run`) is at the end of this file, which imports no other.
 """
 
 import argparse
@@ -48,27 +45,22 @@ from tqdm import tqdm
 
 # How text is cut before BPE; merges never cross a cut. Written so that `regex` (training), tiktoken (encoding) and
 # Oniguruma (Hugging Face's tokenizers) read them alike, without possessive quantifiers and the like.
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = (rf"[{kind}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kind in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # symbols and the newlines after them, white space
 PATTERNS = {
     # openai/gpt-2 encoder.py: contractions, then runs of letters, of digits, of other symbols after one space
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Llama 3's tokenizer.json, after OpenAI's cl100k: any one symbol may lead letters, up to three digits,
-    # symbols take the newlines that follow
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Llama 3's tokenizer.json and OpenAI's cl100k: any one symbol may lead letters, up to three digits
+    "llama3": ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + OTHERS,
     # Qwen2's and Qwen3's tokenizer.json: the same with single digits
-    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen": ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + OTHERS,
     # Kimi K2's and Moonlight's tokenization_*.py: Chinese apart, then as o200k, where a word starts anew at a capital
-    "kimi": r"[\p{Han}]+"
-            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "kimi": r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?" + UPPER + "*" + LOWER + "+" + ENDINGS
+            + r"?|[^\r\n\p{L}\p{N}]?" + UPPER + "+" + LOWER + "*" + ENDINGS + r"?|\p{N}{1,3}" + OTHERS,
     # SmolLM2's tokenizer.json: cut out single digits, then gpt2 on the text between them, as one expression
     "smollm2": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
-PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts, as a test shows
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 # The first present wins.
@@ -81,12 +73,10 @@ MAX_SPACE = 100_000  # encoding: tiktoken's regex engine overflows its stack at 
 MAX_ID = 1 << 22  # loading: a damaged id must not ask for terabytes
 
 # GPT-2's byte alphabet: every byte as one visible character, so that tokens can stand in a JSON file.
-VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE}
-BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+BYTE_TO_CHAR = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - BYTE_TO_CHAR.keys()))}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 SINGLE = [bytes([b]) for b in range(256)]
-
 compiled = partial(regex.compile, flags=regex.V1)  # version 1 knows the set operation &&
 
 
@@ -107,26 +97,20 @@ def split_by(cut, text):
 
 def utf8(text):
     """UTF-8 bytes; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD as it does in tiktoken."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ----- BPE training ----------------------------------------------------------------------------------------
 
-progress = partial(tqdm, None, delay=1, mininterval=1, leave=False)
+progress = partial(tqdm, delay=1, mininterval=1, leave=False)
 
 
-def count_chunks(texts, pattern, total=None):
-    """Distinct pre-token chunks (UTF-8) with their counts; `total` characters, if known, give an ETA."""
+def count_chunks(texts, pattern):
+    """Distinct pre-token chunks (UTF-8) with their counts."""
     findall, chunks, counts = compiled(pattern).findall, Counter(), Counter()
-    with progress(total=total, desc="counting", unit="B", unit_scale=True) as bar:
-        for text in texts:
-            for start in range(0, len(text), BLOCK):
-                block = text[start:start + BLOCK]
-                chunks.update(findall(block))
-                bar.update(len(block))
+    for text in progress(texts, desc="counting"):
+        for start in range(0, len(text), BLOCK):
+            chunks.update(findall(text[start:start + BLOCK]))
     for chunk, n in chunks.items():  # to bytes only here, once per distinct chunk
         for start in range(0, len(chunk), MAX_CHUNK):
             counts[utf8(chunk[start:start + MAX_CHUNK])] += n
@@ -141,9 +125,9 @@ def bpe_merges(chunk_counts, num_merges):
     (a, a) twice. Neither the order of the texts nor the hash seed matters.
 
     A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only falls, so
-    an entry is an upper bound, and one that is out of date is pushed back with the present count.
+    an entry is an upper bound, and one that is out of date is replaced when it comes to the top.
     """
-    tokens = SINGLE.copy()
+    tokens, merges = SINGLE.copy(), []
     chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
     pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # by (left, right); chunks that hold or held it
     for c, ids in enumerate(chunks):
@@ -154,17 +138,16 @@ def bpe_merges(chunk_counts, num_merges):
     def entry(pair):
         return -pair_count[pair], tokens[pair[0]], tokens[pair[1]], pair
 
-    heap, merges = sorted(map(entry, pair_count)), []  # a sorted list is a heap
-    bar = progress(total=num_merges, desc="merging", unit="merge")
-    while heap and len(merges) < num_merges:
-        negative_count, left, right, (a, b) = heapq.heappop(heap)
-        if pair_count[a, b] != -negative_count:
-            if pair_count[a, b] > 0:
-                heapq.heappush(heap, entry((a, b)))
-            continue
-        new, created = len(tokens), set()
+    heap = sorted(map(entry, pair_count))  # a sorted list is a heap
+    for new in progress(range(256, 256 + num_merges), desc="merging"):
+        while heap and heap[0] != (now := entry(heap[0][3])):
+            heapq.heapreplace(heap, now)
+        if not heap or heap[0][0] == 0:
+            break
+        _, left, right, (a, b) = heapq.heappop(heap)
         tokens.append(left + right)
         merges.append((left, right))
+        created = set()
         for c in pair_chunks.pop((a, b)):
             ids, n = chunks[c], counts[c]
             i, last = 0, len(ids) - 1
@@ -181,33 +164,22 @@ def bpe_merges(chunk_counts, num_merges):
                         pair_chunks[made].add(c)
                         created.add(made)
                 i += 1
-        pair_count[a, b] = 0
         for pair in created:
-            if pair_count[pair] > 0:  # 0: made and unmade in one merge, as (aa, a) in "aaaa" -> "aa" "aa"
-                heapq.heappush(heap, entry(pair))
-        bar.update()
-    bar.close()
+            heapq.heappush(heap, entry(pair))
     return merges
 
 
-def train_bpe(texts, vocab_size, pretokenizer="qwen", total=None):
-    """Train on documents: 4 control tokens, 256 bytes, vocab_size - 260 merges; `total` as in count_chunks.
-
-    Raises UserError if the text runs out of pairs before vocab_size is reached.
-    """
-    first = len(CONTROL) + 256
-    if not first <= vocab_size <= MAX_ID:
-        raise UserError(f"a vocabulary of {vocab_size} is out of range: use --vocab-size {first} (the control tokens "
-                        f"and bytes) to {MAX_ID}.")
-    pattern = PATTERNS[pretokenizer]
-    merges = bpe_merges(count_chunks(texts, pattern, total), vocab_size - first)
+def train_bpe(texts, vocab_size, pretokenizer="qwen"):
+    """A Tokenizer of 4 control tokens, 256 bytes and vocab_size - 260 merges; UserError if the text has too few."""
+    pattern, first = PATTERNS[pretokenizer], len(CONTROL) + 256
+    if vocab_size < first:
+        raise UserError(f"--vocab-size {vocab_size} is too small: the control tokens and bytes are {first} already.")
+    merges = bpe_merges(count_chunks(texts, pattern), vocab_size - first)
     if first + len(merges) < vocab_size:
         raise UserError(f"the text has pairs for only {first + len(merges)} tokens, not {vocab_size}: "
                         f"use --vocab-size {first + len(merges)} or give more text.")
     tokens = SINGLE + [left + right for left, right in merges]
-    ranks = dict(zip(tokens, range(len(CONTROL), vocab_size)))
-    assert len(ranks) == len(tokens), "two merges spell the same token"
-    return Tokenizer(pattern, ranks, merges, dict(zip(CONTROL, range(first))))
+    return Tokenizer(pattern, dict(zip(tokens, range(len(CONTROL), vocab_size))), merges, dict(zip(CONTROL, range(4))))
 
 
 # ----- the tokenizer ---------------------------------------------------------------------------------------
@@ -215,17 +187,15 @@ def train_bpe(texts, vocab_size, pretokenizer="qwen", total=None):
 class Tokenizer:
     """Text to ids and back; made by `train_bpe` or `Tokenizer.load`.
 
-    pattern: pre-tokenizer expression       ranks: token bytes -> id; a lower id is an earlier merge
-    merges: (left, right) bytes, in order; [] where the ranks alone say it, as in tiktoken's vocabularies
+    pattern: pre-tokenizer expression       cuts: expressions that cut the text before it (DeepSeek-V3 has two)
+    ranks: token bytes -> id                merges: (left, right) bytes, in order; [] where the ranks alone say it
     special: control token -> id, never produced from text
+    added: tokens that a file adds and does not call special (Qwen3's <think>): found in text, as in transformers
+    nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
-    nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
-    added: tokens that a file adds and does not call special, such as Qwen3's <think>: found in text, as in transformers
-    cuts: expressions that cut the text, one after another, before `pattern` does (DeepSeek-V3 has two)
 
-    A loaded vocabulary may lack bytes that text hardly holds (SmolLM2's lacks 21); those are dropped, as Hugging Face
-    does. Ours never drop anything.
+    A loaded vocabulary may lack bytes (SmolLM2's lacks 21); those are dropped, as Hugging Face does.
     """
 
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
@@ -248,21 +218,14 @@ class Tokenizer:
         self._added = any_of(added)
         # The last cut ends a piece after MAX_SPACE white spaces, counted from where they or the search begin (\G).
         self._cuts = [compiled(cut) for cut in (*cuts, r"(?:(?<!\s)|\G)\s{%d}" % MAX_SPACE)]
-        # tiktoken merges by rank and needs every byte. Where ids do not follow the merges, or a byte is missing, its
-        # ids are places in `order`, and _ids maps them to ours (-1: dropped).
-        order, made = sorted(ranks, key=ranks.get), [a + b for a, b in merges]
-        missing, self._ids = [byte for byte in SINGLE if byte not in ranks], None
-        self._follows = made == sorted(made, key=ranks.__getitem__)
-        if not self._follows:
-            order = list(dict.fromkeys(made + order))
-            if recover_merges({token: i for i, token in enumerate(order)}) != merges:
-                raise ValueError("its merges say something else than the order of its tokens")
-        if missing or not self._follows:
-            self._ids = [ranks.get(token, -1) for token in order + missing]
-            ranks = {token: i for i, token in enumerate(order + missing)}
+        made = [ranks[a + b] for a, b in merges]
+        if made != sorted(made):
+            raise ValueError("its ids do not follow the order of its merges, as tiktoken needs it")
+        missing = [byte for byte in SINGLE if byte not in ranks]  # tiktoken needs them all; `encode` drops these
+        self._drops, known = bool(missing), ranks | dict(zip(missing, range(self.vocab_size, MAX_ID + 256)))
         if pattern not in PATTERNS.values():  # text that it does not match is a chunk too, as in Hugging Face's Split
             pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-        self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=known, special_tokens={})
 
     @property
     def hash(self):
@@ -270,8 +233,6 @@ class Tokenizer:
         content = [self.pattern, self.nfc, sorted(zip(self.special.values(), self.special)),
                    sorted((i, token.hex()) for token, i in self.ranks.items())]
         content += [more for more in (sorted(self.added.items()), self.cuts) if more]
-        if not self._follows:
-            content.append([(a.hex(), b.hex()) for a, b in self.merges])
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def control(self, name):
@@ -296,7 +257,7 @@ class Tokenizer:
                 pieces = [new for piece in pieces for new in split_by(cut, piece)]
             for piece in pieces:
                 new = self._bpe.encode_ordinary(piece)
-                ids += new if self._ids is None else [self._ids[i] for i in new if self._ids[i] >= 0]
+                ids += [i for i in new if i < self.vocab_size] if self._drops else new
         return ids
 
     def encode_array(self, text):
@@ -318,14 +279,13 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self):
-        """A function push(ids, final=False) -> text, to print while generating: the bytes of a character not
-        yet complete are held back; push([], final=True) flushes them. The pieces join to decode(all ids)."""
+        """A function push(ids, final=False) -> text, to print while generating: the bytes of a character that is not
+        complete are held back; push([], final=True) flushes them."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
-    def save(self, path):
-        """Write DIR/tokenizer.json (or a .json file) in Hugging Face's format, one line per token and per merge."""
-        path = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
+    def save(self, folder):
+        """Writes FOLDER/tokenizer.json in Hugging Face's format, one line per token and per merge; returns its path."""
         flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         names = self.special | self.added
@@ -343,22 +303,20 @@ class Tokenizer:
                       "vocab": names | {visible(token): i for token, i in self.ranks.items()},
                       "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges or recover_merges(self.ranks)]},
         }
+        path = Path(folder, "tokenizer.json.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-        return partial.replace(path)
+        path.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
+        return path.replace(path.with_suffix(""))
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer from one of
+        """Reads a tokenizer; UserError for what is none. Nothing is executed or unpickled, no BOS is added. `path` is
 
-            a folder, ours or of a Hugging Face model: its tokenizer.json, or else its tiktoken.model (Kimi, Moonlight)
-            a tokenizer.json; any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's
-            FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text
-            hf:ORG/NAME, downloaded; a tiktoken encoding such as cl100k_base, downloaded once by tiktoken
-            bytes: every byte a token, no merges, the baseline without a tokenizer
-
-        Post-processors (BOS) are not applied. UserError for anything else; nothing is executed or unpickled.
+        a folder, ours or of a Hugging Face model, with tokenizer.json, or else tiktoken.model (Kimi, Moonlight)
+        a tokenizer.json of any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's
+        FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text
+        hf:ORG/NAME, downloaded; a tiktoken encoding such as cl100k_base, downloaded once by tiktoken
+        bytes: every byte a token, no merges
         """
         path = str(path)
         if path == "bytes":
@@ -385,9 +343,7 @@ class Tokenizer:
                             f"PRETOKENIZER for ranks of tiktoken (one of {', '.join(PATTERNS)}), or make one with "
                             "`python tokenizer.py train PATH --vocab-size N --out DIR`.")
         with reading(file):
-            if pretokenizer:
-                return cls(PATTERNS[pretokenizer], *parse_tiktoken(file))
-            return cls(*parse_tokenizer_json(json.loads(file.read_bytes())))
+            return cls(*parse_tiktoken(file, pretokenizer) if pretokenizer else parse_tokenizer_json(file))
 
 
 # ----- tokenizers in and out -------------------------------------------------------------------------------
@@ -408,10 +364,9 @@ def recover_merges(ranks):
     return merges
 
 
-def parse_tiktoken(file):
-    """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of the
-    tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one, CONTROL after the last
-    rank."""
+def parse_tiktoken(file, pretokenizer):
+    """The arguments of Tokenizer() from a file of base64 tokens and ranks. The control tokens are those of
+    tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without it, CONTROL after the ranks."""
     lines = [line.split() for line in file.read_bytes().splitlines()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     first, config, names = len(ranks), file.with_name("tokenizer_config.json"), CONTROL
@@ -419,12 +374,12 @@ def parse_tiktoken(file):
         names = [f"<|reserved_token_{i}|>" for i in range(first, first + 256)]
         for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
             names[int(i) - first] = token["content"]
-    return ranks, [], dict(zip(names, range(first, MAX_ID)))
+    return PATTERNS[pretokenizer], ranks, [], dict(zip(names, range(first, MAX_ID)))
 
 
-def parse_tokenizer_json(spec):
-    """The arguments of Tokenizer() from the content of a tokenizer.json. ValueError, KeyError and the like for a file
-    that is damaged, or that asks for something else than byte-level BPE."""
+def parse_tokenizer_json(file):
+    """The arguments of Tokenizer() from a tokenizer.json; any error means that it cannot be used."""
+    spec = json.loads(file.read_bytes())
     model, normalizer = spec["model"], spec.get("normalizer") or {"normalizers": []}
     steps = normalizer.get("normalizers", [normalizer])
     if any(step != {"type": "NFC"} for step in steps):
@@ -478,8 +433,7 @@ CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\
 class ChatFormat:
     """How text and chats begin and end for the model of a folder, ours or Hugging Face's.
 
-    opening: ids that begin a text     stop: ids that end a reply
-    template: the model's chat template (jinja), None for our own CHATML
+    opening: ids that begin a text     stop: ids that end a reply     template: jinja, None for our own CHATML
     """
 
     def __init__(self, folder, tokenizer):
@@ -499,7 +453,7 @@ class ChatFormat:
             self.opening = [tokenizer.special[bos]] if bos and opens else []
             ends = self.content("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
             if ends is not None:
-                self.stop = {int(i) for i in (ends if isinstance(ends, list) else [ends])}
+                self.stop = {*map(int, ends if isinstance(ends, list) else [ends])}
             self.template, file = settings.get("chat_template"), self.folder / "chat_template.jinja"
             if isinstance(self.template, list):  # several by name, such as default, tool_use and rag
                 self.template = {one["name"]: one["template"] for one in self.template}["default"]
@@ -517,23 +471,20 @@ class ChatFormat:
         return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
 
     def prompt(self, messages, tools=None):
-        """ids of a conversation of {"role", "content"} up to where the assistant speaks.
-
-        The control tokens that the format itself writes become control tokens, and so do those in the assistant's
-        messages. Text of any other message, or of `tools`, that looks like one stays ordinary text.
-        """
+        """ids of a conversation of {"role", "content"} up to where the assistant speaks. Names of control tokens that
+        the user, the system or a tool wrote stay ordinary text; in the assistant's messages they are control tokens."""
         text, _, outline = self.render(messages, tools, True)
         return self.encode(text, [], outline)[0]
 
     def samples(self, messages, tools=None):
-        """[(ids, mask)] to train on; mask is 1 on the tokens that the assistant must produce, the one that ends its
-        turn included: without it a model never learns to stop.
+        """[(ids, mask)] to train on; mask is 1 on what the assistant must produce, with the token that ends its turn:
+        without it a model never learns to stop.
 
         One sample for the whole conversation; or, where the template changes earlier turns (Qwen3 drops their
-        thinking), one per assistant turn, each rendered as at inference. With a template the assistant's part is the
-        text inside its {% generation %} tags, or, without them, the text that a reply adds to the prompt before it.
-        Without tags a greeting that opens the conversation is not trained on: no prompt leads to it. Prompt and reply
-        are encoded apart, as they are when the model answers.
+        thinking), one per assistant turn, rendered as at inference. The assistant's part is the text inside the
+        template's {% generation %} tags, or, without them, the text that a reply adds to the prompt before it; a
+        greeting that opens the conversation has no such prompt and is not trained on. Prompt and reply are encoded
+        apart, as they are when the model answers.
         """
         whole, tags, outline = self.render(messages, tools)
         turns, seen = [], 0
@@ -545,9 +496,8 @@ class ChatFormat:
             if not tags:
                 before = self.render(messages[:i], tools, True)[0]
                 if not text.startswith(before):
-                    raise UserError("the model's chat template does not continue its own prompt with the reply, so the "
-                                    "reply cannot be told apart; put {% generation %} and {% endgeneration %} around "
-                                    "it in chat_template.jinja")
+                    raise UserError("the model's chat template does not continue its own prompt with the reply: put "
+                                    "{% generation %} and {% endgeneration %} around it in chat_template.jinja")
                 ends = [match.end() for match in self.control.finditer(shape, len(before))] or [len(text)]
                 said = [(len(before), ends[-1])]  # white space after the end is no reply
             turns.append((text, said, shape))
@@ -557,18 +507,17 @@ class ChatFormat:
 
     def encode(self, text, said, outline):
         """(ids, mask) of what `render` returned; mask is 1 inside the spans `said`."""
-        edges, special, ids, mask = [0, *sum(said, ()), len(text)], self.tokenizer.special, [], []
-        for inside, (start, end) in enumerate(zip(edges, edges[1:])):  # outside and inside in turn
-            for piece in split_by(self.control, outline[start:end]):
-                words = text[start:(start := start + len(piece))]
-                ids += [special[piece]] if piece in special else self.tokenizer.encode(words)
-            mask += [inside % 2] * (len(ids) - len(mask))
+        control = [edge for name in self.control.finditer(outline) for edge in name.span()]
+        edges, ids, mask = sorted({0, len(text), *sum(said, ()), *control}), [], []
+        for start, end in zip(edges, edges[1:]):
+            id = self.tokenizer.special.get(outline[start:end])
+            ids += self.tokenizer.encode(text[start:end]) if id is None else [id]
+            mask += [int(any(a <= start < b for a, b in said))] * (len(ids) - len(mask))
         return ids, mask
 
-    def render(self, messages, tools=None, add_generation_prompt=False):
-        """The conversation's text, the spans in which the assistant speaks if the format says so, and the text's
-        outline: equally long, with x for each character of a control token's name that the user, a tool or the system
-        wrote. UserError for what the format cannot show."""
+    def render(self, messages, tools=None, asks=False):
+        """(text, the spans inside {% generation %} tags, outline): the outline is the text with x for each character of
+        a control token's name that the user, a tool or the system wrote. UserError for what the format cannot show."""
         def hidden(value):
             return json.loads(self.control.sub(lambda name: "x" * len(name[0]), json.dumps(value, ensure_ascii=False)))
 
@@ -579,56 +528,46 @@ class ChatFormat:
             if not self.template:
                 self.tokenizer.control("<|im_start|>")
             others = [m if m["role"] == "assistant" else hidden(m) for m in messages]
-            text, spans = self.program(messages, tools, add_generation_prompt)
-            outline, _ = self.program(others, hidden(tools), add_generation_prompt)
+            text, spans = self.program(messages=messages, tools=tools, add_generation_prompt=asks)
+            outline, _ = self.program(messages=others, tools=hidden(tools), add_generation_prompt=asks)
             if len(outline) != len(text):
                 raise ValueError("the template changes the name of a control token in a message")
         return text, spans, outline
 
     @cached_property
     def program(self):
-        """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks.
-
-        The spans are counted while the text is written, as in transformers; no character of the text marks them.
-        """
-        from jinja2 import ext, nodes, sandbox  # which torch needs too
+        """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks,
+        counted while the text is written, as in transformers; no character of the text marks them."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings
 
         written, said = [], []  # the pieces of text so far; (start, text) of each block
 
-        class Generation(ext.Extension):
-            tags = {"generation"}
-
-            def parse(self, parser):
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-                return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
-
-            def note(self, caller):
-                said.append((sum(map(len, written)), caller()))
-                return said[-1][1]
+        def generation(caller):
+            said.append((sum(map(len, written)), caller()))
+            return said[-1][1]
 
         def refuse(message):
             raise ValueError(message)
 
-        def write(messages, tools, add_generation_prompt):
+        def write(**conversation):
             written.clear(), said.clear()
-            for piece in template.generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                                           **self.names):
+            for piece in template.generate(self.names | conversation):
                 written.append(piece)
             text = "".join(written)
             if not all(text.startswith(words, start) for start, words in said):
                 refuse("it has {% generation %} inside a macro or a {% set %}")
             return text, [(start, start + len(words)) for start, words in said]
 
-        environment = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                            extensions=[ext.loopcontrols, Generation])
-        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "generation": generation}
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        template = environment.from_string(self.template or CHATML)
+        source = re.sub(r"({%[-+]?\s*)generation\b", r"\1call generation()", self.template or CHATML)
+        template = environment.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endcall", source))
         return write
 
 
-# ----- fertility, a vocabulary size -----------------------------------------------------------------------
+# ----- fertility ------------------------------------------------------------------------------------------
 
 # A word is a run of characters between white space. Scripts that write no spaces (Chinese, Japanese, Thai and the
 # like) count one word per character, with the marks and punctuation that follow it.
@@ -637,10 +576,9 @@ WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
 
 
 def fertility(tokenizer, text):
-    """fertility: tokens per word; pcw: proportion of continued words (>= 2 tokens); words; bytes_per_token.
+    """fertility: tokens per word; pcw: share of continued words (2 tokens or more); words; bytes_per_token of the text.
 
-    Words (WORDS says what they are) are tokenised in isolation, with no leading space, as in the playbook's code
-    (measures after Rust et al. 2021, arXiv 2012.15613); bytes_per_token is for the whole text.
+    Words are tokenised alone, without a leading space, as in the playbook's code (Rust et al. 2021, arXiv 2012.15613).
     """
     words = Counter(WORDS.findall(text))
     if not words:
@@ -649,20 +587,6 @@ def fertility(tokenizer, text):
     return {"fertility": sum(n * tokens[word] for word, n in words.items()) / words.total(),
             "pcw": sum(n for word, n in words.items() if tokens[word] >= 2) / words.total(),
             "words": words.total(), "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
-
-
-def advise_vocabulary(parameters, languages):
-    """(A vocabulary size for a model with so many parameters, why).
-
-    The playbook: about 50k for English, 100k+ for many languages, in a multiple of 128 (SmolLM2 49,152, SmolLM3 and
-    Llama 3 128,256, Qwen3 151,936). Our own rule: the tied embedding takes at most half of the parameters, which only
-    matters below about 50M; the width is estimated at 64 per layer, so that 12 x layers x width^2 are the rest.
-    """
-    size = 49_152 if languages == 1 else 128_256
-    width = max(64, round((parameters * 64 / 12) ** (1 / 3) / 64) * 64)
-    fits = max(512, int(parameters / 2 / width) // 128 * 128)
-    return min(size, fits), (f"{size:,} for {languages} of languages, but a tied embedding about {width} wide takes at "
-                             f"most half of {parameters:,.0f} parameters")
 
 
 # ----- what every command line shares -----------------------------------------------------------------------
@@ -685,8 +609,7 @@ def reading(path, advice="it is damaged, incomplete or in another format; make i
 
 def number(text):
     """1000, 1e6, 2M, 1.5B or 100k."""
-    powers = {"k": "e3", "M": "e6", "B": "e9", "T": "e12"}
-    return float(text[:-1] + powers[text[-1]] if text[-1:] in powers else text)
+    return float(text.translate(str.maketrans({"k": "e3", "M": "e6", "B": "e9", "T": "e12"})))
 
 
 def whole_number(text):
@@ -739,27 +662,23 @@ def parse_options(parser, argv):
     """The command line; UserError names the flag nearest to an unknown one."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), vars(args), 1)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), vars(args), 1)
         hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args
 
 
-def given_options(args, *classes):
-    """{name: value} of the options of dataclasses that a command line gives."""
-    return {name: value for cls in classes for name in options_of(cls)
-            if (value := getattr(args, name, None)) is not None}
+def given_options(args, cls):
+    """{name: value} of the options of a dataclass that a command line gives."""
+    return {name: value for name, value in vars(args).items() if value is not None and name in options_of(cls)}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a sentence; flags are never guessed from their beginnings."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    """argparse whose errors are a sentence."""
 
     def parse_known_args(self, args=None, namespace=None):
-        """Dashes and underscores in flags are the same."""
-        flags = self._option_string_actions
+        """Dashes and underscores in flags are the same; flags are never guessed from their beginnings."""
+        self.allow_abbrev, flags = False, self._option_string_actions
         for flag, action in [*flags.items()]:
             flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
         return super().parse_known_args(args, namespace)
@@ -803,16 +722,13 @@ def run(main):
 DATA_SETS = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")  # for data.py, which knows them
 
 
-def text_files(paths):
-    """The files at paths, folders opened, hidden files left out; UserError for what is missing or no plain text."""
-    files = []
-    for path in paths:
-        inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
-        found = sorted(file for file in inside if file.is_file()) or [Path(path)]
-        if path.startswith("hf:") or any(file.suffix in DATA_SETS for file in found):
-            raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
-                            "--vocab-size N --out DIR`")
-        files += found
+def text_files(path):
+    """The files at a path, folders opened, hidden files left out; UserError for what is no plain text."""
+    inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
+    files = sorted(file for file in inside if file.is_file()) or [Path(path)]
+    if path.startswith("hf:") or any(file.suffix in DATA_SETS for file in files):
+        raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
+                        "--vocab-size N --out DIR`")
     return files
 
 
@@ -831,26 +747,22 @@ class Options:
     out: str = option("tokenizer", "train: folder for tokenizer.json")
     pretokenizer: str = option("qwen", "train: how text is cut before merging", choices=tuple(PATTERNS))
     sample_bytes: float = option(2e8, "train: read at most this, the same share from the start of each file", 1)
-    parameters: float = option(1e9, "advise: of the model", 1, 1e15)
-    languages: int = option(1, "advise: how many", 1)
 
 
 def main():
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "fertility", "advise"))
-    parser.add_argument("names", nargs="*" if "advise" in words[:1] else "+", metavar="PATH or TOKENIZER")
+    parser.add_argument("command", choices=("train", "fertility"))
+    parser.add_argument("names", nargs="+", metavar="PATH or TOKENIZER")
     add_options(parser, Options)
     args = parse_options(parser, words[:cut])
     command, names, paths = args.command, args.names, words[cut + 1:]
     options = Options(**given_options(args, Options))
     check_options(options)
-    if command == "advise":
-        print("{:,}: {}".format(*advise_vocabulary(options.parameters, options.languages)))
-    elif command == "train":
-        files = text_files(names)
-        share = min(1, options.sample_bytes / sum(file.stat().st_size or 1 for file in files))
+    if command == "train":
+        files = sum(map(text_files, names), [])
+        share = min(1, options.sample_bytes / max(1, sum(file.stat().st_size for file in files)))
         texts = (read_text(file, share) for file in files)
         file = train_bpe(texts, options.vocab_size, options.pretokenizer).save(options.out)
         print(f"{options.vocab_size} tokens from {share:.0%} of {len(files)} files -> {file}")
@@ -858,14 +770,13 @@ def main():
         names, paths = (names, paths) if paths else (names[:1], names[1:])
         if not paths:
             raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
-        tokenizers = [Tokenizer.load(name) for name in names]
-        print(" " * 9 + "".join(f"{name[-30:]:>32}" for name in names))
-        print(f"{'words':>9}" + f"{'fertility':>11}{'PCW':>8}{'bytes/token':>13}" * len(names) + "  path")
+        tokenizers = [(name, Tokenizer.load(name)) for name in names]
+        print("    words  fertility     PCW  bytes/token  path, tokenizer")
         for path in paths:
-            text = "\n".join(map(read_text, text_files([path])))
-            rows = [fertility(tokenizer, text) for tokenizer in tokenizers]
-            form = "{fertility:>11.3f}{pcw:>8.3f}{bytes_per_token:>13.2f}"
-            print(f"{rows[0]['words']:>9}" + "".join(form.format(**row) for row in rows) + f"  {path}")
+            text = "\n".join(map(read_text, text_files(path)))
+            for name, tokenizer in tokenizers:
+                row = fertility(tokenizer, text)
+                print("{words:9}{fertility:11.3f}{pcw:8.3f}{bytes_per_token:13.2f}".format(**row), f" {path}, {name}")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,6 @@ def test_ids_are_laid_out_as_documented(tok):
 
 # ----- encoding and decoding -------------------------------------------------------------------------------
 
-OURS = [name for name in PATTERNS if name != "cl100k"]  # which is llama3 by another name
 HOSTILE = {
     "empty": "", "letters": "a" * 200_000, "digits": "7" * 200_000, "symbols": "!" * 200_000,
     "spaces": " " * 1_000_000, "spaces then letter": " " * 1_200_000 + "a", "newlines": "\n" * 1_000_000,
@@ -176,7 +175,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("pretokenizer", OURS)
+@pytest.mark.parametrize("pretokenizer", PATTERNS)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text_round_trips(name, pretokenizer):
     small = train_bpe([PROSE, "!!!!", " " * 40 + "\n" * 40], 330, pretokenizer)
@@ -516,6 +515,12 @@ def reverse_merges(spec):
     spec["model"]["merges"].reverse()
 
 
+def swap_two_ids(spec):
+    vocab = spec["model"]["vocab"]
+    a, b = [*vocab][300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
 CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "no model": (lambda s: s.pop("model"), "KeyError('model')"),
     "model a list": (lambda s: s.update(model=[1]), "TypeError"),
@@ -532,7 +537,8 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "merge not a pair": (lambda s: s["model"]["merges"].append(["a"]), "unpack"),
     "merge with a line end": (lambda s: s["model"]["merges"].append("z\nz q"), "KeyError"),
     "merge of numbers": (lambda s: s["model"]["merges"].append([1, 2]), "TypeError"),
-    "merge order": (reverse_merges, "something else than the order"),
+    "merge order": (reverse_merges, "do not follow"),
+    "id order": (swap_two_ids, "do not follow"),
     "merge missing": (lambda s: (s["model"]["merges"].pop(), s["model"].pop("ignore_merges")), "do not fit together"),
     "two ids alike": (lambda s: s["model"]["vocab"].update(a=s["model"]["vocab"]["b"]), "not distinct"),
     "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "not distinct"),
@@ -669,7 +675,7 @@ def sample_texts() -> list[str]:
     return [PROSE, UNICODE, SPECIAL_TEXT, ""] + ["".join(rng.choices(pieces, k=30)) for _ in range(300)]
 
 
-@pytest.mark.parametrize("pretokenizer", OURS)
+@pytest.mark.parametrize("pretokenizer", PATTERNS)
 def test_ids_equal_hugging_face(pretokenizer, tmp_path):
     hf = pytest.importorskip("tokenizers")
     ours = train_bpe([PROSE, UNICODE * 3], 900, pretokenizer)
@@ -744,32 +750,6 @@ def test_loads_a_file_that_lacks_bytes(tmp_path):
     for text in (PROSE, "a \x01 b \x02\x03 c", "\x7f", ""):
         assert ours.encode(text) == theirs.encode(text).ids
     assert ours.decode(ours.encode("a \x01 b" + " " * 200_000)) == "a  b" + " " * 200_000
-
-
-def shuffled_ids(spec: dict, seed: int) -> dict:
-    """The same tokenizer with other ids: merges stay where they are in the list."""
-    vocab = spec["model"]["vocab"]
-    ids = list(vocab.values())
-    random.Random(seed).shuffle(ids)
-    spec["model"]["vocab"] = dict(zip(vocab, ids))
-    for token in spec["added_tokens"]:
-        token["id"] = spec["model"]["vocab"].get(token["content"], token["id"])
-    return spec
-
-
-@pytest.mark.parametrize("pretokenizer", ["gpt2", "llama3"])
-def test_ids_that_do_not_follow_the_merges(pretokenizer, tmp_path):
-    hf = pytest.importorskip("tokenizers")
-    file = train_bpe([PROSE, UNICODE * 3], 900, pretokenizer).save(tmp_path)
-    file.write_text(json.dumps(shuffled_ids(json.loads(file.read_text("utf-8")), 3)), "utf-8")
-    ours, theirs = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(file))
-    theirs.encode_special_tokens = True
-    for text in [*sample_texts(), *(text[:20_000] for text in HOSTILE.values())]:
-        assert ours.encode(text) == theirs.encode(text).ids == ours.encode_array(text).tolist(), text[:100]
-        assert ours.decode(ours.encode(text)) == text
-    again = Tokenizer.load(ours.save(tmp_path / "again"))
-    assert again.hash == ours.hash and again.encode(PROSE) == ours.encode(PROSE)
-    assert ours.hash != train_bpe([PROSE, UNICODE * 3], 900, pretokenizer).hash
 
 
 def library_tokenizer(hf, splits, special, plain=(), normalizer=None, vocab_size=700):
@@ -947,13 +927,6 @@ def test_plain_bytes():
         assert ours.decode(ours.encode(text)) == text
 
 
-def test_advice_on_the_vocabulary():
-    sizes = {n: T.advise_vocabulary(n, 1)[0] for n in (2e6, 1e8, 1e9, 3e9)}
-    assert sizes[1e9] == sizes[3e9] == 49_152 and T.advise_vocabulary(3e9, 6)[0] == 128_256  # SmolLM2, SmolLM3
-    assert list(sizes.values()) == sorted(sizes.values()) and all(size % 128 == 0 for size in sizes.values())
-    assert 512 <= sizes[2e6] < 16_384 and "half" in T.advise_vocabulary(2e6, 1)[1]
-
-
 # ----- command line ----------------------------------------------------------------------------------------
 
 def cli(*arguments) -> subprocess.CompletedProcess:
@@ -983,9 +956,9 @@ def test_cli_trains_and_measures(tmp_path, monkeypatch):
         assert result.returncode == 2 and name in result.stderr and "utf-8" in result.stderr
         (corpus / name).unlink()
     result = cli("fertility", "out", corpus / "a.py", "corpus")
-    _, head, *rows = result.stdout.splitlines()
+    head, *rows = result.stdout.splitlines()
     expected = T.fertility(Tokenizer.load(tmp_path / "out"), PROSE)
-    assert head.split() == ["words", "fertility", "PCW", "bytes/token", "path"] and len(rows) == 2
+    assert head.split() == ["words", "fertility", "PCW", "bytes/token", "path,", "tokenizer"] and len(rows) == 2
     assert rows[0].split()[:2] == [str(expected["words"]), f"{expected['fertility']:.3f}"]
     assert rows[0].split()[2:4] == [f"{expected['pcw']:.3f}", f"{expected['bytes_per_token']:.2f}"]
 
@@ -998,13 +971,12 @@ def test_fertility_of_several_tokenizers_at_once(tmp_path, monkeypatch):
     train_bpe([texts["en.txt"]], 270).save(tmp_path / "A")
     result = cli("fertility", "A", "bytes", "--", "en.txt", "de.txt")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[:2] == ["A", "bytes"]
-    rows = {line.split()[-1]: line.split() for line in result.stdout.splitlines()[2:]}
+    rows = iter(result.stdout.splitlines()[1:])
     for name, text in texts.items():
-        for column, tokenizer in ((1, Tokenizer.load(tmp_path / "A")), (4, Tokenizer.load("bytes"))):
-            expected = T.fertility(tokenizer, text)
-            assert rows[name][column] == f"{expected['fertility']:.3f}"
-            assert rows[name][column + 2] == f"{expected['bytes_per_token']:.2f}"
+        for known in ("A", "bytes"):
+            row, expected = next(rows).split(), T.fertility(Tokenizer.load(known), text)
+            assert row == [str(expected["words"]), f"{expected['fertility']:.3f}", f"{expected['pcw']:.3f}",
+                           f"{expected['bytes_per_token']:.2f}", f"{name},", known]
 
 
 def test_a_sample_is_an_even_share_of_each_file(tmp_path):
@@ -1038,7 +1010,6 @@ BAD_COMMANDS = {
     "no tokenizer": ("fertility", "nowhere", "good.txt"),
     "data set to measure": ("fertility", "bytes", "data.jsonl"),
     "no text": ("fertility", "bytes"),
-    "no parameters": ("advise", "--parameters", 0),
     "no command": (),
     "unknown command": ("teach", "good.txt"),
 }
