@@ -2,8 +2,8 @@
 
 1. Cut the text into chunks with a regular expression (pre-tokenization) and count each distinct chunk once.
 2. Merge the most frequent pair of neighbouring tokens into a new token; repeat up to the vocabulary size.
-3. Encode with tiktoken (the same merges at Rust speed); save one file, Hugging Face's tokenizer.json.
-4. Text never becomes a control token: "<|endoftext|>" in a document is ordinary characters to `encode`.
+3. Encode with tiktoken (the same merges at Rust speed); "<|endoftext|>" in a text stays ordinary characters.
+4. Save one file, Hugging Face's tokenizer.json.
 
 The playbook: take an existing tokenizer if it covers your languages and domain; train one for low-resource languages or
 an unusual mix. About 50k tokens are enough for English (SmolLM2 49,152), 100k or more for many languages (SmolLM3
@@ -28,7 +28,6 @@ import heapq
 import json
 import math
 import os
-import re
 import sys
 import time
 import unicodedata
@@ -63,9 +62,8 @@ PATTERNS = {
 }
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-# The first present wins.
 EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>", "<|im_end|>",
-             "<|eot_id|>", "<|return|>", "<end_of_turn>"]
+             "<|eot_id|>", "<|return|>", "<end_of_turn>"]  # the first present wins
 PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
 BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on a file that is one huge line
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
@@ -78,6 +76,7 @@ BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - BY
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 SINGLE = [bytes([b]) for b in range(256)]
 compiled = partial(regex.compile, flags=regex.V1)  # version 1 knows the set operation &&
+progress = partial(tqdm, delay=1, mininterval=1, leave=False)
 
 
 def visible(token):
@@ -86,7 +85,7 @@ def visible(token):
 
 def any_of(names):
     """Finds the names in text, the longest first."""
-    return compiled("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    return compiled("|".join(map(regex.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def split_by(cut, text):
@@ -101,10 +100,6 @@ def utf8(text):
 
 
 # ----- BPE training ----------------------------------------------------------------------------------------
-
-progress = partial(tqdm, delay=1, mininterval=1, leave=False)
-
-
 def count_chunks(texts, pattern):
     """Distinct pre-token chunks (UTF-8) with their counts."""
     findall, chunks, counts = compiled(pattern).findall, Counter(), Counter()
@@ -121,11 +116,9 @@ def bpe_merges(chunk_counts, num_merges):
     """The first `num_merges` merges [(left, right)], fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
 
     Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa" "a"); of
-    equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts, so "aaa" holds
-    (a, a) twice. Neither the order of the texts nor the hash seed matters.
-
-    A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only falls, so
-    an entry is an upper bound, and one that is out of date is replaced when it comes to the top.
+    equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts: "aaa" has (a, a)
+    twice. A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only
+    falls, so an entry is an upper bound, and one that is out of date is replaced when it comes to the top.
     """
     tokens, merges = SINGLE.copy(), []
     chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
@@ -183,10 +176,8 @@ def train_bpe(texts, vocab_size, pretokenizer="qwen"):
 
 
 # ----- the tokenizer ---------------------------------------------------------------------------------------
-
 class Tokenizer:
-    """Text to ids and back; made by `train_bpe` or `Tokenizer.load`.
-
+    """Text to ids and back; made by `train_bpe` or `Tokenizer.load`. A loaded one drops bytes that it lacks.
     pattern: pre-tokenizer expression       cuts: expressions that cut the text before it (DeepSeek-V3 has two)
     ranks: token bytes -> id                merges: (left, right) bytes, in order; [] where the ranks alone say it
     special: control token -> id, never produced from text
@@ -194,23 +185,20 @@ class Tokenizer:
     nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
-
-    A loaded vocabulary may lack bytes (SmolLM2's lacks 21); those are dropped, as Hugging Face does.
     """
 
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
         self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
         self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
-        ids = [*ranks.values(), *names.values()]
-        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < MAX_ID for i in ids):
+        known = {*ranks.items(), *((utf8(name), i) for name, i in names.items())}
+        self._bytes = {i: token for token, i in known}
+        if len(self._bytes) < len(known) or not all(type(i) is int and 0 <= i < MAX_ID for i in self._bytes):
             raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
         if not set(SINGLE[32:127]) <= ranks.keys():
             raise ValueError("its vocabulary lacks some ASCII characters")
-        self._bytes = dict(zip(ids, [*ranks, *map(utf8, names)]))
-        self.vocab_size = 1 + max(ids)
-        self.token_bytes = [0] * self.vocab_size
-        for i in self._bytes.keys() - special.values():
-            self.token_bytes[i] = len(self._bytes[i])
+        self.vocab_size = 1 + max(self._bytes)
+        controls = set(special.values())
+        self.token_bytes = [len(self._bytes.get(i, b"")) * (i not in controls) for i in range(self.vocab_size)]
         self.eos_id, self.pad_id = (next((names[name] for name in known if name in names), None)
                                     for known in (EOS_NAMES, PAD_NAMES))
         if self.eos_id is None:
@@ -222,17 +210,17 @@ class Tokenizer:
         if made != sorted(made):
             raise ValueError("its ids do not follow the order of its merges, as tiktoken needs it")
         missing = [byte for byte in SINGLE if byte not in ranks]  # tiktoken needs them all; `encode` drops these
-        self._drops, known = bool(missing), ranks | dict(zip(missing, range(self.vocab_size, MAX_ID + 256)))
+        self._drops, ranks = bool(missing), ranks | dict(zip(missing, range(self.vocab_size, MAX_ID + 256)))
         if pattern not in PATTERNS.values():  # text that it does not match is a chunk too, as in Hugging Face's Split
             pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-        self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=known, special_tokens={})
+        self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
     @property
     def hash(self):
         """sha256 (hex) of all that decides ids: expressions, normalisation, control tokens, tokens by id."""
         content = [self.pattern, self.nfc, sorted(zip(self.special.values(), self.special)),
                    sorted((i, token.hex()) for token, i in self.ranks.items())]
-        content += [more for more in (sorted(self.added.items()), self.cuts) if more]
+        content += filter(None, (sorted(self.added.items()), self.cuts))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def control(self, name):
@@ -242,28 +230,23 @@ class Tokenizer:
         return self.special[name]
 
     def encode(self, text):
-        """Ids of ordinary text; adds no EOS, and strings such as "<|endoftext|>" stay text.
-
-        MAX_SPACE white spaces in a row start a new piece; only there can ids differ from Hugging Face's.
-        decode(encode(text)) == text, except that lone surrogates become U+FFFD.
-        """
-        ids = []
+        """Ids of text without EOS; "<|endoftext|>" in it stays text. decode(encode(text)) == text, except for lone
+        surrogates (U+FFFD) and NFC. Ids can differ from Hugging Face's only after 100,000 white spaces in a row."""
+        ids, text = [], unicodedata.normalize("NFC", text) if self.nfc else text
         for part in split_by(self._added, text) if self.added else [text]:
             if part in self.added:
                 ids.append(self.added[part])
                 continue
-            pieces = [unicodedata.normalize("NFC", part) if self.nfc else part]
+            pieces = [part]
             for cut in self._cuts if len(text) >= MAX_SPACE else self._cuts[:-1]:
                 pieces = [new for piece in pieces for new in split_by(cut, piece)]
             for piece in pieces:
-                new = self._bpe.encode_ordinary(piece)
-                ids += [i for i in new if i < self.vocab_size] if self._drops else new
-        return ids
+                ids += self._bpe.encode_ordinary(piece)
+        return [i for i in ids if i < self.vocab_size] if self._drops else ids
 
     def encode_array(self, text):
         """The same ids as a numpy array (uint32)."""
         import numpy as np
-
         return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
 
     def decode_bytes(self, ids):
@@ -310,14 +293,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Reads a tokenizer; UserError for what is none. Nothing is executed or unpickled, no BOS is added. `path` is
-
-        a folder, ours or of a Hugging Face model, with tokenizer.json, or else tiktoken.model (Kimi, Moonlight)
-        a tokenizer.json of any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's
-        FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text
-        hf:ORG/NAME, downloaded; a tiktoken encoding such as cl100k_base, downloaded once by tiktoken
-        bytes: every byte a token, no merges
-        """
+        """Reads a tokenizer; nothing is executed or unpickled, no BOS is added. UserError unless `path` is
+        a folder, ours or of a Hugging Face model, with tokenizer.json, or else tiktoken.model (Kimi, Moonlight),
+        a tokenizer.json of any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's,
+        FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text,
+        hf:ORG/NAME, downloaded, a tiktoken encoding such as cl100k_base, downloaded once, or
+        "bytes": every byte a token, no merges."""
         path = str(path)
         if path == "bytes":
             return train_bpe([], len(CONTROL) + 256)
@@ -328,44 +309,35 @@ class Tokenizer:
         if path.startswith("hf:"):
             with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
                 from huggingface_hub import hf_hub_download
-
                 path = hf_hub_download(path[3:], "tokenizer.json")
-        name, _, pretokenizer = path.rpartition(":")
-        if pretokenizer not in PATTERNS:
-            name, pretokenizer = path, ""
-        file = Path(name)
+        name, _, last = path.rpartition(":")
+        pattern = PATTERNS.get(last) if name else None
+        file = Path(name if pattern else path)
         if file.is_dir():
             file, model = file / "tokenizer.json", file / "tiktoken.model"
             if model.exists() and not file.exists():
-                file, pretokenizer = model, "kimi"
-        if not file.is_file() or file.suffix in (".tiktoken", ".model") and not pretokenizer:
-            raise UserError(f"there is no tokenizer at {file}: give a folder that holds tokenizer.json, or {file}:"
-                            f"PRETOKENIZER for ranks of tiktoken (one of {', '.join(PATTERNS)}), or make one with "
-                            "`python tokenizer.py train PATH --vocab-size N --out DIR`.")
+                file, pattern = model, PATTERNS["kimi"]
+        if not file.is_file() or file.suffix in (".tiktoken", ".model") and not pattern:
+            raise UserError(f"there is no tokenizer at {file}: give a folder with tokenizer.json, FILE:PRETOKENIZER ("
+                            f"{', '.join(PATTERNS)}), or make one with `python tokenizer.py train PATH --out DIR`.")
         with reading(file):
-            return cls(*parse_tiktoken(file, pretokenizer) if pretokenizer else parse_tokenizer_json(file))
+            return cls(pattern, *parse_tiktoken(file)) if pattern else cls(*parse_tokenizer_json(file))
 
-
-# ----- tokenizers in and out -------------------------------------------------------------------------------
 
 def recover_merges(ranks):
     """The merges behind tiktoken's ranks: BPE with the ranks below a token's own leaves it in two pieces."""
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        parts, rank = [bytes([b]) for b in token], ranks[token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2 and min(pairs := [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]) < rank:
             i = pairs.index(min(pairs))
-            if pairs[i] >= rank:
-                break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
+        merges += [tuple(parts)] * (len(parts) == 2)
     return merges
 
 
-def parse_tiktoken(file, pretokenizer):
-    """The arguments of Tokenizer() from a file of base64 tokens and ranks. The control tokens are those of
+def parse_tiktoken(file):
+    """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of
     tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without it, CONTROL after the ranks."""
     lines = [line.split() for line in file.read_bytes().splitlines()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -374,7 +346,7 @@ def parse_tiktoken(file, pretokenizer):
         names = [f"<|reserved_token_{i}|>" for i in range(first, first + 256)]
         for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
             names[int(i) - first] = token["content"]
-    return PATTERNS[pretokenizer], ranks, [], dict(zip(names, range(first, MAX_ID)))
+    return ranks, [], dict(zip(names, range(first, MAX_ID)))
 
 
 def parse_tokenizer_json(file):
@@ -393,8 +365,10 @@ def parse_tokenizer_json(file):
     def raw(token):  # KeyError for a token that is not byte-level
         return bytes(CHAR_TO_BYTE[c] for c in token)
 
-    ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special and token not in added}
-    merges = [tuple(map(raw, merge.split(" ") if isinstance(merge, str) else merge)) for merge in model["merges"]]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    names = special.keys() | added.keys() - CHAR_TO_BYTE.keys() - {a + b for a, b in pairs}  # added may be merged too
+    ranks = {raw(token): i for token, i in model["vocab"].items() if token not in names}
+    merges = [(raw(a), raw(b)) for a, b in pairs]
     if not model.get("ignore_merges") and ranks.keys() - {a + b for a, b in merges} - set(SINGLE):
         raise ValueError("its merges and its vocabulary do not fit together")
     *cuts, pattern = parse_cuts(spec["pre_tokenizer"])
@@ -423,7 +397,6 @@ def parse_cuts(pre_tokenizer):
 
 
 # ----- chats -----------------------------------------------------------------------------------------------
-
 # As in Qwen and SmolLM3. What the assistant must learn to write is inside {% generation %}.
 CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
           "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
@@ -431,10 +404,8 @@ CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\
 
 
 class ChatFormat:
-    """How text and chats begin and end for the model of a folder, ours or Hugging Face's.
-
-    opening: ids that begin a text     stop: ids that end a reply     template: jinja, None for our own CHATML
-    """
+    """How texts and chats begin and end for the model of a folder, ours or Hugging Face's. opening: ids that begin a
+    text; stop: ids that end a reply; template: jinja, None for our own CHATML."""
 
     def __init__(self, folder, tokenizer):
         self.tokenizer, self.folder, self.control = tokenizer, Path(folder), any_of(tokenizer.special)
@@ -478,14 +449,10 @@ class ChatFormat:
 
     def samples(self, messages, tools=None):
         """[(ids, mask)] to train on; mask is 1 on what the assistant must produce, with the token that ends its turn:
-        without it a model never learns to stop.
-
-        One sample for the whole conversation; or, where the template changes earlier turns (Qwen3 drops their
-        thinking), one per assistant turn, rendered as at inference. The assistant's part is the text inside the
-        template's {% generation %} tags, or, without them, the text that a reply adds to the prompt before it; a
-        greeting that opens the conversation has no such prompt and is not trained on. Prompt and reply are encoded
-        apart, as they are when the model answers.
-        """
+        without it a model never learns to stop. One sample for the whole conversation; or, where the template changes
+        earlier turns (Qwen3 drops their thinking), one per assistant turn, rendered as at inference. The assistant's
+        part is what the template has in {% generation %} tags, or, without them, what a reply adds to the prompt before
+        it; a greeting that opens the conversation has no such prompt and is not trained on."""
         whole, tags, outline = self.render(messages, tools)
         turns, seen = [], 0
         for i, message in enumerate(messages):
@@ -539,7 +506,6 @@ class ChatFormat:
         """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks,
         counted while the text is written, as in transformers; no character of the text marks them."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings
-
         written, said = [], []  # the pieces of text so far; (start, text) of each block
 
         def generation(caller):
@@ -562,12 +528,10 @@ class ChatFormat:
                                                     extensions=["jinja2.ext.loopcontrols"])
         environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "generation": generation}
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        source = re.sub(r"({%[-+]?\s*)generation\b", r"\1call generation()", self.template or CHATML)
-        template = environment.from_string(re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endcall", source))
+        source = regex.sub(r"(\{%[-+]?\s*)generation\b", r"\1call generation()", self.template or CHATML)
+        template = environment.from_string(regex.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endcall", source))
         return write
 
-
-# ----- fertility ------------------------------------------------------------------------------------------
 
 # A word is a run of characters between white space. Scripts that write no spaces (Chinese, Japanese, Thai and the
 # like) count one word per character, with the marks and punctuation that follow it.
@@ -576,10 +540,8 @@ WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
 
 
 def fertility(tokenizer, text):
-    """fertility: tokens per word; pcw: share of continued words (2 tokens or more); words; bytes_per_token of the text.
-
-    Words are tokenised alone, without a leading space, as in the playbook's code (Rust et al. 2021, arXiv 2012.15613).
-    """
+    """fertility: tokens per word; pcw: share of continued words (2 tokens or more); words; bytes_per_token of all text.
+    Words are encoded alone, without a leading space, as in the playbook's code (Rust et al. 2021, arXiv 2012.15613)."""
     words = Counter(WORDS.findall(text))
     if not words:
         raise UserError("fertility is undefined for a text without words: give more text.")
@@ -590,7 +552,6 @@ def fertility(tokenizer, text):
 
 
 # ----- what every command line shares -----------------------------------------------------------------------
-
 class UserError(Exception):
     """A mistake the user can correct: the message is one sentence that says what is wrong and what to do instead."""
 
@@ -633,15 +594,12 @@ def options_of(cls):
 
 
 def check_options(config):
-    """UserError where a field of a dataclass made of `option`s has the wrong type, is out of bounds or no choice.
-
-    JSON may give any type, so types are checked too; a whole number is a float as well, true and false are no numbers.
-    """
+    """UserError where an option has the wrong type (JSON may give any), is out of bounds or is none of the choices."""
     for name, (kind, rule) in options_of(type(config)).items():
         value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
         typed = type(value) in ((int, float) if kind is float else (kind,))
         if not typed or choices and value not in choices or low is not None and not low <= value <= high:
-            wanted = (f"one of {', '.join(map(str, choices))}" if choices else f"between {low:g} and {high:g}"
+            wanted = (f"one of {', '.join(choices)}" if choices else f"between {low:g} and {high:g}"
                       if typed else f"of the type {kind.__name__}")
             raise UserError(f"--{name} {value!r} is not {wanted}")
 
@@ -655,7 +613,7 @@ def add_options(parser, *classes, without=()):
             if name not in without:
                 text = f"{rule['help']} (default: {getattr(cls, name)})".replace("%", "%%")
                 group.add_argument(f"--{name}", type=kinds[kind], help=text,
-                                   metavar="|".join(map(str, rule["choices"])) or kind.__name__)
+                                   metavar="|".join(rule["choices"]) or kind.__name__)
 
 
 def parse_options(parser, argv):
@@ -674,10 +632,8 @@ def given_options(args, cls):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a sentence."""
-
     def parse_known_args(self, args=None, namespace=None):
-        """Dashes and underscores in flags are the same; flags are never guessed from their beginnings."""
+        """Dashes and underscores in flags are the same, and flags are never guessed from their beginnings."""
         self.allow_abbrev, flags = False, self._option_string_actions
         for flag, action in [*flags.items()]:
             flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
@@ -689,19 +645,17 @@ class Parser(argparse.ArgumentParser):
 
 def draw(path, paint, columns=1, size=(8, 4)):
     """Saves what `paint(axes)` draws (a list of axes where there are several columns); False without matplotlib."""
-    try:
+    with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(size, dpi=120, layout="constrained")
-    paint(figure.subplots(1, columns))
-    figure.savefig(path)
-    return True
+        figure = Figure(size, dpi=120, layout="constrained")
+        paint(figure.subplots(1, columns))
+        figure.savefig(path)
+        return True
+    return False
 
 
 def run(main):
-    """Runs a command line: a user's mistake (UserError, OSError) ends it in one sentence on stderr and exit status 2,
-    Ctrl-C in status 130; any other exception is a bug and shows its traceback."""
+    """Runs a command line. A user's mistake ends it in one sentence and status 2; any other exception is a bug."""
     if hasattr(sys.stdout, "reconfigure"):  # a redirected Windows console, for one, cannot hold every character
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -718,15 +672,11 @@ def run(main):
 
 
 # ----- command line ----------------------------------------------------------------------------------------
-
-DATA_SETS = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")  # for data.py, which knows them
-
-
 def text_files(path):
     """The files at a path, folders opened, hidden files left out; UserError for what is no plain text."""
     inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
     files = sorted(file for file in inside if file.is_file()) or [Path(path)]
-    if path.startswith("hf:") or any(file.suffix in DATA_SETS for file in files):
+    if path.startswith("hf:") or {file.suffix for file in files} & {*".jsonl .parquet .arrow .csv .gz .zst".split()}:
         raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
                         "--vocab-size N --out DIR`")
     return files
@@ -735,10 +685,7 @@ def text_files(path):
 def read_text(file, share=1):
     """The first `share` of a UTF-8 text file."""
     with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
-        text = stream.read(math.ceil(share * file.stat().st_size))
-        if "\0" in text:
-            raise ValueError("it is not text")
-        return text
+        return stream.read(math.ceil(share * file.stat().st_size))
 
 
 @dataclass

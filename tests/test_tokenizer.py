@@ -530,7 +530,7 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "added token a list": (lambda s: s["added_tokens"].append([1]), "TypeError"),
     "added token without an id": (lambda s: s["added_tokens"][0].pop("id"), "KeyError('id')"),
     "word piece": (lambda s: s.update(model={"type": "WordPiece", "vocab": {"a": 0, "##b": 1}}), "'merges'"),
-    "unigram": (lambda s: s.update(model={"type": "Unigram", "vocab": [["a", -1.5]]}), "AttributeError"),
+    "unigram": (lambda s: s.update(model={"type": "Unigram", "vocab": [["a", -1.5]]}), "'merges'"),
     "sentence piece": (lambda s: s["model"]["vocab"].update({"▁the": 5000}), "KeyError('▁')"),
     "merge part unknown": (lambda s: s["model"]["merges"].append(["zzzq", "a"]), "KeyError"),
     "merge result unknown": (lambda s: s["model"]["merges"].append(["Ā", "ā"]), "KeyError"),
@@ -893,7 +893,7 @@ def test_tiktoken_files_with_a_chosen_expression(tmp_path):
     assert ours.vocab_size == len(ranks) + 4 and ours.eos_id == len(ranks)
     for text in hostile_texts():
         assert ours.encode(text) == reference.encode_ordinary(text)
-    with pytest.raises(UserError, match="mine.tiktoken:PRETOKENIZER") as error:
+    with pytest.raises(UserError, match="mine.tiktoken: give .* FILE:PRETOKENIZER") as error:
         Tokenizer.load(file)
     one_sentence(error)
     for content in (b"not base64 5", b"YQ== x", b"YQ== 7\n", b"\x80\x04"):
@@ -994,7 +994,6 @@ def test_a_sample_is_an_even_share_of_each_file(tmp_path):
 
 BAD_COMMANDS = {
     "missing": ("train", "nowhere.txt", "--vocab-size", 300, "--out", "out"),
-    "binary": ("train", "binary.dat", "--vocab-size", 300, "--out", "out"),
     "latin": ("train", "good.txt", "latin.txt", "--vocab-size", 300, "--out", "out"),
     "empty": ("train", "empty.txt", "--vocab-size", 300, "--out", "out"),
     "empty folder": ("train", "folder", "--vocab-size", 300, "--out", "out"),
@@ -1019,7 +1018,6 @@ BAD_COMMANDS = {
 def test_cli_mistake_is_one_line_and_writes_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.txt").write_text("some good text, enough for a few merges\n")
-    (tmp_path / "binary.dat").write_bytes(b"abc\0def")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 50)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "data.jsonl").write_text('{"text": "hello"}\n')
@@ -1029,7 +1027,7 @@ def test_cli_mistake_is_one_line_and_writes_nothing(name, tmp_path, monkeypatch)
     assert result.returncode == 2 and (result.stdout == "" or "fertility" in BAD_COMMANDS[name])
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
-    for named in ("nowhere", "binary.dat", "latin.txt", "data.jsonl", "folder"):
+    for named in ("nowhere", "latin.txt", "data.jsonl", "folder"):
         if named in map(str, BAD_COMMANDS[name]):
             assert named in result.stderr
 
