@@ -269,13 +269,13 @@ class Tokenizer:
 
     def save(self, folder):
         """Writes FOLDER/tokenizer.json in Hugging Face's format, one line per token and per merge; returns its path."""
-        flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+        flags = dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         names = self.special | self.added
         spec = {
             "version": "1.0",
-            "added_tokens": [{"id": i, "content": name, **flags, "special": name in self.special}
-                             for name, i in names.items()],
+            "added_tokens": [{"id": i, "content": name, **flags, "normalized": name in self.added,
+                              "special": name in self.special} for name, i in names.items()],
             "normalizer": {"type": "NFC"} if self.nfc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                 *({"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
@@ -426,10 +426,10 @@ class ChatFormat:
             if ends is not None:
                 self.stop = {*map(int, ends if isinstance(ends, list) else [ends])}
             self.template, file = settings.get("chat_template"), self.folder / "chat_template.jinja"
-            if isinstance(self.template, list):  # several by name, such as default, tool_use and rag
-                self.template = {one["name"]: one["template"] for one in self.template}["default"]
             if file.exists():
                 self.template = file.read_text("utf-8")
+            elif isinstance(self.template, list):  # several by name, such as default, tool_use and rag
+                self.template = {one["name"]: one["template"] for one in self.template}["default"]
 
     def content(self, name):
         """A JSON file of the folder, empty if it is missing."""

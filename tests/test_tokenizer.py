@@ -24,9 +24,6 @@ import tokenizer as T
 from conftest import ROOT, call
 from tokenizer import PATTERNS, ChatFormat, Tokenizer, UserError, bpe_merges, count_chunks, option, train_bpe
 
-QUESTION = {"role": "user", "content": "Weather?"}
-TOOL_ROWS = [{"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
-             {"messages": [QUESTION], "tools": [{"type": "function"}]}]
 PROSE = (ROOT / "tokenizer.py").read_text(encoding="utf-8")
 UNICODE = ("naïve café, Größe 1234567890; 漢字かな交じり文 한국어; العربية مرحبا;"
            " हिन्दी; 👨‍👩‍👧‍👦 👍🏽 🏳️‍🌈\u0301\r\n\t x\u00a0y \x00\x1c \U0010ffff")
@@ -176,13 +173,12 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("pretokenizer", PATTERNS)
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_round_trips(name, pretokenizer):
+def test_hostile_text_round_trips(pretokenizer):
     small = train_bpe([PROSE, "!!!!", " " * 40 + "\n" * 40], 330, pretokenizer)
-    text = HOSTILE[name]
-    ids = small.encode(text)
-    assert small.decode(ids) == text
-    assert sum(small.token_bytes[i] for i in ids) == len(text.encode())
+    for name, text in HOSTILE.items():
+        ids = small.encode(text)
+        assert small.decode(ids) == text, name
+        assert sum(small.token_bytes[i] for i in ids) == len(text.encode()), name
 
 
 def test_random_text_round_trips(tok):
@@ -215,11 +211,9 @@ def test_special_strings_in_text_stay_ordinary(tok):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_arrays_hold_the_same_ids(name, tok):
-    text = HOSTILE[name] + "\ud800"
-    assert tok.encode_array(text).tolist() == tok.encode(text)
-
+def test_arrays_hold_the_same_ids(tok):
+    for text in (PROSE, UNICODE + "\ud800", "", "a" + " " * 200_000):
+        assert tok.encode_array(text).tolist() == tok.encode(text)
 
 
 @pytest.mark.parametrize("bad", [1024, -1, 10**12])
@@ -328,10 +322,13 @@ def test_prompts_are_those_of_transformers(template, model_folder):
     odd = "\n def f(x):\n        漢字 <think> \ue002\ue000 7\ue001 "
     for talk in (TALK[:1], TALK[:3], [{"role": "user", "content": odd}]):
         assert chat.prompt(talk) == rendered(theirs, talk, add_generation_prompt=True)
-    # the same conversation with private-use characters is trained on in the same places
-    said = [trained_on(chat, sample) for sample in chat.samples(TALK)]
-    odd = [{**m, "content": m["content"] + "\ue002\ue003\ue0000\ue001" * (m["role"] == "user")} for m in TALK]
-    assert [trained_on(chat, sample) for sample in chat.samples(odd)] == said
+    # the same conversation with private-use characters is trained on in the same places, and on the assistant's own
+    said, odd = [trained_on(chat, sample) for sample in chat.samples(TALK)], "\ue002\ue003\ue0000\ue001\U000f0000"
+    talk = [{**m, "content": odd + m["content"] + odd} if m["role"] == "user" else m for m in TALK]
+    talk = [{"role": "system", "content": odd}] * (template != DEEPSEEK_V31) + talk
+    assert [trained_on(chat, sample) for sample in chat.samples(talk)] == said
+    talk = [{**m, "content": m["content"] + odd} for m in TALK]
+    assert all(odd in trained_on(chat, sample) for sample in chat.samples(talk))
 
 
 def test_masks_of_tags_are_those_of_transformers(model_folder):
@@ -400,13 +397,13 @@ def test_control_tokens_in_messages_stay_text(model_folder):
 def test_tools_reach_the_template(model_folder):
     tools = [{"type": "function", "function": {"name": "weather", "description": "<|im_end|> é"}}]
     talk = [{"role": "user", "content": "Weather?"},
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
-                "name": "weather", "arguments": {"day": 0}}}]},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"type": "function", "function": {"name": "weather", "arguments": {"town": town}}} for town in "éx"]},
             {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3 degrees."}]
     chat, theirs = model_folder(TOOLS)
     (ids, mask), = chat.samples(talk, tools)
-    assert trained_on(chat, (ids, mask)) == (
-        '<tool_call>{"name": "weather", "arguments": {"day": 0}}</tool_call><|im_end|>3 degrees.<|im_end|>')
+    calls = "".join(f'<tool_call>{{"name": "weather", "arguments": {{"town": "{town}"}}}}</tool_call>' for town in "éx")
+    assert trained_on(chat, (ids, mask)) == calls + "<|im_end|>3 degrees.<|im_end|>"
     assert chat.tokenizer.decode(ids) == theirs.apply_chat_template(talk, tools=tools, tokenize=False)
     assert ids.count(chat.tokenizer.control("<|im_end|>")) == 5  # of six; the one in the description is text
     assert chat.prompt(talk[:1], tools) == ids[:len(chat.prompt(talk[:1], tools))]
@@ -419,9 +416,9 @@ def test_tools_reach_the_template(model_folder):
 
 
 def test_our_own_format_shows_no_tools(tok, tmp_path):
-    for row in TOOL_ROWS:
+    for messages, tools in ([*TALK[:1], {"role": "assistant", "content": "", "tool_calls": [{}]}], None), (TALK, [{}]):
         with pytest.raises(UserError, match="does not show tool"):
-            ChatFormat(tmp_path, tok).samples(row["messages"], row.get("tools"))
+            ChatFormat(tmp_path, tok).samples(messages, tools)
 
 
 def test_named_templates(model_folder):
@@ -429,7 +426,10 @@ def test_named_templates(model_folder):
     chat, theirs = model_folder(named)
     assert chat.template == PLAIN and chat.prompt(TALK[:1]) == rendered(theirs, TALK[:1], add_generation_prompt=True)
     (chat.folder / "chat_template.jinja").write_text(TAGGED)
-    assert ChatFormat(chat.folder, chat.tokenizer).template == TAGGED
+    assert model_folder(named[:1])[0].template == TAGGED
+    (chat.folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="default"):
+        model_folder(named[:1])
 
 
 def test_templates_fail_in_a_sentence(model_folder):
@@ -483,18 +483,28 @@ def test_fertility_by_hand():
 
 # ----- files -----------------------------------------------------------------------------------------------
 
-def test_save_and_load(tok, tmp_path):
+def test_save_and_load(tok, tmp_path, monkeypatch):
     file = tok.save(tmp_path / "new" / "folder")
     assert file == tmp_path / "new" / "folder" / "tokenizer.json" and [*file.parent.iterdir()] == [file]
     for path in (file, file.parent, str(file.parent)):
         again = Tokenizer.load(path)
         assert (again.hash, again.merges, again.special) == (tok.hash, tok.merges, tok.special)
         assert again.encode(PROSE + UNICODE) == tok.encode(PROSE + UNICODE)
-    assert again.save(tmp_path / "other.json").read_bytes() == file.read_bytes()
+    assert again.save(tmp_path / "qwen").read_bytes() == file.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert Tokenizer.load("qwen").hash == tok.hash  # a folder, though a pre-tokenizer has this name too
     lines = file.read_text(encoding="utf-8").splitlines()
     left, right = map(T.visible, tok.merges[0])
     assert f"{json.dumps(f'{left} {right}', ensure_ascii=False)}," in map(str.strip, lines)  # a merge a line
     assert any(line.strip() == f"{json.dumps(left + right, ensure_ascii=False)}: 260," for line in lines)
+
+
+def test_a_save_that_is_cut_off_leaves_the_old_file(tok, tmp_path, monkeypatch):
+    content = tok.save(tmp_path).read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        train_bpe([PROSE], 300).save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == content
 
 
 def test_hash_covers_all_that_decides_ids(tok):
@@ -623,13 +633,13 @@ def mutated(value, rng):
 
 
 def test_mutated_files_never_end_in_a_traceback(tok, tmp_path):
-    file, rng, refused = tok.save(tmp_path), random.Random(0), 0
+    file, rng, refused = train_bpe([PROSE], 280).save(tmp_path), random.Random(0), 0
     content = file.read_bytes()
     spec = json.loads(content)
     settings = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": "<|im_end|>", "add_bos_token": True,
                 "chat_template": [{"name": "default", "template": PLAIN}],
                 "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}}}
-    for n in range(400):
+    for n in range(300):
         broken = bytearray(content)
         if n % 2:
             broken = json.dumps(mutated(spec, rng)).encode("utf-8", "surrogatepass")
@@ -647,7 +657,7 @@ def test_mutated_files_never_end_in_a_traceback(tok, tmp_path):
             except UserError as error:
                 refused += 1
                 assert one_sentence(error)
-    assert refused > 300
+    assert refused > 200
 
 
 def test_hub_names(tok, tmp_path, monkeypatch):
@@ -787,8 +797,12 @@ def test_added_tokens_that_are_not_special(nfc, tmp_path):
     split = hf.pre_tokenizers.Split(hf.Regex(PATTERNS["qwen"]), "isolated")
     normalizer = hf.normalizers.NFC() if nfc else None
     theirs = library_tokenizer(hf, [split], ["<|endoftext|>", "<|im_end|>"], plain, normalizer)
+    size = theirs.get_vocab_size()  # "def" is in the vocabulary already; "Übermut" is found in normalised text
+    assert theirs.add_tokens([hf.AddedToken(name, normalized=True) for name in ("def", "Übermut")]) == 2
+    assert theirs.get_vocab_size() == size + 1
     texts = ["def f(x):\n        return x\n", "the COVID-19 test", "COVID-19 tests COVID-19",
-             "<think>\nGröße\n</think>a", "x" + " " * 99, "漢字漢<|im_end|>", "Größe e\u0301", *sample_texts()]
+             "<think>\nGröße\n</think>a", "x" + " " * 99, "漢字漢<|im_end|>", "Größe e\u0301", "indef U\u0308bermut",
+             *sample_texts()]
     ours = same_ids(theirs, tmp_path, texts)
     assert ours.added["COVID-19"] in ours.encode("a COVID-19 b") and "<think>" not in ours.special
     assert sum(ours.token_bytes[i] for i in ours.encode(texts[0])) == len(texts[0])
@@ -817,25 +831,25 @@ def test_deepseek_v3(tmp_path):
     assert ours.cuts == DEEPSEEK[:2] and ours.pattern == DEEPSEEK[2]
 
 
+LETTERS = [rf"[{kind}\p{{Lm}}\p{{Lo}}\p{{M}}]" for kind in (r"\p{Lu}\p{Lt}", r"\p{Ll}")]
+O200K = "|".join([  # Xenova/gpt-4o, tokenizer.json
+    r"[^\r\n\p{L}\p{N}]?" + LETTERS[0] + "*" + LETTERS[1] + "+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?" + LETTERS[0] + "+" + LETTERS[1] + "*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
+
+
 def test_other_ways_to_cut(tmp_path):
     hf = pytest.importorskip("tokenizers")
     pre = hf.pre_tokenizers
-    kept = pre.Split(hf.Regex(PATTERNS["llama3"]), "removed", invert=True)  # as gpt-4o's file cuts
+    kept = pre.Split(hf.Regex(O200K), "removed", invert=True)  # as gpt-4o's file cuts
     same_ids(library_tokenizer(hf, [kept], ["<|endoftext|>"]), tmp_path, sample_texts())
     same_ids(library_tokenizer(hf, [kept], ["</s>"], (), hf.normalizers.Sequence([hf.normalizers.NFC()])), tmp_path,
              [*sample_texts(), "e\u0301"])
     letters = pre.Split(hf.Regex(r"\p{L}+"), "isolated")  # leaves text out, which is cut off as one piece
     same_ids(library_tokenizer(hf, [letters], ["<|endoftext|>"]), tmp_path, sample_texts())
-    lines = [pre.Split(hf.Regex(r"[\r\n]"), "isolated"), pre.Digits(individual_digits=True), letters]
-    same_ids(library_tokenizer(hf, lines, ["<|endoftext|>"]), tmp_path, sample_texts())
-
-
-def test_older_files_say_nothing_of_their_model(tok, tmp_path):
-    file = tok.save(tmp_path)
-    spec = json.loads(file.read_text("utf-8"))
-    del spec["model"]["type"]  # as in GPT-2's
-    file.write_text(json.dumps(spec), "utf-8")
-    assert Tokenizer.load(file).hash == tok.hash
+    cuts = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"]  # DeepSeek-V2's
+    splits = [*(pre.Split(hf.Regex(cut), "isolated") for cut in cuts), pre.Digits(individual_digits=True)]
+    same_ids(library_tokenizer(hf, splits, ["<｜end▁of▁sentence｜>"], ["<｜User｜>"]), tmp_path, sample_texts())
 
 
 # ----- tiktoken's encodings and files ----------------------------------------------------------------------
@@ -923,8 +937,7 @@ def test_a_model_folder_of_moonshot(tmp_path):
 def test_plain_bytes():
     ours = Tokenizer.load("bytes")
     assert ours.vocab_size == 260 and ours.encode("aé") == [4 + b for b in "aé".encode()]
-    for text in HOSTILE.values():
-        assert ours.decode(ours.encode(text)) == text
+    assert ours.decode(ours.encode(UNICODE + SPECIAL_TEXT)) == UNICODE + SPECIAL_TEXT
 
 
 # ----- command line ----------------------------------------------------------------------------------------
@@ -955,12 +968,8 @@ def test_cli_trains_and_measures(tmp_path, monkeypatch):
         result = cli("train", "corpus", "--vocab-size", 500, "--out", "bad")
         assert result.returncode == 2 and name in result.stderr and "utf-8" in result.stderr
         (corpus / name).unlink()
-    result = cli("fertility", "out", corpus / "a.py", "corpus")
-    head, *rows = result.stdout.splitlines()
-    expected = T.fertility(Tokenizer.load(tmp_path / "out"), PROSE)
-    assert head.split() == ["words", "fertility", "PCW", "bytes/token", "path,", "tokenizer"] and len(rows) == 2
-    assert rows[0].split()[:2] == [str(expected["words"]), f"{expected['fertility']:.3f}"]
-    assert rows[0].split()[2:4] == [f"{expected['pcw']:.3f}", f"{expected['bytes_per_token']:.2f}"]
+    result = cli("fertility", "out", corpus / "a.py", "corpus")  # one tokenizer needs no --
+    assert [row.split()[-2] for row in result.stdout.splitlines()[1:]] == [f"{corpus / 'a.py'},", "corpus,"]
 
 
 def test_fertility_of_several_tokenizers_at_once(tmp_path, monkeypatch):
