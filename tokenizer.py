@@ -2,23 +2,20 @@
 
 1. Cut the text into chunks with a regular expression (pre-tokenization) and count each distinct chunk once.
 2. Merge the most frequent pair of neighbouring tokens into a new token; repeat up to the vocabulary size.
-3. Encode with tiktoken (the same merges at Rust speed); save one file, Hugging Face's tokenizer.json.
-4. Text never becomes a control token: "<|endoftext|>" in a document is ordinary characters to `encode`.
-   Control tokens come only from `control(name)` and from chat templates.
+3. Encode with tiktoken (the same merges at Rust speed); "<|endoftext|>" in a text stays ordinary characters.
+4. Save one file, Hugging Face's tokenizer.json.
 
-The playbook: about 50k tokens are enough for English alone, 100k or more for many languages, in a multiple of 128.
-Judge a tokenizer by fertility (tokens per word) and PCW (proportion of continued words: two tokens or more), both
-lower is better. English: Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and
-.328. Most modern tokenizers split numbers into single digits, Llama 3 into groups of up to three. Take an existing
-tokenizer if it covers your languages and domain. Train one for low-resource languages or an unusual mix, on a
-sample of that mix.
+The playbook: take an existing tokenizer if it covers your languages and domain; train one for low-resource languages or
+an unusual mix. About 50k tokens are enough for English (SmolLM2 49,152), 100k or more for many languages (SmolLM3
+128,256), in a multiple of 128; in a small model the embedding should not take more than half of the parameters. Judge
+by fertility (tokens per word) and PCW (proportion of continued words: two tokens or more), lower is better. English:
+Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and .328. Most modern tokenizers
+split numbers into single digits, Llama 3 into groups of up to three.
 
     python tokenizer.py train PATH... --vocab-size 4096 --out DIR     # PATH: a text file, or a folder of them
-    python tokenizer.py train PATH... --vocab-size 32768 --out DIR --pretokenizer llama3
-    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # tokenizers side by side, one row per PATH
-    python tokenizer.py advise --parameters 1e9 --languages 1         # a vocabulary size
+    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each PATH
 
-This file imports no other file of the project. What every command line needs (UserError, options, `run`) is at its end.
+What every command line needs (UserError, options, `run`) is at the end of this file, which imports no other.
 """
 
 import argparse
@@ -31,19 +28,15 @@ import heapq
 import json
 import math
 import os
-import re
 import sys
 import time
 import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
-from typing import get_origin
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -51,50 +44,39 @@ from tqdm import tqdm
 
 # How text is cut before BPE; merges never cross a cut. Written so that `regex` (training), tiktoken (encoding) and
 # Oniguruma (Hugging Face's tokenizers) read them alike, without possessive quantifiers and the like.
+ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+UPPER, LOWER = (rf"[{kind}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kind in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # symbols and the newlines after them, white space
 PATTERNS = {
     # openai/gpt-2 encoder.py: contractions, then runs of letters, of digits, of other symbols after one space
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Llama 3's tokenizer.json, after OpenAI's cl100k: any one symbol may lead letters, up to three digits,
-    # symbols take the newlines that follow
-    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-              r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    # Llama 3's tokenizer.json and OpenAI's cl100k: any one symbol may lead letters, up to three digits
+    "llama3": ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + OTHERS,
     # Qwen2's and Qwen3's tokenizer.json: the same with single digits
-    "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "qwen": ENDINGS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + OTHERS,
     # Kimi K2's and Moonlight's tokenization_*.py: Chinese apart, then as o200k, where a word starts anew at a capital
-    "kimi": r"[\p{Han}]+"
-            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+"
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-            r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*"
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "kimi": r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?" + UPPER + "*" + LOWER + "+" + ENDINGS
+            + r"?|[^\r\n\p{L}\p{N}]?" + UPPER + "+" + LOWER + "*" + ENDINGS + r"?|\p{N}{1,3}" + OTHERS,
     # SmolLM2's tokenizer.json: cut out single digits, then gpt2 on the text between them, as one expression
     "smollm2": r"'s|'t|'re|'ve|'m|'ll|'d|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
-PATTERNS["cl100k"] = PATTERNS["llama3"]  # the same cuts, as a test shows
 # Ids 0..3, before the 256 bytes and the merges, so that a larger vocabulary extends a smaller one id for id.
 CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
-# The first present wins.
 EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>", "<|im_end|>",
-             "<|eot_id|>", "<|return|>", "<end_of_turn>"]
+             "<|eot_id|>", "<|return|>", "<end_of_turn>"]  # the first present wins
 PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
 BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on a file that is one huge line
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
 MAX_SPACE = 100_000  # encoding: tiktoken's regex engine overflows its stack at 1,000,000 white spaces
 MAX_ID = 1 << 22  # loading: a damaged id must not ask for terabytes
-MAX_TOKEN = 2000  # loading: bytes of the longest token, or a damaged one would take hours
 
 # GPT-2's byte alphabet: every byte as one visible character, so that tokens can stand in a JSON file.
-VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-BYTE_TO_CHAR = {b: chr(b) for b in VISIBLE}
-BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in BYTE_TO_CHAR)}
+BYTE_TO_CHAR = {b: chr(b) for b in [*range(33, 127), *range(161, 173), *range(174, 256)]}
+BYTE_TO_CHAR |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - BYTE_TO_CHAR.keys()))}
 CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 SINGLE = [bytes([b]) for b in range(256)]
-
-Merges = list[tuple[bytes, bytes]]  # (left, right), in order
-
-
 compiled = partial(regex.compile, flags=regex.V1)  # version 1 knows the set operation &&
+progress = partial(tqdm, delay=1, mininterval=1, leave=False)
 
 
 def visible(token):
@@ -103,7 +85,7 @@ def visible(token):
 
 def any_of(names):
     """Finds the names in text, the longest first."""
-    return compiled("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+    return compiled("|".join(map(regex.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def split_by(cut, text):
@@ -112,45 +94,33 @@ def split_by(cut, text):
     return [text[a:b] for a, b in zip(edges, edges[1:]) if a < b]
 
 
-def utf8(text: str) -> bytes:
+def utf8(text):
     """UTF-8 bytes; a lone surrogate, which UTF-8 cannot hold, becomes U+FFFD as it does in tiktoken."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
 # ----- BPE training ----------------------------------------------------------------------------------------
-
-progress = partial(tqdm, None, delay=1, mininterval=1, leave=False)
-
-
-def count_chunks(texts: Iterable[str], pattern: str, total: int | None = None) -> Counter[bytes]:
-    """Distinct pre-token chunks (UTF-8) with their counts; `total` characters, if known, give an ETA."""
+def count_chunks(texts, pattern):
+    """Distinct pre-token chunks (UTF-8) with their counts."""
     findall, chunks, counts = compiled(pattern).findall, Counter(), Counter()
-    with progress(total=total, desc="counting", unit="B", unit_scale=True) as bar:
-        for text in texts:
-            for start in range(0, len(text), BLOCK):
-                block = text[start:start + BLOCK]
-                chunks.update(findall(block))
-                bar.update(len(block))
+    for text in progress(texts, desc="counting"):
+        for start in range(0, len(text), BLOCK):
+            chunks.update(findall(text[start:start + BLOCK]))
     for chunk, n in chunks.items():  # to bytes only here, once per distinct chunk
         for start in range(0, len(chunk), MAX_CHUNK):
             counts[utf8(chunk[start:start + MAX_CHUNK])] += n
     return counts
 
 
-def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
-    """The first `num_merges` merges, fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
+def bpe_merges(chunk_counts, num_merges):
+    """The first `num_merges` merges [(left, right)], fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
 
     Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa" "a"); of
-    equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts, so "aaa" holds
-    (a, a) twice. Neither the order of the texts nor the hash seed matters.
-
-    A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only falls, so
-    an entry is an upper bound, and one that is out of date is pushed back with the present count.
+    equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts: "aaa" has (a, a)
+    twice. A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only
+    falls, so an entry is an upper bound, and one that is out of date is replaced when it comes to the top.
     """
-    tokens = SINGLE.copy()
+    tokens, merges = SINGLE.copy(), []
     chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
     pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # by (left, right); chunks that hold or held it
     for c, ids in enumerate(chunks):
@@ -161,17 +131,16 @@ def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
     def entry(pair):
         return -pair_count[pair], tokens[pair[0]], tokens[pair[1]], pair
 
-    heap, merges = sorted(map(entry, pair_count)), []  # a sorted list is a heap
-    bar = progress(total=num_merges, desc="merging", unit="merge")
-    while heap and len(merges) < num_merges:
-        negative_count, left, right, (a, b) = heapq.heappop(heap)
-        if pair_count[a, b] != -negative_count:
-            if pair_count[a, b] > 0:
-                heapq.heappush(heap, entry((a, b)))
-            continue
-        new, created = len(tokens), set()
+    heap = sorted(map(entry, pair_count))  # a sorted list is a heap
+    for new in progress(range(256, 256 + num_merges), desc="merging"):
+        while heap and heap[0] != (now := entry(heap[0][3])):
+            heapq.heapreplace(heap, now)
+        if not heap or heap[0][0] == 0:
+            break
+        _, left, right, (a, b) = heapq.heappop(heap)
         tokens.append(left + right)
         merges.append((left, right))
+        created = set()
         for c in pair_chunks.pop((a, b)):
             ids, n = chunks[c], counts[c]
             i, last = 0, len(ids) - 1
@@ -179,154 +148,108 @@ def bpe_merges(chunk_counts: dict[bytes, int], num_merges: int) -> Merges:
                 if ids[i] == a and ids[i + 1] == b:
                     ids[i:i + 2] = [new]
                     last -= 1
-                    if i > 0:  # (x, a) becomes (x, new)
-                        x = ids[i - 1]
-                        pair_count[x, a] -= n
-                        pair_count[x, new] += n
-                        pair_chunks[x, new].add(c)
-                        created.add((x, new))
-                    if i < last:  # (b, y) becomes (new, y)
-                        y = ids[i + 1]
-                        pair_count[b, y] -= n
-                        pair_count[new, y] += n
-                        pair_chunks[new, y].add(c)
-                        created.add((new, y))
+                    changes = [((ids[i - 1], a), (ids[i - 1], new))] if i > 0 else []
+                    if i < last:
+                        changes.append(((b, ids[i + 1]), (new, ids[i + 1])))
+                    for old, made in changes:
+                        pair_count[old] -= n
+                        pair_count[made] += n
+                        pair_chunks[made].add(c)
+                        created.add(made)
                 i += 1
-        del pair_count[a, b]
         for pair in created:
-            if pair_count[pair] > 0:  # 0: made and unmade in one merge, as (aa, a) in "aaaa" -> "aa" "aa"
-                heapq.heappush(heap, entry(pair))
-        bar.update()
-    bar.close()
+            heapq.heappush(heap, entry(pair))
     return merges
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, pretokenizer: str = "qwen",
-              total: int | None = None) -> "Tokenizer":
-    """Train on documents: 4 control tokens, 256 bytes, vocab_size - 260 merges; `total` as in count_chunks.
-
-    Raises UserError if the text runs out of pairs before vocab_size is reached.
-    """
-    first = len(CONTROL) + 256
-    if not first <= vocab_size <= MAX_ID:
-        raise UserError(f"a vocabulary of {vocab_size} is out of range: use --vocab-size {first} (the control tokens "
-                        f"and bytes) to {MAX_ID}.")
-    pattern = PATTERNS[pretokenizer]
-    merges = bpe_merges(count_chunks(texts, pattern, total), vocab_size - first)
+def train_bpe(texts, vocab_size, pretokenizer="qwen"):
+    """A Tokenizer of 4 control tokens, 256 bytes and vocab_size - 260 merges; UserError if the text has too few."""
+    pattern, first = PATTERNS[pretokenizer], len(CONTROL) + 256
+    if vocab_size < first:
+        raise UserError(f"--vocab-size {vocab_size} is too small: the control tokens and bytes are {first} already.")
+    merges = bpe_merges(count_chunks(texts, pattern), vocab_size - first)
     if first + len(merges) < vocab_size:
         raise UserError(f"the text has pairs for only {first + len(merges)} tokens, not {vocab_size}: "
                         f"use --vocab-size {first + len(merges)} or give more text.")
     tokens = SINGLE + [left + right for left, right in merges]
-    ranks = dict(zip(tokens, range(len(CONTROL), vocab_size)))
-    assert len(ranks) == len(tokens), "two merges spell the same token"
-    return Tokenizer(pattern, ranks, merges, dict(zip(CONTROL, range(first))))
+    return Tokenizer(pattern, dict(zip(tokens, range(len(CONTROL), vocab_size))), merges, dict(zip(CONTROL, range(4))))
 
 
 # ----- the tokenizer ---------------------------------------------------------------------------------------
-
 class Tokenizer:
-    """Text to ids and back; made by `train_bpe` or `Tokenizer.load`.
-
-    pattern: pre-tokenizer expression       ranks: token bytes -> id; a lower id is an earlier merge
-    merges: (left, right) bytes, in order   special: control token -> id, never produced from text
+    """Text to ids and back; made by `train_bpe` or `Tokenizer.load`. A loaded one drops bytes that it lacks.
+    pattern: pre-tokenizer expression       cuts: expressions that cut the text before it (DeepSeek-V3 has two)
+    ranks: token bytes -> id                merges: (left, right) bytes, in order; [] if they follow from the ranks
+    special: control token -> id, never produced from text
+    added: tokens that a file adds and does not call special (Qwen3's <think>): found in text, as in transformers
+    nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
-    nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
-    added: tokens that a file adds and does not call special, such as Qwen3's <think>: found in text, as in transformers
-    cuts: expressions that cut the text, one after another, before `pattern` does (DeepSeek-V3 has two)
-
-    A loaded vocabulary may lack bytes that text hardly holds (SmolLM2's lacks 21); those are dropped, as Hugging Face
-    does. Ours never drop anything.
     """
 
-    def __init__(self, pattern: str, ranks: dict[bytes, int], merges: Merges | None, special: dict[str, int],
-                 nfc: bool = False, added: dict[str, int] = {}, cuts: Iterable[str] = ()):
-        self.pattern, self.ranks, self.special, self.nfc, self.added = pattern, ranks, special, nfc, added
-        self.cuts, names = list(cuts), special | added
-        self._bytes = dict(zip(ranks.values(), ranks)) | {i: utf8(name) for name, i in names.items()}
+    def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
+        self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
+        self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
+        known = {*ranks.items(), *((utf8(name), i) for name, i in names.items())}
+        self._bytes = {i: token for token, i in known}
+        if len(self._bytes) < len(known) or not all(0 <= i < MAX_ID for i in self._bytes):
+            raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
+        if not set(SINGLE[32:127]) <= ranks.keys():
+            raise ValueError("its vocabulary lacks some ASCII characters")
         self.vocab_size = 1 + max(self._bytes)
-        self.token_bytes = [0] * self.vocab_size
-        for i in self._bytes.keys() - special.values():
-            self.token_bytes[i] = len(self._bytes[i])
-        self.eos_id, self.pad_id = (next((names[name] for name in known if name in names), None)
-                                    for known in (EOS_NAMES, PAD_NAMES))
+        controls = set(special.values())
+        self.token_bytes = [len(self._bytes.get(i, b"")) * (i not in controls) for i in range(self.vocab_size)]
+        self.eos_id, self.pad_id = (next((names[name] for name in usual if name in names), None)
+                                    for usual in (EOS_NAMES, PAD_NAMES))
         if self.eos_id is None:
             raise ValueError(f"it has no end-of-text token, one of {', '.join(EOS_NAMES)}")
-        if max(map(len, ranks)) > MAX_TOKEN:
-            raise ValueError(f"one of its tokens is longer than {MAX_TOKEN} bytes")
         self._added = any_of(added)
         # The last cut ends a piece after MAX_SPACE white spaces, counted from where they or the search begin (\G).
         self._cuts = [compiled(cut) for cut in (*cuts, r"(?:(?<!\s)|\G)\s{%d}" % MAX_SPACE)]
-        # tiktoken merges by rank. Where ids are no ranks (ids that do not follow the merges, or a byte that is
-        # missing, which tiktoken cannot do without) its ids are places in `order`, and _ids maps them to ours.
-        order, made = sorted(ranks, key=ranks.__getitem__), [a + b for a, b in merges or []]
-        self._follows = made == sorted(made, key=ranks.__getitem__)
-        if not self._follows:
-            order = list(dict.fromkeys([t for t in order if len(t) == 1] + made + order))
-            if recover_merges(dict(zip(order, range(len(order))))) != merges:
-                raise ValueError("its merges say something else than the order of its tokens")
-        order += [byte for byte in SINGLE if byte not in ranks]
-        self._ids = None
-        if len(order) > len(ranks) or not self._follows:
-            self._ids = [ranks.get(token, -1) for token in order]  # -1: dropped
-            ranks = dict(zip(order, range(len(order))))
-        if merges is not None:
-            self.merges = merges
+        made = [ranks[a + b] for a, b in merges]
+        if made != sorted(made):
+            raise ValueError("its ids do not follow the order of its merges, as tiktoken needs it")
+        missing = [byte for byte in SINGLE if byte not in ranks]  # tiktoken needs them all; `encode` drops these
+        self._drops, ranks = bool(missing), ranks | dict(zip(missing, range(self.vocab_size, MAX_ID + 256)))
         if pattern not in PATTERNS.values():  # text that it does not match is a chunk too, as in Hugging Face's Split
             pattern = rf"{pattern}|(?:(?!{pattern})[\s\S])+"
         self._bpe = tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
-    @cached_property
-    def merges(self) -> Merges:
-        return recover_merges(self.ranks)  # tiktoken's vocabularies come without them
-
     @property
-    def hash(self) -> str:
+    def hash(self):
         """sha256 (hex) of all that decides ids: expressions, normalisation, control tokens, tokens by id."""
         content = [self.pattern, self.nfc, sorted(zip(self.special.values(), self.special)),
                    sorted((i, token.hex()) for token, i in self.ranks.items())]
-        content += [more for more in (sorted(self.added.items()), self.cuts) if more]
-        if not self._follows:
-            content.append([(a.hex(), b.hex()) for a, b in self.merges])
+        content += filter(None, (sorted(self.added.items()), self.cuts))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def control(self, name: str) -> int:
+    def control(self, name):
         """The id of a control token, and the only way to one; UserError for a name this tokenizer lacks."""
         if name not in self.special:
             raise UserError(f"the tokenizer has no control token {name!r}: it has {', '.join(self.special)}.")
         return self.special[name]
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text; adds no EOS, and strings such as "<|endoftext|>" stay text.
-
-        MAX_SPACE white spaces in a row start a new piece; only there can ids differ from Hugging Face's.
-        decode(encode(text)) == text, except that lone surrogates become U+FFFD.
-        """
-        ids = []
+    def encode(self, text):
+        """Ids of text without EOS; "<|endoftext|>" in it stays text. decode(encode(text)) == text, except for lone
+        surrogates (U+FFFD) and NFC. Ids can differ from Hugging Face's only after 100,000 white spaces in a row."""
+        ids, text = [], unicodedata.normalize("NFC", text) if self.nfc else text
         for part in split_by(self._added, text) if self.added else [text]:
             if part in self.added:
                 ids.append(self.added[part])
                 continue
-            pieces = [unicodedata.normalize("NFC", part) if self.nfc else part]
+            pieces = [part]
             for cut in self._cuts if len(text) >= MAX_SPACE else self._cuts[:-1]:
                 pieces = [new for piece in pieces for new in split_by(cut, piece)]
             for piece in pieces:
-                new = self._bpe.encode_ordinary(piece)
-                ids += new if self._ids is None else [self._ids[i] for i in new if self._ids[i] >= 0]
-        return ids
+                ids += self._bpe.encode_ordinary(piece)
+        return [i for i in ids if i < self.vocab_size] if self._drops else ids
 
-    def encode_array(self, text: str):
+    def encode_array(self, text):
         """The same ids as a numpy array (uint32)."""
         import numpy as np
-
         return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """encode() of each text on several threads; tiktoken releases the GIL."""
-        with ThreadPoolExecutor() as pool:
-            return list(pool.map(self.encode, texts))
-
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids):
         """The bytes of the ids, control tokens as their names; UserError for an id outside the vocabulary."""
         try:
             return b"".join([self._bytes[int(i)] for i in ids])
@@ -334,26 +257,25 @@ class Tokenizer:
             raise UserError(f"id {error} is not in this tokenizer's vocabulary of {self.vocab_size}: "
                             "take the tokenizer that made the ids, and mask a padded model head.") from None
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids):
         """Text of the ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def stream(self) -> Callable[..., str]:
-        """A function push(ids, final=False) -> text, to print while generating: the bytes of a character not
-        yet complete are held back; push([], final=True) flushes them. The pieces join to decode(all ids)."""
+    def stream(self):
+        """A function push(ids, final=False) -> text, to print while generating: the bytes of a character that is not
+        complete are held back; push([], final=True) flushes them."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
-    def save(self, path: str | Path) -> Path:
-        """Write DIR/tokenizer.json (or a .json file) in Hugging Face's format, one line per token and per merge."""
-        path = Path(path) if Path(path).suffix == ".json" else Path(path) / "tokenizer.json"
-        flags = dict.fromkeys(["single_word", "lstrip", "rstrip", "normalized"], False)
+    def save(self, folder):
+        """Writes FOLDER/tokenizer.json in Hugging Face's format, one line per token and per merge; returns its path."""
+        flags = dict.fromkeys(["single_word", "lstrip", "rstrip"], False)
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
         names = self.special | self.added
         spec = {
             "version": "1.0",
-            "added_tokens": [{"id": i, "content": name, **flags, "special": name in self.special}
-                             for name, i in names.items()],
+            "added_tokens": [{"id": i, "content": name, **flags, "normalized": name in self.added,
+                              "special": name in self.special} for name, i in names.items()],
             "normalizer": {"type": "NFC"} if self.nfc else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
                 *({"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False}
@@ -362,128 +284,93 @@ class Tokenizer:
             # ignore_merges: a chunk that is itself a token becomes that token at once, as in tiktoken
             "model": {"type": "BPE", "ignore_merges": True,
                       "vocab": names | {visible(token): i for token, i in self.ranks.items()},
-                      "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges]},
+                      "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges or recover_merges(self.ranks)]},
         }
+        path = Path(folder, "tokenizer.json.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-        return path
+        return path.replace(path.with_suffix(""))
 
     @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a tokenizer from one of
-
-            a folder, ours or of a Hugging Face model: its tokenizer.json, or else its tiktoken.model (Kimi, Moonlight)
-            a tokenizer.json; any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's
-            FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text
-            hf:ORG/NAME, downloaded; a tiktoken encoding such as cl100k_base, downloaded once by tiktoken
-            bytes: every byte a token, no merges, the baseline without a tokenizer
-
-        Post-processors (BOS) are not applied. UserError for anything else; nothing is executed or unpickled.
-        """
-        if str(path) == "bytes":
+    def load(cls, path):
+        """Reads a tokenizer; nothing is executed or unpickled, no BOS is added. UserError unless `path` is
+        a folder, ours or of a Hugging Face model, with tokenizer.json, or else tiktoken.model (Kimi, Moonlight),
+        a tokenizer.json of any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's,
+        FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text,
+        hf:ORG/NAME, downloaded, a tiktoken encoding such as cl100k_base, downloaded once, or
+        "bytes": every byte a token, no merges."""
+        path = str(path)
+        if path == "bytes":
             return train_bpe([], len(CONTROL) + 256)
-        if not Path(path).exists() and str(path) in tiktoken.list_encoding_names():
-            return cls(*fetch_tiktoken(str(path)))
-        file, pretokenizer = find_tokenizer_file(str(path))
+        if path in tiktoken.list_encoding_names() and not Path(path).exists():
+            with reading(path, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR)."):
+                encoding = tiktoken.get_encoding(path)
+            return cls(encoding._pat_str, encoding._mergeable_ranks, [], encoding._special_tokens)
+        if path.startswith("hf:"):
+            with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
+                from huggingface_hub import hf_hub_download
+                path = hf_hub_download(path[3:], "tokenizer.json")
+        name, _, last = path.rpartition(":")
+        pattern = PATTERNS.get(last) if name else None
+        file = Path(name if pattern else path)
+        if file.is_dir():
+            file, model = file / "tokenizer.json", file / "tiktoken.model"
+            if model.exists() and not file.exists():
+                file, pattern = model, PATTERNS["kimi"]
+        if not file.is_file() or file.suffix in (".tiktoken", ".model") and not pattern:
+            raise UserError(f"there is no tokenizer at {file}: give a folder with tokenizer.json, FILE:PRETOKENIZER ("
+                            f"{', '.join(PATTERNS)}), or make one with `python tokenizer.py train PATH --out DIR`.")
         with reading(file):
-            if pretokenizer:
-                return cls(PATTERNS[pretokenizer], *parse_tiktoken(file))
-            return cls(*parse_tokenizer_json(json.loads(file.read_bytes())))
+            return cls(pattern, *parse_tiktoken(file)) if pattern else cls(*parse_tokenizer_json(file))
 
 
-# ----- tokenizers in and out -------------------------------------------------------------------------------
-
-def recover_merges(ranks) -> Merges:
+def recover_merges(ranks):
     """The merges behind tiktoken's ranks: BPE with the ranks below a token's own leaves it in two pieces."""
     merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        parts, rank = [bytes([b]) for b in token], ranks[token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([b]) for b in token]
+        while len(parts) > 2 and min(pairs := [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]) < rank:
             i = pairs.index(min(pairs))
-            if pairs[i] >= rank:
-                break
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append(tuple(parts))
+        merges += [tuple(parts)] * (len(parts) == 2)
     return merges
 
 
-def fetch_tiktoken(name):
-    with reading(name, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR), or give a file."):
-        encoding = tiktoken.get_encoding(name)
-    return encoding._pat_str, encoding._mergeable_ranks, None, encoding._special_tokens
-
-
 def parse_tiktoken(file):
-    """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of the
-    tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without one, CONTROL after the last
-    rank."""
-    lines = [line.split() for line in file.read_bytes().splitlines() if line]
+    """(ranks, no merges, control tokens) of a file of base64 tokens and ranks. The control tokens are those of
+    tokenizer_config.json beside it, with Moonshot's reserved names in the gaps; without it, CONTROL after the ranks."""
+    lines = [line.split() for line in file.read_bytes().splitlines()]
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-    first, config = len(ranks), file.with_name("tokenizer_config.json")
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise ValueError("its ranks are not 0, 1, 2, ...")
-    names = CONTROL
+    first, config, names = len(ranks), file.with_name("tokenizer_config.json"), CONTROL
     if config.exists():
         names = [f"<|reserved_token_{i}|>" for i in range(first, first + 256)]
-        with reading(config):
-            for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
-                names[int(i) - first] = token["content"]
-    return ranks, None, dict(zip(names, range(first, MAX_ID)))
+        for i, token in json.loads(config.read_bytes())["added_tokens_decoder"].items():
+            names[int(i) - first] = token["content"]
+    return ranks, [], dict(zip(names, range(first, MAX_ID)))
 
 
-def find_tokenizer_file(path):
-    """(the file, the pre-tokenizer of a tiktoken file or "" for a tokenizer.json)."""
-    name, _, last = path.rpartition(":")
-    if name == "hf":
-        with reading(path, "check the name and the network, or give a local folder."):
-            try:
-                from huggingface_hub import hf_hub_download
-            except ImportError:
-                raise UserError(f"{path} needs a package that is missing: pip install huggingface_hub.") from None
-            return Path(hf_hub_download(last, "tokenizer.json")), ""
-    if last in PATTERNS and Path(name).is_file():
-        return Path(name), last
-    folder = Path(path)
-    file = folder / "tokenizer.json" if folder.is_dir() else folder
-    if not file.exists() and (folder / "tiktoken.model").exists():
-        return folder / "tiktoken.model", "kimi"
-    if not file.is_file():
-        raise UserError(f"there is no tokenizer at {file}: give a folder that holds tokenizer.json, or make "
-                        "one with `python tokenizer.py train PATH --vocab-size N --out DIR`.")
-    if file.suffix in (".tiktoken", ".model"):
-        raise UserError(f"{file} does not say how it cuts text: write {file}:PRETOKENIZER, one of "
-                        f"{', '.join(PATTERNS)}.")
-    return file, ""
-
-
-def parse_tokenizer_json(spec):
-    """The arguments of Tokenizer() from the content of a tokenizer.json. ValueError, KeyError and the like for a file
-    that is damaged, or that asks for something else than byte-level BPE."""
+def parse_tokenizer_json(file):
+    """The arguments of Tokenizer() from a tokenizer.json; any error means that it cannot be used."""
+    spec = json.loads(file.read_bytes())
     model, normalizer = spec["model"], spec.get("normalizer") or {"normalizers": []}
     steps = normalizer.get("normalizers", [normalizer])
-    if model.get("type", "BPE") != "BPE" or any(step != {"type": "NFC"} for step in steps):
-        raise ValueError(f"its model is {model.get('type')}, its normalizer {normalizer}, not BPE with NFC or nothing")
+    if any(step != {"type": "NFC"} for step in steps):
+        raise ValueError(f"its normalizer is {normalizer}, not NFC or nothing")
     special, added = {}, {}
     for token in spec["added_tokens"]:
         (special if token["special"] else added)[token["content"]] = token["id"]
-        if not token["special"] and (token.get("single_word") or token.get("lstrip") or token.get("rstrip")):
+        if not token["special"] and any(map(token.get, ("single_word", "lstrip", "rstrip"))):
             raise ValueError(f"its token {token} looks at the characters beside it")
-    ids = model["vocab"] | special | added
-    if len(set(ids.values())) < len(ids) or not all(type(i) is int and 0 <= i < MAX_ID for i in ids.values()):
-        raise ValueError(f"the ids of its tokens are not distinct numbers in 0..{MAX_ID - 1}")
 
     def raw(token):  # KeyError for a token that is not byte-level
         return bytes(CHAR_TO_BYTE[c] for c in token)
 
-    ranks = {raw(token): i for token, i in model["vocab"].items() if token not in special and token not in added}
-    merges = [tuple(map(raw, merge.split(" ") if isinstance(merge, str) else merge)) for merge in model["merges"]]
-    used = {token for a, b in merges for token in (a, b, a + b)}
-    if used - ranks.keys() or not model.get("ignore_merges") and ranks.keys() - used - set(SINGLE):
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    names = special.keys() | added.keys() - CHAR_TO_BYTE.keys() - {a + b for a, b in pairs}  # added may be merged too
+    ranks = {raw(token): i for token, i in model["vocab"].items() if token not in names}
+    merges = [(raw(a), raw(b)) for a, b in pairs]
+    if not model.get("ignore_merges") and ranks.keys() - {a + b for a, b in merges} - set(SINGLE):
         raise ValueError("its merges and its vocabulary do not fit together")
-    if set(SINGLE[32:127]) - ranks.keys():
-        raise ValueError("its vocabulary lacks some ASCII characters")
     *cuts, pattern = parse_cuts(spec["pre_tokenizer"])
     return pattern, ranks, merges, special, bool(steps), added, cuts
 
@@ -510,19 +397,21 @@ def parse_cuts(pre_tokenizer):
 
 
 # ----- chats -----------------------------------------------------------------------------------------------
+# Our own format, as in Qwen and SmolLM3; what the assistant must learn to write is inside {% generation %}.
+CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+          "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}"
+          "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
 
 class ChatFormat:
-    """How text and chats begin and end for the model of a folder, ours or Hugging Face's.
+    """How texts and chats begin and end for the model of a folder, ours or Hugging Face's. opening: ids that begin a
+    text; stop: ids that end a reply; template: jinja, None for our own CHATML."""
 
-    opening: ids that begin a text     stop: ids that end a reply
-    template: the model's chat template (jinja), None for our own ChatML
-    """
-
-    def __init__(self, folder: str | Path, tokenizer: Tokenizer):
+    def __init__(self, folder, tokenizer):
         self.tokenizer, self.folder, self.control = tokenizer, Path(folder), any_of(tokenizer.special)
-        self.template = None
-        self.opening = [tokenizer.eos_id]  # our documents open with EOS
+        self.template, self.opening = None, [tokenizer.eos_id]  # our documents open with EOS
         self.stop = {tokenizer.eos_id, tokenizer.special.get("<|im_end|>", tokenizer.eos_id)}
+        self.names = {"bos_token": tokenizer.decode(self.opening)}
         config, settings = self.content("config.json"), self.content("tokenizer_config.json")
         if "model_type" not in config and not settings:
             return  # a run of ours that did not begin from such a folder
@@ -535,12 +424,12 @@ class ChatFormat:
             self.opening = [tokenizer.special[bos]] if bos and opens else []
             ends = self.content("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
             if ends is not None:
-                self.stop = {int(i) for i in (ends if isinstance(ends, list) else [ends])}
+                self.stop = {*map(int, ends if isinstance(ends, list) else [ends])}
             self.template, file = settings.get("chat_template"), self.folder / "chat_template.jinja"
-            if isinstance(self.template, list):  # several by name, such as default, tool_use and rag
-                self.template = {one["name"]: one["template"] for one in self.template}["default"]
             if file.exists():
                 self.template = file.read_text("utf-8")
+            elif isinstance(self.template, list):  # several by name, such as default, tool_use and rag
+                self.template = {one["name"]: one["template"] for one in self.template}["default"]
 
     def content(self, name):
         """A JSON file of the folder, empty if it is missing."""
@@ -548,29 +437,22 @@ class ChatFormat:
         with reading(file):
             return dict(json.loads(file.read_bytes())) if file.exists() else {}
 
-    def text(self, prompt: str) -> list[int]:
+    def text(self, prompt):
         """ids of a text to continue."""
         return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
 
-    def prompt(self, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-        """ids of a conversation of {"role", "content"} up to where the assistant speaks.
-
-        The control tokens that the format itself writes become control tokens, and so do those in the assistant's
-        messages. Text of any other message, or of `tools`, that looks like one stays ordinary text.
-        """
+    def prompt(self, messages, tools=None):
+        """ids of a conversation of {"role", "content"} up to where the assistant speaks. Names of control tokens that
+        the user, the system or a tool wrote stay ordinary text; in the assistant's messages they are control tokens."""
         text, _, outline = self.render(messages, tools, True)
         return self.encode(text, [], outline)[0]
 
-    def samples(self, messages: list[dict], tools: list[dict] | None = None) -> list[tuple[list[int], list[int]]]:
-        """[(ids, mask)] to train on; mask is 1 on the tokens that the assistant must produce, the one that ends its
-        turn included: without it a model never learns to stop.
-
-        One sample for the whole conversation; or, where the template changes earlier turns (Qwen3 drops their
-        thinking), one per assistant turn, each rendered as at inference. With a template the assistant's part is the
-        text inside its {% generation %} tags, or, without them, the text that a reply adds to the prompt before it.
-        Without tags a greeting that opens the conversation is not trained on: no prompt leads to it. Prompt and reply
-        are encoded apart, as they are when the model answers.
-        """
+    def samples(self, messages, tools=None):
+        """[(ids, mask)] to train on; mask is 1 on what the assistant must produce, with the token that ends its turn:
+        without it a model never learns to stop. One sample for the whole conversation; or, where the template changes
+        earlier turns (Qwen3 drops their thinking), one per assistant turn, rendered as at inference. The assistant's
+        part is what the template has in {% generation %} tags, or, without them, what a reply adds to the prompt before
+        it; a greeting that opens the conversation has no such prompt and is not trained on."""
         whole, tags, outline = self.render(messages, tools)
         turns, seen = [], 0
         for i, message in enumerate(messages):
@@ -581,9 +463,8 @@ class ChatFormat:
             if not tags:
                 before = self.render(messages[:i], tools, True)[0]
                 if not text.startswith(before):
-                    raise UserError("the model's chat template does not continue its own prompt with the reply, so the "
-                                    "reply cannot be told apart; put {% generation %} and {% endgeneration %} around "
-                                    "it in chat_template.jinja")
+                    raise UserError("the model's chat template does not continue its own prompt with the reply: put "
+                                    "{% generation %} and {% endgeneration %} around it in chat_template.jinja")
                 ends = [match.end() for match in self.control.finditer(shape, len(before))] or [len(text)]
                 said = [(len(before), ends[-1])]  # white space after the end is no reply
             turns.append((text, said, shape))
@@ -593,93 +474,64 @@ class ChatFormat:
 
     def encode(self, text, said, outline):
         """(ids, mask) of what `render` returned; mask is 1 inside the spans `said`."""
-        edges, special, ids, mask = [0, *sum(said, ()), len(text)], self.tokenizer.special, [], []
-        for inside, (start, end) in enumerate(zip(edges, edges[1:])):  # outside and inside in turn
-            for piece in split_by(self.control, outline[start:end]):
-                words = text[start:(start := start + len(piece))]
-                ids += [special[piece]] if piece in special else self.tokenizer.encode(words)
-            mask += [inside % 2] * (len(ids) - len(mask))
+        control = [edge for name in self.control.finditer(outline) for edge in name.span()]
+        edges, ids, mask = sorted({0, len(text), *sum(said, ()), *control}), [], []
+        for start, end in zip(edges, edges[1:]):
+            id = self.tokenizer.special.get(outline[start:end])
+            ids += self.tokenizer.encode(text[start:end]) if id is None else [id]
+            mask += [int(any(a <= start < b for a, b in said))] * (len(ids) - len(mask))
         return ids, mask
 
     def render(self, messages, tools=None, add_generation_prompt=False):
-        """The conversation's text, the spans in which the assistant speaks if the format says so, and the text's
-        outline: equally long, with x for each character of a control token's name that the user, a tool or the system
-        wrote. UserError for what the format cannot show."""
+        """(text, the spans inside {% generation %} tags, outline): the outline is the text with x for each character of
+        a control token's name that the user, a tool or the system wrote. UserError for what the format cannot show."""
         def hidden(value):
             return json.loads(self.control.sub(lambda name: "x" * len(name[0]), json.dumps(value, ensure_ascii=False)))
 
-        write = self.program if self.template else self.chatml
         with reading("this conversation", "the model's chat format refuses it."):
             for name, given in ("tools", tools), ("tool_calls", any(m.get("tool_calls") for m in messages)):
-                if given and name not in (self.template or ""):
+                if given and name not in (self.template or CHATML):
                     raise ValueError(f"it does not show {name}; leave such conversations out or take another model")
+            if not self.template:
+                self.tokenizer.control("<|im_start|>")
             others = [m if m["role"] == "assistant" else hidden(m) for m in messages]
-            text, spans = write(messages, tools, add_generation_prompt)
-            outline, _ = write(others, hidden(tools), add_generation_prompt)
+            text, spans = self.program(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
+            outline, _ = self.program(messages=others, tools=hidden(tools), add_generation_prompt=add_generation_prompt)
             if len(outline) != len(text):
                 raise ValueError("the template changes the name of a control token in a message")
         return text, spans, outline
 
-    def chatml(self, messages, tools, add_generation_prompt):
-        """Our own format, as in Qwen and SmolLM3: <|im_start|>role\\ncontent<|im_end|>\\n per message."""
-        self.tokenizer.control("<|im_start|>")
-        text, spans = self.tokenizer.decode(self.opening), []
-        for message in messages:
-            text += "<|im_start|>" + message["role"] + "\n"
-            end = text + message["content"] + "<|im_end|>"
-            spans += [(len(text), len(end))] * (message["role"] == "assistant")
-            text = end + "\n"
-        return text + "<|im_start|>assistant\n" * add_generation_prompt, spans
-
     @cached_property
     def program(self):
-        """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks.
+        """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks,
+        counted while the text is written, as in transformers; no character of the text marks them."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings
+        written, said = [], []  # pieces of text so far; (start, text) of each block
 
-        The spans are counted while the text is written, as in transformers; no character of the text marks them.
-        """
-        try:
-            from jinja2 import TemplateError, nodes
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise UserError("the chat template of this model needs the package jinja2: pip install jinja2") from None
-        written, said = [], []  # the pieces of text so far; (start, text) of each block
-
-        class Generation(Extension):
-            tags = {"generation"}
-
-            def parse(self, parser):
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-                return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
-
-            def note(self, caller):
-                said.append((len("".join(written)), caller()))
-                return said[-1][1]
+        def generation(caller):
+            said.append((sum(map(len, written)), caller()))
+            return said[-1][1]
 
         def refuse(message):
-            raise TemplateError(message)
+            raise ValueError(message)
 
-        def write(messages, tools, add_generation_prompt):
+        def write(**conversation):
             written.clear(), said.clear()
-            for piece in template.generate(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt,
-                                           **self.names):
+            for piece in template.generate(self.names | conversation):
                 written.append(piece)
             text = "".join(written)
             if not all(text.startswith(words, start) for start, words in said):
                 refuse("it has {% generation %} inside a macro or a {% set %}")
             return text, [(start, start + len(words)) for start, words in said]
 
-        with reading(f"the chat template of {self.folder}"):
-            environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                        extensions=[loopcontrols, Generation])
-            environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-            environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-            template = environment.from_string(self.template)
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "generation": generation}
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        source = regex.sub(r"(\{%[-+]?\s*)generation\b", r"\1call generation()", self.template or CHATML)
+        template = environment.from_string(regex.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endcall", source))
         return write
 
-
-# ----- fertility, a vocabulary size -----------------------------------------------------------------------
 
 # A word is a run of characters between white space. Scripts that write no spaces (Chinese, Japanese, Thai and the
 # like) count one word per character, with the marks and punctuation that follow it.
@@ -687,12 +539,9 @@ UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\
 WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
 
 
-def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
-    """fertility: tokens per word; pcw: proportion of continued words (>= 2 tokens); words; bytes_per_token.
-
-    Words (WORDS says what they are) are tokenised in isolation, with no leading space, as in the playbook's code
-    (measures after Rust et al. 2021, arXiv 2012.15613); bytes_per_token is for the whole text.
-    """
+def fertility(tokenizer, text):
+    """fertility: tokens per word; pcw: share of continued words (2 tokens or more); words; bytes_per_token of all text.
+    Words are encoded alone, without a leading space, as in the playbook's code (Rust et al. 2021, arXiv 2012.15613)."""
     words = Counter(WORDS.findall(text))
     if not words:
         raise UserError("fertility is undefined for a text without words: give more text.")
@@ -702,31 +551,13 @@ def fertility(tokenizer: Tokenizer, text: str) -> dict[str, float]:
             "words": words.total(), "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
 
 
-def advise_vocabulary(parameters: float, languages: int) -> tuple[int, str]:
-    """A vocabulary size for a model with so many parameters, and why.
-
-    The playbook: about 50k for English, 100k+ for many languages, in a multiple of 128 (SmolLM2 49,152, SmolLM3 and
-    Llama 3 128,256, Qwen3 151,936). Our own rule: the tied embedding takes at most half of the parameters, which only
-    matters below about 50M; the width is estimated at 64 per layer, so that 12 x layers x width^2 are the rest.
-    """
-    size = 49_152 if languages == 1 else 128_256
-    width = max(64, round((parameters * 64 / 12) ** (1 / 3) / 64) * 64)
-    fits = int(parameters / 2 / width) // 128 * 128
-    kind = "one language" if languages == 1 else f"{languages} languages"
-    if fits < size:
-        return max(512, fits), (f"at most half of {parameters:,.0f} parameters for a tied embedding about {width} wide "
-                                f"({size:,} in a larger model for {kind})")
-    return size, f"{kind}; a tied embedding about {width} wide takes {size * width / parameters:.0%} of the parameters"
-
-
 # ----- what every command line shares -----------------------------------------------------------------------
-
 class UserError(Exception):
     """A mistake the user can correct: the message is one sentence that says what is wrong and what to do instead."""
 
 
 @contextlib.contextmanager
-def reading(path, advice: str = "it is damaged, incomplete or in another format; make it or download it again."):
+def reading(path, advice="it is damaged, incomplete or in another format; make it or download it again."):
     """Whatever goes wrong inside, while a file is read and understood, becomes a UserError with its name."""
     try:
         yield
@@ -737,14 +568,13 @@ def reading(path, advice: str = "it is damaged, incomplete or in another format;
         raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
 
 
-def number(text: str) -> float:
+def number(text):
     """1000, 1e6, 2M, 1.5B or 100k."""
-    powers = {"k": "e3", "M": "e6", "B": "e9", "T": "e12"}
-    return float(text[:-1] + powers[text[-1]] if text[-1:] in powers else text)
+    return float(text.translate(str.maketrans({"k": "e3", "M": "e6", "B": "e9", "T": "e12"})))
 
 
 def whole_number(text):
-    if (value := number(text)) % 1 != 0:  # nan for inf and nan
+    if (value := number(text)) % 1:  # nan for inf and nan
         raise ValueError
     return int(value)
 
@@ -753,92 +583,79 @@ def true_or_false(text):
     return bool(["false", "true"].index(text.lower()))
 
 
-def option(default, help: str, low: float | None = None, high: float = math.inf, choices: tuple = ()):
+def option(default, help, low=None, high=math.inf, choices=()):
     """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values."""
-    start = {"default_factory": default.copy} if isinstance(default, (dict, list)) else {"default": default}
-    return field(**start, metadata={"help": help, "low": low, "high": high, "choices": choices})
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
 
 
 def options_of(cls):
     """name: (type, help and bounds) of each option of a dataclass."""
-    return {f.name: (get_origin(f.type) or f.type, f.metadata) for f in fields(cls) if f.metadata}
+    return {f.name: (f.type, f.metadata) for f in fields(cls) if f.metadata}
 
 
-def check_options(config) -> None:
-    """UserError where a field of a dataclass made of `option`s has the wrong type, is out of bounds or no choice.
-
-    JSON may give any type, so types are checked too; a whole number is a float as well, true and false are no numbers.
-    """
+def check_options(config):
+    """UserError where an option has the wrong type (JSON may give any), is out of bounds or is none of the choices."""
     for name, (kind, rule) in options_of(type(config)).items():
         value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
         typed = type(value) in ((int, float) if kind is float else (kind,))
         if not typed or choices and value not in choices or low is not None and not low <= value <= high:
-            wanted = (f"one of {', '.join(map(str, choices))}" if choices else f"between {low:g} and {high:g}"
+            wanted = (f"one of {', '.join(choices)}" if choices else f"between {low:g} and {high:g}"
                       if typed else f"of the type {kind.__name__}")
             raise UserError(f"--{name} {value!r} is not {wanted}")
 
 
-def add_options(parser: argparse.ArgumentParser, *classes: type, without: Iterable[str] = ()) -> None:
+def add_options(parser, *classes, without=()):
     """A flag for each option of dataclasses, a group of flags per class; None for a flag that is not given."""
-    flags, done = {bool: true_or_false, int: whole_number, float: number, str: str}, set(without)
+    kinds = {bool: true_or_false, int: whole_number, float: number, str: str}
     for cls in classes:
         group = parser.add_argument_group(cls.__name__)
         for name, (kind, rule) in options_of(cls).items():
-            if kind in flags and name not in done:
-                done.add(name)
-                text = f"{rule['help']} (default: {getattr(cls, name, 'none')})".replace("%", "%%")
-                group.add_argument(f"--{name}", type=flags[kind], help=text,
-                                   metavar="|".join(map(str, rule["choices"])) or kind.__name__)
+            if name not in without:
+                text = f"{rule['help']} (default: {getattr(cls, name)})".replace("%", "%%")
+                group.add_argument(f"--{name}", type=kinds[kind], help=text,
+                                   metavar="|".join(rule["choices"]) or kind.__name__)
 
 
-def parse_options(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+def parse_options(parser, argv):
     """The command line; UserError names the flag nearest to an unknown one."""
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-").replace("-", "_"), vars(args), 1)
+        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), vars(args), 1)
         hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args
 
 
-def given_options(args: argparse.Namespace, *classes: type) -> dict:
-    """The options of dataclasses that a command line gives."""
-    return {name: value for cls in classes for name in options_of(cls)
-            if (value := getattr(args, name, None)) is not None}
+def given_options(args, cls):
+    """{name: value} of the options of a dataclass that a command line gives."""
+    return {name: value for name, value in vars(args).items() if value is not None and name in options_of(cls)}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are a sentence; flags are never guessed from their beginnings."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
-
     def parse_known_args(self, args=None, namespace=None):
-        """Dashes and underscores in flags are the same."""
-        flags = {flag.replace("-", "_"): flag for flag in self._option_string_actions}
-        words = (word.partition("=") for word in (sys.argv[1:] if args is None else args))
-        return super().parse_known_args([flags.get(flag.replace("-", "_"), flag) + equals + value
-                                         for flag, equals, value in words], namespace)
+        """Dashes and underscores in flags are the same, and flags are never guessed from their beginnings."""
+        self.allow_abbrev, flags = False, self._option_string_actions
+        for flag, action in [*flags.items()]:
+            flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
+        return super().parse_known_args(args, namespace)
 
-    def error(self, message: str):
+    def error(self, message):
         raise UserError(f"{message}; see `python {self.prog} --help`")
 
 
-def draw(path: str | Path, paint: Callable, columns: int = 1, size: tuple[float, float] = (8, 4)) -> bool:
+def draw(path, paint, columns=1, size=(8, 4)):
     """Saves what `paint(axes)` draws (a list of axes where there are several columns); False without matplotlib."""
-    try:
+    with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(size, dpi=120, layout="constrained")
-    paint(figure.subplots(1, columns))
-    figure.savefig(path)
-    return True
+        figure = Figure(size, dpi=120, layout="constrained")
+        paint(figure.subplots(1, columns))
+        figure.savefig(path)
+        return True
+    return False
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs a command line: a user's mistake (UserError, OSError) ends it in one sentence on stderr and exit status 2,
-    Ctrl-C in status 130; any other exception is a bug and shows its traceback."""
+def run(main):
+    """Runs a command line. A user's mistake ends it in one sentence and status 2; any other exception is a bug."""
     if hasattr(sys.stdout, "reconfigure"):  # a redirected Windows console, for one, cannot hold every character
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -855,30 +672,20 @@ def run(main: Callable[[], None]) -> None:
 
 
 # ----- command line ----------------------------------------------------------------------------------------
-
-DATA_SETS = (".jsonl", ".parquet", ".arrow", ".csv", ".gz", ".zst")  # for data.py, which knows them
-
-
-def text_files(paths):
-    """The files at paths, folders opened, hidden files left out; UserError for what is missing or no plain text."""
-    files = []
-    for path in paths:
-        inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
-        found = sorted(file for file in inside if file.is_file()) or [Path(path)]
-        if path.startswith("hf:") or any(file.suffix in DATA_SETS for file in found):
-            raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
-                            "--vocab-size N --out DIR`")
-        files += found
+def text_files(path):
+    """The files at a path, folders opened, hidden files left out; UserError for what is no plain text."""
+    inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
+    files = sorted(file for file in inside if file.is_file()) or [Path(path)]
+    if path.startswith("hf:") or {file.suffix for file in files} & {*".jsonl .parquet .arrow .csv .gz .zst".split()}:
+        raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
+                        "--vocab-size N --out DIR`")
     return files
 
 
 def read_text(file, share=1):
     """The first `share` of a UTF-8 text file."""
     with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
-        text = stream.read(math.ceil(share * file.stat().st_size))
-        if "\0" in text:
-            raise ValueError("it is not text")
-        return text
+        return stream.read(math.ceil(share * file.stat().st_size))
 
 
 @dataclass
@@ -887,26 +694,22 @@ class Options:
     out: str = option("tokenizer", "train: folder for tokenizer.json")
     pretokenizer: str = option("qwen", "train: how text is cut before merging", choices=tuple(PATTERNS))
     sample_bytes: float = option(2e8, "train: read at most this, the same share from the start of each file", 1)
-    parameters: float = option(1e9, "advise: of the model", 1, 1e15)
-    languages: int = option(1, "advise: how many", 1)
 
 
-def main() -> None:
+def main():
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "fertility", "advise"))
-    parser.add_argument("names", nargs="*" if "advise" in words[:1] else "+", metavar="PATH or TOKENIZER")
+    parser.add_argument("command", choices=("train", "fertility"))
+    parser.add_argument("names", nargs="+", metavar="PATH or TOKENIZER")
     add_options(parser, Options)
-    args = vars(parse_options(parser, words[:cut]))
-    command, names, paths = args.pop("command"), args.pop("names"), words[cut + 1:]
-    options = Options(**{name: value for name, value in args.items() if value is not None})
+    args = parse_options(parser, words[:cut])
+    command, names, paths = args.command, args.names, words[cut + 1:]
+    options = Options(**given_options(args, Options))
     check_options(options)
-    if command == "advise":
-        print("{:,}: {}".format(*advise_vocabulary(options.parameters, options.languages)))
-    elif command == "train":
-        files = text_files(names)
-        share = min(1, options.sample_bytes / sum(file.stat().st_size or 1 for file in files))
+    if command == "train":
+        files = sum(map(text_files, names), [])
+        share = min(1, options.sample_bytes / max(1, sum(file.stat().st_size for file in files)))
         texts = (read_text(file, share) for file in files)
         file = train_bpe(texts, options.vocab_size, options.pretokenizer).save(options.out)
         print(f"{options.vocab_size} tokens from {share:.0%} of {len(files)} files -> {file}")
@@ -914,14 +717,13 @@ def main() -> None:
         names, paths = (names, paths) if paths else (names[:1], names[1:])
         if not paths:
             raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
-        tokenizers = [Tokenizer.load(name) for name in names]
-        print(" " * 9 + "".join(f"{name[-30:]:>32}" for name in names))
-        print(f"{'words':>9}" + f"{'fertility':>11}{'PCW':>8}{'bytes/token':>13}" * len(names) + "  path")
+        tokenizers = [(name, Tokenizer.load(name)) for name in names]
+        print("    words  fertility     PCW  bytes/token  path, tokenizer")
         for path in paths:
-            text = "\n".join(map(read_text, text_files([path])))
-            rows = [fertility(tokenizer, text) for tokenizer in tokenizers]
-            form = "{fertility:>11.3f}{pcw:>8.3f}{bytes_per_token:>13.2f}"
-            print(f"{rows[0]['words']:>9}" + "".join(form.format(**row) for row in rows) + f"  {path}")
+            text = "\n".join(map(read_text, text_files(path)))
+            for name, tokenizer in tokenizers:
+                row = fertility(tokenizer, text)
+                print("{words:9}{fertility:11.3f}{pcw:8.3f}{bytes_per_token:13.2f}".format(**row), f" {path}, {name}")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,6 @@ import tokenizer as T
 from conftest import ROOT, call
 from tokenizer import PATTERNS, ChatFormat, Tokenizer, UserError, bpe_merges, count_chunks, option, train_bpe
 
-QUESTION = {"role": "user", "content": "Weather?"}
-TOOL_ROWS = [{"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [{}]}]},
-             {"messages": [QUESTION], "tools": [{"type": "function"}]}]
 PROSE = (ROOT / "tokenizer.py").read_text(encoding="utf-8")
 UNICODE = ("naïve café, Größe 1234567890; 漢字かな交じり文 한국어; العربية مرحبا;"
            " हिन्दी; 👨‍👩‍👧‍👦 👍🏽 🏳️‍🌈\u0301\r\n\t x\u00a0y \x00\x1c \U0010ffff")
@@ -165,7 +162,6 @@ def test_ids_are_laid_out_as_documented(tok):
 
 # ----- encoding and decoding -------------------------------------------------------------------------------
 
-OURS = [name for name in PATTERNS if name != "cl100k"]  # which is llama3 by another name
 HOSTILE = {
     "empty": "", "letters": "a" * 200_000, "digits": "7" * 200_000, "symbols": "!" * 200_000,
     "spaces": " " * 1_000_000, "spaces then letter": " " * 1_200_000 + "a", "newlines": "\n" * 1_000_000,
@@ -176,14 +172,13 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("pretokenizer", OURS)
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_text_round_trips(name, pretokenizer):
+@pytest.mark.parametrize("pretokenizer", PATTERNS)
+def test_hostile_text_round_trips(pretokenizer):
     small = train_bpe([PROSE, "!!!!", " " * 40 + "\n" * 40], 330, pretokenizer)
-    text = HOSTILE[name]
-    ids = small.encode(text)
-    assert small.decode(ids) == text
-    assert sum(small.token_bytes[i] for i in ids) == len(text.encode())
+    for name, text in HOSTILE.items():
+        ids = small.encode(text)
+        assert small.decode(ids) == text, name
+        assert sum(small.token_bytes[i] for i in ids) == len(text.encode()), name
 
 
 def test_random_text_round_trips(tok):
@@ -216,16 +211,9 @@ def test_special_strings_in_text_stay_ordinary(tok):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_arrays_hold_the_same_ids(name, tok):
-    text = HOSTILE[name] + "\ud800"
-    assert tok.encode_array(text).tolist() == tok.encode(text)
-
-
-def test_encode_batch_equals_encode(tok):
-    texts = [PROSE, "", UNICODE, SPECIAL_TEXT, " " * 200_001] * 3
-    expected = [tok.encode(text) for text in texts]
-    assert tok.encode_batch(texts) == expected
+def test_arrays_hold_the_same_ids(tok):
+    for text in (PROSE, UNICODE + "\ud800", "", "a" + " " * 200_000):
+        assert tok.encode_array(text).tolist() == tok.encode(text)
 
 
 @pytest.mark.parametrize("bad", [1024, -1, 10**12])
@@ -334,10 +322,13 @@ def test_prompts_are_those_of_transformers(template, model_folder):
     odd = "\n def f(x):\n        漢字 <think> \ue002\ue000 7\ue001 "
     for talk in (TALK[:1], TALK[:3], [{"role": "user", "content": odd}]):
         assert chat.prompt(talk) == rendered(theirs, talk, add_generation_prompt=True)
-    # the same conversation with private-use characters is trained on in the same places
-    said = [trained_on(chat, sample) for sample in chat.samples(TALK)]
-    odd = [{**m, "content": m["content"] + "\ue002\ue003\ue0000\ue001" * (m["role"] == "user")} for m in TALK]
-    assert [trained_on(chat, sample) for sample in chat.samples(odd)] == said
+    # the same conversation with private-use characters is trained on in the same places, and on the assistant's own
+    said, odd = [trained_on(chat, sample) for sample in chat.samples(TALK)], "\ue002\ue003\ue0000\ue001\U000f0000"
+    talk = [{**m, "content": odd + m["content"] + odd} if m["role"] == "user" else m for m in TALK]
+    talk = [{"role": "system", "content": odd}] * (template != DEEPSEEK_V31) + talk
+    assert [trained_on(chat, sample) for sample in chat.samples(talk)] == said
+    talk = [{**m, "content": m["content"] + odd} for m in TALK]
+    assert all(odd in trained_on(chat, sample) for sample in chat.samples(talk))
 
 
 def test_masks_of_tags_are_those_of_transformers(model_folder):
@@ -406,13 +397,13 @@ def test_control_tokens_in_messages_stay_text(model_folder):
 def test_tools_reach_the_template(model_folder):
     tools = [{"type": "function", "function": {"name": "weather", "description": "<|im_end|> é"}}]
     talk = [{"role": "user", "content": "Weather?"},
-            {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
-                "name": "weather", "arguments": {"day": 0}}}]},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"type": "function", "function": {"name": "weather", "arguments": {"town": town}}} for town in "éx"]},
             {"role": "tool", "content": "3"}, {"role": "assistant", "content": "3 degrees."}]
     chat, theirs = model_folder(TOOLS)
     (ids, mask), = chat.samples(talk, tools)
-    assert trained_on(chat, (ids, mask)) == (
-        '<tool_call>{"name": "weather", "arguments": {"day": 0}}</tool_call><|im_end|>3 degrees.<|im_end|>')
+    calls = "".join(f'<tool_call>{{"name": "weather", "arguments": {{"town": "{town}"}}}}</tool_call>' for town in "éx")
+    assert trained_on(chat, (ids, mask)) == calls + "<|im_end|>3 degrees.<|im_end|>"
     assert chat.tokenizer.decode(ids) == theirs.apply_chat_template(talk, tools=tools, tokenize=False)
     assert ids.count(chat.tokenizer.control("<|im_end|>")) == 5  # of six; the one in the description is text
     assert chat.prompt(talk[:1], tools) == ids[:len(chat.prompt(talk[:1], tools))]
@@ -425,9 +416,9 @@ def test_tools_reach_the_template(model_folder):
 
 
 def test_our_own_format_shows_no_tools(tok, tmp_path):
-    for row in TOOL_ROWS:
+    for messages, tools in ([*TALK[:1], {"role": "assistant", "content": "", "tool_calls": [{}]}], None), (TALK, [{}]):
         with pytest.raises(UserError, match="does not show tool"):
-            ChatFormat(tmp_path, tok).samples(row["messages"], row.get("tools"))
+            ChatFormat(tmp_path, tok).samples(messages, tools)
 
 
 def test_named_templates(model_folder):
@@ -435,7 +426,10 @@ def test_named_templates(model_folder):
     chat, theirs = model_folder(named)
     assert chat.template == PLAIN and chat.prompt(TALK[:1]) == rendered(theirs, TALK[:1], add_generation_prompt=True)
     (chat.folder / "chat_template.jinja").write_text(TAGGED)
-    assert ChatFormat(chat.folder, chat.tokenizer).template == TAGGED
+    assert model_folder(named[:1])[0].template == TAGGED
+    (chat.folder / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="default"):
+        model_folder(named[:1])
 
 
 def test_templates_fail_in_a_sentence(model_folder):
@@ -465,15 +459,6 @@ def test_openings_and_stops(model_folder, tmp_path):
     assert model_folder(PLAIN)[0].stop == {4, 5}
 
 
-def test_templates_need_jinja2(tmp_path, tok, monkeypatch):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": PLAIN}))
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    chat = ChatFormat(tmp_path, tok)
-    assert chat.text("a") == tok.encode("a")
-    with pytest.raises(UserError, match="pip install jinja2"):
-        chat.prompt(TALK[:1])
-
-
 def test_fertility_of_text_without_spaces():
     """Chinese, Japanese and Thai write no spaces: a word a character, with the marks and punctuation behind it."""
     ours = Tokenizer.load("bytes")
@@ -498,18 +483,28 @@ def test_fertility_by_hand():
 
 # ----- files -----------------------------------------------------------------------------------------------
 
-def test_save_and_load(tok, tmp_path):
+def test_save_and_load(tok, tmp_path, monkeypatch):
     file = tok.save(tmp_path / "new" / "folder")
     assert file == tmp_path / "new" / "folder" / "tokenizer.json" and [*file.parent.iterdir()] == [file]
     for path in (file, file.parent, str(file.parent)):
         again = Tokenizer.load(path)
         assert (again.hash, again.merges, again.special) == (tok.hash, tok.merges, tok.special)
         assert again.encode(PROSE + UNICODE) == tok.encode(PROSE + UNICODE)
-    assert again.save(tmp_path / "other.json").read_bytes() == file.read_bytes()
+    assert again.save(tmp_path / "qwen").read_bytes() == file.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert Tokenizer.load("qwen").hash == tok.hash  # a folder, though a pre-tokenizer has this name too
     lines = file.read_text(encoding="utf-8").splitlines()
     left, right = map(T.visible, tok.merges[0])
     assert f"{json.dumps(f'{left} {right}', ensure_ascii=False)}," in map(str.strip, lines)  # a merge a line
     assert any(line.strip() == f"{json.dumps(left + right, ensure_ascii=False)}: 260," for line in lines)
+
+
+def test_a_save_that_is_cut_off_leaves_the_old_file(tok, tmp_path, monkeypatch):
+    content = tok.save(tmp_path).read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError):
+        train_bpe([PROSE], 300).save(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == content
 
 
 def test_hash_covers_all_that_decides_ids(tok):
@@ -530,33 +525,33 @@ def reverse_merges(spec):
     spec["model"]["merges"].reverse()
 
 
+def swap_two_ids(spec):
+    vocab = spec["model"]["vocab"]
+    a, b = [*vocab][300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+
+
 CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "no model": (lambda s: s.pop("model"), "KeyError('model')"),
-    "model a list": (lambda s: s.update(model=[1]), "AttributeError"),
-    "no vocab": (lambda s: s["model"].pop("vocab"), "'vocab'"),
     "no merges": (lambda s: s["model"].pop("merges"), "'merges'"),
-    "no added tokens": (lambda s: s.pop("added_tokens"), "'added_tokens'"),
-    "added token a list": (lambda s: s["added_tokens"].append([1]), "TypeError"),
-    "added token without an id": (lambda s: s["added_tokens"][0].pop("id"), "KeyError('id')"),
-    "word piece": (lambda s: s["model"].update(type="WordPiece"), "WordPiece"),
+    "word piece": (lambda s: s.update(model={"type": "WordPiece", "vocab": {"a": 0, "##b": 1}}), "'merges'"),
+    "unigram": (lambda s: s.update(model={"type": "Unigram", "vocab": [["a", -1.5]]}), "'merges'"),
     "sentence piece": (lambda s: s["model"]["vocab"].update({"▁the": 5000}), "KeyError('▁')"),
-    "merge part unknown": (lambda s: s["model"]["merges"].append(["zzzq", "a"]), "do not fit together"),
-    "merge result unknown": (lambda s: s["model"]["merges"].append(["Ā", "ā"]), "do not fit together"),
+    "merge part unknown": (lambda s: s["model"]["merges"].append(["zzzq", "a"]), "KeyError"),
+    "merge result unknown": (lambda s: s["model"]["merges"].append(["Ā", "ā"]), "KeyError"),
     "merge not a pair": (lambda s: s["model"]["merges"].append(["a"]), "unpack"),
     "merge with a line end": (lambda s: s["model"]["merges"].append("z\nz q"), "KeyError"),
-    "merge of numbers": (lambda s: s["model"]["merges"].append([1, 2]), "TypeError"),
-    "merge order": (reverse_merges, "something else than the order"),
+    "merge order": (reverse_merges, "do not follow"),
+    "id order": (swap_two_ids, "do not follow"),
     "merge missing": (lambda s: (s["model"]["merges"].pop(), s["model"].pop("ignore_merges")), "do not fit together"),
     "two ids alike": (lambda s: s["model"]["vocab"].update(a=s["model"]["vocab"]["b"]), "not distinct"),
-    "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "not distinct"),
+    "id a string": (lambda s: s["model"]["vocab"].update(a="5"), "TypeError"),
     "id negative": (lambda s: s["model"]["vocab"].update(a=-1), "not distinct"),
     "id enormous": (lambda s: s["model"]["vocab"].update(a=10**12), "not distinct"),
     "id true": (lambda s: s["model"]["vocab"].update(a=True), "not distinct"),
-    "token enormous": (lambda s: s["model"]["vocab"].update({"a" * 100_000: 5000}), "longer than"),
     "byte missing": (lambda s: s["model"].update(merges=[], vocab={
         t: i for t, i in s["model"]["vocab"].items() if i < 260 and t != "a"}), "lacks some ASCII"),
     "lower-casing": (lambda s: s.update(normalizer={"type": "Lowercase"}), "normalizer"),
-    "normalizer a number": (lambda s: s.update(normalizer=5), "AttributeError"),
     "token takes white space": (lambda s: s["added_tokens"].append(
         dict(id=5000, content="x", special=False, lstrip=True)), "beside it"),
     "white-space words": (lambda s: s.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
@@ -570,7 +565,6 @@ CORRUPTIONS = {  # name: (change of the parsed file, words of the message)
     "matches joined": (lambda s: s["pre_tokenizer"]["pretokenizers"][0].update(behavior="MergedWithNext"), "unknown"),
     "prefix space": (lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True), "pre_tokenizer"),
     "bad expression": (lambda s: set_expression(s, "("), "missing )"),
-    "expression a number": (lambda s: set_expression(s, 5), "TypeError"),
     "empty expression": (lambda s: set_expression(s, ""), "loses text"),
     "no end of text": (lambda s: [s.update(added_tokens=[]), s["model"]["vocab"].pop("<|endoftext|>"),
                                   *[s["model"]["vocab"].pop(n) for n in T.CONTROL[1:]]], "end-of-text"),
@@ -631,13 +625,13 @@ def mutated(value, rng):
 
 
 def test_mutated_files_never_end_in_a_traceback(tok, tmp_path):
-    file, rng, refused = tok.save(tmp_path), random.Random(0), 0
+    file, rng, refused = train_bpe([PROSE], 280).save(tmp_path), random.Random(0), 0
     content = file.read_bytes()
     spec = json.loads(content)
     settings = {"bos_token": {"content": "<|endoftext|>"}, "eos_token": "<|im_end|>", "add_bos_token": True,
                 "chat_template": [{"name": "default", "template": PLAIN}],
                 "added_tokens_decoder": {"0": {"content": "<|endoftext|>", "special": True}}}
-    for n in range(400):
+    for n in range(300):
         broken = bytearray(content)
         if n % 2:
             broken = json.dumps(mutated(spec, rng)).encode("utf-8", "surrogatepass")
@@ -655,7 +649,7 @@ def test_mutated_files_never_end_in_a_traceback(tok, tmp_path):
             except UserError as error:
                 refused += 1
                 assert one_sentence(error)
-    assert refused > 300
+    assert refused > 200
 
 
 def test_hub_names(tok, tmp_path, monkeypatch):
@@ -683,7 +677,7 @@ def sample_texts() -> list[str]:
     return [PROSE, UNICODE, SPECIAL_TEXT, ""] + ["".join(rng.choices(pieces, k=30)) for _ in range(300)]
 
 
-@pytest.mark.parametrize("pretokenizer", OURS)
+@pytest.mark.parametrize("pretokenizer", PATTERNS)
 def test_ids_equal_hugging_face(pretokenizer, tmp_path):
     hf = pytest.importorskip("tokenizers")
     ours = train_bpe([PROSE, UNICODE * 3], 900, pretokenizer)
@@ -760,32 +754,6 @@ def test_loads_a_file_that_lacks_bytes(tmp_path):
     assert ours.decode(ours.encode("a \x01 b" + " " * 200_000)) == "a  b" + " " * 200_000
 
 
-def shuffled_ids(spec: dict, seed: int) -> dict:
-    """The same tokenizer with other ids: merges stay where they are in the list."""
-    vocab = spec["model"]["vocab"]
-    ids = list(vocab.values())
-    random.Random(seed).shuffle(ids)
-    spec["model"]["vocab"] = dict(zip(vocab, ids))
-    for token in spec["added_tokens"]:
-        token["id"] = spec["model"]["vocab"].get(token["content"], token["id"])
-    return spec
-
-
-@pytest.mark.parametrize("pretokenizer", ["gpt2", "llama3"])
-def test_ids_that_do_not_follow_the_merges(pretokenizer, tmp_path):
-    hf = pytest.importorskip("tokenizers")
-    file = train_bpe([PROSE, UNICODE * 3], 900, pretokenizer).save(tmp_path)
-    file.write_text(json.dumps(shuffled_ids(json.loads(file.read_text("utf-8")), 3)), "utf-8")
-    ours, theirs = Tokenizer.load(tmp_path), hf.Tokenizer.from_file(str(file))
-    theirs.encode_special_tokens = True
-    for text in [*sample_texts(), *(text[:20_000] for text in HOSTILE.values())]:
-        assert ours.encode(text) == theirs.encode(text).ids == ours.encode_array(text).tolist(), text[:100]
-        assert ours.decode(ours.encode(text)) == text
-    again = Tokenizer.load(ours.save(tmp_path / "again"))
-    assert again.hash == ours.hash and again.encode(PROSE) == ours.encode(PROSE)
-    assert ours.hash != train_bpe([PROSE, UNICODE * 3], 900, pretokenizer).hash
-
-
 def library_tokenizer(hf, splits, special, plain=(), normalizer=None, vocab_size=700):
     """A byte-level BPE of the tokenizers library that cuts by `splits` and has tokens added."""
     pre = hf.pre_tokenizers
@@ -821,8 +789,12 @@ def test_added_tokens_that_are_not_special(nfc, tmp_path):
     split = hf.pre_tokenizers.Split(hf.Regex(PATTERNS["qwen"]), "isolated")
     normalizer = hf.normalizers.NFC() if nfc else None
     theirs = library_tokenizer(hf, [split], ["<|endoftext|>", "<|im_end|>"], plain, normalizer)
+    size = theirs.get_vocab_size()  # "def" is in the vocabulary already; "Übermut" is found in normalised text
+    assert theirs.add_tokens([hf.AddedToken(name, normalized=True) for name in ("def", "Übermut")]) == 2
+    assert theirs.get_vocab_size() == size + 1
     texts = ["def f(x):\n        return x\n", "the COVID-19 test", "COVID-19 tests COVID-19",
-             "<think>\nGröße\n</think>a", "x" + " " * 99, "漢字漢<|im_end|>", "Größe e\u0301", *sample_texts()]
+             "<think>\nGröße\n</think>a", "x" + " " * 99, "漢字漢<|im_end|>", "Größe e\u0301", "indef U\u0308bermut",
+             *sample_texts()]
     ours = same_ids(theirs, tmp_path, texts)
     assert ours.added["COVID-19"] in ours.encode("a COVID-19 b") and "<think>" not in ours.special
     assert sum(ours.token_bytes[i] for i in ours.encode(texts[0])) == len(texts[0])
@@ -851,25 +823,25 @@ def test_deepseek_v3(tmp_path):
     assert ours.cuts == DEEPSEEK[:2] and ours.pattern == DEEPSEEK[2]
 
 
+LETTERS = [rf"[{kind}\p{{Lm}}\p{{Lo}}\p{{M}}]" for kind in (r"\p{Lu}\p{Lt}", r"\p{Ll}")]
+O200K = "|".join([  # Xenova/gpt-4o, tokenizer.json
+    r"[^\r\n\p{L}\p{N}]?" + LETTERS[0] + "*" + LETTERS[1] + "+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?" + LETTERS[0] + "+" + LETTERS[1] + "*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+"])
+
+
 def test_other_ways_to_cut(tmp_path):
     hf = pytest.importorskip("tokenizers")
     pre = hf.pre_tokenizers
-    kept = pre.Split(hf.Regex(PATTERNS["llama3"]), "removed", invert=True)  # as gpt-4o's file cuts
+    kept = pre.Split(hf.Regex(O200K), "removed", invert=True)  # as gpt-4o's file cuts
     same_ids(library_tokenizer(hf, [kept], ["<|endoftext|>"]), tmp_path, sample_texts())
     same_ids(library_tokenizer(hf, [kept], ["</s>"], (), hf.normalizers.Sequence([hf.normalizers.NFC()])), tmp_path,
              [*sample_texts(), "e\u0301"])
     letters = pre.Split(hf.Regex(r"\p{L}+"), "isolated")  # leaves text out, which is cut off as one piece
     same_ids(library_tokenizer(hf, [letters], ["<|endoftext|>"]), tmp_path, sample_texts())
-    lines = [pre.Split(hf.Regex(r"[\r\n]"), "isolated"), pre.Digits(individual_digits=True), letters]
-    same_ids(library_tokenizer(hf, lines, ["<|endoftext|>"]), tmp_path, sample_texts())
-
-
-def test_older_files_say_nothing_of_their_model(tok, tmp_path):
-    file = tok.save(tmp_path)
-    spec = json.loads(file.read_text("utf-8"))
-    del spec["model"]["type"]  # as in GPT-2's
-    file.write_text(json.dumps(spec), "utf-8")
-    assert Tokenizer.load(file).hash == tok.hash
+    cuts = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"]  # DeepSeek-V2's
+    splits = [*(pre.Split(hf.Regex(cut), "isolated") for cut in cuts), pre.Digits(individual_digits=True)]
+    same_ids(library_tokenizer(hf, splits, ["<｜end▁of▁sentence｜>"], ["<｜User｜>"]), tmp_path, sample_texts())
 
 
 # ----- tiktoken's encodings and files ----------------------------------------------------------------------
@@ -908,7 +880,7 @@ def test_tiktoken_encodings_by_name(monkeypatch, tmp_path):
         assert ours.encode(text) == encoding.encode_ordinary(text) == ours.encode_array(text).tolist()
         assert ours.decode(ours.encode(text)) == text
     trained = train_bpe([PROSE, UNICODE * 3], 1000, "llama3")
-    assert ours.merges == trained.merges  # found again from the ranks alone
+    assert T.recover_merges(ours.ranks) == trained.merges  # found again from the ranks alone
     again = Tokenizer.load(ours.save(tmp_path))
     assert again.hash == ours.hash and again.encode(PROSE) == ours.encode(PROSE)
     assert trained.encode(PROSE + UNICODE) == [i + 4 for i in ours.encode(PROSE + UNICODE)]  # "llama3" is cl100k
@@ -927,7 +899,7 @@ def test_tiktoken_files_with_a_chosen_expression(tmp_path):
     assert ours.vocab_size == len(ranks) + 4 and ours.eos_id == len(ranks)
     for text in hostile_texts():
         assert ours.encode(text) == reference.encode_ordinary(text)
-    with pytest.raises(UserError, match="mine.tiktoken:PRETOKENIZER") as error:
+    with pytest.raises(UserError, match="mine.tiktoken: give .* FILE:PRETOKENIZER") as error:
         Tokenizer.load(file)
     one_sentence(error)
     for content in (b"not base64 5", b"YQ== x", b"YQ== 7\n", b"\x80\x04"):
@@ -957,15 +929,7 @@ def test_a_model_folder_of_moonshot(tmp_path):
 def test_plain_bytes():
     ours = Tokenizer.load("bytes")
     assert ours.vocab_size == 260 and ours.encode("aé") == [4 + b for b in "aé".encode()]
-    for text in HOSTILE.values():
-        assert ours.decode(ours.encode(text)) == text
-
-
-def test_advice_on_the_vocabulary():
-    sizes = {n: T.advise_vocabulary(n, 1)[0] for n in (2e6, 1e8, 1e9, 3e9)}
-    assert sizes[1e9] == sizes[3e9] == 49_152 and T.advise_vocabulary(3e9, 6)[0] == 128_256  # SmolLM2, SmolLM3
-    assert list(sizes.values()) == sorted(sizes.values()) and all(size % 128 == 0 for size in sizes.values())
-    assert 512 <= sizes[2e6] < 16_384 and "half" in T.advise_vocabulary(2e6, 1)[1]
+    assert ours.decode(ours.encode(UNICODE + SPECIAL_TEXT)) == UNICODE + SPECIAL_TEXT
 
 
 # ----- command line ----------------------------------------------------------------------------------------
@@ -996,12 +960,8 @@ def test_cli_trains_and_measures(tmp_path, monkeypatch):
         result = cli("train", "corpus", "--vocab-size", 500, "--out", "bad")
         assert result.returncode == 2 and name in result.stderr and "utf-8" in result.stderr
         (corpus / name).unlink()
-    result = cli("fertility", "out", corpus / "a.py", "corpus")
-    _, head, *rows = result.stdout.splitlines()
-    expected = T.fertility(Tokenizer.load(tmp_path / "out"), PROSE)
-    assert head.split() == ["words", "fertility", "PCW", "bytes/token", "path"] and len(rows) == 2
-    assert rows[0].split()[:2] == [str(expected["words"]), f"{expected['fertility']:.3f}"]
-    assert rows[0].split()[2:4] == [f"{expected['pcw']:.3f}", f"{expected['bytes_per_token']:.2f}"]
+    result = cli("fertility", "out", corpus / "a.py", "corpus")  # one tokenizer needs no --
+    assert [row.split()[-2] for row in result.stdout.splitlines()[1:]] == [f"{corpus / 'a.py'},", "corpus,"]
 
 
 def test_fertility_of_several_tokenizers_at_once(tmp_path, monkeypatch):
@@ -1012,13 +972,12 @@ def test_fertility_of_several_tokenizers_at_once(tmp_path, monkeypatch):
     train_bpe([texts["en.txt"]], 270).save(tmp_path / "A")
     result = cli("fertility", "A", "bytes", "--", "en.txt", "de.txt")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[:2] == ["A", "bytes"]
-    rows = {line.split()[-1]: line.split() for line in result.stdout.splitlines()[2:]}
+    rows = iter(result.stdout.splitlines()[1:])
     for name, text in texts.items():
-        for column, tokenizer in ((1, Tokenizer.load(tmp_path / "A")), (4, Tokenizer.load("bytes"))):
-            expected = T.fertility(tokenizer, text)
-            assert rows[name][column] == f"{expected['fertility']:.3f}"
-            assert rows[name][column + 2] == f"{expected['bytes_per_token']:.2f}"
+        for known in ("A", "bytes"):
+            row, expected = next(rows).split(), T.fertility(Tokenizer.load(known), text)
+            assert row == [str(expected["words"]), f"{expected['fertility']:.3f}", f"{expected['pcw']:.3f}",
+                           f"{expected['bytes_per_token']:.2f}", f"{name},", known]
 
 
 def test_a_sample_is_an_even_share_of_each_file(tmp_path):
@@ -1036,7 +995,6 @@ def test_a_sample_is_an_even_share_of_each_file(tmp_path):
 
 BAD_COMMANDS = {
     "missing": ("train", "nowhere.txt", "--vocab-size", 300, "--out", "out"),
-    "binary": ("train", "binary.dat", "--vocab-size", 300, "--out", "out"),
     "latin": ("train", "good.txt", "latin.txt", "--vocab-size", 300, "--out", "out"),
     "empty": ("train", "empty.txt", "--vocab-size", 300, "--out", "out"),
     "empty folder": ("train", "folder", "--vocab-size", 300, "--out", "out"),
@@ -1052,7 +1010,6 @@ BAD_COMMANDS = {
     "no tokenizer": ("fertility", "nowhere", "good.txt"),
     "data set to measure": ("fertility", "bytes", "data.jsonl"),
     "no text": ("fertility", "bytes"),
-    "no parameters": ("advise", "--parameters", 0),
     "no command": (),
     "unknown command": ("teach", "good.txt"),
 }
@@ -1062,7 +1019,6 @@ BAD_COMMANDS = {
 def test_cli_mistake_is_one_line_and_writes_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.txt").write_text("some good text, enough for a few merges\n")
-    (tmp_path / "binary.dat").write_bytes(b"abc\0def")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 50)
     (tmp_path / "empty.txt").touch()
     (tmp_path / "data.jsonl").write_text('{"text": "hello"}\n')
@@ -1072,7 +1028,7 @@ def test_cli_mistake_is_one_line_and_writes_nothing(name, tmp_path, monkeypatch)
     assert result.returncode == 2 and (result.stdout == "" or "fertility" in BAD_COMMANDS[name])
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
-    for named in ("nowhere", "binary.dat", "latin.txt", "data.jsonl", "folder"):
+    for named in ("nowhere", "latin.txt", "data.jsonl", "folder"):
         if named in map(str, BAD_COMMANDS[name]):
             assert named in result.stderr
 
@@ -1102,7 +1058,6 @@ class Engine:
     rate: float = option(1e-3, "learning rate", 0, 1)
     kind: str = option("cosine", "the schedule", choices=("cosine", "wsd"))
     fast: bool = option(True, "whether")
-    weights: dict[str, float] = option({"a": 1.0}, "shares")
     inner: int = 3  # no option
 
 
@@ -1112,7 +1067,7 @@ def test_options_give_flags_help_and_checks():
     args = T.parse_options(parser, ["--steps", "2k", "--fast=false"])
     assert vars(args) == {"steps": 2000, "kind": None, "fast": False}
     text = " ".join(parser.format_help().split())
-    assert "Engine" in text and "100% of them (default: 10)" in text and "cosine|wsd" in text and "weights" not in text
+    assert "Engine" in text and "100% of them (default: 10)" in text and "cosine|wsd" in text
     for argv, words in ((["--step", "1"], "did you mean --steps?"), (["--sch", "1"], "--help"),
                         (["--steps", "1.5"], "1.5"),
                         (["--fast", "yes"], "yes"), (["--steps", "1e999"], "1e999"), (["what"], "what")):
@@ -1122,13 +1077,12 @@ def test_options_give_flags_help_and_checks():
     parser.add_argument("--max-tokens", type=T.number)
     for flag in ("--max-tokens", "--max_tokens"):
         assert T.parse_options(parser, [flag, "1.5B"]).max_tokens == 1.5e9
-    assert Engine().weights == {"a": 1.0} and Engine().weights is not Engine().weights
     T.check_options(Engine(rate=1))
 
 
 @pytest.mark.parametrize("wrong", [
     dict(steps=0), dict(steps=2.0), dict(steps="5"), dict(steps=True), dict(rate=float("nan")), dict(rate=[1]),
-    dict(rate=True), dict(kind="linear"), dict(kind=["cosine"]), dict(fast=1), dict(fast=None), dict(weights=[1])])
+    dict(rate=True), dict(kind="linear"), dict(kind=["cosine"]), dict(fast=1), dict(fast=None)])
 def test_wrong_options(wrong):
     with pytest.raises(UserError, match=f"--{[*wrong][0]}"):
         T.check_options(Engine(**wrong))
