@@ -3,10 +3,9 @@
 Bits per byte say how well text is predicted, whatever the tokenizer; tasks say what that is good for. The playbook
 asks multiple choice in two ways. Cloze (CF) takes the choice that is most likely per character, without showing the
 others, and gives signal from the start. Letters (MCF) show the choices and compare A, B, C and D; they stay at chance
-until late (MMLU: about 500B tokens at 7B, 6T for SmolLM2 1.7B). Trust a task that passes four criteria over a run's
-checkpoints (FineTasks): its score rises with training (Spearman's correlation of at least 0.5), is 20 times its noise,
-is off chance by 3 standard errors, and ranks runs alike from checkpoint to checkpoint (Kendall's tau). 1000 questions
-per task were enough for SmolLM3's ablations.
+until late (MMLU: about 500B tokens at 7B, 6T for SmolLM2 1.7B). Trust a task that passes `criteria` (FineTasks): its
+score rises with training, is 20 times its noise and 3 times its noise off chance, and ranks runs alike from checkpoint
+to checkpoint. 1000 questions per task were enough for SmolLM3's ablations.
 
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
@@ -14,9 +13,8 @@ per task were enough for SmolLM3's ablations.
     python evals.py criteria runs/laptop                     # which tasks give early signal
     python evals.py SmolLM2-135M --harness hellaswag,arc_easy --limit 1000   # pip install "lm_eval[hf]"
 
-What the built-in tasks ask was held out when their data was made. `recall` hides notes in long held-out text (the
-needle in a haystack) and asks for one of them, at several lengths and depths; `position` is the loss by place in a
-document.
+What the built-in tasks ask was held out when their data was made. `recall` hides notes in long held-out text (needles
+in a haystack) and asks for one, at several lengths and depths; `position` is the loss by place in a document.
 """
 
 import argparse
@@ -58,10 +56,9 @@ class Score(NamedTuple):
 
     @classmethod
     def of(cls, values, chance=math.nan, groups=None):
-        """`groups` name what each value is about: questions about one thing in other words are not independent. The
-        standard error of n values in G groups is sqrt(G / (G - 1) sum over groups of (their summed deviations)^2) / n
-        (cluster-robust; Miller 2024, arXiv 2411.00640). Without groups, or with a single one, every value is its own
-        group, which gives the sample's deviation over sqrt(n); nan for one value.
+        """`groups`: what each value is about, since questions about one thing in other words are not independent. n
+        values in G groups have the error sqrt(G / (G - 1) sum over groups of (their summed deviations)^2) / n (cluster-
+        robust; Miller 2024, arXiv 2411.00640); without groups, or with a single one, the usual deviation / sqrt(n).
 
         That is 0 for 0 of 100 right answers, which claims too much. So the error of values that are all 0 or 1 is at
         least that of Agresti and Coull (1998): sqrt(p (1 - p) / (G + 4)), p = (mean G + 2) / (G + 4); here 0.013."""
@@ -87,7 +84,6 @@ class Score(NamedTuple):
 def log_likelihoods(model, pairs):
     """[(log p(after | before) in nats, whether each token of `after` is the most likely one)] for pairs of lists of ids
     (before, after). What is longer than the model's context loses its beginning; UserError where `after` does not fit.
-
     Sequences of similar length share a batch and are padded on the right, which a causal model does not see."""
     context, device = model.config.max_position_embeddings, model.model.embed_tokens.weight.device
     if any(not 0 < len(after) <= context for _, after in pairs):
@@ -110,7 +106,6 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
     """Bits that the model needs per byte of held-out text, comparable between tokenizers: the negative log-likelihood
     of every target, each document's end included, over the bytes of the targets' text, for the first `tokens` tokens
     of the split whatever the batch of `rows` is. `world`: the processes (train.World) that share the batches.
-
     Standard error of a ratio over n sequences (Cochran): sqrt(n / (n - 1) sum (bits - ratio bytes)^2) / bytes."""
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
     batches = list(validation_batches(split, context, rows, max(1, round(tokens / context))))
@@ -134,13 +129,13 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
 
 
 class Example(NamedTuple):
-    """A question. The answer is the choice that is most likely per character; a single choice must be what greedy
-    sampling writes."""
+    """A question, answered by the choice that is most likely per character; a single one has to be what greedy sampling
+    writes."""
 
     context: str
     choices: tuple[str, ...]
     answer: int  # which choice is right
-    about: str = ""  # examples about the same thing are one draw for the standard error; "": about nothing else
+    about: str = ""  # examples about the same thing are one draw for the standard error
 
 
 def read_task(path):
@@ -153,7 +148,7 @@ def read_task(path):
                 context, choices, answer = entry["context"] + "", entry["choices"] + [], entry["answer"]
                 if answer not in range(len(choices)) or not choices[1:] or not all(c.strip() for c in choices):
                     raise ValueError("it needs two choices or more, and the number of the right one, from 0")
-                examples.append(Example(context, tuple(choices), answer, context.strip()))
+                examples.append(Example(context, tuple(choices), answer, context.strip() or str(number)))
     return examples
 
 
@@ -171,7 +166,7 @@ KINDS = {"cloze": lambda example: example, "letters": as_letters,
 
 def encode_pair(tokenizer, opening, context, choice):
     """Ids (before, after) of a context and a choice, with a space between them where neither has white space. A token
-    that holds the end of the one and the start of the other counts as after: the model has to predict it whole."""
+    that straddles them counts as after: the model has to predict it whole."""
     space = " " if context[-1:].strip() and choice[0].strip() else ""
     whole = tokenizer.encode(context + space + choice)
     same = len(os.path.commonprefix([tokenizer.encode(context), whole]))
@@ -179,8 +174,7 @@ def encode_pair(tokenizer, opening, context, choice):
 
 
 def evaluate(model, tokenizer, tasks, opening=None):
-    """{name: Score} of tasks [(name, [Example])]. `opening`: ids that begin a text (`tokenizer.ChatFormat.opening`);
-    None: EOS."""
+    """{name: Score} of tasks [(name, [Example])]. `opening`: ids that begin a text (`ChatFormat.opening`), else EOS."""
     opening, results = [tokenizer.eos_id] if opening is None else opening, {}
     for name, examples in tasks:
         right, found = [], iter(log_likelihoods(model, [encode_pair(tokenizer, opening, e.context, choice)
@@ -189,7 +183,7 @@ def evaluate(model, tokenizer, tasks, opening=None):
             scores = [(log_p / len(choice.strip()), exact) for choice, (log_p, exact) in zip(e.choices, found)]
             right.append(np.argmax(scores, 0)[0] == e.answer if scores[1:] else scores[0][1])
         chance = float(np.mean([1 / len(e.choices) if e.choices[1:] else 0 for e in examples]))
-        results[name] = Score.of(right, chance, [e.about or str(i) for i, e in enumerate(examples)])
+        results[name] = Score.of(right, chance, [e.about for e in examples])
     return results
 
 
@@ -251,7 +245,7 @@ def lookup(data, count):
         answer = rng.randrange(4)
         if len(set(values)) == 4:
             context = "".join(map(note, keys, values)) + note_question(keys[answer])
-            examples.append(Example(context, values, answer))
+            examples.append(Example(context, values, answer, context))
     return examples
 
 
@@ -288,8 +282,8 @@ def tasks_of(names, data, count=200):
     for full in filter(None, names.split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
         if kind not in KINDS or name not in BUILT_IN and not Path(name).exists():
-            raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, with "
-                            ":letters or :exact behind it")
+            raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
+                            "with :letters or :exact behind it")
         examples = BUILT_IN[name](data, count) if name in BUILT_IN else read_task(name)
         if not examples:  # in a file, or of 360 characters in the data
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
@@ -348,25 +342,23 @@ def signs(x):
 @np.errstate(all="ignore")  # nan where a criterion cannot be told
 def criteria(runs):
     """The playbook's four criteria of one task, over runs [{step: Score}], at the steps that all of them have.
-
     monotonic: mean over runs of Spearman's correlation of score and step (Pearson's of the ranks), >= 0.5. noise: last
     score over its noise, > 20; the noise is the deviation between runs (of other seeds), with one run the standard
-    error. above: the best last score's distance from chance in noises, > 3. order: do neighbouring steps rank the runs
-    alike? The mean of Kendall's tau-a, (pairs in the same order - pairs in opposite order) / all pairs; nan for one
-    run; no threshold (higher is better)."""
+    error. above: the best last score's distance from chance in noises, > 3. order: whether neighbouring steps rank the
+    runs alike, the mean of Kendall's tau-a: (pairs in the same order - pairs in opposite order) / all pairs; nan for
+    one run; no threshold (higher is better)."""
     steps, count = sorted(set.intersection(*map(set, runs))), len(runs)
     means = np.array([[run[step].mean for step in steps] for run in runs])  # [runs, steps]
     last, score = means[:, -1], runs[0][steps[-1]]
     noise = last.std(ddof=1) if count > 1 else np.float64(score.stderr)
     spearman = [np.corrcoef(signs(steps).sum(1), signs(row).sum(1))[0, 1] for row in means]
     kendall = [(signs(a) * signs(b)).sum() / (count * (count - 1)) for a, b in zip(means.T, means.T[1:])]
-    found = {"monotonic": np.mean(spearman), "noise": last.mean() / noise, "above": (last.max() - score.chance) / noise,
-             "order": np.mean(kendall)}
+    found = {"monotonic": np.mean(spearman), "noise": last.mean() / noise, "above": (last.max() - score.chance) / noise}
     early = found["monotonic"] >= 0.5 and found["noise"] > 20 and found["above"] > 3
-    return found | {"early signal": bool(early)}
+    return found | {"order": np.mean(kendall), "early signal": bool(early)}
 
 
-def print_criteria(folders, names):
+def print_criteria(folders):
     """Prints and returns {task: criteria} of the tasks that all runs logged at three common steps or more."""
     scores, found = {}, {}  # scores: {task: {run: {step: Score}}}
     for folder in folders:
@@ -377,7 +369,7 @@ def print_criteria(folders, names):
     print(f"{'task':24}{'Spearman >= 0.5':>16}{'signal/noise > 20':>19}{'over chance > 3':>17}{'Kendall':>9}   steps")
     for name, runs in scores.items():
         steps = sorted(set.intersection(*map(set, runs.values())))
-        if name in (names or scores) and len(runs) == len(folders) and len(steps) > 2:
+        if len(runs) == len(folders) and len(steps) > 2:
             found[name] = c = criteria(list(runs.values()))
             print(f"{name:24}{c['monotonic']:16.2f}{c['noise']:19.1f}{c['above']:17.1f}{c['order']:9.2f}   "
                   f"{', '.join(map(str, steps))}: {'' if c['early signal'] else 'no '}early signal")
@@ -391,8 +383,8 @@ def print_criteria(folders, names):
 
 
 def harness(folder, tasks, **options):
-    """Yields (task/metric, Score) of lm-evaluation-harness, from its own model `hf` on the folder or on a run's export;
-    its tasks fetch their data. `options`: of lm_eval.simple_evaluate."""
+    """Yields (task/metric, Score) of lm-evaluation-harness, whose model `hf` reads the folder or the run's export.
+    `options`: of lm_eval.simple_evaluate."""
     advice = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
     with reading(f"--harness {tasks}", advice), tempfile.TemporaryDirectory() as place:
         import lm_eval
@@ -400,9 +392,8 @@ def harness(folder, tasks, **options):
         if not is_hugging_face(folder):
             save_pretrained(from_pretrained(folder), f"{place}/model", tokenizer_from=folder)
             folder = f"{place}/model"
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         found = lm_eval.simple_evaluate("hf", {"pretrained": str(folder)}, tasks.split(","), batch_size=8,
-                                        device=device, **options)
+                                        device="cuda" if torch.cuda.is_available() else "cpu", **options)
     for task, metrics in found["results"].items():
         for metric, value in metrics.items():  # metric: name,filter; the filter says which part of an answer counts
             error = metrics.get(metric.replace(",", "_stderr,"))
@@ -415,21 +406,21 @@ def harness(folder, tasks, **options):
 class EvalOptions(ContextOptions):
     run: tuple[str, ...] = ()
     json: bool = False
-    tasks: str = option("", f"of {', '.join([*REPORTS, *BUILT_IN])} and .jsonl files (NAME:letters, NAME:exact), with "
-                        "commas; without it all built-in ones but recall and position")
+    tasks: str = option("bpb," + ",".join(BUILT_IN), "also recall, position, FILE.jsonl, NAME:letters, NAME:exact")
     limit: int = option(300, "questions per task", 1)
     tokens: float = option(2**17, "held-out tokens of each source for bits per byte", 1)
     data: str = option("", "prepared data; without it what the run learned from, or data/laptop")
     harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
 
 
-def measure(folder, names, asked):
-    """Yields (name, Score) of what the command line asks of one model; prints recall by depth."""
+def measure(folder, asked):
+    """Yields (name, Score) of what EvalOptions ask of one model; prints recall by depth."""
     model, tokenizer = load(folder)
     model, opening = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer).opening
     data = asked.data or recipe_of(folder).get("data") or "data/laptop"
+    names, context = asked.tasks.split(","), model.config.max_position_embeddings
     tasks = tasks_of(",".join(name for name in names if name not in REPORTS), data, asked.limit)
-    texts, context = held_out_texts(data) if {*names} & {*REPORTS} else {}, model.config.max_position_embeddings
+    texts = held_out_texts(data) if {*names} & {*REPORTS} else {}
     if "bpb" in names:
         theirs, splits = held_out(data)
         if theirs.hash != tokenizer.hash:
@@ -453,15 +444,15 @@ def main():
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)
-    names, folders, found = list(filter(None, asked.tasks.split(","))), list(map(Path, asked.run)), {}
+    folders, found = list(map(Path, asked.run)), {}
     with contextlib.redirect_stdout(sys.stderr if asked.json else sys.stdout):
         if asked.run[0] == "criteria" and folders[1:]:
-            found = print_criteria(folders[1:], names)
+            found = print_criteria(folders[1:])
         elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:
             scores = (harness(folders[0], asked.harness, limit=asked.limit, apply_chat_template=asked.chat)
-                      if asked.harness else measure(folders[0], names or ["bpb", *BUILT_IN], asked))
+                      if asked.harness else measure(folders[0], asked))
             for name, score in scores:
                 print(f"{name:28} {score}", flush=True)
                 found[name] = score._asdict()
