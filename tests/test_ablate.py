@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import train
 from checkpoint import Log
 from conftest import call
 from model import cross_entropy
-from schedule import NoiseScale
+from schedule import gradient_noise
 from test_train import TINY, corpus, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
 from tokenizer import UserError
 
@@ -28,9 +29,18 @@ SHORT = [*TINY, "--tokens", "2560"]
 def test_paired_difference_by_hand():
     # differences 0.10, 0.05, 0.10: mean 0.08333, standard deviation 0.028868; 4.30 * 0.028868 / sqrt(3) = 0.07167
     assert ablate.paired_difference([1.0, 1.2, 1.1], [1.1, 1.25, 1.2]) == pytest.approx((0.08333, 0.07167), abs=1e-4)
-    assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
-    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under about 0.1000")
-    assert ablate.verdict(0.0, 0.0) == "exactly the same losses"
+
+
+def test_verdicts_by_hand(capsys):
+    losses = {"baseline": [1.0, 1.2, 1.1], "up": [1.1, 1.25, 1.2], "down": [0.9, 1.15, 1.0], "same": [1.0, 1.2, 1.1],
+              "luck": [1.0, 1.25, 1.05]}  # differences 0, 0.05 and -0.05: 4.30 * 0.05 / sqrt(3) = 0.1241
+    found = ablate.compare_runs({name: [{"loss": loss, "diverged": "", "parameters": 10, "tokens_per_second": 1.0}
+                                        for loss in row] for name, row in losses.items()})
+    assert list(found) == ["up", "down", "same", "luck"] and found["up"] == pytest.approx((0.08333, 0.07167), abs=1e-4)
+    out = capsys.readouterr().out
+    for line in ("+0.0833 ± 0.0717  worse", "-0.0833 ± 0.0717  better", "+0.0000 ± 0.0000  exactly the same losses",
+                 "± 0.1241  no difference seen; one under about 0.2483 may not show"):
+        assert line in out
 
 
 def test_confidence_intervals_against_scipy():
@@ -72,7 +82,7 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     assert losses(Path("runs/changes") / mine["key"]) == losses(Path("runs/a"))
     again = ablate.change(SHORT, replace(options, tries=tries[:3]))
     assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
-    monkeypatch.setattr(ablate, "code_and_data", lambda recipe: "other data")
+    monkeypatch.setattr(ablate, "load_data", lambda *words: (SimpleNamespace(hash="other"), []))
     ablate.change(SHORT, ablate.Options(seeds=2, tries=tries[1:2]))
     assert len(begun) == 20  # all anew
 
@@ -118,16 +128,15 @@ def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
 def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
     pretrain("a", "--tokens", "512")
     short = recipe("--tokens", "2560")
-    before = ablate.fingerprint(short, ablate.code_and_data(short))
-    assert ablate.fingerprint(recipe("--tokens", "2560"), ablate.code_and_data(short)) == before
+    before = ablate.fingerprint(short, ["hash"])
+    assert ablate.fingerprint(recipe("--tokens", "2560"), ["hash"]) == before
     for other in (replace(short, clip=2.0), replace(short, start="runs/a"), replace(short, dtype="bfloat16")):
-        assert ablate.fingerprint(other, ablate.code_and_data(short)) != before
-    other = replace(short, data="data/short")
-    assert ablate.code_and_data(other) != ablate.code_and_data(short)
+        assert ablate.fingerprint(other, ["hash"]) != before
+    assert ablate.fingerprint(short, ["other"]) != before
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *words: (
         read(path, *words) + "# edited" * (path.name == "schedule.py")))
-    assert ablate.fingerprint(short, ablate.code_and_data(short)) != before
+    assert ablate.fingerprint(short, ["hash"]) != before
 
 
 # ---- rates and spikes -----------------------------------------------------------------------------------------
@@ -243,7 +252,7 @@ def test_noise_scale_by_hand(run, capsys):
     signal = rows.mean(0).square().sum() - variance / 24
     expected = float(variance / signal) * 32 if signal > 0 else math.nan
     assert scale == pytest.approx(expected, rel=1e-3, nan_ok=True)
-    assert NoiseScale.split(float(rows.square().sum(1).mean()), float(rows.mean(0).square().sum()), 1, 24) == (
+    assert gradient_noise(float(rows.square().sum(1).mean()), float(rows.mean(0).square().sum()), 24) == (
         pytest.approx((float(signal), float(variance)), rel=1e-3))
     out = capsys.readouterr().out
     assert "24 sequences" in out and ("times the fewest steps" in out or "noise hides" in out)
