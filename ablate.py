@@ -17,6 +17,7 @@ during training, so ask again later.
 import argparse
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -37,8 +38,7 @@ import train
 from checkpoint import Log, find_checkpoint, new_run_folder, newest_checkpoint, write_json
 from data import load_data
 from model import count_parameters
-from tokenizer import Parser, UserError, add_options, check_options, draw, option
-from tokenizer import run as run_command
+from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command
 
 
 @dataclass
@@ -56,16 +56,6 @@ class Options:
     tries: tuple[str, ...] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
-@contextlib.contextmanager
-def quietly():
-    """Hides the plans and samples that training prints. A signal that stopped a training stops what follows, too."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            yield
-        except train.Interrupted as stop:
-            raise KeyboardInterrupt from stop
-
-
 def recipe_of(words):
     """The Recipe that train.py would make of a command line, with device, dtype and compilation decided: once, so that
     all trainings that are compared compute alike."""
@@ -77,8 +67,18 @@ def recipe_of(words):
 
 def prepared(recipe, folder=Path("runs/none"), resume=False):
     """`train.set_up` without its prints; nothing is written."""
-    with quietly():
+    with contextlib.redirect_stdout(io.StringIO()):
         return train.set_up(recipe, folder, resume=resume)
+
+
+def trained(run, losses_of=train.pretraining_losses):
+    """`held_out_loss` after a whole training without its prints. A signal that stops it stops what follows, too."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.train(train.connect(run), losses_of, evaluate=lambda *_: {})  # evaluated at the end alone
+    except train.Interrupted as stop:
+        raise KeyboardInterrupt from stop
+    return held_out_loss(run)
 
 
 def updates(run, rates, label):
@@ -98,18 +98,6 @@ def held_out_loss(run):
     return float(np.mean([train.bits_per_byte(run, split, run.recipe.eval_tokens) for split in splits]))
 
 
-def draw_lines(path, lines, **labels):
-    """Draws {label: (x, y, format)} where matplotlib is installed."""
-    def paint(axes):
-        for label, (x, y, style) in lines.items():
-            axes.plot(x, y, style, label=label)
-        axes.set(**labels)
-        axes.legend()
-
-    if draw(path, paint):
-        print(f"The picture is in {path}")
-
-
 # ---- one change at a time -------------------------------------------------------------------------------------
 
 # Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
@@ -126,22 +114,20 @@ def paired_difference(baseline, changed):
 
 
 def fingerprint(recipe, data):
-    """A hash that changes with whatever changes a training: recipe, first weights, code and `data`, their hashes."""
+    """A hash of what a training depends on: the recipe, its first weights, the code, and `data`, a list of hashes."""
     start = (find_checkpoint(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
-    names = "train.py data.py schedule.py model.py evals.py".split()
-    code = [Path(__file__).with_name(name).read_text("utf-8") for name in names]
+    code = [Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+            for name in ("train", "data", "schedule", "model", "evals")]
     return hashlib.sha256(json.dumps([asdict(recipe), start, code, data]).encode()).hexdigest()[:16]
 
 
 def train_arm(recipe, folder):
     """Trains a recipe, or resumes it where it was stopped; returns what `compare_runs` reads."""
     run, found = prepared(recipe, folder, any(folder.glob("checkpoints/step-*"))), {"diverged": ""}
-    with quietly():
-        try:
-            train.train(train.connect(run), evaluate=lambda *_: {})  # evaluated at the end alone
-            found["loss"] = held_out_loss(run)
-        except train.Diverged as error:
-            found["diverged"] = f"seed {recipe.seed}, {str(error).split(':')[0]}"
+    try:
+        found["loss"] = trained(run)
+    except train.Diverged as error:
+        found["diverged"] = f"seed {recipe.seed}, {str(error).split(':')[0]}"
     shutil.rmtree(folder / "checkpoints")
     speeds = [entry["tokens_per_second"] for entry in run.log.entries() if "loss" in entry]
     return found | {"step": run.step, "parameters": count_parameters(run.recipe.model)["total"],
@@ -179,8 +165,7 @@ def change(words, o):
 
 
 def compare_runs(runs):
-    """Prints a table of {change: [what `train_arm` returned, by seed]}; returns {change: `paired_difference` in
-    held-out bits per byte}."""
+    """Prints a table of {change: [`train_arm` by seed]}; returns {change: `paired_difference` in bits per byte}."""
     losses = {name: [run.get("loss", math.nan) for run in done] for name, done in runs.items()}
     base, found, wide = runs["baseline"], {}, max(map(len, runs))
     print(f"\n{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
@@ -209,7 +194,7 @@ def compare_runs(runs):
 
 def lr_range(words, o):
     """Trains with rates that grow by equal factors until the loss is a third above its lowest; prints and draws loss
-    against rate. Returns `schedule.suggest_rates`."""
+    by rate. Returns `schedule.suggest_rates`."""
     recipe = recipe_of(words)
     if o.low >= o.high:
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
@@ -225,16 +210,15 @@ def lr_range(words, o):
     if len(losses) < 10:
         raise UserError(f"the loss diverged after {len(losses)} steps; begin with a --low below {o.low:g}")
     steepest, tenth = schedule.suggest_rates(rates, losses)
-    peak = math.sqrt(steepest * tenth)
     print(f"{'rate':>10}{'loss':>10}")
     for i in range(0, len(losses), max(1, len(losses) // 20)):
         print(f"{rates[i]:10.2e}{smooth[i]:10.3f}")
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
-          f"first and a tenth of the second, such as {peak:.1e}"
+          f"first and a tenth of the second, such as {math.sqrt(steepest * tenth):.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
     Path("runs").mkdir(exist_ok=True)
-    draw_lines("runs/lr-range.png", {"smoothed": (rates[:len(smooth)], smooth, "-")}, xscale="log",
-               xlabel="learning rate", ylabel="loss, nats per token")
+    if draw("runs/lr-range.png", lambda axes: axes.semilogx(rates[:len(smooth)], smooth)):
+        print("The picture is in runs/lr-range.png")
     return steepest, tenth
 
 
@@ -264,9 +248,7 @@ def spikes(words, o):
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
         run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))
-        with quietly():
-            train.train(train.connect(run), lambda run, step: poisoned_losses(run, step, bad), lambda *_: {})
-            losses[name] = held_out_loss(run)
+        losses[name] = trained(run, lambda run, step: poisoned_losses(run, step, bad))
         rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
         train.say(f"{name:10}{losses[name]:.4f} bits per byte, {losses[name] / losses['clean'] - 1:+.1%}"
                   f"; went back to steps {rewinds}")
@@ -279,8 +261,8 @@ PREDICTED = 192  # the width whose loss the law must predict
 
 
 def fit(words, o):
-    """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares: numbers, law.json and law.png in
-    runs/ladder. `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
+    """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares; all is in runs/ladder/law.json.
+    `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
     base, points = recipe_of(words), []
     tokens = base.tokens or 4e5
     for width, share in [*LADDER, (PREDICTED, 1)]:
@@ -298,15 +280,10 @@ def fit(words, o):
         points.append((size, tokens * share, held_out_loss(run)))
         train.say(f"{len(points):3} of {len(LADDER) + 1}    width {width:4}{cost.say_number(size):>8} parameters"
                   f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
-    sizes, lengths, losses = zip(*points)
-    measured, folder = losses[-1], new_run_folder("ladder")
+    measured, folder = points[-1][2], new_run_folder("ladder")
     print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}; it is in {folder}")
     folder.mkdir(parents=True)
     write_json(folder / "law.json", {"law": asdict(law), "parameters, tokens, loss": points, "predicted": predicted})
-    lines = {f"law at {cost.say_number(d)} tokens": (sizes, [law.predict(n, d)["loss"] for n in sizes], "-")
-             for d in set(lengths)}
-    draw_lines(f"{folder}/law.png", lines | {"measured": (sizes, losses, "ko"), "predicted": (size, predicted, "r*")},
-               xscale="log", xlabel="parameters", ylabel="held-out bits per byte")
     return predicted, measured
 
 
