@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +19,15 @@ from checkpoint import Log
 from conftest import call
 from model import cross_entropy
 from schedule import gradient_noise
-from test_train import TINY, corpus, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
+from test_train import TINY, corpus, hasten, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
 from tokenizer import UserError
 
 SHORT = [*TINY, "--tokens", "2560"]
+
+
+def finished(recipe, folder) -> dict:
+    """In the place of `ablate.train_arm`, where the training itself does not matter."""
+    return {"diverged": "", "loss": 1.0, "step": 10, "parameters": 10, "tokens_per_second": 1.0, "seed": recipe.seed}
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
@@ -56,7 +63,7 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
 
     def counted(recipe, folder):
         begun.append(folder)
-        if len(begun) == 7:
+        if len(begun) == 5:
             raise KeyboardInterrupt
         return train_arm(recipe, folder)
 
@@ -67,9 +74,9 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     with open("runs/changes/log.jsonl", "a") as file:
         file.write('{"key": "cut')  # as kill -9 leaves it
     found = ablate.change(SHORT, options)
-    assert len(begun) == 16 and len(set(begun)) == 15  # the seventh twice
+    assert len(begun) == 16 and len(set(begun)) == 15  # the fifth twice
     out = capsys.readouterr().out
-    assert "training 7 of 15: " in out
+    assert "training 5 of 15: " in out
     table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
     assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
     assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
@@ -83,25 +90,28 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     again = ablate.change(SHORT, replace(options, tries=tries[:3]))
     assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
     monkeypatch.setattr(ablate, "load_data", lambda *words: (SimpleNamespace(hash="other"), []))
-    ablate.change(SHORT, ablate.Options(seeds=2, tries=tries[1:2]))
-    assert len(begun) == 20  # all anew
+    ablate.change(SHORT, ablate.Options(seeds=2))
+    assert len(begun) == 18  # all anew
 
 
 def test_a_stopped_arm_is_resumed(here, monkeypatch):
-    """Stopped before its last step, an arm continues from its checkpoint and ends with the same loss."""
+    """Stopped by a signal, and by Ctrl-C at once, an arm continues from its checkpoint and ends with the same loss."""
     short = recipe("--tokens", "2560", "--save-every", "4", "--eval-every", "1000")
     whole = ablate.train_arm(short, Path("runs/whole"))
     made, update = [], train.update
 
     def stopped(run, *words):
         made.append(run.step)
+        if len(made) == 2:
+            signal.raise_signal(signal.SIGTERM)  # the step ends and is saved
         if len(made) == 7:
             raise KeyboardInterrupt
         return update(run, *words)
 
     monkeypatch.setattr(train, "update", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        ablate.train_arm(short, Path("runs/stopped"))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ablate.train_arm(short, Path("runs/stopped"))
     again = ablate.train_arm(short, Path("runs/stopped"))
     assert made == [*range(7), *range(4, 10)] and again["loss"] == whole["loss"]
     assert losses(Path("runs/stopped")) == losses(Path("runs/whole"))
@@ -109,7 +119,7 @@ def test_a_stopped_arm_is_resumed(here, monkeypatch):
 
 def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
     """FAULTS A17: where every look at the machine would choose another dtype, the arms share the first choice."""
-    looked, chosen = [], cost.find_machine
+    looked, recipes, chosen = [], [], cost.find_machine
 
     def wavering(device, dtype, compile):
         looked.append(dtype)
@@ -117,11 +127,9 @@ def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
                        len(looked) % 2 else torch.float32 if dtype == "auto" else getattr(torch, dtype))
 
     monkeypatch.setattr(cost, "find_machine", wavering)
+    monkeypatch.setattr(ablate, "train_arm", lambda recipe, folder: recipes.append(recipe) or finished(recipe, folder))
     ablate.change([*SHORT, "--dtype", "auto"], ablate.Options(seeds=2, tries=["clip=2", "dtype=float32"]))
-    runs = {run["key"]: run["change"] for run in Log(Path("runs/changes")).entries()}
-    dtypes = {(name, json.loads((Path("runs/changes") / key / "recipe.json").read_text())["dtype"])
-              for key, name in runs.items()}
-    assert dtypes == {("baseline", "bfloat16"), ("clip=2", "bfloat16"), ("dtype=float32", "float32")}
+    assert [recipe.dtype for recipe in recipes] == ["bfloat16", "bfloat16", "float32"] * 2
     assert looked.count("auto") == 1
 
 
@@ -144,11 +152,11 @@ def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
 
 def test_lr_range_test_stops_where_training_diverges(here, capsys):
     steepest, tenth = ablate.lr_range(TINY, ablate.Options(low=1e-4, high=1e3, steps=60))
-    assert 1e-4 < steepest < 10 and 1e-4 < tenth < 10
+    assert 0.01 < steepest < 0.05 and 0.03 < tenth < 0.1
     out = capsys.readouterr().out
     assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
     last = float(out.splitlines()[-3].split()[0])
-    assert last < 500  # it ended early
+    assert last < 10  # it ended early
 
 
 def test_random_tokens_in_poisoned_batches_alone(here):
@@ -164,7 +172,7 @@ def test_rewinding_past_poisoned_batches(here):
     """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
                           ablate.Options())
-    assert found["poisoned"] > 1.01 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
+    assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
     log = log_of(Path("runs/spikes/rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
     skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
@@ -176,10 +184,19 @@ def test_rewinding_past_poisoned_batches(here):
 # ---- the batch size at a checkpoint ---------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def original(corpus) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        patch.chdir(corpus)
+        return pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000", "--save-every", "8",
+                        "--keep", "9").absolute()
+
+
 @pytest.fixture
-def run(here) -> Path:
-    return pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000", "--save-every", "8",
-                    "--keep", "9")
+def run(original, here) -> Path:
+    shutil.copytree(original, "runs/a")
+    return Path("runs/a")
 
 
 def read_rows(curriculum, steps) -> list[tuple[int, int]]:
@@ -264,18 +281,19 @@ def test_noise_scale_by_hand(run, capsys):
 @pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
 def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
     """Every rung is trained to its end with its own tokens, and the law that is fitted to them, not to the largest,
-    says what the largest loses (within 20 %, after 40 steps)."""
+    says what the largest loses (within 12 %, after 40 steps), and better than the rung before it does."""
     monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
     monkeypatch.setattr(ablate, "PREDICTED", 48)
-    words = [*TINY, "--tokens", "10240", "--learning-rate", "0.01", "--eval-tokens", "4096"]
+    words = [*TINY, "--tokens", "10240", "--learning-rate", "0.003", "--eval-tokens", "4096"]
     predicted, measured = ablate.fit(words, ablate.Options())
     found = json.loads(Path("runs/ladder/law.json").read_text())
     sizes, tokens, scores = zip(*found["parameters, tokens, loss"])
     assert tokens == (2560, 5120, 5120, 10240, 10240, 10240, 10240)
-    assert scores[-1] == measured and predicted == pytest.approx(measured, rel=0.2)
+    assert scores[-1] == measured and predicted == pytest.approx(measured, rel=0.12)
+    assert abs(predicted - measured) < 0.8 * abs(scores[-2] - measured)
     law = found["law"]
     assert predicted == pytest.approx(law["E"] + law["A"] * sizes[-1]**-law["alpha"] + law["B"] * 10_240**-law["beta"])
-    first = recipe("--tokens", "2560", "--learning-rate", "0.01", "--eval-tokens", "4096")
+    first = recipe("--tokens", "2560", "--learning-rate", "0.003", "--eval-tokens", "4096")
     model = first.model.change(hidden_size=16, intermediate_size=48, num_attention_heads=1,
                                initializer_range=0.05 * math.sqrt(8))
     alone = train.pretrain(replace(first, model=model, warmup_steps=1), Path("runs/alone"))
@@ -286,7 +304,8 @@ def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
 # ---- the command line -----------------------------------------------------------------------------------------
 
 
-def test_commands_by_their_names(here):
+def test_commands_by_their_names(here, monkeypatch):
+    monkeypatch.setattr(ablate, "train_arm", finished)
     done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--try", "clip=2", "--out", "runs/mine")
     assert done.returncode == 0, done.stderr
     assert "seeds differ by" in done.stdout and "clip=2" in done.stdout and Path("runs/mine/log.jsonl").exists()
