@@ -56,9 +56,8 @@ class Options:
     tries: tuple[str, ...] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
-def recipe_of(words):
-    """The Recipe that train.py would make of a command line, with device, dtype and compilation decided: once, so that
-    all trainings that are compared compute alike."""
+def recipe_from(words):
+    """The Recipe that train.py makes of a command line, its device, dtype and compilation decided."""
     if wrong := {word.split("=")[0] for word in words} & {"--resume", "--minutes", "--check", "--name"}:
         raise UserError(f"{wrong.pop()} belongs to train.py alone; leave it out here")
     recipe = train.parse(words)[1]
@@ -108,8 +107,7 @@ def paired_difference(baseline, changed):
     """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval. Such runs read
     the same data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels,
     so pairs show smaller differences than two means do."""
-    differences = np.subtract(changed, baseline)
-    n = len(differences)
+    differences, n = np.subtract(changed, baseline), len(baseline)
     return differences.mean(), T95[min(n, 10) - 2] * differences.std(ddof=1) / math.sqrt(n)
 
 
@@ -135,17 +133,17 @@ def train_arm(recipe, folder):
 
 
 def change(words, o):
-    """Trains a recipe, and it with each of the tries ("NAME=VALUE", or several that belong together) alone, with every
-    seed; prints and returns `compare_runs`. A finished training is a line of log.jsonl in the folder: the same command
-    resumes after an interruption, and one with more tries or seeds trains only those."""
-    base, folder, runs = recipe_of(words), Path(o.out), {}
+    """Trains a recipe as it is and with each of the tries alone, with every seed; prints and returns `compare_runs`. A
+    finished training is a line of log.jsonl in the folder: the same command resumes after an interruption, and one with
+    more tries or seeds trains only those."""
+    base, folder, runs = recipe_from(words), Path(o.out), {}
     recipes = {"baseline": base}
-    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]  # alike in all
+    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]  # for all arms
     for name in o.tries:
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
                             "data with `python train.py --anneal RUN --candidate SOURCE`")
-        recipes[name] = recipe_of([*words, *(f"--{word}" for word in name.split())])
+        recipes[name] = recipe_from([*words, *(f"--{word}" for word in name.split())])
         if recipes[name] == base:
             raise UserError(f"--try {name} changes nothing: the baseline has it already")
     tokenizer, sources = load_data(base.data, base.model.vocab_size)
@@ -175,8 +173,7 @@ def compare_runs(runs):
         if name != "baseline":
             difference, half = found[name] = paired_difference(losses["baseline"], losses[name])
             verdict = ("exactly the same losses" if difference == half == 0 else "better" if difference < -half else
-                       "worse" if difference > half else
-                       f"no difference seen; one under about {2 * half:.4f} may not show")
+                       "worse" if difference > half else f"no difference seen; one under {2 * half:.4f} may not show")
             says = f"diverged ({bad})" if bad else f"{difference:+.4f} ± {half:.4f}  {verdict}"
         elif bad:
             raise UserError(f"the baseline itself diverges ({bad}): lower its --learning_rate")
@@ -195,7 +192,7 @@ def compare_runs(runs):
 def lr_range(words, o):
     """Trains with rates that grow by equal factors until the loss is a third above its lowest; prints and draws loss
     by rate. Returns `schedule.suggest_rates`."""
-    recipe = recipe_of(words)
+    recipe = recipe_from(words)
     if o.low >= o.high:
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
     run, losses = prepared(replace(recipe, tokens=o.steps * recipe.batch_tokens)), []
@@ -216,8 +213,12 @@ def lr_range(words, o):
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
           f"first and a tenth of the second, such as {math.sqrt(steepest * tenth):.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
+    def paint(axes):
+        axes.semilogx(rates[:len(smooth)], smooth)
+        axes.set(xlabel="learning rate", ylabel="loss, nats per token")
+
     Path("runs").mkdir(exist_ok=True)
-    if draw("runs/lr-range.png", lambda axes: axes.semilogx(rates[:len(smooth)], smooth)):
+    if draw("runs/lr-range.png", paint):
         print("The picture is in runs/lr-range.png")
     return steepest, tenth
 
@@ -235,8 +236,8 @@ def poisoned_losses(run, step, poison):
 
 def spikes(words, o):
     """Trains on clean data; then twice from a checkpoint before the poison, 4 % of the batches at 80 % of the run:
-    with nothing done about it, and with `--guard rewind`. Prints and returns held-out bits per byte of each."""
-    root, recipe, losses = new_run_folder("spikes"), recipe_of(words), {}
+    with nothing done about it, and with `--guard rewind`. Prints and returns {name: held-out bits per byte}."""
+    root, recipe, losses = new_run_folder("spikes"), recipe_from(words), {}
     if (steps := prepared(recipe).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps))
@@ -263,7 +264,7 @@ PREDICTED = 192  # the width whose loss the law must predict
 def fit(words, o):
     """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares; all is in runs/ladder/law.json.
     `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
-    base, points = recipe_of(words), []
+    base, points = recipe_from(words), []
     tokens = base.tokens or 4e5
     for width, share in [*LADDER, (PREDICTED, 1)]:
         model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
@@ -296,10 +297,10 @@ def at_checkpoint(words):
 
 
 def branch(words, o):
-    """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; prints and returns their
-    held-out bits per byte. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read
-    the same sequences: those that come next in the run, whose last stage continues if need be. The optimizer starts
-    anew and the rate warms up again over a fifth of the tokens, as in the playbook."""
+    """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; prints and returns {k: held-
+    out bits per byte}. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read the
+    same sequences: those that come next in the run, whose last stage continues if need be. The optimizer starts anew
+    and the rate warms up again over a fifth of the tokens, as in the playbook."""
     run, losses, largest = at_checkpoint(words), {}, 2**o.doublings
     recipe, curriculum, step = run.recipe, run.curriculum, run.step
     stage, batch = (of[curriculum.stage(step)] for of in (curriculum.stages, curriculum.batches))

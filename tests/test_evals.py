@@ -381,7 +381,7 @@ def test_the_command_line_measures_everything(run, tmp_path):
     assert done.returncode == 0 and "bits per byte/prose" in done.stdout, done.stderr
 
 
-def test_the_harness_scores_an_export(run, tmp_path):
+def test_the_harness_scores_an_export(run, tmp_path, monkeypatch):
     """Local tasks through lm_eval's own model: its likelihoods, greedy texts and rolling windows (FAULTS A10) are ours,
     of one sequence at a time."""
     pytest.importorskip("lm_eval"), pytest.importorskip("accelerate"), pytest.importorskip("datasets")
@@ -431,6 +431,9 @@ metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
     assert scores["wiki/bits_per_byte"].mean == pytest.approx(expected, rel=1e-5)
     words = math.exp(nats / sum(len(re.split(r"\s+", page)) for page in pages))
     assert scores["wiki/word_perplexity"].mean == pytest.approx(words, rel=1e-4)
+    monkeypatch.setattr(evals, "is_hugging_face", lambda folder: False)  # a run is exported first
+    exported = dict(evals.harness(run / "model", "wiki", limit=8, **options))
+    assert exported["wiki/bits_per_byte"].mean == pytest.approx(expected, rel=1e-5)
     chat = dict(evals.harness(run / "model", "written", limit=8, apply_chat_template=True, **options))
     assert chat["written/exact_match"].mean < 1
     with pytest.raises(UserError, match="none_such") as caught:
