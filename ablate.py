@@ -17,12 +17,12 @@ during training, so ask again later.
 import argparse
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +38,7 @@ import train
 from checkpoint import Log, find_checkpoint, new_run_folder, newest_checkpoint, write_json
 from data import load_data
 from model import count_parameters
-from tokenizer import Parser, UserError, add_options, check_options, draw, option
-from tokenizer import run as run_command
+from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command
 
 
 @dataclass
@@ -47,7 +46,7 @@ class Options:
     """The flags that are not train.py's, each with the command that takes it."""
 
     seeds: int = option(3, "change: trainings of each", 2)
-    out: str = option("runs/changes", "change: folder of the trainings, and of changes.png with matplotlib")
+    out: str = option("runs/changes", "change: folder of the trainings")
     low: float = option(1e-4, "lr-range: first rate", 1e-12)
     high: float = option(1.0, "lr-range: last rate", 1e-12)
     steps: int = option(200, "lr-range: updates", 20)
@@ -57,33 +56,32 @@ class Options:
     tries: tuple[str, ...] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
-@contextlib.contextmanager
-def quietly():
-    """Hides the plans and samples that training prints. A signal that stopped a training stops what follows, too."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        try:
-            yield
-        except train.Interrupted as stop:
-            raise KeyboardInterrupt from stop
-
-
-def recipe_of(words: list[str]) -> train.Recipe:
-    """The recipe that train.py would make of a command line, with device, dtype and compilation decided: once, so that
-    all trainings that are compared compute alike."""
+def recipe_from(words):
+    """The Recipe that train.py makes of a command line, its device, dtype and compilation decided."""
     if wrong := {word.split("=")[0] for word in words} & {"--resume", "--minutes", "--check", "--name"}:
         raise UserError(f"{wrong.pop()} belongs to train.py alone; leave it out here")
     recipe = train.parse(words)[1]
     return cost.settle(recipe, cost.choose_machine(recipe), processes=1, context=1)
 
 
-def prepared(recipe: train.Recipe, folder: Path = Path("runs/none"), resume: bool = False) -> train.Run:
+def prepared(recipe, folder=Path("runs/none"), resume=False):
     """`train.set_up` without its prints; nothing is written."""
-    with quietly():
+    with contextlib.redirect_stdout(io.StringIO()):
         return train.set_up(recipe, folder, resume=resume)
 
 
-def updates(run: train.Run, rates: list[float], label: str) -> Iterator[float]:
-    """The loss of one update at each rate, from `run.step` on; nothing is logged or saved."""
+def trained(run, losses_of=train.pretraining_losses):
+    """`held_out_loss` after a whole training without its prints. A signal that stops it stops what follows, too."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            train.train(train.connect(run), losses_of, evaluate=lambda *_: {})  # evaluated at the end alone
+    except train.Interrupted as stop:
+        raise KeyboardInterrupt from stop
+    return held_out_loss(run)
+
+
+def updates(run, rates, label):
+    """Yields the loss of one update at each rate, from `run.step` on; nothing is logged or saved."""
     for rate in tqdm(rates, label, leave=False, disable=None):  # no bar in a file
         train.enter_stage(run)
         loss = train.update(run, train.pretraining_losses(run, run.step), rate).read()["loss"]
@@ -91,24 +89,12 @@ def updates(run: train.Run, rates: list[float], label: str) -> Iterator[float]:
         yield loss
 
 
-def held_out_loss(run: train.Run) -> float:
+def held_out_loss(run):
     """Bits per byte now: the mean over sources, without generated math, which is learned in a jump that no law fits."""
     train.enter_stage(run)
     splits = [source["val"] for source in run.sources]
     splits = [split for split in splits if split.name != "math"] or splits
     return float(np.mean([train.bits_per_byte(run, split, run.recipe.eval_tokens) for split in splits]))
-
-
-def draw_lines(path: str, lines: dict[str, tuple], **labels: str) -> None:
-    """Draws {label: (x, y, format)} where matplotlib is installed."""
-    def paint(axes) -> None:
-        for label, (x, y, style) in lines.items():
-            axes.plot(x, y, style, label=label)
-        axes.set(**labels)
-        axes.legend()
-
-    if draw(path, paint):
-        print(f"The picture is in {path}")
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
@@ -117,95 +103,67 @@ def draw_lines(path: str, lines: dict[str, tuple], **labels: str) -> None:
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
-def paired_difference(baseline: list[float], changed: list[float]) -> tuple[float, float]:
+def paired_difference(baseline, changed):
     """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval. Such runs read
     the same data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels,
     so pairs show smaller differences than two means do."""
-    differences = np.subtract(changed, baseline)
-    n = len(differences)
+    differences, n = np.subtract(changed, baseline), len(baseline)
     return differences.mean(), T95[min(n, 10) - 2] * differences.std(ddof=1) / math.sqrt(n)
 
 
-def verdict(difference: float, half_width: float) -> str:
-    """What a difference in held-out bits per byte (lower is better) says."""
-    if difference == half_width == 0:
-        return "exactly the same losses"
-    if abs(difference) <= half_width:
-        return f"no difference seen; one under about {2 * half_width:.4f} may not show"
-    return "better" if difference < 0 else "worse"
-
-
-def changed_recipes(given: list[str], tries: list[str]) -> dict[str, train.Recipe]:
-    """The recipe of the given words as "baseline", and it with each of the tries."""
-    recipes = {"baseline": recipe_of(given)}
-    for words in tries:
-        names = {word.split("=")[0].replace("-", "_") for word in words.split()}
-        if fixed := names & {"seed", "eval_tokens", "data"}:
-            raise UserError(f"--try {words} changes what is measured with; give --{fixed.pop()} to all, or compare "
-                            "data with `python train.py --anneal RUN --candidate SOURCE`")
-        recipes[words] = recipe_of([*given, *(f"--{word}" for word in words.split())])
-        if recipes[words] == recipes["baseline"]:
-            raise UserError(f"--try {words} changes nothing: the baseline has it already")
-    return recipes
-
-
-def code_and_data(recipe: train.Recipe) -> list:
-    """All that a training depends on besides its recipe; of the data, hashes."""
-    tokenizer, sources = load_data(recipe.data, recipe.model.vocab_size)
-    names = "train.py data.py schedule.py model.py evals.py".split()
-    code = [Path(__file__).with_name(name).read_text("utf-8") for name in names]
-    return [code, tokenizer.hash, [(split.name, split.sha256) for source in sources for split in source.values()]]
-
-
-def fingerprint(recipe: train.Recipe, around: list) -> str:
-    """Changes with whatever changes a training; `around`: from `code_and_data`."""
+def fingerprint(recipe, data):
+    """A hash of what a training depends on: the recipe, its first weights, the code, and `data`, a list of hashes."""
     start = (find_checkpoint(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
-    return hashlib.sha256(json.dumps([asdict(recipe), start, around]).encode()).hexdigest()[:16]
+    code = [Path(__file__).with_name(f"{name}.py").read_text("utf-8")
+            for name in ("train", "data", "schedule", "model", "evals")]
+    return hashlib.sha256(json.dumps([asdict(recipe), start, code, data]).encode()).hexdigest()[:16]
 
 
-def train_arm(recipe: train.Recipe, folder: Path) -> dict:
-    """Trains a recipe, or resumes it where it was stopped; returns what is compared."""
+def train_arm(recipe, folder):
+    """Trains a recipe, or resumes it where it was stopped; returns what `compare_runs` reads."""
     run, found = prepared(recipe, folder, any(folder.glob("checkpoints/step-*"))), {"diverged": ""}
-    with quietly():
-        try:
-            train.train(train.connect(run), evaluate=lambda *_: {})  # evaluated at the end alone
-            found["loss"] = held_out_loss(run)
-        except train.Diverged as error:
-            found["diverged"] = f"seed {recipe.seed}, {str(error).split(':')[0]}"
+    try:
+        found["loss"] = trained(run)
+    except train.Diverged as error:
+        found["diverged"] = f"seed {recipe.seed}, {str(error).split(':')[0]}"
     shutil.rmtree(folder / "checkpoints")
     speeds = [entry["tokens_per_second"] for entry in run.log.entries() if "loss" in entry]
     return found | {"step": run.step, "parameters": count_parameters(run.recipe.model)["total"],
                     "tokens_per_second": float(np.median(speeds or [0])), "seed": recipe.seed}
 
 
-def change(words: list[str], o: Options) -> dict[str, tuple[float, float]]:
-    """Trains a recipe, and it with each of the tries ("NAME=VALUE", or several that belong together) alone, with every
-    seed. Prints, draws and returns each try's `paired_difference` in held-out bits per byte. A finished training is a
-    line of log.jsonl in the folder: the same command resumes after an interruption, and one with more tries or seeds
-    trains only those."""
-    base, folder, runs = recipe_of(words), Path(o.out), {}
-    decided = [f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile")]
-    recipes, around = changed_recipes([*words, *decided], o.tries), code_and_data(base)
+def change(words, o):
+    """Trains a recipe as it is and with each of the tries alone, with every seed; prints and returns `compare_runs`. A
+    finished training is a line of log.jsonl in the folder: the same command resumes after an interruption, and one with
+    more tries or seeds trains only those."""
+    base, folder, runs = recipe_from(words), Path(o.out), {}
+    recipes = {"baseline": base}
+    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]  # for all arms
+    for name in o.tries:
+        if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
+            raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
+                            "data with `python train.py --anneal RUN --candidate SOURCE`")
+        recipes[name] = recipe_from([*words, *(f"--{word}" for word in name.split())])
+        if recipes[name] == base:
+            raise UserError(f"--try {name} changes nothing: the baseline has it already")
+    tokenizer, sources = load_data(base.data, base.model.vocab_size)
+    data = [tokenizer.hash, *((split.name, split.sha256) for source in sources for split in source.values())]
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, resumed_at=10**18)  # drops a line that a kill tore
     done = {entry["key"]: entry for entry in log.entries()}
     for i, (seed, name) in enumerate(itertools.product(range(o.seeds), recipes), 1):
-        recipe = replace(recipes[name], seed=recipes[name].seed + seed)
-        if (key := fingerprint(recipe, around)) not in done:
+        recipe = replace(recipes[name], seed=base.seed + seed)
+        if (key := fingerprint(recipe, data)) not in done:
             train.say(f"training {i} of {o.seeds * len(recipes)}: {name}, seed {recipe.seed}")
             done[key] = train_arm(recipe, folder / key)
             log.write(key=key, change=name, **done[key])
         runs.setdefault(name, []).append(done[key])
-    found = compare_runs(runs)
-    bars = {name: ((x - half, x, x + half), [i] * 3, "o-") for i, (name, (x, half)) in enumerate(found.items())}
-    draw_lines(f"{folder}/changes.png", bars | {"baseline": ([0, 0], [0, len(found) - 1], "k-")}, yticks=[],
-               xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
     print(f"The trainings are in {folder}")
-    return found
+    return compare_runs(runs)
 
 
-def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
-    """Prints a table of what `train_arm` returned, by change and seed; returns the changes' `paired_difference`."""
+def compare_runs(runs):
+    """Prints a table of {change: [`train_arm` by seed]}; returns {change: `paired_difference` in bits per byte}."""
     losses = {name: [run.get("loss", math.nan) for run in done] for name, done in runs.items()}
     base, found, wide = runs["baseline"], {}, max(map(len, runs))
     print(f"\n{'':{wide}}  parameters  tokens/s  bits per byte  difference from the baseline")
@@ -214,7 +172,9 @@ def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
         says = f"seeds differ by {np.std(losses[name], ddof=1):.4f} (standard deviation)"
         if name != "baseline":
             difference, half = found[name] = paired_difference(losses["baseline"], losses[name])
-            says = f"diverged ({bad})" if bad else f"{difference:+.4f} ± {half:.4f}  {verdict(difference, half)}"
+            verdict = ("exactly the same losses" if difference == half == 0 else "better" if difference < -half else
+                       "worse" if difference > half else f"no difference seen; one under {2 * half:.4f} may not show")
+            says = f"diverged ({bad})" if bad else f"{difference:+.4f} ± {half:.4f}  {verdict}"
         elif bad:
             raise UserError(f"the baseline itself diverges ({bad}): lower its --learning_rate")
         speed, size = np.median([run["tokens_per_second"] for run in done]), done[0]["parameters"]
@@ -226,13 +186,13 @@ def compare_runs(runs: dict[str, list[dict]]) -> dict[str, tuple[float, float]]:
     return found
 
 
-# ---- learning rates, loss spikes and a scaling law ------------------------------------------------------------
+# ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------
 
 
-def lr_range(words: list[str], o: Options) -> tuple[float, float]:
+def lr_range(words, o):
     """Trains with rates that grow by equal factors until the loss is a third above its lowest; prints and draws loss
-    against rate. Returns `schedule.suggest_rates`."""
-    recipe = recipe_of(words)
+    by rate. Returns `schedule.suggest_rates`."""
+    recipe = recipe_from(words)
     if o.low >= o.high:
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
     run, losses = prepared(replace(recipe, tokens=o.steps * recipe.batch_tokens)), []
@@ -247,34 +207,37 @@ def lr_range(words: list[str], o: Options) -> tuple[float, float]:
     if len(losses) < 10:
         raise UserError(f"the loss diverged after {len(losses)} steps; begin with a --low below {o.low:g}")
     steepest, tenth = schedule.suggest_rates(rates, losses)
-    peak = math.sqrt(steepest * tenth)
     print(f"{'rate':>10}{'loss':>10}")
     for i in range(0, len(losses), max(1, len(losses) // 20)):
         print(f"{rates[i]:10.2e}{smooth[i]:10.3f}")
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
-          f"first and a tenth of the second, such as {peak:.1e}"
+          f"first and a tenth of the second, such as {math.sqrt(steepest * tenth):.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
+    def paint(axes):
+        axes.semilogx(rates[:len(smooth)], smooth)
+        axes.set(xlabel="learning rate", ylabel="loss, nats per token")
+
     Path("runs").mkdir(exist_ok=True)
-    draw_lines("runs/lr-range.png", {"smoothed": (rates[:len(smooth)], smooth, "-")}, xscale="log",
-               xlabel="learning rate", ylabel="loss, nats per token")
+    if draw("runs/lr-range.png", paint):
+        print("The picture is in runs/lr-range.png")
     return steepest, tenth
 
 
-def poisoned_losses(run: train.Run, step: int, poison: range) -> list:
+def poisoned_losses(run, step, poison):
     """`train.pretraining_losses` with random tokens in the batches of some steps, as from a broken shard."""
     def load(piece, following):
         tokens, _, cu_seqlens = run.loader.get(piece, following)
-        generator = torch.Generator().manual_seed(sum(piece))
-        random = torch.randint(run.model.config.vocab_size, (2, *tokens.shape), generator=generator)
+        random = torch.randint(run.model.config.vocab_size, (2, *tokens.shape),
+                               generator=torch.Generator().manual_seed(sum(piece)))
         return *random.to(tokens.device), cu_seqlens
 
     return train.pretraining_losses(replace(run, loader=SimpleNamespace(get=load)) if step in poison else run, step)
 
 
-def spikes(words: list[str], o: Options) -> dict[str, float]:
+def spikes(words, o):
     """Trains on clean data; then twice from a checkpoint before the poison, 4 % of the batches at 80 % of the run:
-    with nothing done about it, and with `--guard rewind`. Prints, draws and returns held-out bits per byte of each."""
-    root, recipe, lines, losses = new_run_folder("spikes"), recipe_of(words), {}, {}
+    with nothing done about it, and with `--guard rewind`. Prints and returns {name: held-out bits per byte}."""
+    root, recipe, losses = new_run_folder("spikes"), recipe_from(words), {}
     if (steps := prepared(recipe).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps))
@@ -286,15 +249,10 @@ def spikes(words: list[str], o: Options) -> dict[str, float]:
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
         run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))
-        with quietly():
-            train.train(train.connect(run), lambda run, step: poisoned_losses(run, step, bad), lambda *_: {})
-            losses[name] = held_out_loss(run)
-        points = zip(*((entry["step"], entry["loss"]) for entry in run.log.entries() if "loss" in entry))
-        lines[f"{name}: {losses[name]:.3f} bits per byte"] = (*points, "-")
+        losses[name] = trained(run, lambda run, step: poisoned_losses(run, step, bad))
         rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
         train.say(f"{name:10}{losses[name]:.4f} bits per byte, {losses[name] / losses['clean'] - 1:+.1%}"
                   f"; went back to steps {rewinds}")
-    draw_lines(f"{root}/spikes.png", lines, xlabel="step", ylabel="loss, nats per token")
     return losses
 
 
@@ -303,10 +261,10 @@ LADDER = [(32, 0.25), (64, 0.25), (32, 0.5), (64, 0.5), (32, 1), (48, 1), (64, 1
 PREDICTED = 192  # the width whose loss the law must predict
 
 
-def fit(words: list[str], o: Options) -> tuple[float, float]:
-    """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares: numbers, law.json and law.png in
-    runs/ladder. `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
-    base, points = recipe_of(words), []
+def fit(words, o):
+    """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares; all is in runs/ladder/law.json.
+    `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
+    base, points = recipe_from(words), []
     tokens = base.tokens or 4e5
     for width, share in [*LADDER, (PREDICTED, 1)]:
         model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
@@ -323,22 +281,14 @@ def fit(words: list[str], o: Options) -> tuple[float, float]:
         points.append((size, tokens * share, held_out_loss(run)))
         train.say(f"{len(points):3} of {len(LADDER) + 1}    width {width:4}{cost.say_number(size):>8} parameters"
                   f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
-    sizes, lengths, losses = zip(*points)
-    measured, folder = losses[-1], new_run_folder("ladder")
+    measured, folder = points[-1][2], new_run_folder("ladder")
     print(f"measured     {measured:.4f}: the prediction is off by {predicted / measured - 1:+.2%}; it is in {folder}")
     folder.mkdir(parents=True)
     write_json(folder / "law.json", {"law": asdict(law), "parameters, tokens, loss": points, "predicted": predicted})
-    lines = {f"law at {cost.say_number(d)} tokens": (sizes, [law.predict(n, d)["loss"] for n in sizes], "-")
-             for d in set(lengths)}
-    draw_lines(f"{folder}/law.png", lines | {"measured": (sizes, losses, "ko"), "predicted": (size, predicted, "r*")},
-               xscale="log", xlabel="parameters", ylabel="held-out bits per byte")
     return predicted, measured
 
 
-# ---- the batch size at a checkpoint ---------------------------------------------------------------------------
-
-
-def at_checkpoint(words: list[str]) -> train.Run:
+def at_checkpoint(words):
     """A run as it was at a checkpoint, or at the newest of a run folder; it writes nothing."""
     checkpoint = find_checkpoint(" ".join(words))
     run = prepared(replace(train.read_recipe(checkpoint.parent.parent)[0], start=str(checkpoint)))
@@ -346,11 +296,11 @@ def at_checkpoint(words: list[str]) -> train.Run:
     return run
 
 
-def branch(words: list[str], o: Options) -> dict[int, float]:
-    """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; prints and returns their
-    held-out bits per byte. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read
-    the same sequences: those that come next in the run, whose last stage continues if need be. The optimizer starts
-    anew and the rate warms up again over a fifth of the tokens, as in the playbook."""
+def branch(words, o):
+    """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; prints and returns {k: held-
+    out bits per byte}. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read the
+    same sequences: those that come next in the run, whose last stage continues if need be. The optimizer starts anew
+    and the rate warms up again over a fifth of the tokens, as in the playbook."""
     run, losses, largest = at_checkpoint(words), {}, 2**o.doublings
     recipe, curriculum, step = run.recipe, run.curriculum, run.step
     stage, batch = (of[curriculum.stage(step)] for of in (curriculum.stages, curriculum.batches))
@@ -377,7 +327,7 @@ def branch(words: list[str], o: Options) -> dict[int, float]:
     return losses
 
 
-def noise(words: list[str], o: Options) -> float:
+def noise(words, o):
     """The gradient noise scale at a checkpoint in tokens, from the squared norms of the gradients of single sequences
     and of all of them (McCandlish et al. 2018); nan if noise hides the gradient. Nothing is updated."""
     run, squares, scale = at_checkpoint(words), 0.0, math.nan
@@ -392,7 +342,7 @@ def noise(words: list[str], o: Options) -> float:
         torch._foreach_add_(total, gradients)
         squares += float(get_total_norm(gradients)) ** 2
         if n in (count // 4, count // 2, count):  # shows whether it has settled
-            signal, variance = schedule.NoiseScale.split(squares / n, float(get_total_norm(total) / n) ** 2, 1, n)
+            signal, variance = schedule.gradient_noise(squares / n, float(get_total_norm(total) / n) ** 2, n)
             scale = variance / signal * context if min(signal, variance) > 0 else math.nan
             train.say(f"{n:9,} sequences: |G|^2 {signal:.3g}, tr(S) {variance:.3g}, noise scale {scale:,.0f} tokens")
     batch = rows * context
@@ -409,7 +359,7 @@ COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low h
             "fit": (fit, ""), "branch": (branch, "doublings epsilon read"), "noise": (noise, "read")}
 
 
-def main() -> None:
+def main():
     if "RANK" in os.environ:
         raise UserError("ablate.py trains in one process; start it with python, not torchrun")
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

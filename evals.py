@@ -3,10 +3,9 @@
 Bits per byte say how well text is predicted, whatever the tokenizer; tasks say what that is good for. The playbook
 asks multiple choice in two ways. Cloze (CF) takes the choice that is most likely per character, without showing the
 others, and gives signal from the start. Letters (MCF) show the choices and compare A, B, C and D; they stay at chance
-until late (MMLU: about 500B tokens at 7B, 6T for SmolLM2 1.7B). Before a task may decide anything it has to pass four
-criteria over a run's checkpoints (FineTasks): the score rises with training (Spearman's correlation of at least 0.5),
-is 20 times its noise, is off chance by 3 standard errors, and ranks runs alike from checkpoint to checkpoint (Kendall's
-tau). 1000 questions per task were enough for SmolLM3's ablations.
+until late (MMLU: about 500B tokens at 7B, 6T for SmolLM2 1.7B). Trust a task that passes `criteria` (FineTasks): its
+score rises with training, is 20 times its noise and 3 times its noise off chance, and ranks runs alike from checkpoint
+to checkpoint. 1000 questions per task were enough for SmolLM3's ablations.
 
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
@@ -14,9 +13,8 @@ tau). 1000 questions per task were enough for SmolLM3's ablations.
     python evals.py criteria runs/laptop                     # which tasks give early signal
     python evals.py SmolLM2-135M --harness hellaswag,arc_easy --limit 1000   # pip install "lm_eval[hf]"
 
-What the built-in tasks ask was held out when their data was made. `recall` hides notes in long held-out text (the
-needle in a haystack) and asks for one of them, at several lengths and depths; `position` is the loss by place in a
-document.
+What the built-in tasks ask was held out when their data was made. `recall` hides notes in long held-out text (needles
+in a haystack) and asks for one, at several lengths and depths; `position` is the loss by place in a document.
 """
 
 import argparse
@@ -28,7 +26,6 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -39,14 +36,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from checkpoint import from_pretrained, is_hugging_face, save_pretrained
+from checkpoint import Log, from_pretrained, is_hugging_face, save_pretrained
 from data import (HELD_OUT, Split, draw_notes, find_tokenizer, generated_math, load_source,
                   note, note_question, source_folders, uniform, validation_batches)
-from model import GPT, cross_entropy
+from model import cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, Tokenizer, UserError, draw, option, reading, run
+from tokenizer import ChatFormat, Parser, Tokenizer, UserError, option, reading, run
 
-Ids, Texts = list[int], dict[str, list[str]]  # of one sequence; the documents of each source
 AT_ONCE = 2048  # tokens whose logits are computed together
 
 
@@ -59,15 +55,13 @@ class Score(NamedTuple):
     chance: float = math.nan
 
     @classmethod
-    def of(cls, values: Iterable[float], chance: float = math.nan, groups: list[str] | None = None) -> "Score":
-        """`groups` names what each value is about, since questions about one thing in other words are not independent.
-        The standard error of n values in G groups is sqrt(G / (G - 1) sum over groups of (their summed deviations)^2)
-        / n (cluster-robust; Miller 2024, arXiv 2411.00640). Without groups, or with a single one, every value is its
-        own group, which gives the sample's deviation over sqrt(n); nan for one value.
+    def of(cls, values, chance=math.nan, groups=None):
+        """`groups`: what each value is about, since questions about one thing in other words are not independent. n
+        values in G groups have the error sqrt(G / (G - 1) sum over groups of (their summed deviations)^2) / n (cluster-
+        robust; Miller 2024, arXiv 2411.00640); without groups, or with a single one, the usual deviation / sqrt(n).
 
-        It would be 0 for 0 of 100 right answers, which says too much. So the error of values that are all 0 or 1 is at
-        least that of Agresti and Coull (1998): sqrt(p (1 - p) / (G + 4)), p = (mean G + 2) / (G + 4); here 0.013.
-        """
+        That is 0 for 0 of 100 right answers, which claims too much. So the error of values that are all 0 or 1 is at
+        least that of Agresti and Coull (1998): sqrt(p (1 - p) / (G + 4)), p = (mean G + 2) / (G + 4); here 0.013."""
         x = np.asarray(list(values), np.float64)
         groups = groups if groups and len(set(groups)) > 1 else range(len(x))
         sums = np.bincount(np.unique(groups, return_inverse=True)[1], x - x.mean())  # [G]
@@ -78,7 +72,7 @@ class Score(NamedTuple):
             error = float(np.fmax(error, math.sqrt(p * (1 - p) / (count + 4))))
         return cls(mean, error, len(x), chance)
 
-    def __str__(self) -> str:
+    def __str__(self):
         chance = f"   chance {self.chance:.3f}" if self.chance >= 0 else ""
         return f"{self.mean:.3f} ± {self.stderr:.3f}{chance}   n {self.n:,}"
 
@@ -87,13 +81,10 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def log_likelihoods(model: GPT, pairs: list[tuple[Ids, Ids]]) -> list[tuple[float, bool]]:
-    """For each (ids before, ids that follow): log p(what follows | what is before) in nats, and whether every token of
-    it is the most likely one. What is longer than the model's context loses its beginning; UserError where what follows
-    does not fit.
-
-    Sequences of similar length share a batch and are padded on the right, which a causal model does not see.
-    """
+def log_likelihoods(model, pairs):
+    """[(log p(after | before) in nats, whether each token of `after` is the most likely one)] for pairs of lists of ids
+    (before, after). What is longer than the model's context loses its beginning; UserError where `after` does not fit.
+    Sequences of similar length share a batch and are padded on the right, which a causal model does not see."""
     context, device = model.config.max_position_embeddings, model.model.embed_tokens.weight.device
     if any(not 0 < len(after) <= context for _, after in pairs):
         raise UserError(f"an answer to score has no tokens, or more than the context of {context}")
@@ -111,14 +102,11 @@ def log_likelihoods(model: GPT, pairs: list[tuple[Ids, Ids]]) -> list[tuple[floa
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, tokenizer: Tokenizer, split: Split, tokens: float, rows: int = 8,
-                  document_mask: bool = True, world=None) -> Score:
+def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, world=None):
     """Bits that the model needs per byte of held-out text, comparable between tokenizers: the negative log-likelihood
     of every target, each document's end included, over the bytes of the targets' text, for the first `tokens` tokens
     of the split whatever the batch of `rows` is. `world`: the processes (train.World) that share the batches.
-
-    Standard error of a ratio of sums over n sequences (Cochran): sqrt(n / (n - 1) sum (bits - ratio bytes)^2) / bytes.
-    """
+    Standard error of a ratio over n sequences (Cochran): sqrt(n / (n - 1) sum (bits - ratio bytes)^2) / bytes."""
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
     batches = list(validation_batches(split, context, rows, max(1, round(tokens / context))))
     (rank, processes), count = (world.rank, world.size) if world else (0, 1), len(batches)
@@ -141,20 +129,17 @@ def bits_per_byte(model: GPT, tokenizer: Tokenizer, split: Split, tokens: float,
 
 
 class Example(NamedTuple):
-    """A question, answered by the choice that is most likely per character; a single choice has to be what greedy
-    sampling writes."""
+    """A question, answered by the choice that is most likely per character; a single one has to be what greedy sampling
+    writes."""
 
     context: str
     choices: tuple[str, ...]
     answer: int  # which choice is right
-    about: str = ""  # examples about the same thing are one draw for the standard error; "": about nothing else
+    about: str = ""  # examples about the same thing are one draw for the standard error
 
 
-Task = tuple[str, list[Example]]
-
-
-def read_task(path: str) -> list[Example]:
-    """Questions from lines of {"context": text, "choices": [text, text, ...], "answer": number of the right one}."""
+def read_task(path):
+    """[Example] from lines of {"context": text, "choices": [text, text, ...], "answer": number of the right one}."""
     examples = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if line.strip():
@@ -163,11 +148,11 @@ def read_task(path: str) -> list[Example]:
                 context, choices, answer = entry["context"] + "", entry["choices"] + [], entry["answer"]
                 if answer not in range(len(choices)) or not choices[1:] or not all(c.strip() for c in choices):
                     raise ValueError("it needs two choices or more, and the number of the right one, from 0")
-                examples.append(Example(context, tuple(choices), answer, context))
+                examples.append(Example(context, tuple(choices), answer, context.strip() or str(number)))
     return examples
 
 
-def as_letters(example: Example) -> Example:
+def as_letters(example):
     """The same question with its choices shown, to be answered by a letter."""
     letters = ascii_uppercase[:len(example.choices)]
     stem = example.context.rstrip().removesuffix("Answer:").rstrip()
@@ -175,58 +160,51 @@ def as_letters(example: Example) -> Example:
     return example._replace(context=f"{stem}{shown}\nAnswer:", choices=tuple(letters))
 
 
-def as_exact(example: Example) -> Example:
-    """The same question, to be answered by writing the right choice."""
-    return example._replace(choices=(example.choices[example.answer],), answer=0)
+KINDS = {"cloze": lambda example: example, "letters": as_letters,
+         "exact": lambda example: example._replace(choices=(example.choices[example.answer],), answer=0)}
 
 
-KINDS = {"cloze": lambda example: example, "letters": as_letters, "exact": as_exact}
-
-
-def encode_pair(tokenizer: Tokenizer, opening: Ids, context: str, choice: str) -> tuple[Ids, Ids]:
-    """ids (before, after) of a context and a choice, with a space between them where neither has white space. A token
-    that holds the end of the one and the start of the other counts as after: the model has to predict it whole."""
+def encode_pair(tokenizer, opening, context, choice):
+    """Ids (before, after) of a context and a choice, with a space between them where neither has white space. A token
+    that straddles them counts as after: the model has to predict it whole."""
     space = " " if context[-1:].strip() and choice[0].strip() else ""
     whole = tokenizer.encode(context + space + choice)
     same = len(os.path.commonprefix([tokenizer.encode(context), whole]))
     return (opening + whole[:same]) or [tokenizer.eos_id], whole[same:]
 
 
-def evaluate(model: GPT, tokenizer: Tokenizer, tasks: list[Task], opening: Ids | None = None,
-             limit: int = 0) -> dict[str, Score]:
-    """{task: score}. `opening`: ids that begin a text (`tokenizer.ChatFormat.opening`), EOS if None; `limit`: at most
-    so many questions per task."""
+def evaluate(model, tokenizer, tasks, opening=None):
+    """{name: Score} of tasks [(name, [Example])]. `opening`: ids that begin a text (`ChatFormat.opening`), else EOS."""
     opening, results = [tokenizer.eos_id] if opening is None else opening, {}
     for name, examples in tasks:
-        examples, right = examples[:limit or None], []
-        found = iter(log_likelihoods(model, [encode_pair(tokenizer, opening, e.context, choice)
-                                             for e in examples for choice in e.choices]))
+        right, found = [], iter(log_likelihoods(model, [encode_pair(tokenizer, opening, e.context, choice)
+                                                    for e in examples for choice in e.choices]))
         for e in examples:
             scores = [(log_p / len(choice.strip()), exact) for choice, (log_p, exact) in zip(e.choices, found)]
             right.append(np.argmax(scores, 0)[0] == e.answer if scores[1:] else scores[0][1])
         chance = float(np.mean([1 / len(e.choices) if e.choices[1:] else 0 for e in examples]))
-        results[name] = Score.of(right, chance, [e.about or str(i) for i, e in enumerate(examples)])
+        results[name] = Score.of(right, chance, [e.about for e in examples])
     return results
 
 
 # ---- built-in tasks -------------------------------------------------------------------------------------------
-# Made from a seed, without a network, of what training has never seen; `data`: folders of prepared data.
+# [Example] made from a seed, without a network, of what training has never seen; `data`: folders of prepared data.
 
 
-def held_out_problems(kinds: str) -> list[tuple[str, str, str]]:
-    """(question up to "Answer:", worked answer, problem without its story) of the math source's held-out problems."""
+def held_out_problems(kinds):
+    """[(question up to "Answer:", worked answer, problem without its story)] that the math source held out."""
     parts = ((key, *text.rstrip("\n").split("Answer:")) for key, text in generated_math(40_000, seed=1))
     return [(question + "Answer:", answer, key) for key, question, answer in dict.fromkeys(parts)
             if uniform(key) < HELD_OUT and set(kinds) & set(key)]
 
 
-def mixed(rng: random.Random, context: str, right: str, wrong: list[str], about: str) -> Example:
-    """An example of the right choice and three of the wrong ones, in random order."""
+def mixed(rng, context, right, wrong, about):
+    """An Example of the right choice and three of the wrong ones, in random order."""
     choices = rng.sample([right, *rng.sample(wrong, 3)], 4)
     return Example(context, tuple(choices), choices.index(right), about)
 
 
-def arithmetic(data: str, count: int) -> list[Example]:
+def arithmetic(data, count):
     """Which worked answer belongs to the question: its own, or those of three others of the same kind?"""
     rng, found, examples = random.Random(0), held_out_problems("+-*"), []
     for question, answer, key in found[:count]:
@@ -235,7 +213,7 @@ def arithmetic(data: str, count: int) -> list[Example]:
     return examples
 
 
-def carry(data: str, count: int) -> list[Example]:
+def carry(data, count):
     """The result of a sum whose steps are written out: the right one, or one with a digit that is off by one."""
     rng, examples = random.Random(0), []
     for question, answer, key in held_out_problems("+"):
@@ -246,7 +224,7 @@ def carry(data: str, count: int) -> list[Example]:
     return examples[:count]
 
 
-def continuation(data: str, count: int) -> list[Example]:
+def continuation(data, count):
     """How a held-out text continues: 120 characters of it, or of three other documents of its source, after 240."""
     rng, examples = random.Random(0), []
     for texts in held_out_texts(data).values():
@@ -259,7 +237,7 @@ def continuation(data: str, count: int) -> list[Example]:
     return rng.sample(examples, min(count, len(examples)))
 
 
-def lookup(data: str, count: int) -> list[Example]:
+def lookup(data, count):
     """Which of four notes above the question is asked for? No pair of them was trained on."""
     rng, examples = random.Random(0), []
     while len(examples) < count:
@@ -267,7 +245,7 @@ def lookup(data: str, count: int) -> list[Example]:
         answer = rng.randrange(4)
         if len(set(values)) == 4:
             context = "".join(map(note, keys, values)) + note_question(keys[answer])
-            examples.append(Example(context, values, answer))
+            examples.append(Example(context, values, answer, context))
     return examples
 
 
@@ -275,37 +253,37 @@ BUILT_IN = {"arithmetic": arithmetic, "carry": carry, "continuation": continuati
 REPORTS = ("bpb", "recall", "position")
 
 
-def held_out(data: str) -> tuple[Tokenizer, list[Split]]:
-    """The tokenizer and the held-out side of each source of prepared data."""
+def held_out(data):
+    """The tokenizer, and the held-out Split of each source, of prepared data."""
     tokenizer = Tokenizer.load(find_tokenizer(data))
     return tokenizer, [load_source(folder, tokenizer, verify=False)["val"] for folder in source_folders(data)]
 
 
-def held_out_texts(data: str) -> Texts:
-    """{source: the first 400 held-out documents} of prepared data, lookups left out."""
+def held_out_texts(data):
+    """{source: the first 400 held-out documents as text} of prepared data, lookups left out."""
     tokenizer, splits = held_out(data)
     return {split.name: [tokenizer.decode(split.tokens[a + 1:b].tolist())
                          for a, b in zip(split.starts[:400], split.starts[1:])]
             for split in splits if not split.name.startswith("recall")}
 
 
-def encoded(name: str, texts: list[str], tokenizer: Tokenizer) -> Split:
-    """Documents as a split, for a tokenizer that the data was not prepared with."""
+def encoded(name, texts, tokenizer):
+    """Documents as a Split, for a tokenizer that the data was not prepared with."""
     ids = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in texts]
     return Split(name, np.concatenate(ids), np.cumsum([0, *map(len, ids)]), 0, "")
 
 
 @functools.lru_cache
-def tasks_of(names: str, data: str, count: int = 200) -> list[Task]:
-    """(name, questions) of tasks from a list with commas: built-in ones by name, which ask about the held-out documents
-    of prepared data, and .jsonl files by path. NAME:letters shows the choices and compares their letters; NAME:exact
-    wants the right one written by greedy sampling."""
+def tasks_of(names, data, count=200):
+    """[(name, [Example])] of task names with commas between them: built-in ones, `count` questions about the held-out
+    side of prepared data, and .jsonl files. NAME:letters shows the choices and compares their letters; NAME:exact wants
+    the right one written by greedy sampling."""
     tasks = []
     for full in filter(None, names.split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
         if kind not in KINDS or name not in BUILT_IN and not Path(name).exists():
-            raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, with "
-                            ":letters or :exact behind it")
+            raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
+                            "with :letters or :exact behind it")
         examples = BUILT_IN[name](data, count) if name in BUILT_IN else read_task(name)
         if not examples:  # in a file, or of 360 characters in the data
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
@@ -318,10 +296,10 @@ def tasks_of(names: str, data: str, count: int = 200) -> list[Task]:
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-def recall(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int, opening: Ids) -> np.ndarray:
-    """[depths, 20], 1 for each question that was answered: a stretch of held-out text, `length` tokens with all the
-    rest, hides one note after the share `depth` of it and three anywhere. The first is asked for, and greedy sampling
-    has to write its value. Chance is naming the value of any of the four."""
+def recall(model, tokenizer, texts, length, opening):
+    """[depths, 20], 1 for each question that was answered. A stretch of held-out text hides one note after the share
+    `depth` of it and three anywhere; the question asks for the first, all in `length` tokens, and greedy sampling has
+    to write its value. Chance is naming the value of any of the four."""
     rng, pairs = random.Random(length), []
     text = tokenizer.encode("\n".join(sum(texts.values(), [])) + "\n")
     text *= 1 + length // len(text)
@@ -340,21 +318,9 @@ def recall(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int, opening:
     return np.array(log_likelihoods(model, pairs))[:, 1].reshape(len(DEPTHS), 20)
 
 
-def draw_recall(table: dict[int, np.ndarray], path: str) -> bool:
-    """`recall` by length and depth as a picture; False without matplotlib."""
-    def paint(axes):
-        axes.imshow(np.mean(list(table.values()), -1).T, vmin=0, vmax=1)  # [depths, lengths]
-        axes.set(xlabel="tokens", ylabel="depth of the note",
-                 xticks=range(len(table)), xticklabels=table, yticks=range(len(DEPTHS)), yticklabels=DEPTHS)
-
-    return draw(path, paint)
-
-
-def loss_by_position(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int,
-                     opening: Ids) -> Iterator[tuple[str, Score]]:
-    """("first-last place", nats per token) over 24 held-out documents of more than `length` tokens, in four spans, each
-    as long as all before it. Where context helps, the loss falls with the place; beyond what the model can read it
-    rises."""
+def loss_by_position(model, tokenizer, texts, length, opening):
+    """Yields ("nats per token/first-last place", Score) over 24 held-out documents of more than `length` tokens, for
+    spans that double. Where context helps, the loss falls with the place; beyond what the model can read it rises."""
     ids = (opening + tokenizer.encode(text) for text in sum(texts.values(), []) if len(text) > length)
     rows = [row for row in ids if len(row) > length][:24]
     if not rows:
@@ -368,74 +334,66 @@ def loss_by_position(model: GPT, tokenizer: Tokenizer, texts: Texts, length: int
 # ---- criteria -------------------------------------------------------------------------------------------------
 
 
-def signs(x: np.ndarray) -> np.ndarray:
-    """sign(x_i - x_j) [n, n]; its sums over j are ranks, with the mean rank for equal values."""
+def signs(x):
+    """sign(x_i - x_j) [n, n]; its sums over j order as ranks do, with the mean rank for equal values."""
     return np.sign(np.subtract.outer(x, x))
 
 
 @np.errstate(all="ignore")  # nan where a criterion cannot be told
-def criteria(runs: list[dict[int, Score]]) -> dict[str, float | bool]:
-    """The playbook's four criteria of one task, over runs of {step: score}, at the steps that all of them have.
-
+def criteria(runs):
+    """The playbook's four criteria of one task, over runs [{step: Score}], at the steps that all of them have.
     monotonic: mean over runs of Spearman's correlation of score and step (Pearson's of the ranks), >= 0.5. noise: last
     score over its noise, > 20; the noise is the deviation between runs (of other seeds), with one run the standard
-    error. above: the best last score's distance from chance in noises, > 3. order: how neighbouring steps rank the
-    runs, mean of Kendall's tau-a, (pairs in the same order - pairs in opposite order) / all pairs; nan for a single
-    run; it has no threshold (higher is better).
-    """
+    error. above: the best last score's distance from chance in noises, > 3. order: whether neighbouring steps rank the
+    runs alike, the mean of Kendall's tau-a: (pairs in the same order - pairs in opposite order) / all pairs; nan for
+    one run; no threshold (higher is better)."""
     steps, count = sorted(set.intersection(*map(set, runs))), len(runs)
     means = np.array([[run[step].mean for step in steps] for run in runs])  # [runs, steps]
     last, score = means[:, -1], runs[0][steps[-1]]
     noise = last.std(ddof=1) if count > 1 else np.float64(score.stderr)
     spearman = [np.corrcoef(signs(steps).sum(1), signs(row).sum(1))[0, 1] for row in means]
     kendall = [(signs(a) * signs(b)).sum() / (count * (count - 1)) for a, b in zip(means.T, means.T[1:])]
-    found = {"monotonic": np.mean(spearman), "noise": last.mean() / noise, "above": (last.max() - score.chance) / noise,
-             "order": np.mean(kendall)}
+    found = {"monotonic": np.mean(spearman), "noise": last.mean() / noise, "above": (last.max() - score.chance) / noise}
     early = found["monotonic"] >= 0.5 and found["noise"] > 20 and found["above"] > 3
-    return found | {"early signal": bool(early)}
+    return found | {"order": np.mean(kendall), "early signal": bool(early)}
 
 
-def print_criteria(folders: list[Path], names: list[str]) -> dict[str, dict]:
-    """criteria() of the tasks that the logs of all runs have three common scores or more of, as a table."""
-    scores, found = {}, {}  # scores: {task: {run: {step: score}}}
+def print_criteria(folders):
+    """Prints and returns {task: criteria} of the tasks that all runs logged at three common steps or more."""
+    scores, found = {}, {}  # scores: {task: {run: {step: Score}}}
     for folder in folders:
-        for line in (folder / "log.jsonl").read_bytes().splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                entry = json.loads(line)
+        with reading(folder / "log.jsonl"):
+            for entry in Log(folder).entries():
                 for name, score in entry.get("tasks", {}).items():
                     scores.setdefault(name, {}).setdefault(folder, {})[entry["step"]] = Score(*score)
     print(f"{'task':24}{'Spearman >= 0.5':>16}{'signal/noise > 20':>19}{'over chance > 3':>17}{'Kendall':>9}   steps")
     for name, runs in scores.items():
         steps = sorted(set.intersection(*map(set, runs.values())))
-        if name in (names or scores) and len(runs) == len(folders) and len(steps) > 2:
+        if len(runs) == len(folders) and len(steps) > 2:
             found[name] = c = criteria(list(runs.values()))
             print(f"{name:24}{c['monotonic']:16.2f}{c['noise']:19.1f}{c['above']:17.1f}{c['order']:9.2f}   "
                   f"{', '.join(map(str, steps))}: {'' if c['early signal'] else 'no '}early signal")
     if not found:
-        raise UserError(f"criteria need three scores of a task in the log of {' and '.join(map(str, folders))}; train "
-                        "with --eval-tasks arithmetic,carry,continuation")
+        raise UserError(f"criteria need three scores of a task in log.jsonl of {' and '.join(map(str, folders))}; "
+                        "train with --eval-tasks arithmetic,carry,continuation")
     return found
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
-def harness(folder: Path, tasks: str, **options) -> Iterator[tuple[str, Score]]:
-    """(task/metric, score) of lm-evaluation-harness, through its own model `hf` on the folder or on a run's export; its
-    tasks fetch their data. `options`: of lm_eval.simple_evaluate."""
-    with tempfile.TemporaryDirectory() as place:
+def harness(folder, tasks, **options):
+    """Yields (task/metric, Score) of lm-evaluation-harness, whose model `hf` reads the folder or the run's export.
+    `options`: of lm_eval.simple_evaluate."""
+    advice = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
+    with reading(f"--harness {tasks}", advice), tempfile.TemporaryDirectory() as place:
+        import lm_eval
+
         if not is_hugging_face(folder):
             save_pretrained(from_pretrained(folder), f"{place}/model", tokenizer_from=folder)
             folder = f"{place}/model"
-        try:
-            import lm_eval
-
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            found = lm_eval.simple_evaluate("hf", {"pretrained": str(folder)}, tasks.split(","), batch_size=8,
-                                            device=device, **options)
-        except Exception as error:  # tasks are programs, and can fail in every way
-            raise UserError(f"--harness {tasks} fails ({' '.join(str(error).split())}); it needs pip install "
-                            '"lm_eval[hf]", and lm_eval ls tasks shows its tasks') from None
+        found = lm_eval.simple_evaluate("hf", {"pretrained": str(folder)}, tasks.split(","), batch_size=8,
+                                        device="cuda" if torch.cuda.is_available() else "cpu", **options)
     for task, metrics in found["results"].items():
         for metric, value in metrics.items():  # metric: name,filter; the filter says which part of an answer counts
             error = metrics.get(metric.replace(",", "_stderr,"))
@@ -448,57 +406,53 @@ def harness(folder: Path, tasks: str, **options) -> Iterator[tuple[str, Score]]:
 class EvalOptions(ContextOptions):
     run: tuple[str, ...] = ()
     json: bool = False
-    tasks: str = option("", f"of {', '.join([*REPORTS, *BUILT_IN])} and .jsonl files (NAME:letters, NAME:exact), with "
-                        "commas; without it all built-in ones but recall and position")
+    tasks: str = option("bpb," + ",".join(BUILT_IN), "also recall, position, FILE.jsonl, NAME:letters, NAME:exact")
     limit: int = option(300, "questions per task", 1)
     tokens: float = option(2**17, "held-out tokens of each source for bits per byte", 1)
     data: str = option("", "prepared data; without it what the run learned from, or data/laptop")
     harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
-    picture: str = option("", "file for a picture of recall, such as recall.png")
 
 
-def measure(folder: Path, names: list[str], asked: EvalOptions) -> Iterator[tuple[str, Score]]:
-    """(name, score) of what the command line asks of one model; prints recall by depth."""
+def measure(folder, asked):
+    """Yields (name, Score) of what EvalOptions ask of one model; prints recall by depth."""
     model, tokenizer = load(folder)
     model, opening = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer).opening
     data = asked.data or recipe_of(folder).get("data") or "data/laptop"
+    names, context = asked.tasks.split(","), model.config.max_position_embeddings
     tasks = tasks_of(",".join(name for name in names if name not in REPORTS), data, asked.limit)
-    texts, context = held_out_texts(data) if {*names} & {*REPORTS} else {}, model.config.max_position_embeddings
+    texts = held_out_texts(data) if {*names} & {*REPORTS} else {}
     if "bpb" in names:
         theirs, splits = held_out(data)
         if theirs.hash != tokenizer.hash:
             splits = [encoded(name, documents, tokenizer) for name, documents in texts.items() if documents]
         for split in splits:
             yield f"bits per byte/{split.name}", bits_per_byte(model, tokenizer, split, asked.tokens)
-    for task in tasks:
-        yield from evaluate(model, tokenizer, [task], opening, asked.limit).items()
+    for name, examples in tasks:
+        yield from evaluate(model, tokenizer, [(name, examples[:asked.limit])], opening).items()
     if "recall" in names:
-        table = {}
         for length in [*(2**i for i in range(8, 30) if 2**i < context), context]:
-            table[length] = recall(model, tokenizer, texts, length, opening)
-            print(f"recall/{length} by depth {DEPTHS}: {table[length].mean(1)}")
-            yield f"recall/{length}", Score.of(table[length].flat, 1 / 4)
-        if asked.picture and not draw_recall(table, asked.picture):
-            print(f"{asked.picture} needs the package matplotlib: pip install matplotlib")
+            right = recall(model, tokenizer, texts, length, opening)
+            print(f"recall/{length} by depth {DEPTHS}: {right.mean(1)}")
+            yield f"recall/{length}", Score.of(right.flat, 1 / 4)
     if "position" in names:
         yield from loss_by_position(model, tokenizer, texts, context, opening)
 
 
-def main() -> None:
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN...")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)
-    names, folders, found = list(filter(None, asked.tasks.split(","))), list(map(Path, asked.run)), {}
+    folders, found = list(map(Path, asked.run)), {}
     with contextlib.redirect_stdout(sys.stderr if asked.json else sys.stdout):
         if asked.run[0] == "criteria" and folders[1:]:
-            found = print_criteria(folders[1:], names)
+            found = print_criteria(folders[1:])
         elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:
             scores = (harness(folders[0], asked.harness, limit=asked.limit, apply_chat_template=asked.chat)
-                      if asked.harness else measure(folders[0], names or ["bpb", *BUILT_IN], asked))
+                      if asked.harness else measure(folders[0], asked))
             for name, score in scores:
                 print(f"{name:28} {score}", flush=True)
                 found[name] = score._asdict()

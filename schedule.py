@@ -470,29 +470,13 @@ def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> Lo
 # ---- measuring the batch size and the rate --------------------------------------------------------------------
 
 
-class NoiseScale:
-    """The gradient noise scale tr(S) / |G|^2 in examples, the batch at which the gradient's noise equals its signal
-    (McCandlish et al. 2018, appendix A.2), from the squared norms of gradients of two batch sizes.
-
-    |G|^2 and tr(S) are averaged separately and divided last, because single measurements are too noisy to divide. The
-    default memory averages about 100 measurements: on a regression whose noise scale is known, 86 % of the averages are
-    within 15 % of it (47 % with a memory of 0.95). The critical batch size is far larger than the noise scale (Merrill
-    et al. 2025); `python ablate.py branch` measures it directly."""
-
-    def __init__(self, memory: float = 0.99):  # the share that past measurements keep in the averages
-        self.memory, self.signal, self.noise = memory, 0.0, 0.0
-
-    @staticmethod
-    def split(small_square: float, large_square: float, small: float, large: float) -> tuple[float, float]:
-        """Unbiased (|G|^2, tr(S)) from the squared norms of mean gradients over `small` and `large` examples."""
-        signal = (large * large_square - small * small_square) / (large - small)
-        return signal, (small_square - large_square) / (1 / small - 1 / large)
-
-    def add(self, signal: float, noise: float) -> float:
-        """Adds a measurement; returns the noise scale so far, nan while the averaged |G|^2 is not positive."""
-        self.signal = self.memory * self.signal + (1 - self.memory) * signal  # both start at 0, which cancels
-        self.noise = self.memory * self.noise + (1 - self.memory) * noise
-        return self.noise / self.signal if self.signal > 0 else math.nan
+def gradient_noise(single, mean, n):
+    """Unbiased (|G|^2, tr(S)) of n gradients from the mean of their squared norms and the squared norm of their mean
+    (McCandlish et al. 2018, appendix A.2). tr(S) / |G|^2 is the noise scale in examples, the batch whose noise equals
+    its signal; of several batches, average both and divide last. The critical batch size is far larger (Merrill et al.
+    2025); `python ablate.py branch` measures it directly."""
+    noise = (single - mean) * n / (n - 1)
+    return mean - noise / n, noise
 
 
 def critical_multiple(losses: dict[int, float], epsilon: float) -> int:

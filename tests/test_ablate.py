@@ -2,8 +2,11 @@
 
 import json
 import math
+import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +18,16 @@ import train
 from checkpoint import Log
 from conftest import call
 from model import cross_entropy
-from schedule import NoiseScale
-from test_train import TINY, corpus, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
+from schedule import gradient_noise
+from test_train import TINY, corpus, hasten, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
 from tokenizer import UserError
 
-SHORT = [*TINY, "--tokens", "2560"]
+SHORT = [*TINY, "--tokens", "2560", "--micro-batch", "8"]  # what would be chosen, without the time to choose it
+
+
+def finished(recipe, folder) -> dict:
+    """In the place of `ablate.train_arm`, where the training itself does not matter."""
+    return {"diverged": "", "loss": 1.0, "step": 10, "parameters": 10, "tokens_per_second": 1.0, "seed": recipe.seed}
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
@@ -28,9 +36,18 @@ SHORT = [*TINY, "--tokens", "2560"]
 def test_paired_difference_by_hand():
     # differences 0.10, 0.05, 0.10: mean 0.08333, standard deviation 0.028868; 4.30 * 0.028868 / sqrt(3) = 0.07167
     assert ablate.paired_difference([1.0, 1.2, 1.1], [1.1, 1.25, 1.2]) == pytest.approx((0.08333, 0.07167), abs=1e-4)
-    assert ablate.verdict(-0.1, 0.05) == "better" and ablate.verdict(0.1, 0.05) == "worse"
-    assert ablate.verdict(0.01, 0.05).startswith("no difference seen; one under about 0.1000")
-    assert ablate.verdict(0.0, 0.0) == "exactly the same losses"
+
+
+def test_verdicts_by_hand(capsys):
+    losses = {"baseline": [1.0, 1.2, 1.1], "up": [1.1, 1.25, 1.2], "down": [0.9, 1.15, 1.0], "same": [1.0, 1.2, 1.1],
+              "luck": [1.0, 1.25, 1.05]}  # differences 0, 0.05 and -0.05: 4.30 * 0.05 / sqrt(3) = 0.1241
+    found = ablate.compare_runs({name: [{"loss": loss, "diverged": "", "parameters": 10, "tokens_per_second": 1.0}
+                                        for loss in row] for name, row in losses.items()})
+    assert list(found) == ["up", "down", "same", "luck"] and found["up"] == pytest.approx((0.08333, 0.07167), abs=1e-4)
+    out = capsys.readouterr().out
+    for line in ("+0.0833 ± 0.0717  worse", "-0.0833 ± 0.0717  better", "+0.0000 ± 0.0000  exactly the same losses",
+                 "± 0.1241  no difference seen; one under 0.2483 may not show"):
+        assert line in out
 
 
 def test_confidence_intervals_against_scipy():
@@ -46,7 +63,7 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
 
     def counted(recipe, folder):
         begun.append(folder)
-        if len(begun) == 7:
+        if len(begun) == 5:
             raise KeyboardInterrupt
         return train_arm(recipe, folder)
 
@@ -57,9 +74,9 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     with open("runs/changes/log.jsonl", "a") as file:
         file.write('{"key": "cut')  # as kill -9 leaves it
     found = ablate.change(SHORT, options)
-    assert len(begun) == 16 and len(set(begun)) == 15  # the seventh twice
+    assert len(begun) == 16 and len(set(begun)) == 15  # the fifth twice
     out = capsys.readouterr().out
-    assert "training 7 of 15: " in out
+    assert "training 5 of 15: " in out
     table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
     assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
     assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
@@ -72,26 +89,29 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     assert losses(Path("runs/changes") / mine["key"]) == losses(Path("runs/a"))
     again = ablate.change(SHORT, replace(options, tries=tries[:3]))
     assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
-    monkeypatch.setattr(ablate, "code_and_data", lambda recipe: "other data")
-    ablate.change(SHORT, ablate.Options(seeds=2, tries=tries[1:2]))
-    assert len(begun) == 20  # all anew
+    monkeypatch.setattr(ablate, "load_data", lambda *words: (SimpleNamespace(hash="other"), []))
+    ablate.change(SHORT, ablate.Options(seeds=2))
+    assert len(begun) == 18  # all anew
 
 
 def test_a_stopped_arm_is_resumed(here, monkeypatch):
-    """Stopped before its last step, an arm continues from its checkpoint and ends with the same loss."""
+    """Stopped by a signal, and by Ctrl-C at once, an arm continues from its checkpoint and ends with the same loss."""
     short = recipe("--tokens", "2560", "--save-every", "4", "--eval-every", "1000")
     whole = ablate.train_arm(short, Path("runs/whole"))
     made, update = [], train.update
 
     def stopped(run, *words):
         made.append(run.step)
+        if len(made) == 2:
+            signal.raise_signal(signal.SIGTERM)  # the step ends and is saved
         if len(made) == 7:
             raise KeyboardInterrupt
         return update(run, *words)
 
     monkeypatch.setattr(train, "update", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        ablate.train_arm(short, Path("runs/stopped"))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            ablate.train_arm(short, Path("runs/stopped"))
     again = ablate.train_arm(short, Path("runs/stopped"))
     assert made == [*range(7), *range(4, 10)] and again["loss"] == whole["loss"]
     assert losses(Path("runs/stopped")) == losses(Path("runs/whole"))
@@ -99,7 +119,7 @@ def test_a_stopped_arm_is_resumed(here, monkeypatch):
 
 def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
     """FAULTS A17: where every look at the machine would choose another dtype, the arms share the first choice."""
-    looked, chosen = [], cost.find_machine
+    looked, recipes, chosen = [], [], cost.find_machine
 
     def wavering(device, dtype, compile):
         looked.append(dtype)
@@ -107,27 +127,24 @@ def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
                        len(looked) % 2 else torch.float32 if dtype == "auto" else getattr(torch, dtype))
 
     monkeypatch.setattr(cost, "find_machine", wavering)
+    monkeypatch.setattr(ablate, "train_arm", lambda recipe, folder: recipes.append(recipe) or finished(recipe, folder))
     ablate.change([*SHORT, "--dtype", "auto"], ablate.Options(seeds=2, tries=["clip=2", "dtype=float32"]))
-    runs = {run["key"]: run["change"] for run in Log(Path("runs/changes")).entries()}
-    dtypes = {(name, json.loads((Path("runs/changes") / key / "recipe.json").read_text())["dtype"])
-              for key, name in runs.items()}
-    assert dtypes == {("baseline", "bfloat16"), ("clip=2", "bfloat16"), ("dtype=float32", "float32")}
+    assert [recipe.dtype for recipe in recipes] == ["bfloat16", "bfloat16", "float32"] * 2
     assert looked.count("auto") == 1
 
 
 def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
     pretrain("a", "--tokens", "512")
     short = recipe("--tokens", "2560")
-    before = ablate.fingerprint(short, ablate.code_and_data(short))
-    assert ablate.fingerprint(recipe("--tokens", "2560"), ablate.code_and_data(short)) == before
+    before = ablate.fingerprint(short, ["hash"])
+    assert ablate.fingerprint(recipe("--tokens", "2560"), ["hash"]) == before
     for other in (replace(short, clip=2.0), replace(short, start="runs/a"), replace(short, dtype="bfloat16")):
-        assert ablate.fingerprint(other, ablate.code_and_data(short)) != before
-    other = replace(short, data="data/short")
-    assert ablate.code_and_data(other) != ablate.code_and_data(short)
+        assert ablate.fingerprint(other, ["hash"]) != before
+    assert ablate.fingerprint(short, ["other"]) != before
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *words: (
         read(path, *words) + "# edited" * (path.name == "schedule.py")))
-    assert ablate.fingerprint(short, ablate.code_and_data(short)) != before
+    assert ablate.fingerprint(short, ["hash"]) != before
 
 
 # ---- rates and spikes -----------------------------------------------------------------------------------------
@@ -135,11 +152,11 @@ def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
 
 def test_lr_range_test_stops_where_training_diverges(here, capsys):
     steepest, tenth = ablate.lr_range(TINY, ablate.Options(low=1e-4, high=1e3, steps=60))
-    assert 1e-4 < steepest < 10 and 1e-4 < tenth < 10
+    assert 0.01 < steepest < 0.05 and 0.03 < tenth < 0.1
     out = capsys.readouterr().out
     assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
     last = float(out.splitlines()[-3].split()[0])
-    assert last < 500  # it ended early
+    assert last < 10  # it ended early
 
 
 def test_random_tokens_in_poisoned_batches_alone(here):
@@ -155,7 +172,7 @@ def test_rewinding_past_poisoned_batches(here):
     """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
                           ablate.Options())
-    assert found["poisoned"] > 1.01 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
+    assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
     log = log_of(Path("runs/spikes/rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
     skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
@@ -167,10 +184,19 @@ def test_rewinding_past_poisoned_batches(here):
 # ---- the batch size at a checkpoint ---------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def original(corpus) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        patch.chdir(corpus)
+        return pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000", "--save-every", "8",
+                        "--keep", "9").absolute()
+
+
 @pytest.fixture
-def run(here) -> Path:
-    return pretrain("a", "--tokens", "5120", "--learning-rate", "0.01", "--eval-every", "1000", "--save-every", "8",
-                    "--keep", "9")
+def run(original, here) -> Path:
+    shutil.copytree(original, "runs/a")
+    return Path("runs/a")
 
 
 def read_rows(curriculum, steps) -> list[tuple[int, int]]:
@@ -243,7 +269,7 @@ def test_noise_scale_by_hand(run, capsys):
     signal = rows.mean(0).square().sum() - variance / 24
     expected = float(variance / signal) * 32 if signal > 0 else math.nan
     assert scale == pytest.approx(expected, rel=1e-3, nan_ok=True)
-    assert NoiseScale.split(float(rows.square().sum(1).mean()), float(rows.mean(0).square().sum()), 1, 24) == (
+    assert gradient_noise(float(rows.square().sum(1).mean()), float(rows.mean(0).square().sum()), 24) == (
         pytest.approx((float(signal), float(variance)), rel=1e-3))
     out = capsys.readouterr().out
     assert "24 sequences" in out and ("times the fewest steps" in out or "noise hides" in out)
@@ -255,18 +281,19 @@ def test_noise_scale_by_hand(run, capsys):
 @pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
 def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
     """Every rung is trained to its end with its own tokens, and the law that is fitted to them, not to the largest,
-    says what the largest loses (within 20 %, after 40 steps)."""
+    says what the largest loses (within 12 %, after 40 steps), and better than the rung before it does."""
     monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
     monkeypatch.setattr(ablate, "PREDICTED", 48)
-    words = [*TINY, "--tokens", "10240", "--learning-rate", "0.01", "--eval-tokens", "4096"]
+    words = [*TINY, "--tokens", "10240", "--learning-rate", "0.003", "--eval-tokens", "4096"]
     predicted, measured = ablate.fit(words, ablate.Options())
     found = json.loads(Path("runs/ladder/law.json").read_text())
     sizes, tokens, scores = zip(*found["parameters, tokens, loss"])
     assert tokens == (2560, 5120, 5120, 10240, 10240, 10240, 10240)
-    assert scores[-1] == measured and predicted == pytest.approx(measured, rel=0.2)
+    assert scores[-1] == measured and predicted == pytest.approx(measured, rel=0.12)
+    assert abs(predicted - measured) < 0.8 * abs(scores[-2] - measured)
     law = found["law"]
     assert predicted == pytest.approx(law["E"] + law["A"] * sizes[-1]**-law["alpha"] + law["B"] * 10_240**-law["beta"])
-    first = recipe("--tokens", "2560", "--learning-rate", "0.01", "--eval-tokens", "4096")
+    first = recipe("--tokens", "2560", "--learning-rate", "0.003", "--eval-tokens", "4096")
     model = first.model.change(hidden_size=16, intermediate_size=48, num_attention_heads=1,
                                initializer_range=0.05 * math.sqrt(8))
     alone = train.pretrain(replace(first, model=model, warmup_steps=1), Path("runs/alone"))
@@ -277,7 +304,8 @@ def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
 # ---- the command line -----------------------------------------------------------------------------------------
 
 
-def test_commands_by_their_names(here):
+def test_commands_by_their_names(here, monkeypatch):
+    monkeypatch.setattr(ablate, "train_arm", finished)
     done = call(ablate.main, "change", *SHORT, "--seeds", "2", "--try", "clip=2", "--out", "runs/mine")
     assert done.returncode == 0, done.stderr
     assert "seeds differ by" in done.stdout and "clip=2" in done.stdout and Path("runs/mine/log.jsonl").exists()
