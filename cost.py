@@ -114,16 +114,17 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
             "total": 3 * share + peak}
 
 
-# A CPU process holds more than tensors. Measured on Linux: torch's kernels beyond those of `find_machine`, and gaps in
-# the heap by bytes a number, because glibc keeps freed memory (`keep_freed_memory`).
-CPU_KERNELS, CPU_HEAP = 50 * 2**20, {2: 1.6, 4: 1.45}
+# A CPU process holds more than tensors. Measured on Linux: torch's kernels beyond those of `find_machine`, and the gaps
+# that activations leave in the heap, because glibc keeps freed memory (`keep_freed_memory`).
+CPU_KERNELS, CPU_GAPS = 50 * 2**20, 0.4
 
 
 def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
                    accumulates: bool = False, recompute: bool = False, shards: int = 1) -> float:
     """Peak bytes of a training process that holds `before` bytes without a model. On CUDA: of its tensors alone."""
-    tensors = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute, shards)["total"]
-    return tensors if device == "cuda" else before + CPU_KERNELS + CPU_HEAP[compute_bytes] * tensors
+    memory = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute, shards)
+    more = 0 if device == "cuda" else before + CPU_KERNELS + CPU_GAPS * memory["activations"]
+    return memory["total"] + more
 
 
 def process_status(name: str) -> float:
@@ -197,9 +198,10 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024, seconds: flo
 def keep_freed_memory() -> None:
     """Makes glibc keep what a step frees for the next, so that a CPU trains 5 to 10 % faster. No effect elsewhere."""
     with contextlib.suppress(Exception):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
-        mallopt(-4, 0)  # M_MMAP_MAX
+        libc = ctypes.CDLL(None)
+        libc.malloc_trim(0)  # what was freed before is not part of `memory_now`
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 @functools.cache  # one choice for a whole process: trainings that are compared must not differ in it
@@ -235,11 +237,11 @@ def find_machine(device: str = "auto", dtype: str = "auto", compile: str = "auto
         raise UserError(f"{'; '.join(notes)}; try --device cpu --dtype float32")
     compiled = compile == "true" or compile == "auto" and device == "cuda" and sys.platform == "linux"
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
-    if device != "cuda":
-        keep_freed_memory()
     what = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     known = [flops for part, (flops, _) in GPUS.items() if part in what]
     peak = known[0] if known else matmul_flops(device, chosen, 8192 if device == "cuda" else 2048)
+    if device != "cuda":
+        keep_freed_memory()
     reason = f"{what}; {str(chosen)[6:]} ({why}); compile {'on' if compiled else 'off'}"
     return Machine(device, chosen, compiled, peak, "; ".join([*notes, reason]))
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -122,16 +121,27 @@ def test_recomputing_leaves_one_block_and_the_inputs_of_all(itemsize):
     assert four - again == pytest.approx(3 * (four - three) - 4 * 16 * 128 * 128 * itemsize, rel=1e-4)
 
 
-def test_process_memory_within_15_percent_of_measured():
-    """The laptop recipe's step in processes of its own: predicted against the peak that the kernel reports, the median
-    of three, because the gaps in glibc's heap differ from run to run (one of about a dozen held 1.4 times as much)."""
-    off, command = [], [sys.executable, str(ROOT / "cost.py"), "measure", "--seconds", "0.5", "--documents", "4"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for process in [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) for _ in range(3)]:
-        found = re.search(r"predicted ([\d,]+) MiB, measured ([\d,]+)", process.communicate()[0])
-        predicted, measured = (int(number.replace(",", "")) for number in found.groups())
-        off.append(predicted / measured - 1)
-    assert sys.platform != "linux" or abs(sorted(off)[1]) < 0.15, off
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_process_memory_within_12_percent_of_measured():
+    """Two steps of two micro-batches in a process of its own: the predicted growth against the peak that the kernel
+    reports. Gradients or activations that are forgotten, or counted twice, change it by 19 %. In 6 runs it was 1 to 4 %
+    off; the laptop recipe, a third of whose peak is gaps in the heap, differs from run to run by as much as 10 %."""
+    done = subprocess.run([sys.executable, "-c", """
+import torch, cost, schedule
+from model import GPT, ModelConfig, cross_entropy
+cost.find_machine("cpu", "float32")
+before, config = cost.memory_now(), ModelConfig(8192, 512, 1536, 8, 8, 4)
+model, tokens = GPT(config), torch.randint(8192, (2, 128))
+optimizer = schedule.build_optimizer(model, 1e-4)
+for step in range(2):
+    for micro_batch in range(2):
+        cross_entropy(model(tokens), tokens).backward()
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+predicted = cost.process_memory(config, 2, 128, 4, "cpu", before, accumulates=True)
+print((predicted - before) / (cost.peak_memory() - before) - 1)
+"""], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+    assert abs(float(done.stdout)) < 0.12, done.stdout
 
 
 @pytest.mark.cuda
