@@ -24,8 +24,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +32,8 @@ import torch
 import schedule
 from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
 from schedule import CHINCHILLA, LAPTOP_LAW
-from tokenizer import Parser, UserError, add_options, check_options, draw, number, option, parse_options, run
+from tokenizer import (Parser, UserError, add_options, check_options, draw, given_options, option, parse_options,
+                       run)
 
 # Dense bf16 peak in FLOP/s (data sheets, without sparsity) and GB of memory, by a part of the device's name.
 GPUS = {"H200": (989.4e12, 141), "H100 PCIe": (756e12, 80), "H100": (989.4e12, 80), "H800": (989.4e12, 80),
@@ -48,10 +48,9 @@ OVERHEAD = 0.58  # ablations and restarts: SmolLM3's 161,280 GPU-hours on top of
 # ---- FLOPs ----------------------------------------------------------------------------------------------------
 
 
-def attention_flops_per_token(config: ModelConfig, length: float, counted: str = "causal") -> float:
-    """FLOPs of attention's scores and weighted sums for one trained token, where `length` tokens attend to each other
-    (document masks: `attended_length`). "full" counts the square, 12 L H D T (PaLM, appendix B), "causal" half of it.
-    Sliding and chunked layers reach their window or chunk, MLA has the mean width of key and value, linear layers 0."""
+def attention_flops_per_token(config, length, counted="causal"):
+    """FLOPs of attention for one trained token, where `length` tokens attend to each other (in documents
+    `attended_length`). "full" counts the square, 12 L H D T (PaLM, appendix B), "causal" half of it."""
     width = (config.head_dim + config.v_head_dim) / 2 if config.kv_lora_rank else config.head_dim
     reach = {"full": length, "sliding": min(length, config.sliding_window),
              "chunked": min(length, config.attention_chunk_size), "linear": 0}
@@ -59,12 +58,12 @@ def attention_flops_per_token(config: ModelConfig, length: float, counted: str =
     return (12 if counted == "full" else 6) * config.num_attention_heads * width * attended
 
 
-def attended_length(documents: list[float]) -> float:
+def attended_length(documents):
     """sum(len^2) / sum(len): the sequence length at which attention costs as much a token as in these documents."""
     return sum(n * n for n in documents) / sum(documents)
 
 
-def flops_per_token(config: ModelConfig, length: float, counted: str = "causal") -> float:
+def flops_per_token(config, length, counted="causal"):
     """FLOPs to train one token: 6 x the matmul parameters plus attention; counted "6N", 6 x the active parameters.
     6N (Kaplan et al. 2020) drops attention, which adds 10 to 14 % at a context of 2 widths: beyond that it warns."""
     count = count_parameters(config)
@@ -74,27 +73,21 @@ def flops_per_token(config: ModelConfig, length: float, counted: str = "causal")
     return 6 * count["matmul"] + attention_flops_per_token(config, length, counted)
 
 
-def training_flops(parameters: float, tokens: float) -> float:
-    """C = 6ND (Kaplan et al. 2020; playbook): 2 FLOPs a parameter and token forward, 4 backward."""
-    return 6 * parameters * tokens
-
-
 # ---- memory ---------------------------------------------------------------------------------------------------
 
 
-def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int = 2, device: str = "cuda",
-                    accumulates: bool = True, recompute: bool = False, shards: int = 1) -> dict:
+def training_memory(config, rows, context, compute_bytes=2, device="cuda", accumulates=True, recompute=False, shards=1):
     """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences of `context` tokens:
     "weights", "gradients" and "optimizer" (AdamW's moments) in fp32; "activations": what autograd keeps of each block,
     the weights cast to the compute dtype, and the logits with their fp32 log-softmax; "total".
-    `accumulates`: gradients exist during the forward pass, those of earlier micro-batches or DDP's buckets.
+    `accumulates`: gradients of earlier micro-batches, or DDP's buckets, exist during the forward pass.
     `recompute`: blocks keep only their inputs, and are computed again one at a time (Chen et al. 2016).
-    `shards`: processes of FSDP, which share weights, moments and gradients (train.py synchronizes gradients after every
-    micro-batch, so none stay whole) and gather the weights of one block at a time."""
+    `shards`: processes of FSDP share weights, moments and gradients, and gather the weights of one block at a time."""
     count = count_parameters(config)
     C, M, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     if config.num_experts:  # those that a token visits
-        M = (config.num_experts_per_tok + config.n_shared_experts) * config.moe_intermediate_size
+        shared = config.shared_expert_intermediate_size or config.n_shared_experts * config.moe_intermediate_size
+        M = config.num_experts_per_tok * config.moe_intermediate_size + shared
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     b, N, cast = compute_bytes, rows * context, compute_bytes < 4
     norm = 2 * b if device == "cuda" else b + 8  # bytes an element; a CPU keeps the fp32 steps of a norm
@@ -119,39 +112,33 @@ def training_memory(config: ModelConfig, rows: int, context: int, compute_bytes:
 CPU_KERNELS, CPU_GAPS = 50 * 2**20, 0.4
 
 
-def process_memory(config: ModelConfig, rows: int, context: int, compute_bytes: int, device: str, before: float,
-                   accumulates: bool = False, recompute: bool = False, shards: int = 1) -> float:
-    """Peak bytes of a training process that holds `before` bytes without a model. On CUDA: of its tensors alone."""
-    memory = training_memory(config, rows, context, compute_bytes, device, accumulates, recompute, shards)
-    more = 0 if device == "cuda" else before + CPU_KERNELS + CPU_GAPS * memory["activations"]
-    return memory["total"] + more
+def process_memory(memory, device, before):
+    """Peak bytes of a training process (on CUDA of its tensors), from its `training_memory` and what it held before."""
+    return memory["total"] + (device != "cuda") * (before + CPU_KERNELS + CPU_GAPS * memory["activations"])
 
 
-def process_status(name: str) -> float:
-    """Bytes on a line of Linux's /proc/self/status: "VmRSS" now, "VmHWM" at the peak. 0 on other systems."""
+def held_memory(line="VmRSS"):
+    """Bytes that this process holds, or with "VmHWM" held at its peak, by Linux's /proc; 0 on other systems."""
     with contextlib.suppress(OSError):
-        return 1024.0 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024.0 * int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     return 0.0
 
 
-def peak_memory(device: str = "cpu") -> float:
+def peak_memory(device):
     """The most bytes that this process has held so far, on CUDA in tensors; 0 if unknown."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else process_status("VmHWM")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else held_memory("VmHWM")
 
 
-def memory_now() -> float:
-    """Bytes that this process holds; 0 if unknown."""
-    return process_status("VmRSS")
-
-
-def host_memory() -> float:
-    """Bytes of this machine's memory; 8 GiB if unknown."""
+def machine_memory(device):
+    """Bytes of memory of the GPU or of this computer; 8 GiB if unknown."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
     with contextlib.suppress(AttributeError, ValueError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 8.0 * 2**30
 
 
-def smallest_sharding(config: ModelConfig, gpus: int, context: int, room: float) -> tuple | None:
+def smallest_sharding(config, gpus, context, room):
     """(name, `training_memory`) of the first way of train.py to fit a sequence at a time into `room` bytes: DDP, FSDP,
     then both with recomputed activations. None if nothing fits."""
     for recompute in (False, True):
@@ -176,13 +163,13 @@ class Machine:
     reason: str  # one line for people
 
 
-def synchronize(device: str) -> None:
+def synchronize(device):
     """Waits until the device has finished all work it was given."""
     if device != "cpu":
         getattr(torch, device).synchronize()
 
 
-def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.15) -> float:
+def matmul_flops(device, dtype, size=1024, seconds=0.15):
     """FLOP/s of size^3 matrix products: the best of those that begin in this time."""
     a = torch.randn(size, size, device=device).to(dtype)
     best, end = math.inf, time.perf_counter() + seconds
@@ -195,17 +182,17 @@ def matmul_flops(device: str, dtype: torch.dtype, size: int = 1024, seconds: flo
     return 2 * size**3 / best
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Makes glibc keep what a step frees for the next, so that a CPU trains 5 to 10 % faster. No effect elsewhere."""
     with contextlib.suppress(Exception):
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # what was freed before is not part of `memory_now`
+        libc.malloc_trim(0)  # what was freed before is not part of `held_memory`
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
         libc.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 @functools.cache  # one choice for a whole process: trainings that are compared must not differ in it
-def choose_dtype(device: str) -> tuple:
+def choose_dtype(device):
     """(torch.bfloat16 where that is faster, else torch.float32; the reason in words)."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32, "the GPU's best"
@@ -221,7 +208,7 @@ def choose_dtype(device: str) -> tuple:
     return torch.bfloat16 if half > 1.2 * single else torch.float32, why
 
 
-def find_machine(device: str = "auto", dtype: str = "auto", compile: str = "auto") -> Machine:
+def find_machine(device="auto", dtype="auto", compile="auto"):
     """Picks device, dtype and compilation by trying a tiny training step. UserError if nothing that was asked works."""
     candidates = [device] if device != "auto" else (
         ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"])
@@ -246,12 +233,11 @@ def find_machine(device: str = "auto", dtype: str = "auto", compile: str = "auto
     return Machine(device, chosen, compiled, peak, "; ".join([*notes, reason]))
 
 
-def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | None, seconds: float = 1.0,
-                  optimizer: schedule.Optimizers | None = None, repeats: int = 0) -> float:
-    """Tokens/s of training steps on tokens [B, T]: the median of the steps in this time (or of `repeats`), after one to
-    warm up. Without an optimizer the weights stay as they are. Compilation that fails is switched off."""
+def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
+    """Tokens/s of training steps on tokens [B, T]: the median of those in this time, two at least, after one to warm
+    up. Without an optimizer the weights stay as they are. Compilation that fails is switched off."""
     device, times, end = tokens.device.type, [], math.inf
-    while len(times) < (repeats or 2) or not repeats and time.perf_counter() < end:
+    while len(times) < 3 or time.perf_counter() < end:
         synchronize(device)
         start = time.perf_counter()
         try:  # the logits have no name here, so that they are freed early
@@ -272,8 +258,7 @@ def measure_speed(model: GPT, tokens: torch.Tensor, cu_seqlens: torch.Tensor | N
     return tokens.numel() / statistics.median(times[1:])
 
 
-def measure_training(config: ModelConfig, machine: Machine, rows: int, context: int, documents: int,
-                     seconds: float) -> float:
+def measure_training(config, machine, rows, context, documents, seconds):
     """Tokens/s of full training steps of a new model on `rows` sequences of equal documents (0: no mask)."""
     with torch.random.fork_rng(devices=[]):
         model = GPT(config).to(machine.device)
@@ -289,7 +274,7 @@ def measure_training(config: ModelConfig, machine: Machine, rows: int, context: 
 # ---- what a recipe needs of this machine ----------------------------------------------------------------------
 
 
-def choose_machine(recipe) -> Machine:
+def choose_machine(recipe):
     """The device of a train.Recipe, and what is set once for a whole process."""
     if recipe.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -300,35 +285,35 @@ def choose_machine(recipe) -> Machine:
     return machine
 
 
-def settle(recipe, machine: Machine, processes: int, context: int):
+def recipe_memory(recipe, rows, context, processes, device, accumulates=True):
+    """`training_memory` of a process that trains a recipe, whose dtype and parallel plan `settle` chose."""
+    shards = processes if recipe.parallel == "fsdp" else 1
+    return training_memory(recipe.model, rows, context, 4 if recipe.dtype == "float32" else 2, device, accumulates,
+                           recipe.activation_checkpointing, shards)
+
+
+def settle(recipe, machine, processes, context):
     """The recipe with what its "auto"s became, so that a resumed run computes as it began: FSDP where a process cannot
     hold the training of one sequence of the longest context."""
     recipe = replace(recipe, device=machine.device, compile=str(machine.compile).lower(),
                      dtype=str(machine.dtype).removeprefix("torch."))
     if recipe.parallel == "auto":
-        room = torch.cuda.get_device_properties(0).total_memory if machine.device == "cuda" else math.inf
-        needs = training_memory(recipe.model, 1, context, machine.dtype.itemsize, machine.device,
-                                recompute=recipe.activation_checkpointing)["total"]
-        recipe = replace(recipe, parallel="fsdp" if processes > 1 and needs > 0.9 * room else "ddp")
+        needs = recipe_memory(recipe, 1, context, processes, machine.device)["total"]
+        sharded = processes > 1 and needs > 0.9 * machine_memory(machine.device)
+        recipe = replace(recipe, parallel="fsdp" if sharded else "ddp")
     return recipe
 
 
-def shards(recipe, processes: int) -> int:
-    """Into how many parts weights, gradients and moments are divided."""
-    return processes if recipe.parallel == "fsdp" else 1
-
-
-def fits(recipe, rows: int, context: int, processes: int, device: str) -> bool:
+def fits(recipe, rows, context, processes, device):
     """Whether a process can compute so many sequences at once: in 60 % of the GPU's memory, weights included; on a CPU,
     with 1 GiB of activations, past which a batch is no faster."""
-    memory = training_memory(recipe.model, rows, context, 4 if recipe.dtype == "float32" else 2, device,
-                             recompute=recipe.activation_checkpointing, shards=shards(recipe, processes))
+    memory = recipe_memory(recipe, rows, context, processes, device)
     if device == "cuda":
         return memory["total"] <= 0.6 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     return memory["activations"] <= 2**30
 
 
-def stage_rows(recipe, processes: int, device: str) -> list[int]:
+def stage_rows(recipe, processes, device):
     """Sequences of a micro-batch in each stage, such that processes x accumulation steps make the stage's batch.
     UserError, with the nearest batch that does, where it does not divide."""
     found, base = [], recipe.model.max_position_embeddings
@@ -345,22 +330,20 @@ def stage_rows(recipe, processes: int, device: str) -> list[int]:
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]
         if recipe.micro_batch and context == base:  # --micro_batch is for the model's own context
             if recipe.micro_batch not in divisors:
-                nearest = sorted(sorted(divisors, key=lambda n: abs(n - recipe.micro_batch))[:2])
                 raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a "
-                                f"process; the nearest that do are {' and '.join(map(str, nearest))}")
+                                f"process; take one of {', '.join(map(str, divisors))}")
             found.append(recipe.micro_batch)
         else:
             found.append(max((n for n in divisors if fits(recipe, n, context, processes, device)), default=1))
     return found
 
 
-def check_memory(recipe, machine: Machine, processes: int, rows: list[int], curriculum) -> float:
+def check_memory(recipe, machine, processes, rows, curriculum):
     """Bytes that a process needs in the stage that needs most; UserError where this machine does not have them."""
+    device, room, before = machine.device, machine_memory(machine.device), held_memory()
     need = max(process_memory(
-        recipe.model, n, context, machine.dtype.itemsize, machine.device, memory_now(),
-        batch // context > n * processes, recipe.activation_checkpointing, shards(recipe, processes))
+        recipe_memory(recipe, n, context, processes, device, batch // context > n * processes), device, before)
         for n, context, batch in zip(rows, curriculum.contexts, curriculum.batches))
-    room = torch.cuda.mem_get_info()[1] if machine.device == "cuda" else host_memory()
     if need > room:
         raise UserError(f"a process needs {need / 2**30:.2f} GiB of memory and {room / 2**30:.2f} are there; take "
                         "--activation_checkpointing true, --parallel fsdp on more processes, or a smaller model")
@@ -390,9 +373,10 @@ class PlanOptions:
     overhead: float = option(OVERHEAD, "ablations and restarts, as a share of the main run", 0)
     context: int = option(4096, "tokens", 1)
     vocab_size: int = option(0, "0: 128,256 from 1B parameters on, 49,152 from 50M on, else 8,192", 0)
+    picture: str = option("", "file to draw loss against size in, such as curve.png")
 
 
-def derive(o: PlanOptions, flops_per_hour: float, price: float) -> tuple:
+def derive(o, flops_per_hour, price):
     """(parameters, tokens, GPU-hours (0: no limit), GPUs) from the limits, compute-optimal in what they leave free."""
     limits = [hours for hours in (o.gpu_hours, o.budget / price / (1 + o.overhead), o.days * 24 * o.gpus) if hours]
     hours = limits[0] if limits else o.days * 24 * 8
@@ -406,13 +390,13 @@ def derive(o: PlanOptions, flops_per_hour: float, price: float) -> tuple:
     parameters = parameters or CHINCHILLA.parameters_for(tokens)
     tokens = tokens or CHINCHILLA.tokens_for(parameters)
     if not SMALLEST <= parameters <= LARGEST or tokens < parameters:
-        size = min(LARGEST, max(SMALLEST, CHINCHILLA.optimum(training_flops(parameters, tokens))[0]))
+        size = min(LARGEST, max(SMALLEST, CHINCHILLA.optimum(6 * parameters * tokens)[0]))
         raise UserError(f"no plan has {say_number(parameters)} parameters and {say_number(tokens)} tokens; the nearest "
                         f"possible is {say_number(size)} and {say_number(CHINCHILLA.tokens_for(size))}")
     return parameters, tokens, hours, gpus
 
 
-def family(parameters: float, vocab_size: int, context: int) -> ModelConfig:
+def family(parameters, vocab_size, context):
     """The Llama-shaped model nearest to a size: MLPs of 3 widths, heads of 64 (128 from a width of 2048 on), 2 or 4
     query heads a KV head, tied embeddings, a width near 64 times the depth. For the laptop's size the laptop preset."""
     best = (math.inf,)
@@ -429,7 +413,7 @@ def family(parameters: float, vocab_size: int, context: int) -> ModelConfig:
                        initializer_range=0.05 * math.sqrt(128 / width) if width < 512 else 0.02)
 
 
-def say_number(x: float) -> str:
+def say_number(x):
     """1234567 -> 1.23M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if x >= size:
@@ -437,17 +421,12 @@ def say_number(x: float) -> str:
     return f"{x:.3g}"
 
 
-def say_amount(x: float) -> str:
-    """221184 -> 221,184; 0.12345 -> 0.123."""
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
-
-
-def round_batch(tokens: float, unit: int) -> int:
+def round_batch(tokens, unit):
     """The batch nearest to `tokens` that is a power of two of `unit`, a sequence or one on every GPU."""
     return unit * 2 ** round(math.log2(max(tokens, unit) / unit))
 
 
-def choose_batch(config: ModelConfig, blocks: int, tokens: float, context: int, gpus: int) -> dict:
+def choose_batch(config, blocks, tokens, context, gpus):
     """Batch and rate by DeepSeek's and Step Law's laws for `blocks` parameters without embeddings."""
     fitted = (6 * blocks + attention_flops_per_token(config, context, "full")) * tokens
     wanted = schedule.deepseek_batch(fitted)
@@ -460,7 +439,7 @@ def choose_batch(config: ModelConfig, blocks: int, tokens: float, context: int, 
             "warmup_steps": schedule.suggest_warmup(steps), "weight_decay": schedule.suggest_weight_decay(rate, steps)}
 
 
-def plan_rented(o: PlanOptions, preset: ModelConfig | None) -> dict:
+def plan_rented(o, preset):
     """All that follows from the limits. The tokens adapt to the exact size of the config so that the compute stays."""
     (peak, memory), prices = GPUS[o.device], (o.price, o.price) if o.price else USD_PER_GPU_HOUR.get(o.device)
     if not prices:
@@ -480,14 +459,13 @@ def plan_rented(o: PlanOptions, preset: ModelConfig | None) -> dict:
     if not fit:
         raise UserError(f"{count['total']:,} parameters do not fit on {gpus} {o.device}(s): take more than --gpus "
                         f"{16 * count['total'] / room:.0f}, or a shorter --context")
-    flops = training_flops(active, tokens)
+    flops = 6 * active * tokens
     hours, least, most = (flops / 3600 / peak / share for share in (mfu[0], mfu[2], mfu[1]))
     bill, spent = hours * (1 + o.overhead), [flops / 2**i for i in range(4)]
     fixed = [active] * 4 if o.parameters or o.tokens else [CHINCHILLA.optimum(compute)[0] for compute in spent]
     return choose_batch(config, active - count["embedding"], tokens, o.context, gpus) | {
         "config": config, "parameters": count["total"], "active": active, "non_embedding": count["non_embedding"],
         "tokens": tokens, "tokens_per_parameter": tokens / active, "flops": flops,
-        "flops_per_token": {how: flops_per_token(config, o.context, how) for how in COUNTED},
         "loss": CHINCHILLA.loss(active, tokens), "law": CHINCHILLA.source, "optimum": CHINCHILLA.optimum(flops),
         "device": o.device, "gpus": gpus, "context": o.context, "sharding": fit[0], "memory_per_gpu": fit[1],
         "mfu": mfu, "gpu_hours": hours, "gpu_hours_range": (least, most), "days": hours / gpus / 24,
@@ -497,20 +475,20 @@ def plan_rented(o: PlanOptions, preset: ModelConfig | None) -> dict:
         "halvings": [CHINCHILLA.predict(size, compute / 6 / size) for size, compute in zip(fixed, spent)]}
 
 
-def print_rows(title: str, labels: Iterable, rows: list[dict]) -> None:
-    """A table of `LossLaw.predict`, one label a row; the losses are compared with the first."""
-    print(f"\n{title:>8}{'parameters':>13}{'tokens':>10}{'loss':>8}{'worse by':>10}")
-    for label, row in zip(labels, rows):
-        print(f"{label:8,.4g}{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss']:8.3f}"
+def print_rows(title, rows):
+    """A table of `LossLaw.predict`, whose losses are compared with the first."""
+    print(f"\n{title}:\n{'parameters':>13}{'tokens':>10}{'loss':>8}{'worse by':>10}")
+    for row in rows:
+        print(f"{say_number(row['parameters']):>13}{say_number(row['tokens']):>10}{row['loss']:8.3f}"
               f"{row['loss'] - rows[0]['loss']:10.3f}{'' if row['fitted'] else '  outside the range of the law'}")
 
 
-def print_plan(p: dict) -> None:
+def print_plan(p):
     """A plan of `plan_rented` for people."""
-    c, each, law, gpu = p["config"], p["flops_per_token"], p["step_law"], p["device"]
+    c, law, gpu = p["config"], p["step_law"], p["device"]
     (planned, low, high), (less, more) = p["mfu"], p["gpu_hours_range"]
+    cheap, dear, least, most = p["usd"] + p["usd_with_overhead"]
     memory = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in p["memory_per_gpu"].items())
-    cheap, dear, least, most = map(say_amount, p["usd"] + p["usd_with_overhead"])
     print(f"""\
 model        {p['parameters']:,} parameters ({p['non_embedding']:,} without embeddings), vocabulary {c.vocab_size:,}
              {c.num_hidden_layers} layers of width {c.hidden_size}, MLP {c.intermediate_size}
@@ -518,36 +496,26 @@ model        {p['parameters']:,} parameters ({p['non_embedding']:,} without embe
 tokens       {say_number(p['tokens'])}, {p['tokens_per_parameter']:,.3g} a parameter
              optimum of this compute: {' parameters on '.join(map(say_number, p['optimum']))} tokens
 FLOPs        6ND = {p['flops']:.3g}
-             a token {each['6N']:.4g} (6N), {each['causal']:.4g} (causal), {each['full']:.4g} (full)
 batch        {p['batch_tokens']:,} tokens (Step Law: {law['batch_tokens']:,.0f}), {p['steps']:,} steps
 rate         {p['learning_rate']:.2g} at its peak (Step Law: {law['learning_rate']:.2g})
              {p['warmup_steps']:,} steps of warmup, weight decay {p['weight_decay']:g}
 memory       {p['sharding']} on {p['gpus']:,} {gpu}(s), a sequence of {p['context']:,} tokens at a time
              {memory}
-time         {say_amount(p['gpu_hours'])} {gpu}-hours at {planned:.0%} of peak by 6ND = {p['days']:,.3g} days
-             {say_amount(less)} at {high:.0%}, {say_amount(more)} at {low:.0%}
-whole bill   {say_amount(p['gpu_hours_with_overhead'])} {gpu}-hours, {p['overhead']:.0%} more for ablations and restarts
+time         {p['gpu_hours']:,.1f} {gpu}-hours at {planned:.0%} of peak by 6ND = {p['days']:,.3g} days
+             {less:,.1f} at {high:.0%}, {more:,.1f} at {low:.0%}
+whole bill   {p['gpu_hours_with_overhead']:,.1f} {gpu}-hours, {p['overhead']:.0%} more for ablations and restarts
              (evaluations, 4 % of SmolLM3's main run, not counted)
-money        {cheap} to {dear} USD the run, {least} to {most} USD the whole bill
+money        {cheap:,.0f} to {dear:,.0f} USD the run, {least:,.0f} to {most:,.0f} USD the whole bill
 loss         {p['loss']:.3f} nats a token ({p['law']})""")
-    print_rows("budget", (1, 1 / 2, 1 / 4, 1 / 8), p["halvings"])
+    print_rows("This budget, and each time half of it", p["halvings"])
+    print_rows("This size, and each time half of it, at equal compute", p["sizes"][15::-5])
 
 
-def draw_sizes(plan: dict, path: str) -> None:
-    """Loss against size at the plan's compute or time; a star is the plan."""
-    def paint(axes) -> None:
-        axes.plot([row["parameters"] for row in plan["sizes"]], [row["loss"] for row in plan["sizes"]])
-        axes.plot(plan.get("active", plan["parameters"]), plan["loss"], "r*", ms=12)
-        axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss", title=plan["law"])
-
-    draw(path, paint)
-
-
-def plan_machine(machine: Machine, minutes: float, vocab_size: int = 8192) -> dict:
+def plan_machine(machine, minutes, vocab_size=8192):
     """What this machine should train: the size of the family with the lowest loss by LAPTOP_LAW for the tokens that it
     is measured to read in so many minutes. Batch and rate are the laptop recipe's, scaled with DeepSeek's exponents."""
     context, sizes = PRESETS["laptop"].max_position_embeddings, []
-    room = torch.cuda.mem_get_info()[0] if machine.device == "cuda" else host_memory()
+    room = machine_memory(machine.device)
     for i in range(24):
         config = family(vocab_size * 24 * 1.6**i, vocab_size, context)
         if training_memory(config, 16, context, machine.dtype.itemsize, machine.device)["total"] > 0.5 * room:
@@ -568,7 +536,7 @@ def plan_machine(machine: Machine, minutes: float, vocab_size: int = 8192) -> di
                    "machine": machine.reason, "sizes": sizes}
 
 
-def print_machine_plan(p: dict) -> None:
+def print_machine_plan(p):
     """A plan of `plan_machine` for people."""
     c = p["config"]
     print(f"""\
@@ -579,7 +547,7 @@ tokens       {p['tokens']:,.0f} in {p['minutes']:g} minutes at {p['tokens_per_se
 batch        {p['batch_tokens']:,} tokens, rate {p['learning_rate']:.2g} (the laptop recipe's, scaled)
 loss         {p['loss']:.3f} bits per byte of held-out prose and code ({p['law']})
 train it     python train.py --minutes {p['minutes']:g}""")
-    print_rows("tokens/s", (size["tokens_per_second"] for size in p["sizes"]), p["sizes"])
+    print_rows("The sizes that were measured", p["sizes"])
 
 
 # ---- published runs -------------------------------------------------------------------------------------------
@@ -599,14 +567,14 @@ SMOLLM3_BILL = {
     "mid-training ablations, 192 x 10": 192 * 10 * 24, "restarts, 384 x 3 + 192 x 4": (384 * 3 + 192 * 4) * 24}
 
 
-def published() -> dict:
+def published():
     """The share of peak that each run reached, by name and way of counting FLOPs."""
     return {name: {how: (6 * active + attention * heads * context) * tokens / (hours * 3600 * GPUS[device][0])
                    for how, attention in zip(COUNTED, (0, 6, 12))}
             for name, (active, tokens, device, hours, heads, context, _) in PUBLISHED.items()}
 
 
-def print_published() -> None:
+def print_published():
     """Shows the share of peak that published runs reached, a plan's GPU-hours over theirs, and SmolLM3's bill."""
     print(f"{'':16}{'GPU':>6}{'GPU-hours':>12}{'6N':>8}{'causal':>8}{'full':>8}{'planned':>9}  planned / true hours")
     for name, shares in published().items():
@@ -629,20 +597,6 @@ share is the middle of what such runs reached by 6N: the last column is their sp
 # ---- command line ---------------------------------------------------------------------------------------------
 
 
-def positive(text: str) -> float:
-    """A number greater than 0 on the command line, such as 0.5 or 2M."""
-    if not 0 < (value := number(text)) < 1e30:
-        raise argparse.ArgumentTypeError(f"{text} is not greater than 0 and less than 1e30")
-    return value
-
-
-def positive_integer(text: str) -> int:
-    """A whole number greater than 0 on the command line, such as 100k."""
-    if (value := positive(text)) % 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-    return int(value)
-
-
 @dataclass(frozen=True)
 class MeasureOptions:
     """Measures this machine's training speed and memory."""
@@ -656,10 +610,10 @@ class MeasureOptions:
     compile: str = option("auto", "auto, true or false")
 
 
-def measure(o: MeasureOptions, config: ModelConfig) -> None:
+def measure(o, config):
     """Prints this machine's training speed, share of peak and memory, beside the prediction."""
     context = o.context or min(config.max_position_embeddings, 4096)
-    machine, before = find_machine(o.device, o.dtype, o.compile), memory_now()
+    machine, before = find_machine(o.device, o.dtype, o.compile), held_memory()
     speed = measure_training(config, machine, o.rows, context, o.documents, o.seconds)
     print(f"""\
 machine      {machine.reason}; torch {torch.__version__}; {machine.peak_flops / 1e9:,.0f} GFLOP/s
@@ -667,54 +621,60 @@ speed        {speed:,.0f} tokens/s at {o.rows} sequences of {context} tokens, do
     for counted in COUNTED:
         share = speed * flops_per_token(config, context / max(1, o.documents), counted) / machine.peak_flops
         print(f"share        {share:6.1%} of peak, counting {counted}")
-    predicted = process_memory(config, o.rows, context, machine.dtype.itemsize, machine.device, before)
+    memory = training_memory(config, o.rows, context, machine.dtype.itemsize, machine.device, accumulates=False)
+    predicted = process_memory(memory, machine.device, before)
     if held := peak_memory(machine.device):
         print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f}: "
               f"{predicted / held - 1:+.0%}")
 
 
-def plan(o: PlanOptions, preset: ModelConfig | None, as_json: bool, picture: str | None) -> None:
+def plan(o, preset, as_json):
     """Makes, prints and draws a plan."""
-    if o.minutes and (preset or o != PlanOptions(minutes=o.minutes, vocab_size=o.vocab_size)):
+    mine = PlanOptions(minutes=o.minutes, vocab_size=o.vocab_size, picture=o.picture)
+    if o.minutes and (preset or o != mine):
         raise UserError("--minutes plans for this machine: beside it give --vocab-size, --json and --picture alone")
     if preset and o.parameters:
         raise UserError("a preset has its own size; leave it or --parameters out")
     if preset:
         o = replace(o, parameters=count_parameters(preset)["active"])
-    if picture and not (picture.endswith((".png", ".pdf", ".svg")) and draw(picture, lambda axes: None)):
+    if o.picture and not (o.picture.endswith((".png", ".pdf", ".svg")) and draw(o.picture, lambda axes: None)):
         raise UserError("--picture takes a name such as curve.png and needs matplotlib: pip install matplotlib")
     found = plan_machine(find_machine(), o.minutes, o.vocab_size or 8192) if o.minutes else plan_rented(o, preset)
-    if picture:
-        draw_sizes(found, picture)
+
+    def paint(axes):
+        axes.plot([row["parameters"] for row in found["sizes"]], [row["loss"] for row in found["sizes"]])
+        axes.plot(found.get("active", found["parameters"]), found["loss"], "r*", ms=12)  # the plan is a star
+        axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss", title=found["law"])
+
+    if o.picture:
+        draw(o.picture, paint)
     if as_json:
         print(json.dumps(found, indent=1, default=asdict))
     else:
         (print_machine_plan if o.minutes else print_plan)(found)
 
 
-def main() -> None:
+def main():
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("published", help=print_published.__doc__)
-    kinds = {"plan": PlanOptions, "measure": MeasureOptions}
-    for name, kind in kinds.items():
+    for name, kind in (("plan", PlanOptions), ("measure", MeasureOptions)):
         p = commands.add_parser(name, help=kind.__doc__)
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
         add_options(p, kind)
         if name == "plan":
             p.add_argument("--json", action="store_true", help="print the plan as JSON")
-            p.add_argument("--picture", metavar="FILE", help="draw loss against size")
     args = parse_options(parser, sys.argv[1:])
     if args.command == "published":
         return print_published()
     if args.preset and args.preset not in PRESETS:
         raise UserError(f"there is no preset {args.preset}; take one of {', '.join(PRESETS)}")
-    kind, preset = kinds[args.command], PRESETS.get(args.preset)
-    options = kind(**{f.name: value for f in fields(kind) if (value := getattr(args, f.name)) is not None})
+    kind, preset = PlanOptions if args.command == "plan" else MeasureOptions, PRESETS.get(args.preset)
+    options = kind(**given_options(args, kind))
     check_options(options)
     if args.command == "plan":
-        plan(options, preset, args.json, args.picture)
+        plan(options, preset, args.json)
     else:
         measure(options, preset or PRESETS["laptop"])
 

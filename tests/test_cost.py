@@ -130,7 +130,7 @@ def test_process_memory_within_12_percent_of_measured():
 import torch, cost, schedule
 from model import GPT, ModelConfig, cross_entropy
 cost.find_machine("cpu", "float32")
-before, config = cost.memory_now(), ModelConfig(8192, 512, 1536, 8, 8, 4)
+before, config = cost.held_memory(), ModelConfig(8192, 512, 1536, 8, 8, 4)
 model, tokens = GPT(config), torch.randint(8192, (2, 128))
 optimizer = schedule.build_optimizer(model, 1e-4)
 for step in range(2):
@@ -138,8 +138,8 @@ for step in range(2):
         cross_entropy(model(tokens), tokens).backward()
     optimizer.step()
     model.zero_grad(set_to_none=True)
-predicted = cost.process_memory(config, 2, 128, 4, "cpu", before, accumulates=True)
-print((predicted - before) / (cost.peak_memory() - before) - 1)
+predicted = cost.process_memory(cost.training_memory(config, 2, 128, 4, "cpu"), "cpu", before)
+print((predicted - before) / (cost.peak_memory("cpu") - before) - 1)
 """], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
     assert abs(float(done.stdout)) < 0.12, done.stdout
 
@@ -400,10 +400,3 @@ def test_measure_prints_speed_and_shares_of_peak():
 def test_unknown_preset_is_one_sentence():
     status, _, error = command("measure", "gpt9")
     assert status == 2 and "laptop" in error and len(error.splitlines()) == 1
-
-
-def test_numbers_of_other_commands():
-    assert (cost.positive("2M"), cost.positive_integer("100k"), cost.positive("0.5")) == (2e6, 100_000, 0.5)
-    for read, text in ((cost.positive, "0"), (cost.positive, "-1"), (cost.positive_integer, "2.5")):
-        with pytest.raises(cost.argparse.ArgumentTypeError):
-            read(text)
