@@ -1,9 +1,8 @@
 """Cost: parameters, FLOPs, memory, time, money and loss, predicted before a run and measured on this machine.
 
-Training takes about 6 FLOPs a parameter and token, 2 forward and 4 backward: C = 6ND (playbook). Attention adds
-12 L H D T a token for the full square of T tokens, half for the causal half, less inside documents; a share of peak
-(MFU) always says which it counts. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU by 6ND. Its
-whole bill, with ablations and restarts, is 437,760 GPU-hours.
+Training takes about 6 FLOPs a parameter and token, 2 forward and 4 backward: C = 6ND (Kaplan et al. 2020; playbook).
+Attention adds 12 L H D T a token for the full square of T tokens, half for the causal half, less inside documents; a
+share of peak (MFU) always says which it counts. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU.
 
     python cost.py plan --budget 100k                        # how large a model, how many tokens, which batch and rate
     python cost.py plan --parameters 3B --days 24 --gpus 384 --json --picture sizes.png
@@ -117,30 +116,24 @@ def process_memory(memory, device, before):
     return memory["total"] + (device != "cuda") * (before + CPU_KERNELS + CPU_GAPS * memory["activations"])
 
 
-def held_memory(line="VmRSS"):
-    """Bytes that this process holds, or with "VmHWM" held at its peak, by Linux's /proc; 0 on other systems."""
-    with contextlib.suppress(OSError):
+def peak_memory(device, line="VmHWM"):
+    """The most bytes that this process has held, on CUDA in tensors; "VmRSS": those that it holds now. 0 if unknown."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):  # no Linux
         return 1024.0 * int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     return 0.0
-
-
-def peak_memory(device):
-    """The most bytes that this process has held so far, on CUDA in tensors; 0 if unknown."""
-    return torch.cuda.max_memory_allocated() if device == "cuda" else held_memory("VmHWM")
 
 
 def machine_memory(device):
     """Bytes of memory of the GPU or of this computer; 8 GiB if unknown."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[1]
-    with contextlib.suppress(AttributeError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 8.0 * 2**30
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 * 2**30
 
 
 def smallest_sharding(config, gpus, context, room):
-    """(name, `training_memory`) of the first way of train.py to fit a sequence at a time into `room` bytes: DDP, FSDP,
-    then both with recomputed activations. None if nothing fits."""
+    """(name, `training_memory`) of train.py's first way to fit a sequence into `room` bytes; None if nothing fits."""
     for recompute in (False, True):
         for name, shards in (("nothing sharded (DDP)", 1), ("everything sharded (FSDP)", gpus)):
             memory = training_memory(config, 1, context, recompute=recompute, shards=shards)
@@ -163,21 +156,15 @@ class Machine:
     reason: str  # one line for people
 
 
-def synchronize(device):
-    """Waits until the device has finished all work it was given."""
-    if device != "cpu":
-        getattr(torch, device).synchronize()
-
-
 def matmul_flops(device, dtype, size=1024, seconds=0.15):
     """FLOP/s of size^3 matrix products: the best of those that begin in this time."""
     a = torch.randn(size, size, device=device).to(dtype)
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end:
-        synchronize(device)
         start = time.perf_counter()
         a @ a
-        synchronize(device)
+        if device != "cpu":
+            torch.accelerator.synchronize()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -186,7 +173,7 @@ def keep_freed_memory():
     """Makes glibc keep what a step frees for the next, so that a CPU trains 5 to 10 % faster. No effect elsewhere."""
     with contextlib.suppress(Exception):
         libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)  # what was freed before is not part of `held_memory`
+        libc.malloc_trim(0)  # what was freed before no longer counts as held
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD in malloc.h
         libc.mallopt(-4, 0)  # M_MMAP_MAX
 
@@ -238,21 +225,21 @@ def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
     up. Without an optimizer the weights stay as they are. Compilation that fails is switched off."""
     device, times, end = tokens.device.type, [], math.inf
     while len(times) < 3 or time.perf_counter() < end:
-        synchronize(device)
         start = time.perf_counter()
         try:  # the logits have no name here, so that they are freed early
             (cross_entropy(model(tokens, cu_seqlens), tokens) / tokens.numel()).backward()
         except Exception as error:  # a compiler fails in many ways; any other fault comes again without it
             if not model.forget_compilation():
                 raise
-            print(f"compile   off: it failed here ({(str(error).strip() or repr(error)).splitlines()[0][:100]})")
+            print(f"compile   off: it failed here ({repr(error)[:100]})")
             model.zero_grad(set_to_none=True)
             continue
         if optimizer is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         model.zero_grad(set_to_none=True)
-        synchronize(device)
+        if device != "cpu":
+            torch.accelerator.synchronize()
         times.append(time.perf_counter() - start)
         end = min(end, time.perf_counter() + seconds)
     return tokens.numel() / statistics.median(times[1:])
@@ -269,9 +256,6 @@ def measure_training(config, machine, rows, context, documents, seconds):
     starts = torch.linspace(0, rows * context, rows * documents + 1).round().int().to(machine.device)
     optimizer = schedule.build_optimizer(model, 1e-4, dtype=machine.dtype)
     return measure_speed(model, tokens, starts if documents else None, seconds, optimizer)
-
-
-# ---- what a recipe needs of this machine ----------------------------------------------------------------------
 
 
 def choose_machine(recipe):
@@ -340,7 +324,7 @@ def stage_rows(recipe, processes, device):
 
 def check_memory(recipe, machine, processes, rows, curriculum):
     """Bytes that a process needs in the stage that needs most; UserError where this machine does not have them."""
-    device, room, before = machine.device, machine_memory(machine.device), held_memory()
+    device, room, before = machine.device, machine_memory(machine.device), peak_memory("cpu", "VmRSS")
     need = max(process_memory(
         recipe_memory(recipe, n, context, processes, device, batch // context > n * processes), device, before)
         for n, context, batch in zip(rows, curriculum.contexts, curriculum.batches))
@@ -426,25 +410,14 @@ def round_batch(tokens, unit):
     return unit * 2 ** round(math.log2(max(tokens, unit) / unit))
 
 
-def choose_batch(config, blocks, tokens, context, gpus):
-    """Batch and rate by DeepSeek's and Step Law's laws for `blocks` parameters without embeddings."""
-    fitted = (6 * blocks + attention_flops_per_token(config, context, "full")) * tokens
-    wanted = schedule.deepseek_batch(fitted)
-    batch = round_batch(min(wanted, tokens / 100), context * gpus)  # 100 steps or so, and a sequence on every GPU
-    if batch > 2 * wanted:
-        warnings.warn(f"{gpus:,} GPUs make the batch {batch / wanted:.2g} times what the law says: take fewer --gpus")
-    steps, rate = max(1, round(tokens / batch)), schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / wanted))
-    law = {"batch_tokens": schedule.step_law_batch(tokens), "learning_rate": schedule.step_law_rate(blocks, tokens)}
-    return {"batch_tokens": batch, "learning_rate": rate, "steps": steps, "step_law": law,
-            "warmup_steps": schedule.suggest_warmup(steps), "weight_decay": schedule.suggest_weight_decay(rate, steps)}
-
-
 def plan_rented(o, preset):
     """All that follows from the limits. The tokens adapt to the exact size of the config so that the compute stays."""
     (peak, memory), prices = GPUS[o.device], (o.price, o.price) if o.price else USD_PER_GPU_HOUR.get(o.device)
     if not prices:
         raise UserError(f"the price of a {o.device} is not known here; give --price in USD an hour")
     mfu = (o.mfu,) * 3 if o.mfu else MFU.get(o.device, MFU["H100"])
+    if preset:
+        o = replace(o, parameters=count_parameters(preset)["active"])
     parameters, tokens, limit, gpus = derive(o, 3600 * peak * mfu[0], prices[1])
     vocab_size = o.vocab_size or (128_256 if parameters >= 1e9 else 49_152 if parameters >= 5e7 else 8192)
     config = preset or family(parameters, vocab_size, o.context)
@@ -460,10 +433,21 @@ def plan_rented(o, preset):
         raise UserError(f"{count['total']:,} parameters do not fit on {gpus} {o.device}(s): take more than --gpus "
                         f"{16 * count['total'] / room:.0f}, or a shorter --context")
     flops = 6 * active * tokens
-    hours, least, most = (flops / 3600 / peak / share for share in (mfu[0], mfu[2], mfu[1]))
+    hours, most, least = (flops / 3600 / peak / share for share in mfu)
     bill, spent = hours * (1 + o.overhead), [flops / 2**i for i in range(4)]
     fixed = [active] * 4 if o.parameters or o.tokens else [CHINCHILLA.optimum(compute)[0] for compute in spent]
-    return choose_batch(config, active - count["embedding"], tokens, o.context, gpus) | {
+    blocks = active - count["embedding"]
+    fitted = (6 * blocks + attention_flops_per_token(config, o.context, "full")) * tokens  # as DeepSeek counts
+    wanted = schedule.deepseek_batch(fitted)
+    batch = round_batch(min(wanted, tokens / 100), o.context * gpus)  # 100 steps or so, and a sequence on every GPU
+    if batch > 2 * wanted:
+        warnings.warn(f"{gpus:,} GPUs make the batch {batch / wanted:.2g} times what the law says: take fewer --gpus")
+    steps, rate = max(1, round(tokens / batch)), schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / wanted))
+    return {
+        "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
+        "weight_decay": schedule.suggest_weight_decay(rate, steps),
+        "step_law": {"batch_tokens": schedule.step_law_batch(tokens),
+                     "learning_rate": schedule.step_law_rate(blocks, tokens)},
         "config": config, "parameters": count["total"], "active": active, "non_embedding": count["non_embedding"],
         "tokens": tokens, "tokens_per_parameter": tokens / active, "flops": flops,
         "loss": CHINCHILLA.loss(active, tokens), "law": CHINCHILLA.source, "optimum": CHINCHILLA.optimum(flops),
@@ -493,9 +477,8 @@ def print_plan(p):
 model        {p['parameters']:,} parameters ({p['non_embedding']:,} without embeddings), vocabulary {c.vocab_size:,}
              {c.num_hidden_layers} layers of width {c.hidden_size}, MLP {c.intermediate_size}
              {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}
-tokens       {say_number(p['tokens'])}, {p['tokens_per_parameter']:,.3g} a parameter
+tokens       {say_number(p['tokens'])}, {p['tokens_per_parameter']:,.3g} a parameter; 6ND = {p['flops']:.3g} FLOPs
              optimum of this compute: {' parameters on '.join(map(say_number, p['optimum']))} tokens
-FLOPs        6ND = {p['flops']:.3g}
 batch        {p['batch_tokens']:,} tokens (Step Law: {law['batch_tokens']:,.0f}), {p['steps']:,} steps
 rate         {p['learning_rate']:.2g} at its peak (Step Law: {law['learning_rate']:.2g})
              {p['warmup_steps']:,} steps of warmup, weight decay {p['weight_decay']:g}
@@ -504,7 +487,6 @@ memory       {p['sharding']} on {p['gpus']:,} {gpu}(s), a sequence of {p['contex
 time         {p['gpu_hours']:,.1f} {gpu}-hours at {planned:.0%} of peak by 6ND = {p['days']:,.3g} days
              {less:,.1f} at {high:.0%}, {more:,.1f} at {low:.0%}
 whole bill   {p['gpu_hours_with_overhead']:,.1f} {gpu}-hours, {p['overhead']:.0%} more for ablations and restarts
-             (evaluations, 4 % of SmolLM3's main run, not counted)
 money        {cheap:,.0f} to {dear:,.0f} USD the run, {least:,.0f} to {most:,.0f} USD the whole bill
 loss         {p['loss']:.3f} nats a token ({p['law']})""")
     print_rows("This budget, and each time half of it", p["halvings"])
@@ -567,21 +549,15 @@ SMOLLM3_BILL = {
     "mid-training ablations, 192 x 10": 192 * 10 * 24, "restarts, 384 x 3 + 192 x 4": (384 * 3 + 192 * 4) * 24}
 
 
-def published():
-    """The share of peak that each run reached, by name and way of counting FLOPs."""
-    return {name: {how: (6 * active + attention * heads * context) * tokens / (hours * 3600 * GPUS[device][0])
-                   for how, attention in zip(COUNTED, (0, 6, 12))}
-            for name, (active, tokens, device, hours, heads, context, _) in PUBLISHED.items()}
-
-
 def print_published():
     """Shows the share of peak that published runs reached, a plan's GPU-hours over theirs, and SmolLM3's bill."""
     print(f"{'':16}{'GPU':>6}{'GPU-hours':>12}{'6N':>8}{'causal':>8}{'full':>8}{'planned':>9}  planned / true hours")
-    for name, shares in published().items():
-        _, _, device, hours, *_, remark = PUBLISHED[name]
+    for name, (active, tokens, device, hours, heads, context, remark) in PUBLISHED.items():
+        shares = [(6 * active + attention * heads * context) * tokens / (hours * 3600 * GPUS[device][0])
+                  for attention in (0, 6, 12)]
         planned = MFU.get(device, MFU["H100"])[0]
-        print(f"{name:16}{device:>6}{hours:12,.0f}" + "".join(f"{share:8.1%}" for share in shares.values())
-              + f"{planned:9.0%}{shares['6N'] / planned:8.2f}  {remark}")
+        print(f"{name:16}{device:>6}{hours:12,.0f}" + "".join(f"{share:8.1%}" for share in shares)
+              + f"{planned:9.0%}{shares[0] / planned:8.2f}  {remark}")
     print("""
 6N counts 6 FLOPs a parameter and token; full and causal add attention's squares or their lower halves. The planned
 share is the middle of what such runs reached by 6N: the last column is their spread, at most 21 % without the outlier.
@@ -592,9 +568,6 @@ share is the middle of what such runs reached by 6N: the last column is their sp
     low, high = (total * price / 1e6 for price in USD_PER_GPU_HOUR["H100"])
     print(f"{'SmolLM3, the whole bill':44}{total:10,} H100-hours = {low:.2f} to {high:.2f} million USD; "
           f"{total / main_run - 1:.0%} on top of the main run")
-
-
-# ---- command line ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -613,7 +586,7 @@ class MeasureOptions:
 def measure(o, config):
     """Prints this machine's training speed, share of peak and memory, beside the prediction."""
     context = o.context or min(config.max_position_embeddings, 4096)
-    machine, before = find_machine(o.device, o.dtype, o.compile), held_memory()
+    machine, before = find_machine(o.device, o.dtype, o.compile), peak_memory("cpu", "VmRSS")
     speed = measure_training(config, machine, o.rows, context, o.documents, o.seconds)
     print(f"""\
 machine      {machine.reason}; torch {torch.__version__}; {machine.peak_flops / 1e9:,.0f} GFLOP/s
@@ -635,8 +608,6 @@ def plan(o, preset, as_json):
         raise UserError("--minutes plans for this machine: beside it give --vocab-size, --json and --picture alone")
     if preset and o.parameters:
         raise UserError("a preset has its own size; leave it or --parameters out")
-    if preset:
-        o = replace(o, parameters=count_parameters(preset)["active"])
     if o.picture and not (o.picture.endswith((".png", ".pdf", ".svg")) and draw(o.picture, lambda axes: None)):
         raise UserError("--picture takes a name such as curve.png and needs matplotlib: pip install matplotlib")
     found = plan_machine(find_machine(), o.minutes, o.vocab_size or 8192) if o.minutes else plan_rented(o, preset)
@@ -659,7 +630,8 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("published", help=print_published.__doc__)
-    for name, kind in (("plan", PlanOptions), ("measure", MeasureOptions)):
+    kinds = {"plan": PlanOptions, "measure": MeasureOptions}
+    for name, kind in kinds.items():
         p = commands.add_parser(name, help=kind.__doc__)
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
         add_options(p, kind)
@@ -670,13 +642,11 @@ def main():
         return print_published()
     if args.preset and args.preset not in PRESETS:
         raise UserError(f"there is no preset {args.preset}; take one of {', '.join(PRESETS)}")
-    kind, preset = PlanOptions if args.command == "plan" else MeasureOptions, PRESETS.get(args.preset)
-    options = kind(**given_options(args, kind))
+    options, preset = kinds[args.command](**given_options(args, kinds[args.command])), PRESETS.get(args.preset)
     check_options(options)
-    if args.command == "plan":
-        plan(options, preset, args.json)
-    else:
-        measure(options, preset or PRESETS["laptop"])
+    if args.command == "measure":
+        return measure(options, preset or PRESETS["laptop"])
+    plan(options, preset, args.json)
 
 
 if __name__ == "__main__":

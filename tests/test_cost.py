@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -130,7 +131,7 @@ def test_process_memory_within_12_percent_of_measured():
 import torch, cost, schedule
 from model import GPT, ModelConfig, cross_entropy
 cost.find_machine("cpu", "float32")
-before, config = cost.held_memory(), ModelConfig(8192, 512, 1536, 8, 8, 4)
+before, config = cost.peak_memory("cpu", "VmRSS"), ModelConfig(8192, 512, 1536, 8, 8, 4)
 model, tokens = GPT(config), torch.randint(8192, (2, 128))
 optimizer = schedule.build_optimizer(model, 1e-4)
 for step in range(2):
@@ -331,21 +332,19 @@ def test_a_plan_for_this_machine(monkeypatch, tmp_path):
 def test_published_shares_and_the_bill():
     """Shares of peak by 6N, full and causal, worked out by hand; Llama-3.1 8B is the outlier, and nothing else is off
     by more than 25 %. SmolLM3's bill: 437,760 hours, 58 % on top of the main run."""
-    reached = cost.published()
-    for model, shares in {"Llama-2 7B": (39.1, 45.3, 42.2), "Llama-2 70B": (42.8, 46.2, 44.5),
-                          "Llama-3.1 8B": (13.9, 17.6, 15.8), "Llama-3.1 405B": (34.6, 37.5, 36.0),
-                          "SmolLM3 3B": (26.1, 31.2, 28.6), "TinyLlama 1.1B": (51.0, 59.6, 55.3),
-                          "DeepSeek-V3": (34.6,)}.items():
-        found = [100 * reached[model][how] for how in ("6N", "full", "causal")[:len(shares)]]
-        assert found == pytest.approx(shares, abs=0.1), model
-    planned = {"A100": 0.42, "H100": 0.30, "H800": 0.30}
-    off = {name: shares["6N"] / planned[cost.PUBLISHED[name][2]] for name, shares in reached.items()}
-    assert all(abs(ratio - 1) < 0.25 for name, ratio in off.items() if name != "Llama-3.1 8B")
-    assert off["Llama-3.1 8B"] < 0.5 and sum(cost.SMOLLM3_BILL.values()) == 437_760
     out = command("published")[1]
+    planned = {"A100": 0.42, "H100": 0.30, "H800": 0.30}
+    for model, shares in {"Llama-2 7B": (39.1, 42.2, 45.3), "Llama-2 70B": (42.8, 44.5, 46.2),
+                          "Llama-3.1 8B": (13.9, 15.8, 17.6), "Llama-3.1 405B": (34.6, 36.0, 37.5),
+                          "SmolLM3 3B": (26.1, 28.6, 31.2), "TinyLlama 1.1B": (51.0, 55.3, 59.6),
+                          "DeepSeek-V3": (34.6,)}.items():
+        row = next(line for line in out.splitlines() if line.startswith(model))
+        found = [float(share) for share in re.findall(r"([\d.]+)%", row)]
+        assert found[:len(shares)] == pytest.approx(shares, abs=0.1), model
+        ratio = found[0] / 100 / planned[cost.PUBLISHED[model][2]]
+        assert f"{ratio:.2f}" in row and (abs(ratio - 1) < 0.25 or model == "Llama-3.1 8B" and ratio < 0.5)
+    assert sum(cost.SMOLLM3_BILL.values()) == 437_760
     assert "437,760" in out and "0.96 to 1.75 million USD" in out and "58% on top" in out
-    for name, ratio in off.items():
-        assert f"{ratio:.2f}" in next(line for line in out.splitlines() if line.startswith(name))
 
 
 @pytest.mark.parametrize("faster, expected", [(2.0, torch.bfloat16), (1.0, torch.float32), (0.01, torch.float32)])

@@ -463,7 +463,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
 @pytest.mark.parametrize("flags, words", [
     (["--learning-rat", "1"], "did you mean --learning_rate"),
     (["--batch-tokens", "100"], "96 or 128"),
-    (["--micro-batch", "3"], "2 and 4"),
+    (["--micro-batch", "3"], "take one of 1, 2, 4"),
     (["laptob"], "take laptop"),
     (["--model", "gpt-9"], "smollm2-135m"),
     (["data/tiny"], "--data data/tiny"),
