@@ -31,8 +31,7 @@ import torch
 import schedule
 from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
 from schedule import CHINCHILLA, LAPTOP_LAW
-from tokenizer import (Parser, UserError, add_options, check_options, draw, given_options, option, parse_options,
-                       run)
+from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
 
 # Dense bf16 peak in FLOP/s (data sheets, without sparsity) and GB of memory, by a part of the device's name.
 GPUS = {"H200": (989.4e12, 141), "H100 PCIe": (756e12, 80), "H100": (989.4e12, 80), "H800": (989.4e12, 80),
@@ -196,19 +195,18 @@ def choose_dtype(device):
 
 
 def find_machine(device="auto", dtype="auto", compile="auto"):
-    """Picks device, dtype and compilation by trying a tiny training step. UserError if nothing that was asked works."""
-    candidates = [device] if device != "auto" else (
-        ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"])
-    notes = []
-    for device in candidates:
-        try:
-            chosen, why = choose_dtype(device) if dtype == "auto" else (getattr(torch, dtype), "as asked")
-            measure_training(ModelConfig(64, 64, 128, 1, 1, 1), Machine(device, chosen, False, 0.0, ""), 2, 32, 2, 0.0)
-            break
-        except Exception as error:  # a device fails in many ways; the next one is tried
-            notes.append(f"{device} with {dtype} failed ({repr(error)[:80]})")
-    else:
-        raise UserError(f"{'; '.join(notes)}; try --device cpu --dtype float32")
+    """Picks device, dtype and compilation, and tries a tiny training step. UserError if that fails, also on a CPU."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    asked, device = device, best if device == "auto" else device
+    try:
+        chosen, why = choose_dtype(device) if dtype == "auto" else (getattr(torch, dtype), "as asked")
+        measure_training(ModelConfig(64, 64, 128, 1, 1, 1), Machine(device, chosen, False, 0.0, ""), 2, 32, 2, 0.0)
+    except Exception as error:  # a device fails in many ways
+        failure = f"{device} with {dtype} failed ({repr(error)[:80]})"
+        if asked != "auto" or device == "cpu":
+            raise UserError(f"{failure}; try --device cpu --dtype float32") from None
+        print(f"machine   {failure}: taking the CPU")
+        return find_machine("cpu", dtype, compile)
     compiled = compile == "true" or compile == "auto" and device == "cuda" and sys.platform == "linux"
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
     what = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
@@ -217,7 +215,7 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
     if device != "cuda":
         keep_freed_memory()
     reason = f"{what}; {str(chosen)[6:]} ({why}); compile {'on' if compiled else 'off'}"
-    return Machine(device, chosen, compiled, peak, "; ".join([*notes, reason]))
+    return Machine(device, chosen, compiled, peak, reason)
 
 
 def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
@@ -277,8 +275,7 @@ def recipe_memory(recipe, rows, context, processes, device, accumulates=True):
 
 
 def settle(recipe, machine, processes, context):
-    """The recipe with what its "auto"s became, so that a resumed run computes as it began: FSDP where a process cannot
-    hold the training of one sequence of the longest context."""
+    """The recipe with what its "auto"s became: FSDP where a process cannot train on a sequence of the longest context."""
     recipe = replace(recipe, device=machine.device, compile=str(machine.compile).lower(),
                      dtype=str(machine.dtype).removeprefix("torch."))
     if recipe.parallel == "auto":
@@ -289,8 +286,7 @@ def settle(recipe, machine, processes, context):
 
 
 def fits(recipe, rows, context, processes, device):
-    """Whether a process can compute so many sequences at once: in 60 % of the GPU's memory, weights included; on a CPU,
-    with 1 GiB of activations, past which a batch is no faster."""
+    """Whether so many sequences fit into 60 % of a GPU, or into 1 GiB of activations, past which a CPU is no faster."""
     memory = recipe_memory(recipe, rows, context, processes, device)
     if device == "cuda":
         return memory["total"] <= 0.6 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
@@ -298,8 +294,7 @@ def fits(recipe, rows, context, processes, device):
 
 
 def stage_rows(recipe, processes, device):
-    """Sequences of a micro-batch in each stage, such that processes x accumulation steps make the stage's batch.
-    UserError, with the nearest batch that does, where it does not divide."""
+    """Sequences of a micro-batch in each stage; UserError, with the nearest that would, where a batch is not a multiple."""
     found, base = [], recipe.model.max_position_embeddings
     for stage in recipe.stages:
         context, batch = stage.context or base, stage.batch_tokens or recipe.batch_tokens
@@ -312,18 +307,16 @@ def stage_rows(recipe, processes, device):
                             f"{context} tokens on {processes} process(es); give {own} {nearest}")
         rows = batch // unit
         divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-        if recipe.micro_batch and context == base:  # --micro_batch is for the model's own context
-            if recipe.micro_batch not in divisors:
-                raise UserError(f"--micro_batch {recipe.micro_batch} does not divide the {rows} sequences of a "
-                                f"process; take one of {', '.join(map(str, divisors))}")
-            found.append(recipe.micro_batch)
-        else:
-            found.append(max((n for n in divisors if fits(recipe, n, context, processes, device)), default=1))
+        asked = recipe.micro_batch if context == base else 0  # --micro_batch is for the model's own context
+        if asked and asked not in divisors:
+            raise UserError(f"--micro_batch {asked} does not divide the {rows} sequences of a process; "
+                            f"take one of {', '.join(map(str, divisors))}")
+        found.append(asked or max((n for n in divisors if fits(recipe, n, context, processes, device)), default=1))
     return found
 
 
 def check_memory(recipe, machine, processes, rows, curriculum):
-    """Bytes that a process needs in the stage that needs most; UserError where this machine does not have them."""
+    """Bytes that a process needs in its largest stage; UserError where this machine does not have them."""
     device, room, before = machine.device, machine_memory(machine.device), peak_memory("cpu", "VmRSS")
     need = max(process_memory(
         recipe_memory(recipe, n, context, processes, device, batch // context > n * processes), device, before)
@@ -344,6 +337,7 @@ COUNTED = ("6N", "causal", "full")  # the ways of counting FLOPs
 class PlanOptions:
     """Plans what to train: give one or two limits (0: not given), the rest follows."""
 
+    preset: str = ""
     parameters: float = option(0.0, "of the model, such as 3B", 0)
     tokens: float = option(0.0, "of training, such as 60B", 0)
     budget: float = option(0.0, "USD for everything, overhead included, at the higher price", 0)
@@ -358,6 +352,7 @@ class PlanOptions:
     context: int = option(4096, "tokens", 1)
     vocab_size: int = option(0, "0: 128,256 from 1B parameters on, 49,152 from 50M on, else 8,192", 0)
     picture: str = option("", "file to draw loss against size in, such as curve.png")
+    json: bool = False
 
 
 def derive(o, flops_per_hour, price):
@@ -410,17 +405,19 @@ def round_batch(tokens, unit):
     return unit * 2 ** round(math.log2(max(tokens, unit) / unit))
 
 
-def plan_rented(o, preset):
+def plan_rented(o):
     """All that follows from the limits. The tokens adapt to the exact size of the config so that the compute stays."""
     (peak, memory), prices = GPUS[o.device], (o.price, o.price) if o.price else USD_PER_GPU_HOUR.get(o.device)
     if not prices:
         raise UserError(f"the price of a {o.device} is not known here; give --price in USD an hour")
     mfu = (o.mfu,) * 3 if o.mfu else MFU.get(o.device, MFU["H100"])
-    if preset:
-        o = replace(o, parameters=count_parameters(preset)["active"])
+    if o.preset and o.parameters:
+        raise UserError("a preset has its own size; leave it or --parameters out")
+    if o.preset:
+        o = replace(o, parameters=count_parameters(PRESETS[o.preset])["active"])
     parameters, tokens, limit, gpus = derive(o, 3600 * peak * mfu[0], prices[1])
     vocab_size = o.vocab_size or (128_256 if parameters >= 1e9 else 49_152 if parameters >= 5e7 else 8192)
-    config = preset or family(parameters, vocab_size, o.context)
+    config = PRESETS.get(o.preset) or family(parameters, vocab_size, o.context)
     count = count_parameters(config)
     active = count["active"]
     if config.num_experts:
@@ -431,7 +428,7 @@ def plan_rented(o, preset):
     fit = smallest_sharding(config, gpus, o.context, room)
     if not fit:
         raise UserError(f"{count['total']:,} parameters do not fit on {gpus} {o.device}(s): take more than --gpus "
-                        f"{16 * count['total'] / room:.0f}, or a shorter --context")
+                        f"{max(gpus, 16 * count['total'] / room):.0f}, or a shorter --context")
     flops = 6 * active * tokens
     hours, most, least = (flops / 3600 / peak / share for share in mfu)
     bill, spent = hours * (1 + o.overhead), [flops / 2**i for i in range(4)]
@@ -446,11 +443,8 @@ def plan_rented(o, preset):
     return {
         "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
         "weight_decay": schedule.suggest_weight_decay(rate, steps),
-        "step_law": {"batch_tokens": schedule.step_law_batch(tokens),
-                     "learning_rate": schedule.step_law_rate(blocks, tokens)},
-        "config": config, "parameters": count["total"], "active": active, "non_embedding": count["non_embedding"],
-        "tokens": tokens, "tokens_per_parameter": tokens / active, "flops": flops,
-        "loss": CHINCHILLA.loss(active, tokens), "law": CHINCHILLA.source, "optimum": CHINCHILLA.optimum(flops),
+        "config": config, "parameters": count["total"], "active": active, "tokens": tokens, "flops": flops,
+        "loss": CHINCHILLA.loss(active, tokens), "unit": "nats a token", "law": CHINCHILLA.source,
         "device": o.device, "gpus": gpus, "context": o.context, "sharding": fit[0], "memory_per_gpu": fit[1],
         "mfu": mfu, "gpu_hours": hours, "gpu_hours_range": (least, most), "days": hours / gpus / 24,
         "overhead": o.overhead, "gpu_hours_with_overhead": bill,
@@ -468,27 +462,32 @@ def print_rows(title, rows):
 
 
 def print_plan(p):
-    """A plan of `plan_rented` for people."""
-    c, law, gpu = p["config"], p["step_law"], p["device"]
-    (planned, low, high), (less, more) = p["mfu"], p["gpu_hours_range"]
+    """A plan of `plan_rented` or `plan_machine` for people."""
+    c = p["config"]
+    print(f"""\
+model        {p['parameters']:,} parameters, vocabulary {c.vocab_size:,}, context {c.max_position_embeddings:,}
+             {c.num_hidden_layers} layers of width {c.hidden_size}, MLP {c.intermediate_size}
+             {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}
+tokens       {say_number(p['tokens'])}, {p['tokens'] / p['parameters']:,.3g} a parameter
+batch        {p['batch_tokens']:,} tokens, rate {p['learning_rate']:.2g} at its peak
+loss         {p['loss']:.3f} {p['unit']} ({p['law']})""")
+    if "minutes" in p:
+        print(f"""\
+machine      {p['machine']}; {p['tokens_per_second']:,.0f} tokens/s (measured now)
+train it     python train.py --minutes {p['minutes']:g}""")
+        return print_rows("The sizes that were measured", p["sizes"])
+    gpu, (planned, low, high), (less, more) = p["device"], p["mfu"], p["gpu_hours_range"]
     cheap, dear, least, most = p["usd"] + p["usd_with_overhead"]
     memory = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in p["memory_per_gpu"].items())
     print(f"""\
-model        {p['parameters']:,} parameters ({p['non_embedding']:,} without embeddings), vocabulary {c.vocab_size:,}
-             {c.num_hidden_layers} layers of width {c.hidden_size}, MLP {c.intermediate_size}
-             {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}
-tokens       {say_number(p['tokens'])}, {p['tokens_per_parameter']:,.3g} a parameter; 6ND = {p['flops']:.3g} FLOPs
-             optimum of this compute: {' parameters on '.join(map(say_number, p['optimum']))} tokens
-batch        {p['batch_tokens']:,} tokens (Step Law: {law['batch_tokens']:,.0f}), {p['steps']:,} steps
-rate         {p['learning_rate']:.2g} at its peak (Step Law: {law['learning_rate']:.2g})
-             {p['warmup_steps']:,} steps of warmup, weight decay {p['weight_decay']:g}
-memory       {p['sharding']} on {p['gpus']:,} {gpu}(s), a sequence of {p['context']:,} tokens at a time
+steps        {p['steps']:,}, {p['warmup_steps']:,} of warmup; weight decay {p['weight_decay']:g}
+compute      {p['flops']:.3g} FLOPs (6ND)
+memory       {p['sharding']} on {p['gpus']:,} {gpu}(s), a sequence at a time
              {memory}
-time         {p['gpu_hours']:,.1f} {gpu}-hours at {planned:.0%} of peak by 6ND = {p['days']:,.3g} days
+time         {p['gpu_hours']:,.1f} {gpu}-hours at {planned:.0%} of peak by 6ND, {p['days']:,.3g} days
              {less:,.1f} at {high:.0%}, {more:,.1f} at {low:.0%}
 whole bill   {p['gpu_hours_with_overhead']:,.1f} {gpu}-hours, {p['overhead']:.0%} more for ablations and restarts
-money        {cheap:,.0f} to {dear:,.0f} USD the run, {least:,.0f} to {most:,.0f} USD the whole bill
-loss         {p['loss']:.3f} nats a token ({p['law']})""")
+money        {cheap:,.0f} to {dear:,.0f} USD the run, {least:,.0f} to {most:,.0f} USD the whole bill""")
     print_rows("This budget, and each time half of it", p["halvings"])
     print_rows("This size, and each time half of it, at equal compute", p["sizes"][15::-5])
 
@@ -515,21 +514,7 @@ def plan_machine(machine, minutes, vocab_size=8192):
     LAPTOP_LAW.loss(best["parameters"], best["tokens"])  # warns outside its range
     rate = 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)
     return best | {"batch_tokens": batch, "learning_rate": rate, "law": LAPTOP_LAW.source, "minutes": minutes,
-                   "machine": machine.reason, "sizes": sizes}
-
-
-def print_machine_plan(p):
-    """A plan of `plan_machine` for people."""
-    c = p["config"]
-    print(f"""\
-machine      {p['machine']}
-model        {p['parameters']:,} parameters: {c.num_hidden_layers} layers of width {c.hidden_size}
-             vocabulary {c.vocab_size:,}, context {c.max_position_embeddings}
-tokens       {p['tokens']:,.0f} in {p['minutes']:g} minutes at {p['tokens_per_second']:,.0f} tokens/s (measured now)
-batch        {p['batch_tokens']:,} tokens, rate {p['learning_rate']:.2g} (the laptop recipe's, scaled)
-loss         {p['loss']:.3f} bits per byte of held-out prose and code ({p['law']})
-train it     python train.py --minutes {p['minutes']:g}""")
-    print_rows("The sizes that were measured", p["sizes"])
+                   "unit": "bits per byte of held-out prose and code", "machine": machine.reason, "sizes": sizes}
 
 
 # ---- published runs -------------------------------------------------------------------------------------------
@@ -574,6 +559,7 @@ share is the middle of what such runs reached by 6N: the last column is their sp
 class MeasureOptions:
     """Measures this machine's training speed and memory."""
 
+    preset: str = "laptop"
     rows: int = option(16, "sequences at a time", 1)
     context: int = option(0, "tokens; 0: the preset's, at most 4096", 0)
     documents: int = option(1, "equal documents a sequence; 0: no document mask", 0)
@@ -583,8 +569,9 @@ class MeasureOptions:
     compile: str = option("auto", "auto, true or false")
 
 
-def measure(o, config):
+def measure(o):
     """Prints this machine's training speed, share of peak and memory, beside the prediction."""
+    config = PRESETS[o.preset]
     context = o.context or min(config.max_position_embeddings, 4096)
     machine, before = find_machine(o.device, o.dtype, o.compile), peak_memory("cpu", "VmRSS")
     speed = measure_training(config, machine, o.rows, context, o.documents, o.seconds)
@@ -601,16 +588,14 @@ speed        {speed:,.0f} tokens/s at {o.rows} sequences of {context} tokens, do
               f"{predicted / held - 1:+.0%}")
 
 
-def plan(o, preset, as_json):
+def plan(o):
     """Makes, prints and draws a plan."""
-    mine = PlanOptions(minutes=o.minutes, vocab_size=o.vocab_size, picture=o.picture)
-    if o.minutes and (preset or o != mine):
+    mine = PlanOptions(minutes=o.minutes, vocab_size=o.vocab_size, picture=o.picture, json=o.json)
+    if o.minutes and o != mine:
         raise UserError("--minutes plans for this machine: beside it give --vocab-size, --json and --picture alone")
-    if preset and o.parameters:
-        raise UserError("a preset has its own size; leave it or --parameters out")
     if o.picture and not (o.picture.endswith((".png", ".pdf", ".svg")) and draw(o.picture, lambda axes: None)):
         raise UserError("--picture takes a name such as curve.png and needs matplotlib: pip install matplotlib")
-    found = plan_machine(find_machine(), o.minutes, o.vocab_size or 8192) if o.minutes else plan_rented(o, preset)
+    found = plan_machine(find_machine(), o.minutes, o.vocab_size or 8192) if o.minutes else plan_rented(o)
 
     def paint(axes):
         axes.plot([row["parameters"] for row in found["sizes"]], [row["loss"] for row in found["sizes"]])
@@ -619,10 +604,10 @@ def plan(o, preset, as_json):
 
     if o.picture:
         draw(o.picture, paint)
-    if as_json:
+    if o.json:
         print(json.dumps(found, indent=1, default=asdict))
     else:
-        (print_machine_plan if o.minutes else print_plan)(found)
+        print_plan(found)
 
 
 def main():
@@ -630,23 +615,22 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("published", help=print_published.__doc__)
-    kinds = {"plan": PlanOptions, "measure": MeasureOptions}
-    for name, kind in kinds.items():
+    kinds = {"plan": (plan, PlanOptions), "measure": (measure, MeasureOptions)}
+    for name, (_, kind) in kinds.items():
         p = commands.add_parser(name, help=kind.__doc__)
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
-        add_options(p, kind)
         if name == "plan":
             p.add_argument("--json", action="store_true", help="print the plan as JSON")
-    args = parse_options(parser, sys.argv[1:])
-    if args.command == "published":
+        add_options(p, kind)
+    given = {name: value for name, value in vars(parse_options(parser, sys.argv[1:])).items() if value is not None}
+    command, kind = kinds.get(given.pop("command"), (None, None))
+    if not command:
         return print_published()
-    if args.preset and args.preset not in PRESETS:
-        raise UserError(f"there is no preset {args.preset}; take one of {', '.join(PRESETS)}")
-    options, preset = kinds[args.command](**given_options(args, kinds[args.command])), PRESETS.get(args.preset)
+    if given.get("preset", "laptop") not in PRESETS:
+        raise UserError(f"there is no preset {given['preset']}; take one of {', '.join(PRESETS)}")
+    options = kind(**given)
     check_options(options)
-    if args.command == "measure":
-        return measure(options, preset or PRESETS["laptop"])
-    plan(options, preset, args.json)
+    command(options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Sampling: text from a trained model, one token at a time through a KV cache.
 
-The cache keeps keys and values, so that a new token costs one column of attention instead of the whole square. It is
-the reason why the playbook chooses grouped-query attention.
+The cache, for whose size the playbook chooses grouped-query attention, makes a new token cost one column of attention.
 
     python sample.py                                   # the newest run, a sample from nothing
     python sample.py runs/laptop --prompt "def" --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
-    python sample.py SmolLM3-3B                        # a Hugging Face folder: chats if it has a chat template
-    python sample.py SmolLM3-3B --chat --prompt "Why is the sky blue?"
+    python sample.py SmolLM3-3B                        # a Hugging Face folder with a template: --chat --prompt "Why?"
     python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context (--extend yarn)
 
 Temperature 0 takes the most likely token. top-k keeps the k most likely tokens; top-p (Holtzman et al. 2020) the most
@@ -46,9 +44,9 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def draw_tokens(probabilities, generator):
-    """Draws a token per row of probabilities [B, V] -> [B, 1]. On a CPU, faster than torch.multinomial: where the
-    running sum passes a random number. On a GPU, where running sums are not deterministic: the first to arrive, if
-    every token waits an exponential time with its probability as the rate."""
+    """A token per row of probabilities [B, V] -> [B, 1]. CPU: where the running sum passes a random number (faster than
+    torch.multinomial). GPU, where running sums are not deterministic: the first to arrive, if tokens wait exponential
+    times with their probabilities as the rates."""
     if probabilities.is_cuda:
         waiting = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / waiting).argmax(-1, keepdim=True)
@@ -61,10 +59,9 @@ def draw_tokens(probabilities, generator):
 @torch.no_grad()  # not inference_mode: this may be the first forward pass of a model that FSDP then trains
 def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=(),
              vocab_size=None, first=None):
-    """Yields one token id for each of `samples` continuations of the prompt, None for one that has ended, until all
-    have produced one of `stop`, which is not yielded. Several prompts of one length are continued together, the samples
-    of one before those of the next. `vocab_size`: ids from there on, which pad the vocabulary, are never drawn.
-    `first`: ids that may come first."""
+    """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
+    have produced one of `stop`. Several prompts of one length are continued together, each with its samples in a row.
+    `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first."""
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     prompts = torch.atleast_2d(torch.tensor(prompt, device=device))  # [prompts, T]
@@ -77,10 +74,8 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
             allowed = torch.full_like(logits, -torch.inf)
             allowed[:, first] = logits[:, first]
             logits, first = allowed, None
-        if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)
-        else:
-            tokens = draw_tokens(filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1), generator)
+        tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else draw_tokens(
+            filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1), generator)
         ids = tokens[:, 0].tolist()
         running = [alive and id not in stops for alive, id in zip(running, ids)]
         if not any(running):
@@ -89,9 +84,8 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
 
 
 def continue_all(model, prompts, max_tokens, samples=1, *, seed=0, at_once=128, **options):
-    """ids [prompts][samples][at most max_tokens] that continue each prompt, without the stop token: one that is shorter
-    has stopped by itself. Prompts of one length are drawn together, about `at_once` sequences at a time: padding to a
-    common length would need a mask in every kind of attention."""
+    """ids [prompts][samples][at most max_tokens], without the stop token: one that is shorter has stopped by itself.
+    Prompts of one length are drawn together, about `at_once` rows at a time, so that no attention needs padding."""
     made, groups = [[[] for _ in range(samples)] for _ in prompts], {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(i)
@@ -123,14 +117,6 @@ def complete(model, tokenizer, prompt, max_tokens, samples=1, **options):
     return [tokenizer.decode(ids).removeprefix(prompt[len(text):]) for ids in made]
 
 
-def newest_run():
-    """The run folder in runs/ whose checkpoint was written last."""
-    manifests = list(Path("runs").glob("*/checkpoints/step-????????/manifest.json"))
-    if not manifests:
-        raise UserError("there is no trained model in runs/; run `python train.py` first")
-    return max(manifests, key=lambda path: path.stat().st_mtime).parents[2]
-
-
 def recipe_of(folder):
     """recipe.json of a run, or of the run that a checkpoint is from; {} for other folders."""
     for place in (Path(folder), Path(folder).parent.parent):
@@ -150,14 +136,12 @@ def load(folder, device=None):
 
 
 def extended(model, context, by="dual_chunk"):
-    """The same weights reading `context` tokens through dual chunk attention, YaRN or unchanged RoPE, without training;
-    the model itself where its context is that long already."""
+    """The same weights reading `context` tokens, without training; the model itself if its context is that long."""
     trained = model.config.max_position_embeddings
     if context <= trained:
         return model
     if model.config.position != "rope":
-        raise UserError(f"--context {context} goes beyond the trained {trained} tokens, which needs plain RoPE, not "
-                        f"{model.config.position}")
+        raise UserError(f"--context beyond the trained {trained} tokens needs RoPE, not {model.config.position}")
     config = model.config.change(position=by, original_max_position_embeddings=trained, rope_factor=context / trained,
                                  max_position_embeddings=context)
     with torch.device("meta"):
@@ -171,8 +155,7 @@ def room_after(prompt, model):
     """How many tokens the context holds after a prompt; UserError for none."""
     context = model.config.max_position_embeddings
     if len(prompt) >= context:
-        raise UserError(f"the prompt has {len(prompt):,} tokens, but the model reads at most {context:,}, its answer "
-                        "included; shorten it")
+        raise UserError(f"the prompt has {len(prompt):,} of the {context:,} tokens that the model reads; shorten it")
     return context - len(prompt)
 
 
@@ -195,8 +178,8 @@ def typed():
 
 
 def chat(model, tokenizer, chat_format, question, max_tokens, **options):
-    """Answers a question, or, without one, line after line of standard input until it ends. The oldest turns are
-    dropped when they leave no room for an answer of `max_tokens` or half of the context."""
+    """Answers a question, or without one each line that is typed. The oldest turns are dropped when they leave no room
+    for an answer of `max_tokens` or half of the context."""
     messages, context = [], model.config.max_position_embeddings
     for said in filter(None, [question] if question else typed()):
         messages.append({"role": "user", "content": said})
@@ -231,8 +214,8 @@ class SampleOptions(ContextOptions):
 def command_options(parser, kind):
     """The command line as an instance of a dataclass of `option`s, whose other fields the parser's own flags fill."""
     add_options(parser, kind)
-    given = vars(parse_options(parser, sys.argv[1:]))
-    options = kind(**{name: value for name, value in given.items() if value is not None})
+    given = vars(parse_options(parser, sys.argv[1:])).items()
+    options = kind(**{name: value for name, value in given if value is not None})
     check_options(options)
     return options
 
@@ -242,8 +225,12 @@ def main():
     parser.add_argument("run", nargs="?", help="run, checkpoint or Hugging Face folder (default: the newest run)")
     parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the chat format")
     asked = command_options(parser, SampleOptions)
-    folder = Path(asked.run or newest_run())
+    folder = Path(asked.run)
     if not asked.run:
+        runs = Path("runs").glob("*/checkpoints/step-????????/manifest.json")
+        if not (newest := max(runs, key=lambda path: path.stat().st_mtime, default=None)):
+            raise UserError("there is no trained model in runs/; run `python train.py` first")
+        folder = newest.parents[2]
         print(f"({folder} is the newest run)", file=sys.stderr)
     model, tokenizer = load(folder)
     model, chat_format = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer)
@@ -254,8 +241,7 @@ def main():
             raise UserError("a chat has one answer; leave --samples out")
         recipe = recipe_of(folder)  # post-training's has a method
         if not chat_format.template and "method" not in recipe and (recipe or is_hugging_face(folder)):
-            print(f"({folder} was never trained on chats and will babble; "
-                  f"`python posttrain.py sft {folder}` trains it on some)", file=sys.stderr)
+            print(f"({folder} was never trained on chats; `python posttrain.py sft {folder}` does it)", file=sys.stderr)
         return chat(model, tokenizer, chat_format, asked.prompt, asked.max_tokens, **options)
     text, options["first"] = split_prompt(tokenizer, asked.prompt)
     prompt = chat_format.text(text)

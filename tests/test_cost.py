@@ -184,7 +184,7 @@ def test_plan_of_a_budget_spends_exactly_that():
     assert found["usd_with_overhead"] == pytest.approx([55_000, 100_000], rel=1e-3)
     assert found["flops"] == pytest.approx(found["gpu_hours"] * 3600 * 989.4e12 * 0.3) == pytest.approx(
         6 * found["parameters"] * found["tokens"])
-    assert found["tokens_per_parameter"] == pytest.approx(20, rel=0.15)
+    assert found["tokens"] / found["parameters"] == pytest.approx(20, rel=0.15)
     assert found["batch_tokens"] * found["steps"] == pytest.approx(found["tokens"], rel=1e-3)
     assert found["batch_tokens"] % (8 * 4096) == 0  # a sequence on each of the 8 GPUs
     config = ModelConfig(**found["config"])
