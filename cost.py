@@ -35,9 +35,7 @@ from tokenizer import Parser, UserError, add_options, check_options, draw, optio
 
 # Dense bf16 peak in FLOP/s (data sheets, without sparsity) and GB of memory, by a part of the device's name.
 GPUS = {"H200": (989.4e12, 141), "H100 PCIe": (756e12, 80), "H100": (989.4e12, 80), "H800": (989.4e12, 80),
-        "A100": (312e12, 80), "B200": (2250e12, 180), "L40S": (362e12, 48), "L40": (181e12, 48), "L4": (121e12, 24),
-        "A10G": (70e12, 24), "4090": (165.2e12, 24), "3090": (71e12, 24)}
-USD_PER_GPU_HOUR = {"H100": (2.2, 4.0)}  # low and high; other devices: --price
+        "A100": (312e12, 80), "B200": (2250e12, 180), "4090": (165.2e12, 24), "3090": (71e12, 24)}
 # Share of the peak to plan with, lowest and highest, by 6ND, from the published runs below. Other devices: as the H100.
 MFU = {"H100": (0.30, 0.26, 0.35), "A100": (0.42, 0.39, 0.51)}
 OVERHEAD = 0.58  # ablations and restarts: SmolLM3's 161,280 GPU-hours on top of the main run's 276,480
@@ -50,9 +48,8 @@ def attention_flops_per_token(config, length, counted="causal"):
     """FLOPs of attention for one trained token, where `length` tokens attend to each other (in documents
     `attended_length`). "full" counts the square, 12 L H D T (PaLM, appendix B), "causal" half of it."""
     width = (config.head_dim + config.v_head_dim) / 2 if config.kv_lora_rank else config.head_dim
-    reach = {"full": length, "sliding": min(length, config.sliding_window),
-             "chunked": min(length, config.attention_chunk_size), "linear": 0}
-    attended = sum(reach[config.layer_type(layer)] for layer in range(config.num_hidden_layers))
+    reach = {"sliding": config.sliding_window, "chunked": config.attention_chunk_size, "linear": 0}
+    attended = sum(min(length, reach.get(config.layer_type(i), length)) for i in range(config.num_hidden_layers))
     return (12 if counted == "full" else 6) * config.num_attention_heads * width * attended
 
 
@@ -105,14 +102,10 @@ def training_memory(config, rows, context, compute_bytes=2, device="cuda", accum
             "total": 3 * share + peak}
 
 
-# A CPU process holds more than tensors. Measured on Linux: torch's kernels beyond those of `find_machine`, and the gaps
-# that activations leave in the heap, because glibc keeps freed memory (`keep_freed_memory`).
-CPU_KERNELS, CPU_GAPS = 50 * 2**20, 0.4
-
-
 def process_memory(memory, device, before):
-    """Peak bytes of a training process (on CUDA of its tensors), from its `training_memory` and what it held before."""
-    return memory["total"] + (device != "cuda") * (before + CPU_KERNELS + CPU_GAPS * memory["activations"])
+    """Peak bytes of a training process (on CUDA of its tensors), from its `training_memory` and what it held before.
+    Measured on Linux: torch's kernels take 50 MiB, and gaps that glibc leaves between activations 40 % of those."""
+    return memory["total"] + (device != "cuda") * (before + 50 * 2**20 + 0.4 * memory["activations"])
 
 
 def peak_memory(device, line="VmHWM"):
@@ -138,7 +131,6 @@ def smallest_sharding(config, gpus, context, room):
             memory = training_memory(config, 1, context, recompute=recompute, shards=shards)
             if memory["total"] <= room:
                 return name + ", activations recomputed" * recompute, memory
-    return None
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------
@@ -147,7 +139,6 @@ def smallest_sharding(config, gpus, context, room):
 @dataclass
 class Machine:
     """What a run computes on, and why."""
-
     device: str  # "cuda", "mps" or "cpu"
     dtype: torch.dtype  # of the matrix products
     compile: bool
@@ -158,14 +149,14 @@ class Machine:
 def matmul_flops(device, dtype, size=1024, seconds=0.15):
     """FLOP/s of size^3 matrix products: the best of those that begin in this time."""
     a = torch.randn(size, size, device=device).to(dtype)
-    best, end = math.inf, time.perf_counter() + seconds
+    times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ a
         if device != "cpu":
             torch.accelerator.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
 
 
 def keep_freed_memory():
@@ -182,14 +173,12 @@ def choose_dtype(device):
     """(torch.bfloat16 where that is faster, else torch.float32; the reason in words)."""
     if device == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32, "the GPU's best"
-    single, half = 1.0, 0.0
-    with contextlib.suppress(RuntimeError, TypeError):  # a device without bfloat16
-        for size in (128, 1024):  # where bfloat16 is emulated, a large product would take seconds
-            # A busy machine slows single probes: the first warms up, both take turns, and the best of each counts.
-            probes = [[matmul_flops(device, d, size, 0.02) for d in (torch.float32, torch.bfloat16)] for _ in range(5)]
-            single, half = map(max, zip(*probes))
-            if half < single / 10:
-                break
+    for size in (128, 1024):  # where bfloat16 is emulated, a large product would take seconds
+        # A busy machine slows single probes: the first warms up, both take turns, and the best of each counts.
+        probes = [[matmul_flops(device, d, size, 0.02) for d in (torch.float32, torch.bfloat16)] for _ in range(5)]
+        single, half = map(max, zip(*probes))
+        if half < single / 10:
+            break
     why = f"{half / 1e9:.0f} GFLOP/s in bfloat16, {single / 1e9:.0f} in float32"
     return torch.bfloat16 if half > 1.2 * single else torch.float32, why
 
@@ -210,8 +199,8 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
     compiled = compile == "true" or compile == "auto" and device == "cuda" and sys.platform == "linux"
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
     what = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    known = [flops for part, (flops, _) in GPUS.items() if part in what]
-    peak = known[0] if known else matmul_flops(device, chosen, 8192 if device == "cuda" else 2048)
+    known = next((flops for part, (flops, _) in GPUS.items() if part in what), 0.0)
+    peak = known or matmul_flops(device, chosen, 8192 if device == "cuda" else 2048)
     if device != "cuda":
         keep_freed_memory()
     reason = f"{what}; {str(chosen)[6:]} ({why}); compile {'on' if compiled else 'off'}"
@@ -275,9 +264,9 @@ def recipe_memory(recipe, rows, context, processes, device, accumulates=True):
 
 
 def settle(recipe, machine, processes, context):
-    """The recipe with what its "auto"s became: FSDP where a process cannot train on a sequence of the longest context."""
-    recipe = replace(recipe, device=machine.device, compile=str(machine.compile).lower(),
-                     dtype=str(machine.dtype).removeprefix("torch."))
+    """The recipe with what its "auto"s became: FSDP where a process cannot hold the longest context's training."""
+    recipe = replace(recipe, device=machine.device, dtype=str(machine.dtype)[6:],
+                     compile=str(machine.compile).lower())
     if recipe.parallel == "auto":
         needs = recipe_memory(recipe, 1, context, processes, machine.device)["total"]
         sharded = processes > 1 and needs > 0.9 * machine_memory(machine.device)
@@ -288,13 +277,11 @@ def settle(recipe, machine, processes, context):
 def fits(recipe, rows, context, processes, device):
     """Whether so many sequences fit into 60 % of a GPU, or into 1 GiB of activations, past which a CPU is no faster."""
     memory = recipe_memory(recipe, rows, context, processes, device)
-    if device == "cuda":
-        return memory["total"] <= 0.6 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
-    return memory["activations"] <= 2**30
+    return memory["total"] <= 0.6 * machine_memory(device) if device == "cuda" else memory["activations"] <= 2**30
 
 
 def stage_rows(recipe, processes, device):
-    """Sequences of a micro-batch in each stage; UserError, with the nearest that would, where a batch is not a multiple."""
+    """Sequences of a micro-batch in each stage; UserError, with the nearest that do, where sizes do not divide."""
     found, base = [], recipe.model.max_position_embeddings
     for stage in recipe.stages:
         context, batch = stage.context or base, stage.batch_tokens or recipe.batch_tokens
@@ -329,24 +316,20 @@ def check_memory(recipe, machine, processes, rows, curriculum):
 
 # ---- the plan -------------------------------------------------------------------------------------------------
 
-SMALLEST, LARGEST = 1.4e5, 3e12  # parameters of the family
-COUNTED = ("6N", "causal", "full")  # the ways of counting FLOPs
-
 
 @dataclass(frozen=True)
 class PlanOptions:
     """Plans what to train: give one or two limits (0: not given), the rest follows."""
-
-    preset: str = ""
+    preset: str = option("", ", ".join(PRESETS), choices=("", *PRESETS))
     parameters: float = option(0.0, "of the model, such as 3B", 0)
     tokens: float = option(0.0, "of training, such as 60B", 0)
-    budget: float = option(0.0, "USD for everything, overhead included, at the higher price", 0)
+    budget: float = option(0.0, "USD for everything, overhead included", 0)
     gpu_hours: float = option(0.0, "of the main run", 0)
     days: float = option(0.0, "of the main run; with --budget or --gpu-hours they decide the number of GPUs", 0)
     minutes: float = option(0.0, "of training on this machine, instead of all other limits", 0)
     gpus: int = option(0, "rented; 0: 8, or what --days decides", 0)
     device: str = option("H100", "rented: " + ", ".join(GPUS), choices=GPUS)
-    price: float = option(0.0, "USD of a GPU-hour; 0: an H100's range", 0)
+    price: float = option(0.0, "USD of a GPU-hour; 0: 4 for an H100, for which 2.2 to 4 are asked", 0)
     mfu: float = option(0.0, "share of the bf16 peak by 6ND; 0: 0.42 on an A100, else an H100's 0.30", 0, 1)
     overhead: float = option(OVERHEAD, "ablations and restarts, as a share of the main run", 0)
     context: int = option(4096, "tokens", 1)
@@ -368,8 +351,8 @@ def derive(o, flops_per_hour, price):
         tokens = compute / 6 / parameters
     parameters = parameters or CHINCHILLA.parameters_for(tokens)
     tokens = tokens or CHINCHILLA.tokens_for(parameters)
-    if not SMALLEST <= parameters <= LARGEST or tokens < parameters:
-        size = min(LARGEST, max(SMALLEST, CHINCHILLA.optimum(6 * parameters * tokens)[0]))
+    if not 1.4e5 <= parameters <= 3e12 or tokens < parameters:  # the sizes of `family`
+        size = min(3e12, max(1.4e5, CHINCHILLA.optimum(6 * parameters * tokens)[0]))
         raise UserError(f"no plan has {say_number(parameters)} parameters and {say_number(tokens)} tokens; the nearest "
                         f"possible is {say_number(size)} and {say_number(CHINCHILLA.tokens_for(size))}")
     return parameters, tokens, hours, gpus
@@ -394,10 +377,11 @@ def family(parameters, vocab_size, context):
 
 def say_number(x):
     """1234567 -> 1.23M."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if x >= size:
-            return f"{x / size:.3g}{unit}"
-    return f"{x:.3g}"
+    for unit in ("", "k", "M", "B"):
+        if x < 999.5:
+            return f"{x:.3g}{unit}"
+        x /= 1000
+    return f"{x:.3g}T"
 
 
 def round_batch(tokens, unit):
@@ -407,15 +391,15 @@ def round_batch(tokens, unit):
 
 def plan_rented(o):
     """All that follows from the limits. The tokens adapt to the exact size of the config so that the compute stays."""
-    (peak, memory), prices = GPUS[o.device], (o.price, o.price) if o.price else USD_PER_GPU_HOUR.get(o.device)
-    if not prices:
+    (peak, memory), price = GPUS[o.device], o.price or 4.0 * (o.device == "H100")
+    if not price:
         raise UserError(f"the price of a {o.device} is not known here; give --price in USD an hour")
     mfu = (o.mfu,) * 3 if o.mfu else MFU.get(o.device, MFU["H100"])
     if o.preset and o.parameters:
         raise UserError("a preset has its own size; leave it or --parameters out")
     if o.preset:
         o = replace(o, parameters=count_parameters(PRESETS[o.preset])["active"])
-    parameters, tokens, limit, gpus = derive(o, 3600 * peak * mfu[0], prices[1])
+    parameters, tokens, limit, gpus = derive(o, 3600 * peak * mfu[0], price)
     vocab_size = o.vocab_size or (128_256 if parameters >= 1e9 else 49_152 if parameters >= 5e7 else 8192)
     config = PRESETS.get(o.preset) or family(parameters, vocab_size, o.context)
     count = count_parameters(config)
@@ -445,10 +429,10 @@ def plan_rented(o):
         "weight_decay": schedule.suggest_weight_decay(rate, steps),
         "config": config, "parameters": count["total"], "active": active, "tokens": tokens, "flops": flops,
         "loss": CHINCHILLA.loss(active, tokens), "unit": "nats a token", "law": CHINCHILLA.source,
-        "device": o.device, "gpus": gpus, "context": o.context, "sharding": fit[0], "memory_per_gpu": fit[1],
+        "device": o.device, "gpus": gpus, "sharding": fit[0], "memory_per_gpu": fit[1],
         "mfu": mfu, "gpu_hours": hours, "gpu_hours_range": (least, most), "days": hours / gpus / 24,
         "overhead": o.overhead, "gpu_hours_with_overhead": bill,
-        "usd": [hours * price for price in prices], "usd_with_overhead": [bill * price for price in prices],
+        "price": price, "usd": hours * price, "usd_with_overhead": bill * price,
         "sizes": [CHINCHILLA.predict(active * 2 ** (i / 5), tokens / 2 ** (i / 5)) for i in range(-15, 16)],
         "halvings": [CHINCHILLA.predict(size, compute / 6 / size) for size, compute in zip(fixed, spent)]}
 
@@ -477,7 +461,6 @@ machine      {p['machine']}; {p['tokens_per_second']:,.0f} tokens/s (measured no
 train it     python train.py --minutes {p['minutes']:g}""")
         return print_rows("The sizes that were measured", p["sizes"])
     gpu, (planned, low, high), (less, more) = p["device"], p["mfu"], p["gpu_hours_range"]
-    cheap, dear, least, most = p["usd"] + p["usd_with_overhead"]
     memory = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in p["memory_per_gpu"].items())
     print(f"""\
 steps        {p['steps']:,}, {p['warmup_steps']:,} of warmup; weight decay {p['weight_decay']:g}
@@ -487,7 +470,7 @@ memory       {p['sharding']} on {p['gpus']:,} {gpu}(s), a sequence at a time
 time         {p['gpu_hours']:,.1f} {gpu}-hours at {planned:.0%} of peak by 6ND, {p['days']:,.3g} days
              {less:,.1f} at {high:.0%}, {more:,.1f} at {low:.0%}
 whole bill   {p['gpu_hours_with_overhead']:,.1f} {gpu}-hours, {p['overhead']:.0%} more for ablations and restarts
-money        {cheap:,.0f} to {dear:,.0f} USD the run, {least:,.0f} to {most:,.0f} USD the whole bill""")
+money        {p['usd']:,.0f} USD the run, {p['usd_with_overhead']:,.0f} USD in all, at {p['price']:g} an hour""")
     print_rows("This budget, and each time half of it", p["halvings"])
     print_rows("This size, and each time half of it, at equal compute", p["sizes"][15::-5])
 
@@ -495,8 +478,7 @@ money        {cheap:,.0f} to {dear:,.0f} USD the run, {least:,.0f} to {most:,.0f
 def plan_machine(machine, minutes, vocab_size=8192):
     """What this machine should train: the size of the family with the lowest loss by LAPTOP_LAW for the tokens that it
     is measured to read in so many minutes. Batch and rate are the laptop recipe's, scaled with DeepSeek's exponents."""
-    context, sizes = PRESETS["laptop"].max_position_embeddings, []
-    room = machine_memory(machine.device)
+    context, room, sizes = PRESETS["laptop"].max_position_embeddings, machine_memory(machine.device), []
     for i in range(24):
         config = family(vocab_size * 24 * 1.6**i, vocab_size, context)
         if training_memory(config, 16, context, machine.dtype.itemsize, machine.device)["total"] > 0.5 * room:
@@ -510,16 +492,16 @@ def plan_machine(machine, minutes, vocab_size=8192):
     if not sizes:
         raise UserError(f"no model with a vocabulary of {vocab_size:,} fits here; take a smaller --vocab-size")
     growth = best["parameters"] * best["tokens"] / (1_836_160 * 2.7e6)  # of the compute, from the laptop recipe's
-    batch = round_batch(2048 * growth**0.3271, context)
+    wanted = 2048 * growth**0.3271
+    batch = round_batch(wanted, context)
     LAPTOP_LAW.loss(best["parameters"], best["tokens"])  # warns outside its range
-    rate = 3e-3 * growth**-0.1250 * math.sqrt(batch / 2048 / growth**0.3271)
+    rate = 3e-3 * growth**-0.1250 * math.sqrt(batch / wanted)
     return best | {"batch_tokens": batch, "learning_rate": rate, "law": LAPTOP_LAW.source, "minutes": minutes,
                    "unit": "bits per byte of held-out prose and code", "machine": machine.reason, "sizes": sizes}
 
 
-# ---- published runs -------------------------------------------------------------------------------------------
-# Active parameters, tokens, GPU, GPU-hours, layers x width of all query heads (DeepSeek: mean of key, value), context,
-# remark. Sources: model cards of Llama, TinyLlama's README, SmolLM3's post (384 GPUs, 24 days), DeepSeek-V3's report.
+# Published runs: active parameters, tokens, GPU, GPU-hours, layers x width of all heads (DeepSeek: mean of key, value),
+# context, remark. Sources: Llama's model cards, TinyLlama's README, SmolLM3's post, DeepSeek-V3's report.
 PUBLISHED = {
     "Llama-2 7B": (6.738e9, 2e12, "A100", 184_320, 32 * 4096, 4096, ""),
     "Llama-2 70B": (68.98e9, 2e12, "A100", 1_720_320, 80 * 8192, 4096, ""),
@@ -543,23 +525,19 @@ def print_published():
         planned = MFU.get(device, MFU["H100"])[0]
         print(f"{name:16}{device:>6}{hours:12,.0f}" + "".join(f"{share:8.1%}" for share in shares)
               + f"{planned:9.0%}{shares[0] / planned:8.2f}  {remark}")
-    print("""
-6N counts 6 FLOPs a parameter and token; full and causal add attention's squares or their lower halves. The planned
-share is the middle of what such runs reached by 6N: the last column is their spread, at most 21 % without the outlier.
-""")
+    print("\n6N counts 6 FLOPs a parameter and token; causal and full add attention. The last column is the spread of "
+          "such runs\naround a plan's share of peak by 6N, at most 21 % without the outlier.\n")
     for name, hours in SMOLLM3_BILL.items():
         print(f"{name:44}{hours:10,} H100-hours")
-    total, main_run = sum(SMOLLM3_BILL.values()), SMOLLM3_BILL["main run, 384 GPUs x 30 days"]
-    low, high = (total * price / 1e6 for price in USD_PER_GPU_HOUR["H100"])
-    print(f"{'SmolLM3, the whole bill':44}{total:10,} H100-hours = {low:.2f} to {high:.2f} million USD; "
-          f"{total / main_run - 1:.0%} on top of the main run")
+    total = sum(SMOLLM3_BILL.values())
+    print(f"{'SmolLM3, the whole bill':44}{total:10,} H100-hours, {OVERHEAD:.0%} on top of the main run\n"
+          f"At 2.2 to 4 USD an hour: {2.2e-6 * total:.2f} to {4e-6 * total:.2f} million USD")
 
 
 @dataclass(frozen=True)
 class MeasureOptions:
     """Measures this machine's training speed and memory."""
-
-    preset: str = "laptop"
+    preset: str = option("laptop", ", ".join(PRESETS), choices=tuple(PRESETS))
     rows: int = option(16, "sequences at a time", 1)
     context: int = option(0, "tokens; 0: the preset's, at most 4096", 0)
     documents: int = option(1, "equal documents a sequence; 0: no document mask", 0)
@@ -578,14 +556,13 @@ def measure(o):
     print(f"""\
 machine      {machine.reason}; torch {torch.__version__}; {machine.peak_flops / 1e9:,.0f} GFLOP/s
 speed        {speed:,.0f} tokens/s at {o.rows} sequences of {context} tokens, documents: {o.documents or 'no mask'}""")
-    for counted in COUNTED:
+    for counted in ("6N", "causal", "full"):
         share = speed * flops_per_token(config, context / max(1, o.documents), counted) / machine.peak_flops
         print(f"share        {share:6.1%} of peak, counting {counted}")
     memory = training_memory(config, o.rows, context, machine.dtype.itemsize, machine.device, accumulates=False)
-    predicted = process_memory(memory, machine.device, before)
-    if held := peak_memory(machine.device):
-        print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f}: "
-              f"{predicted / held - 1:+.0%}")
+    predicted, held = process_memory(memory, machine.device, before), peak_memory(machine.device)
+    if held:
+        print(f"memory       predicted {predicted / held:.0%} of the {held / 2**20:,.0f} MiB that it held at its peak")
 
 
 def plan(o):
@@ -621,13 +598,11 @@ def main():
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
         if name == "plan":
             p.add_argument("--json", action="store_true", help="print the plan as JSON")
-        add_options(p, kind)
+        add_options(p, kind, without=["preset"])
     given = {name: value for name, value in vars(parse_options(parser, sys.argv[1:])).items() if value is not None}
     command, kind = kinds.get(given.pop("command"), (None, None))
     if not command:
         return print_published()
-    if given.get("preset", "laptop") not in PRESETS:
-        raise UserError(f"there is no preset {given['preset']}; take one of {', '.join(PRESETS)}")
     options = kind(**given)
     check_options(options)
     command(options)
