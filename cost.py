@@ -2,7 +2,7 @@
 
 Training takes about 6 FLOPs a parameter and token, 2 forward and 4 backward: C = 6ND (Kaplan et al. 2020; playbook).
 Attention adds 12 L H D T a token for the full square of T tokens, half for the causal half, less inside documents; a
-share of peak (MFU) always says which it counts. SmolLM3: 3.08B parameters, 11.14T tokens, 221,184 H100-hours, 26 % MFU.
+share of peak (MFU) always says which it counts.
 
     python cost.py plan --budget 100k                        # how large a model, how many tokens, which batch and rate
     python cost.py plan --parameters 3B --days 24 --gpus 384 --json --picture sizes.png
@@ -41,9 +41,6 @@ MFU = {"H100": (0.30, 0.26, 0.35), "A100": (0.42, 0.39, 0.51)}
 OVERHEAD = 0.58  # ablations and restarts: SmolLM3's 161,280 GPU-hours on top of the main run's 276,480
 
 
-# ---- FLOPs ----------------------------------------------------------------------------------------------------
-
-
 def attention_flops_per_token(config, length, counted="causal"):
     """FLOPs of attention for one trained token, where `length` tokens attend to each other (in documents
     `attended_length`). "full" counts the square, 12 L H D T (PaLM, appendix B), "causal" half of it."""
@@ -59,8 +56,7 @@ def attended_length(documents):
 
 
 def flops_per_token(config, length, counted="causal"):
-    """FLOPs to train one token: 6 x the matmul parameters plus attention; counted "6N", 6 x the active parameters.
-    6N (Kaplan et al. 2020) drops attention, which adds 10 to 14 % at a context of 2 widths: beyond that it warns."""
+    """FLOPs to train one token. "6N" omits attention, 10 to 14 % at a context of 2 widths: beyond that it warns."""
     count = count_parameters(config)
     if counted == "6N":
         schedule.check_range("6ND, which leaves attention out,", length, 0, 2 * config.hidden_size, "tokens of context")
@@ -69,7 +65,6 @@ def flops_per_token(config, length, counted="causal"):
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
-
 
 def training_memory(config, rows, context, compute_bytes=2, device="cuda", accumulates=True, recompute=False, shards=1):
     """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences of `context` tokens:
@@ -134,7 +129,6 @@ def smallest_sharding(config, gpus, context, room):
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Machine:
@@ -208,8 +202,8 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
-    """Tokens/s of training steps on tokens [B, T]: the median of those in this time, two at least, after one to warm
-    up. Without an optimizer the weights stay as they are. Compilation that fails is switched off."""
+    """Tokens/s of training steps on tokens [B, T]: the median, after one to warm up. Without an optimizer the weights
+    stay as they are. Compilation that fails is switched off."""
     device, times, end = tokens.device.type, [], math.inf
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
@@ -265,8 +259,7 @@ def recipe_memory(recipe, rows, context, processes, device, accumulates=True):
 
 def settle(recipe, machine, processes, context):
     """The recipe with what its "auto"s became: FSDP where a process cannot hold the longest context's training."""
-    recipe = replace(recipe, device=machine.device, dtype=str(machine.dtype)[6:],
-                     compile=str(machine.compile).lower())
+    recipe = replace(recipe, device=machine.device, dtype=str(machine.dtype)[6:], compile=str(machine.compile).lower())
     if recipe.parallel == "auto":
         needs = recipe_memory(recipe, 1, context, processes, machine.device)["total"]
         sharded = processes > 1 and needs > 0.9 * machine_memory(machine.device)
@@ -316,7 +309,6 @@ def check_memory(recipe, machine, processes, rows, curriculum):
 
 # ---- the plan -------------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class PlanOptions:
     """Plans what to train: give one or two limits (0: not given), the rest follows."""
@@ -359,8 +351,7 @@ def derive(o, flops_per_hour, price):
 
 
 def family(parameters, vocab_size, context):
-    """The Llama-shaped model nearest to a size: MLPs of 3 widths, heads of 64 (128 from a width of 2048 on), 2 or 4
-    query heads a KV head, tied embeddings, a width near 64 times the depth. For the laptop's size the laptop preset."""
+    """The Llama-shaped model nearest to a size, with tied embeddings and a width near 64 times the depth."""
     best = (math.inf,)
     for width in (16, 32, 48, 64, 96, *range(128, 2048, 128), *range(2048, 32769, 512)):
         heads = max(1, width // (128 if width >= 2048 else 64))
@@ -425,14 +416,13 @@ def plan_rented(o):
         warnings.warn(f"{gpus:,} GPUs make the batch {batch / wanted:.2g} times what the law says: take fewer --gpus")
     steps, rate = max(1, round(tokens / batch)), schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / wanted))
     return {
-        "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
-        "weight_decay": schedule.suggest_weight_decay(rate, steps),
         "config": config, "parameters": count["total"], "active": active, "tokens": tokens, "flops": flops,
-        "loss": CHINCHILLA.loss(active, tokens), "unit": "nats a token", "law": CHINCHILLA.source,
-        "device": o.device, "gpus": gpus, "sharding": fit[0], "memory_per_gpu": fit[1],
-        "mfu": mfu, "gpu_hours": hours, "gpu_hours_range": (least, most), "days": hours / gpus / 24,
-        "overhead": o.overhead, "gpu_hours_with_overhead": bill,
-        "price": price, "usd": hours * price, "usd_with_overhead": bill * price,
+        "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
+        "weight_decay": schedule.suggest_weight_decay(rate, steps), "device": o.device, "gpus": gpus,
+        "loss": CHINCHILLA.loss(active, tokens), "unit": "nats a token", "law": CHINCHILLA.source, "sharding": fit[0],
+        "memory_per_gpu": fit[1], "mfu": mfu, "gpu_hours": hours, "gpu_hours_range": (least, most),
+        "days": hours / gpus / 24, "overhead": o.overhead, "gpu_hours_with_overhead": bill, "price": price,
+        "usd": hours * price, "usd_with_overhead": bill * price,
         "sizes": [CHINCHILLA.predict(active * 2 ** (i / 5), tokens / 2 ** (i / 5)) for i in range(-15, 16)],
         "halvings": [CHINCHILLA.predict(size, compute / 6 / size) for size, compute in zip(fixed, spent)]}
 
@@ -452,19 +442,17 @@ def print_plan(p):
 model        {p['parameters']:,} parameters, vocabulary {c.vocab_size:,}, context {c.max_position_embeddings:,}
              {c.num_hidden_layers} layers of width {c.hidden_size}, MLP {c.intermediate_size}
              {c.num_attention_heads} query and {c.num_key_value_heads} KV heads of {c.head_dim}
-tokens       {say_number(p['tokens'])}, {p['tokens'] / p['parameters']:,.3g} a parameter
+tokens       {say_number(p['tokens'])}, {p['tokens'] / p.get('active', p['parameters']):,.3g} a parameter
 batch        {p['batch_tokens']:,} tokens, rate {p['learning_rate']:.2g} at its peak
 loss         {p['loss']:.3f} {p['unit']} ({p['law']})""")
     if "minutes" in p:
-        print(f"""\
-machine      {p['machine']}; {p['tokens_per_second']:,.0f} tokens/s (measured now)
-train it     python train.py --minutes {p['minutes']:g}""")
+        print(f"machine      {p['machine']}; {p['tokens_per_second']:,.0f} tokens/s (measured now)")
+        print(f"train it     python train.py --minutes {p['minutes']:g}")
         return print_rows("The sizes that were measured", p["sizes"])
     gpu, (planned, low, high), (less, more) = p["device"], p["mfu"], p["gpu_hours_range"]
     memory = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in p["memory_per_gpu"].items())
     print(f"""\
-steps        {p['steps']:,}, {p['warmup_steps']:,} of warmup; weight decay {p['weight_decay']:g}
-compute      {p['flops']:.3g} FLOPs (6ND)
+steps        {p['steps']:,}, {p['warmup_steps']:,} of warmup; weight decay {p['weight_decay']:g}; {p['flops']:.3g} FLOPs
 memory       {p['sharding']} on {p['gpus']:,} {gpu}(s), a sequence at a time
              {memory}
 time         {p['gpu_hours']:,.1f} {gpu}-hours at {planned:.0%} of peak by 6ND, {p['days']:,.3g} days
@@ -475,9 +463,9 @@ money        {p['usd']:,.0f} USD the run, {p['usd_with_overhead']:,.0f} USD in a
     print_rows("This size, and each time half of it, at equal compute", p["sizes"][15::-5])
 
 
-def plan_machine(machine, minutes, vocab_size=8192):
-    """What this machine should train: the size of the family with the lowest loss by LAPTOP_LAW for the tokens that it
-    is measured to read in so many minutes. Batch and rate are the laptop recipe's, scaled with DeepSeek's exponents."""
+def plan_machine(machine, minutes, vocab_size):
+    """What this machine should train: the size whose loss is lowest by LAPTOP_LAW for the tokens that it is measured to
+    read in so many minutes. Batch and rate are the laptop recipe's, scaled with DeepSeek's exponents."""
     context, room, sizes = PRESETS["laptop"].max_position_embeddings, machine_memory(machine.device), []
     for i in range(24):
         config = family(vocab_size * 24 * 1.6**i, vocab_size, context)
@@ -497,7 +485,7 @@ def plan_machine(machine, minutes, vocab_size=8192):
     LAPTOP_LAW.loss(best["parameters"], best["tokens"])  # warns outside its range
     rate = 3e-3 * growth**-0.1250 * math.sqrt(batch / wanted)
     return best | {"batch_tokens": batch, "learning_rate": rate, "law": LAPTOP_LAW.source, "minutes": minutes,
-                   "unit": "bits per byte of held-out prose and code", "machine": machine.reason, "sizes": sizes}
+                   "unit": "bits per byte of held-out text", "machine": machine.reason, "sizes": sizes}
 
 
 # Published runs: active parameters, tokens, GPU, GPU-hours, layers x width of all heads (DeepSeek: mean of key, value),
@@ -510,10 +498,9 @@ PUBLISHED = {
     "SmolLM3 3B": (3.075e9, 11.14e12, "H100", 221_184, 36 * 2048, 4096, "small matrices, 384 GPUs"),
     "TinyLlama 1.1B": (1.100e9, 300e9, "A100", 3456, 22 * 2048, 2048, "16 GPUs: little communication"),
     "DeepSeek-V3": (37e9, 14.8e12, "H800", 2.664e6, 61 * 128 * 160, 4096, "products in FP8: 17 % of that peak")}
-# SmolLM3's GPU-hours (playbook): the main run is booked with 30 days, of which it trained 24.
-SMOLLM3_BILL = {
-    "main run, 384 GPUs x 30 days": 384 * 30 * 24, "pretraining ablations, 192 x 15": 192 * 15 * 24,
-    "mid-training ablations, 192 x 10": 192 * 10 * 24, "restarts, 384 x 3 + 192 x 4": (384 * 3 + 192 * 4) * 24}
+SMOLLM3_BILL = {  # GPU-hours (playbook); of the main run's 30 days it trained 24
+    "main run, 384 GPUs x 30 days": 276_480, "pretraining ablations, 192 x 15": 69_120,
+    "mid-training ablations, 192 x 10": 46_080, "restarts, 384 x 3 + 192 x 4": 46_080}
 
 
 def print_published():
@@ -525,8 +512,7 @@ def print_published():
         planned = MFU.get(device, MFU["H100"])[0]
         print(f"{name:16}{device:>6}{hours:12,.0f}" + "".join(f"{share:8.1%}" for share in shares)
               + f"{planned:9.0%}{shares[0] / planned:8.2f}  {remark}")
-    print("\n6N counts 6 FLOPs a parameter and token; causal and full add attention. The last column is the spread of "
-          "such runs\naround a plan's share of peak by 6N, at most 21 % without the outlier.\n")
+    print("\n6N leaves attention out. The last column is the spread around a plan's share, at most 21 % but for one.\n")
     for name, hours in SMOLLM3_BILL.items():
         print(f"{name:44}{hours:10,} H100-hours")
     total = sum(SMOLLM3_BILL.values())
@@ -549,13 +535,11 @@ class MeasureOptions:
 
 def measure(o):
     """Prints this machine's training speed, share of peak and memory, beside the prediction."""
-    config = PRESETS[o.preset]
-    context = o.context or min(config.max_position_embeddings, 4096)
+    config, context = PRESETS[o.preset], o.context or min(PRESETS[o.preset].max_position_embeddings, 4096)
     machine, before = find_machine(o.device, o.dtype, o.compile), peak_memory("cpu", "VmRSS")
     speed = measure_training(config, machine, o.rows, context, o.documents, o.seconds)
-    print(f"""\
-machine      {machine.reason}; torch {torch.__version__}; {machine.peak_flops / 1e9:,.0f} GFLOP/s
-speed        {speed:,.0f} tokens/s at {o.rows} sequences of {context} tokens, documents: {o.documents or 'no mask'}""")
+    print(f"machine      {machine.reason}; torch {torch.__version__}; {machine.peak_flops / 1e9:,.0f} GFLOP/s")
+    print(f"speed        {speed:,.0f} tokens/s at {o.rows} x {context} tokens, documents: {o.documents or 'no mask'}")
     for counted in ("6N", "causal", "full"):
         share = speed * flops_per_token(config, context / max(1, o.documents), counted) / machine.peak_flops
         print(f"share        {share:6.1%} of peak, counting {counted}")
@@ -596,9 +580,8 @@ def main():
     for name, (_, kind) in kinds.items():
         p = commands.add_parser(name, help=kind.__doc__)
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
-        if name == "plan":
-            p.add_argument("--json", action="store_true", help="print the plan as JSON")
         add_options(p, kind, without=["preset"])
+    commands.choices["plan"].add_argument("--json", action="store_true", help="print the plan as JSON")
     given = {name: value for name, value in vars(parse_options(parser, sys.argv[1:])).items() if value is not None}
     command, kind = kinds.get(given.pop("command"), (None, None))
     if not command:
