@@ -21,10 +21,9 @@ import os
 import re
 import statistics
 import sys
-import time
 import warnings
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from time import perf_counter
 
 import torch
 
@@ -57,11 +56,10 @@ def attended_length(documents):
 
 def flops_per_token(config, length, counted="causal"):
     """FLOPs to train one token. "6N" omits attention, 10 to 14 % at a context of 2 widths: beyond that it warns."""
-    count = count_parameters(config)
     if counted == "6N":
         schedule.check_range("6ND, which leaves attention out,", length, 0, 2 * config.hidden_size, "tokens of context")
-        return 6 * count["active"]
-    return 6 * count["matmul"] + attention_flops_per_token(config, length, counted)
+        return 6 * count_parameters(config)["active"]
+    return 6 * count_parameters(config)["matmul"] + attention_flops_per_token(config, length, counted)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------
@@ -107,8 +105,8 @@ def peak_memory(device, line="VmHWM"):
     """The most bytes that this process has held, on CUDA in tensors; "VmRSS": those that it holds now. 0 if unknown."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError):  # no Linux
-        return 1024.0 * int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:  # Linux
+        return 1024.0 * int(re.search(rf"{line}:\s+(\d+)", status.read())[1])
     return 0.0
 
 
@@ -140,16 +138,16 @@ class Machine:
     reason: str  # one line for people
 
 
-def matmul_flops(device, dtype, size=1024, seconds=0.15):
+def matmul_flops(device, dtype, size, seconds=0.15):
     """FLOP/s of size^3 matrix products: the best of those that begin in this time."""
     a = torch.randn(size, size, device=device).to(dtype)
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
+    times, end = [], perf_counter() + seconds
+    while perf_counter() < end:
+        start = perf_counter()
         a @ a
         if device != "cpu":
             torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(perf_counter() - start)
     return 2 * size**3 / min(times)
 
 
@@ -202,11 +200,10 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
-    """Tokens/s of training steps on tokens [B, T]: the median, after one to warm up. Without an optimizer the weights
-    stay as they are. Compilation that fails is switched off."""
+    """Tokens/s (median, after one to warm up) of steps on tokens [B, T]; without an optimizer weights stay."""
     device, times, end = tokens.device.type, [], math.inf
-    while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
+    while len(times) < 3 or perf_counter() < end:
+        start = perf_counter()
         try:  # the logits have no name here, so that they are freed early
             (cross_entropy(model(tokens, cu_seqlens), tokens) / tokens.numel()).backward()
         except Exception as error:  # a compiler fails in many ways; any other fault comes again without it
@@ -221,8 +218,8 @@ def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
         model.zero_grad(set_to_none=True)
         if device != "cpu":
             torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-        end = min(end, time.perf_counter() + seconds)
+        times.append(perf_counter() - start)
+        end = min(end, perf_counter() + seconds)
     return tokens.numel() / statistics.median(times[1:])
 
 
@@ -408,8 +405,7 @@ def plan_rented(o):
     hours, most, least = (flops / 3600 / peak / share for share in mfu)
     bill, spent = hours * (1 + o.overhead), [flops / 2**i for i in range(4)]
     fixed = [active] * 4 if o.parameters or o.tokens else [CHINCHILLA.optimum(compute)[0] for compute in spent]
-    blocks = active - count["embedding"]
-    fitted = (6 * blocks + attention_flops_per_token(config, o.context, "full")) * tokens  # as DeepSeek counts
+    fitted = (6 * (active - count["embedding"]) + attention_flops_per_token(config, o.context, "full")) * tokens
     wanted = schedule.deepseek_batch(fitted)
     batch = round_batch(min(wanted, tokens / 100), o.context * gpus)  # 100 steps or so, and a sequence on every GPU
     if batch > 2 * wanted:
@@ -551,8 +547,7 @@ def measure(o):
 
 def plan(o):
     """Makes, prints and draws a plan."""
-    mine = PlanOptions(minutes=o.minutes, vocab_size=o.vocab_size, picture=o.picture, json=o.json)
-    if o.minutes and o != mine:
+    if o.minutes and o != PlanOptions(minutes=o.minutes, vocab_size=o.vocab_size, picture=o.picture, json=o.json):
         raise UserError("--minutes plans for this machine: beside it give --vocab-size, --json and --picture alone")
     if o.picture and not (o.picture.endswith((".png", ".pdf", ".svg")) and draw(o.picture, lambda axes: None)):
         raise UserError("--picture takes a name such as curve.png and needs matplotlib: pip install matplotlib")

@@ -1,7 +1,5 @@
 """Sampling: text from a trained model, one token at a time through a KV cache.
-
 The cache, for whose size the playbook chooses grouped-query attention, makes a new token cost one column of attention.
-
     python sample.py                                   # the newest run, a sample from nothing
     python sample.py runs/laptop --prompt "def" --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
     python sample.py SmolLM3-3B                        # a Hugging Face folder with a template: --chat --prompt "Why?"
@@ -29,8 +27,7 @@ from tokenizer import ChatFormat, Parser, Tokenizer, UserError, add_options, che
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """Logits [B, V] divided by the temperature, -inf where top-k, top-p or min-p exclude a token; 0, 1 and 0 exclude
     none. Each applies to what the one before it left, as in transformers; the most likely token always stays."""
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the shift prevents an overflow, nothing else
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # the shift prevents an overflow
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -44,9 +41,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def draw_tokens(probabilities, generator):
-    """A token per row of probabilities [B, V] -> [B, 1]. CPU: where the running sum passes a random number (faster than
-    torch.multinomial). GPU, where running sums are not deterministic: the first to arrive, if tokens wait exponential
-    times with their probabilities as the rates."""
+    """A token per row of probabilities [B, V] -> [B, 1]: where a running sum passes a random number (faster than
+    torch.multinomial); on a GPU, where sums are not deterministic, the shortest of exponential waiting times."""
     if probabilities.is_cuda:
         waiting = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / waiting).argmax(-1, keepdim=True)
@@ -64,9 +60,8 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first."""
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    prompts = torch.atleast_2d(torch.tensor(prompt, device=device))  # [prompts, T]
-    cache = KVCache(prompts.shape[1] + max_tokens)
-    tokens = prompts.repeat_interleave(samples, 0)  # [rows, T], then [rows, 1]; rows = prompts * samples
+    tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
+    cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
     running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):
         logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
@@ -86,10 +81,9 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
 def continue_all(model, prompts, max_tokens, samples=1, *, seed=0, at_once=128, **options):
     """ids [prompts][samples][at most max_tokens], without the stop token: one that is shorter has stopped by itself.
     Prompts of one length are drawn together, about `at_once` rows at a time, so that no attention needs padding."""
-    made, groups = [[[] for _ in range(samples)] for _ in prompts], {}
+    made, groups, count = [[[] for _ in range(samples)] for _ in prompts], {}, max(1, at_once // samples)
     for i, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(i)
-    count = max(1, at_once // samples)
     batches = (group[i:i + count] for group in groups.values() for i in range(0, len(group), count))
     for number, batch in enumerate(batches):
         rows = [ids for i in batch for ids in made[i]]
@@ -119,10 +113,8 @@ def complete(model, tokenizer, prompt, max_tokens, samples=1, **options):
 
 def recipe_of(folder):
     """recipe.json of a run, or of the run that a checkpoint is from; {} for other folders."""
-    for place in (Path(folder), Path(folder).parent.parent):
-        if (place / "recipe.json").exists():
-            return json.loads((place / "recipe.json").read_bytes())
-    return {}
+    files = (place / "recipe.json" for place in (Path(folder), Path(folder).parent.parent))
+    return next((json.loads(file.read_bytes()) for file in files if file.exists()), {})
 
 
 def load(folder, device=None):
@@ -153,10 +145,9 @@ def extended(model, context, by="dual_chunk"):
 
 def room_after(prompt, model):
     """How many tokens the context holds after a prompt; UserError for none."""
-    context = model.config.max_position_embeddings
-    if len(prompt) >= context:
-        raise UserError(f"the prompt has {len(prompt):,} of the {context:,} tokens that the model reads; shorten it")
-    return context - len(prompt)
+    if (room := model.config.max_position_embeddings - len(prompt)) <= 0:
+        raise UserError(f"the prompt's {len(prompt):,} tokens fill the context of the model; shorten it")
+    return room
 
 
 def speak(model, tokenizer, prompt, max_tokens, **options):
@@ -178,8 +169,7 @@ def typed():
 
 
 def chat(model, tokenizer, chat_format, question, max_tokens, **options):
-    """Answers a question, or without one each line that is typed. The oldest turns are dropped when they leave no room
-    for an answer of `max_tokens` or half of the context."""
+    """Answers a question, or each line that is typed; drops the oldest turns when they leave no room for an answer."""
     messages, context = [], model.config.max_position_embeddings
     for said in filter(None, [question] if question else typed()):
         messages.append({"role": "user", "content": said})
@@ -194,8 +184,7 @@ def chat(model, tokenizer, chat_format, question, max_tokens, **options):
 class ContextOptions:
     chat: bool = False
     context: int = option(0, "tokens to read and write, beyond the trained context by --extend", 0)
-    extend: str = option("dual_chunk", "how to read beyond the trained context; rope: as trained",
-                         choices=("dual_chunk", "yarn", "rope"))
+    extend: str = option("dual_chunk", "how; rope: as it was trained", choices=("dual_chunk", "yarn", "rope"))
 
 
 @dataclass
