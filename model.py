@@ -20,6 +20,7 @@ G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M w
 """
 
 import contextlib
+import functools
 import math
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -1018,6 +1019,7 @@ class GPT(nn.Module):
         return uneven
 
 
+@functools.cache
 def count_parameters(config):
     """{"total", "active", "embedding", "non_embedding", "matmul"} of a config, without allocating any weights.
 

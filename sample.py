@@ -1,44 +1,33 @@
 """Sampling: text from a trained model, one token at a time through a KV cache.
-
-The cache keeps the keys and values of what was read, so that a new token costs one column of attention instead of
-the whole square. It is the reason why the playbook chooses grouped-query attention.
-
+The cache, for whose size the playbook chooses grouped-query attention, makes a new token cost one column of attention.
     python sample.py                                   # the newest run, a sample from nothing
     python sample.py runs/laptop --prompt "def" --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
-    python sample.py SmolLM3-3B                        # a Hugging Face folder: chats if it has a chat template
-    python sample.py SmolLM3-3B --chat --prompt "Why is the sky blue?"
+    python sample.py SmolLM3-3B                        # a Hugging Face folder with a template: --chat --prompt "Why?"
     python sample.py runs/laptop --context 1024 --max-tokens 600   # beyond the trained context (--extend yarn)
 
-`--temperature 0` always takes the most likely token. top-k keeps the k most likely tokens; top-p (Holtzman et al. 2020)
-the most likely ones that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as
-the most likely one.
+Temperature 0 takes the most likely token. top-k keeps the k most likely tokens; top-p (Holtzman et al. 2020) the most
+likely that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as the first.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from checkpoint import from_pretrained, is_hugging_face
 from model import GPT, KVCache
 from tokenizer import ChatFormat, Parser, Tokenizer, UserError, add_options, check_options, option, parse_options, run
 
 
-def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-                  min_p: float = 0.0) -> Tensor:
-    """Logits [B, V] divided by the temperature, with -inf where top-k, top-p or min-p exclude a token.
-
-    0, 1 and 0 switch them off. They apply in this order, each to the tokens that the one before it left, as in
-    transformers; the most likely token always stays.
-    """
-    logits = logits.float()
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the shift prevents an overflow, nothing else
+def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Logits [B, V] divided by the temperature, -inf where top-k, top-p or min-p exclude a token; 0, 1 and 0 exclude
+    none. Each applies to what the one before it left, as in transformers; the most likely token always stays."""
+    logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # the shift prevents an overflow
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
@@ -51,13 +40,9 @@ def filter_logits(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_
     return logits
 
 
-def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row of probabilities [B, V] -> [B, 1].
-
-    On a CPU: where the running sum passes one random number (torch.multinomial draws one per token, which took most of
-    the time of a small model). On a GPU, where a running sum is not deterministic: every token waits an exponential
-    time with its probability as the rate, and the first to arrive is drawn.
-    """
+def draw_tokens(probabilities, generator):
+    """A token per row of probabilities [B, V] -> [B, 1]: where a running sum passes a random number (faster than
+    torch.multinomial); on a GPU, where sums are not deterministic, the shortest of exponential waiting times."""
     if probabilities.is_cuda:
         waiting = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / waiting).argmax(-1, keepdim=True)
@@ -68,21 +53,15 @@ def draw_tokens(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()  # not inference_mode: this may be the first forward pass of a model that FSDP then trains
-def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, samples: int = 1, *,
-             temperature: float = 0.8, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0,
-             stop: int | Iterable[int] = (), vocab_size: int | None = None,
-             first: list[int] | None = None) -> Iterator[list[int | None]]:
-    """Yields one token id for each of `samples` continuations of the prompt, None for one that has ended.
-
-    Several prompts of one length are continued together, the samples of one before those of the next. Ends after
-    `max_tokens`, or when every sample has produced `stop` (or one of several), which is not yielded. `vocab_size`: ids
-    from there on are never drawn (the rows that pad a vocabulary stand for nothing). `first`: ids that may come first.
-    """
+def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=(),
+             vocab_size=None, first=None):
+    """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
+    have produced one of `stop`. Several prompts of one length are continued together, each with its samples in a row.
+    `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first."""
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    prompts = torch.atleast_2d(torch.tensor(prompt, device=device))  # [prompts, T]
-    cache = KVCache(prompts.shape[1] + max_tokens)
-    tokens = prompts.repeat_interleave(samples, 0)  # [rows, T], then [rows, 1]; rows = prompts * samples
+    tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
+    cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
     running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):
         logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
@@ -90,10 +69,8 @@ def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, s
             allowed = torch.full_like(logits, -torch.inf)
             allowed[:, first] = logits[:, first]
             logits, first = allowed, None
-        if temperature == 0:
-            tokens = logits.argmax(-1, keepdim=True)
-        else:
-            tokens = draw_tokens(filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1), generator)
+        tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else draw_tokens(
+            filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1), generator)
         ids = tokens[:, 0].tolist()
         running = [alive and id not in stops for alive, id in zip(running, ids)]
         if not any(running):
@@ -101,33 +78,24 @@ def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, s
         yield [id if alive else None for alive, id in zip(running, ids)]
 
 
-def continue_all(model: GPT, prompts: list[list[int]], max_tokens: int, samples: int = 1, *, seed: int = 0,
-                 at_once: int = 128, **options) -> list[list[list[int]]]:
-    """ids [prompts][samples][at most max_tokens] that continue each prompt, without the stop token: one that is shorter
-    has stopped by itself.
-
-    Prompts of one length are drawn together, about `at_once` sequences at a time. Padding to a common length would need
-    a mask in every kind of attention; grouping needs nothing.
-    """
-    made: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in prompts]
-    groups: dict[int, list[int]] = {}
+def continue_all(model, prompts, max_tokens, samples=1, *, seed=0, at_once=128, **options):
+    """ids [prompts][samples][at most max_tokens], without the stop token: one that is shorter has stopped by itself.
+    Prompts of one length are drawn together, about `at_once` rows at a time, so that no attention needs padding."""
+    made, groups, count = [[[] for _ in range(samples)] for _ in prompts], {}, max(1, at_once // samples)
     for i, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(i)
-    count, batch = max(1, at_once // samples), 0
-    for group in groups.values():
-        for first in range(0, len(group), count):
-            chosen = group[first:first + count]
-            rows = [ids for i in chosen for ids in made[i]]
-            for step in generate(model, [prompts[i] for i in chosen], max_tokens, samples,
-                                 seed=seed + 1_000_003 * batch, **options):
-                for ids, id in zip(rows, step):
-                    if id is not None:
-                        ids.append(id)
-            batch += 1
+    batches = (group[i:i + count] for group in groups.values() for i in range(0, len(group), count))
+    for number, batch in enumerate(batches):
+        rows = [ids for i in batch for ids in made[i]]
+        for step in generate(model, [prompts[i] for i in batch], max_tokens, samples,
+                             seed=seed + 1_000_003 * number, **options):
+            for ids, id in zip(rows, step):
+                if id is not None:
+                    ids.append(id)
     return made
 
 
-def split_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[str, list[int]]:
+def split_prompt(tokenizer, prompt):
     """A prompt without the spaces at its end, and, if it had some, the ids that may follow: those that begin with a
     space. " word" is one token, so a model never saw a space of its own before a word."""
     text = prompt.rstrip(" ")
@@ -135,31 +103,21 @@ def split_prompt(tokenizer: Tokenizer, prompt: str) -> tuple[str, list[int]]:
                   if size and text != prompt and tokenizer.decode_bytes([id])[:1] == b" "]
 
 
-def complete(model: GPT, tokenizer: Tokenizer, prompt: str, max_tokens: int, samples: int = 1, **options) -> list[str]:
+def complete(model, tokenizer, prompt, max_tokens, samples=1, **options):
     """Continuations of a prompt as text; EOS, which opens a document, stands before the prompt."""
     text, first = split_prompt(tokenizer, prompt)
-    made = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(text)]], max_tokens, samples, first=first,
-                        stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
-    return [tokenizer.decode(ids).removeprefix(prompt[len(text):]) for ids in made[0]]
+    made, = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(text)]], max_tokens, samples, first=first,
+                         stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
+    return [tokenizer.decode(ids).removeprefix(prompt[len(text):]) for ids in made]
 
 
-def newest_run() -> Path:
-    """The run folder in runs/ whose checkpoint was written last."""
-    manifests = list(Path("runs").glob("*/checkpoints/step-????????/manifest.json"))
-    if not manifests:
-        raise UserError("there is no trained model in runs/; run `python train.py` first")
-    return max(manifests, key=lambda path: path.stat().st_mtime).parents[2]
-
-
-def recipe_of(folder: str | Path) -> dict:
+def recipe_of(folder):
     """recipe.json of a run, or of the run that a checkpoint is from; {} for other folders."""
-    for place in (Path(folder), Path(folder).parent.parent):
-        if (place / "recipe.json").exists():
-            return json.loads((place / "recipe.json").read_bytes())
-    return {}
+    files = (place / "recipe.json" for place in (Path(folder), Path(folder).parent.parent))
+    return next((json.loads(file.read_bytes()) for file in files if file.exists()), {})
 
 
-def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]:
+def load(folder, device=None):
     """Model and tokenizer of a run or of a Hugging Face folder, ready to sample: bf16 on a GPU, fp32 elsewhere."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN plans anew for every length of the cache
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -169,36 +127,30 @@ def load(folder: str | Path, device: str | None = None) -> tuple[GPT, Tokenizer]
     return model.to(device), Tokenizer.load(folder)
 
 
-EXTENSIONS = ("dual_chunk", "yarn", "rope")  # rope: unchanged, for comparison
-
-
-def extended(model: GPT, context: int, by: str = "dual_chunk") -> GPT:
-    """The same weights reading `context` tokens through dual chunk attention, YaRN or unchanged RoPE, without training;
-    the model itself where its context is that long already."""
+def extended(model, context, by="dual_chunk"):
+    """The same weights reading `context` tokens, without training; the model itself if its context is that long."""
     trained = model.config.max_position_embeddings
     if context <= trained:
         return model
     if model.config.position != "rope":
-        raise UserError(f"--context {context} goes beyond the trained {trained} tokens, which needs plain RoPE, not "
-                        f"{model.config.position}")
+        raise UserError(f"--context beyond the trained {trained} tokens needs RoPE, not {model.config.position}")
+    config = model.config.change(position=by, original_max_position_embeddings=trained, rope_factor=context / trained,
+                                 max_position_embeddings=context)
     with torch.device("meta"):
-        longer = GPT(model.config.change(position=by, original_max_position_embeddings=trained,
-                                         rope_factor=context / trained, max_position_embeddings=context)).eval()
+        longer = GPT(config).eval()
     longer.load_state_dict(model.state_dict(), assign=True)
     longer.compute_dtype = model.compute_dtype
     return longer
 
 
-def room_after(prompt: list[int], model: GPT) -> int:
+def room_after(prompt, model):
     """How many tokens the context holds after a prompt; UserError for none."""
-    context = model.config.max_position_embeddings
-    if len(prompt) >= context:
-        raise UserError(f"the prompt has {len(prompt):,} tokens, but the model reads at most {context:,}, its answer "
-                        "included; shorten it")
-    return context - len(prompt)
+    if (room := model.config.max_position_embeddings - len(prompt)) <= 0:
+        raise UserError(f"the prompt's {len(prompt):,} tokens fill the context of the model; shorten it")
+    return room
 
 
-def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, **options) -> list[int]:
+def speak(model, tokenizer, prompt, max_tokens, **options):
     """Prints one continuation while it is made, and returns its ids."""
     stream, ids = tokenizer.stream(), []
     for (id,) in generate(model, prompt, max_tokens, **options):
@@ -208,34 +160,31 @@ def speak(model: GPT, tokenizer: Tokenizer, prompt: list[int], max_tokens: int, 
     return ids
 
 
-def chat(model: GPT, tokenizer: Tokenizer, chat_format: ChatFormat, question: str, max_tokens: int, **options) -> None:
-    """Answers a question, or, without one, line after line of standard input until it ends. The oldest turns are
-    dropped when they leave no room for an answer of `max_tokens` or half of the context."""
+def typed():
+    """The lines of standard input, until it ends."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> ").strip()
+    print()
+
+
+def chat(model, tokenizer, chat_format, question, max_tokens, **options):
+    """Answers a question, or each line that is typed; drops the oldest turns when they leave no room for an answer."""
     messages, context = [], model.config.max_position_embeddings
-    while True:
-        try:
-            said = question or input("> ").strip()
-        except EOFError:
-            return print()
-        if not said:
-            continue
+    for said in filter(None, [question] if question else typed()):
         messages.append({"role": "user", "content": said})
-        prompt = chat_format.prompt(messages)
-        while len(messages) > 1 and len(prompt) + min(max_tokens, context // 2) > context:
+        while len(prompt := chat_format.prompt(messages)) + min(max_tokens, context // 2) > context and messages[1:]:
             print(f"(the context of {context:,} tokens is full: the oldest turn is dropped)", file=sys.stderr)
             del messages[:2]
-            prompt = chat_format.prompt(messages)
         answer = speak(model, tokenizer, prompt, min(max_tokens, room_after(prompt, model)), **options)
         messages.append({"role": "assistant", "content": tokenizer.decode(answer)})
-        if question:
-            return
 
 
 @dataclass
 class ContextOptions:
     chat: bool = False
     context: int = option(0, "tokens to read and write, beyond the trained context by --extend", 0)
-    extend: str = option("dual_chunk", "how to read beyond the trained context", choices=EXTENSIONS)
+    extend: str = option("dual_chunk", "how; rope: as it was trained", choices=("dual_chunk", "yarn", "rope"))
 
 
 @dataclass
@@ -251,22 +200,26 @@ class SampleOptions(ContextOptions):
     seed: int = option(0, "decides what is drawn", 0)
 
 
-def command_options(parser: Parser, kind: type):
+def command_options(parser, kind):
     """The command line as an instance of a dataclass of `option`s, whose other fields the parser's own flags fill."""
     add_options(parser, kind)
-    given = vars(parse_options(parser, sys.argv[1:]))
-    options = kind(**{name: value for name, value in given.items() if value is not None})
+    given = vars(parse_options(parser, sys.argv[1:])).items()
+    options = kind(**{name: value for name, value in given if value is not None})
     check_options(options)
     return options
 
 
-def main() -> None:
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run, checkpoint or Hugging Face folder (default: the newest run)")
     parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the chat format")
     asked = command_options(parser, SampleOptions)
-    folder = Path(asked.run or newest_run())
+    folder = Path(asked.run)
     if not asked.run:
+        runs = Path("runs").glob("*/checkpoints/step-????????/manifest.json")
+        if not (newest := max(runs, key=lambda path: path.stat().st_mtime, default=None)):
+            raise UserError("there is no trained model in runs/; run `python train.py` first")
+        folder = newest.parents[2]
         print(f"({folder} is the newest run)", file=sys.stderr)
     model, tokenizer = load(folder)
     model, chat_format = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer)
@@ -277,8 +230,7 @@ def main() -> None:
             raise UserError("a chat has one answer; leave --samples out")
         recipe = recipe_of(folder)  # post-training's has a method
         if not chat_format.template and "method" not in recipe and (recipe or is_hugging_face(folder)):
-            print(f"({folder} was never trained on chats and will babble; "
-                  f"`python posttrain.py sft {folder}` trains it on some)", file=sys.stderr)
+            print(f"({folder} was never trained on chats; `python posttrain.py sft {folder}` does it)", file=sys.stderr)
         return chat(model, tokenizer, chat_format, asked.prompt, asked.max_tokens, **options)
     text, options["first"] = split_prompt(tokenizer, asked.prompt)
     prompt = chat_format.text(text)

@@ -683,7 +683,7 @@ def set_up(recipe: Recipe, folder: Path, world: World | None = None, resume: boo
                    keepers=tuple(curriculum.ends), fingerprint=fingerprint)
     inputs, _, cu_seqlens = run.loader.get((0, 0, rows[0]))
     starts = cu_seqlens if recipe.document_mask else None
-    run.speed = world.size * cost.measure_speed(run.model, inputs, starts, repeats=3 if world.size > 1 else 0)
+    run.speed = world.size * cost.measure_speed(run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
     attended = curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
     run.flops = cost.flops_per_token(recipe.model, attended)
     print_plan(run)

@@ -1,5 +1,6 @@
 """cost.py against hand-worked numbers and a count of what torch executes."""
 
+import itertools
 import json
 import os
 import re
@@ -122,16 +123,27 @@ def test_recomputing_leaves_one_block_and_the_inputs_of_all(itemsize):
     assert four - again == pytest.approx(3 * (four - three) - 4 * 16 * 128 * 128 * itemsize, rel=1e-4)
 
 
-def test_process_memory_within_15_percent_of_measured():
-    """The laptop recipe's step in processes of its own: predicted against the peak that the kernel reports, the median
-    of three, because the gaps in glibc's heap differ from run to run (one of about a dozen held 1.4 times as much)."""
-    off, command = [], [sys.executable, str(ROOT / "cost.py"), "measure", "--seconds", "0.5", "--documents", "4"]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for process in [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) for _ in range(3)]:
-        found = re.search(r"predicted ([\d,]+) MiB, measured ([\d,]+)", process.communicate()[0])
-        predicted, measured = (int(number.replace(",", "")) for number in found.groups())
-        off.append(predicted / measured - 1)
-    assert sys.platform != "linux" or abs(sorted(off)[1]) < 0.15, off
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
+def test_process_memory_within_12_percent_of_measured():
+    """Two steps of two micro-batches in a process of its own: the predicted growth against the peak that the kernel
+    reports. Gradients or activations that are forgotten, or counted twice, change it by 19 %. In 6 runs it was 1 to 4 %
+    off; the laptop recipe, a third of whose peak is gaps in the heap, differs from run to run by as much as 10 %."""
+    done = subprocess.run([sys.executable, "-c", """
+import torch, cost, schedule
+from model import GPT, ModelConfig, cross_entropy
+cost.find_machine("cpu", "float32")
+before, config = cost.peak_memory("cpu", "VmRSS"), ModelConfig(8192, 512, 1536, 8, 8, 4)
+model, tokens = GPT(config), torch.randint(8192, (2, 128))
+optimizer = schedule.build_optimizer(model, 1e-4)
+for step in range(2):
+    for micro_batch in range(2):
+        cross_entropy(model(tokens), tokens).backward()
+    optimizer.step()
+    model.zero_grad(set_to_none=True)
+predicted = cost.process_memory(cost.training_memory(config, 2, 128, 4, "cpu"), "cpu", before)
+print((predicted - before) / (cost.peak_memory("cpu") - before) - 1)
+"""], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
+    assert abs(float(done.stdout)) < 0.12, done.stdout
 
 
 @pytest.mark.cuda
@@ -164,16 +176,16 @@ def test_family_meets_sizes_with_sane_shapes():
 
 
 def test_plan_of_a_budget_spends_exactly_that():
-    """100,000 USD at the dearer 4 USD an hour, ablations of 58 % included, is 15,823 hours of the main run, worth
-    34,810 to 63,291 USD; between 35 and 26 % of peak they would be 13,562 to 18,257."""
+    """100,000 USD at 4 USD an hour, ablations of 58 % included, is 15,823 hours of the main run, worth 63,291 USD;
+    between 35 and 26 % of peak they would be 13,562 to 18,257."""
     found = plan("--budget", "100k")
     assert found["gpu_hours"] == pytest.approx(100_000 / 4 / 1.58, rel=1e-3)
     assert found["gpu_hours_range"] == pytest.approx([13_562, 18_257], rel=1e-3)
-    assert found["usd"] == pytest.approx([34_810, 63_291], rel=1e-3)
-    assert found["usd_with_overhead"] == pytest.approx([55_000, 100_000], rel=1e-3)
+    assert found["usd"] == pytest.approx(63_291, rel=1e-3)
+    assert found["usd_with_overhead"] == pytest.approx(100_000, rel=1e-3)
     assert found["flops"] == pytest.approx(found["gpu_hours"] * 3600 * 989.4e12 * 0.3) == pytest.approx(
         6 * found["parameters"] * found["tokens"])
-    assert found["tokens_per_parameter"] == pytest.approx(20, rel=0.15)
+    assert found["tokens"] / found["parameters"] == pytest.approx(20, rel=0.15)
     assert found["batch_tokens"] * found["steps"] == pytest.approx(found["tokens"], rel=1e-3)
     assert found["batch_tokens"] % (8 * 4096) == 0  # a sequence on each of the 8 GPUs
     config = ModelConfig(**found["config"])
@@ -321,21 +333,19 @@ def test_a_plan_for_this_machine(monkeypatch, tmp_path):
 def test_published_shares_and_the_bill():
     """Shares of peak by 6N, full and causal, worked out by hand; Llama-3.1 8B is the outlier, and nothing else is off
     by more than 25 %. SmolLM3's bill: 437,760 hours, 58 % on top of the main run."""
-    reached = cost.published()
-    for model, shares in {"Llama-2 7B": (39.1, 45.3, 42.2), "Llama-2 70B": (42.8, 46.2, 44.5),
-                          "Llama-3.1 8B": (13.9, 17.6, 15.8), "Llama-3.1 405B": (34.6, 37.5, 36.0),
-                          "SmolLM3 3B": (26.1, 31.2, 28.6), "TinyLlama 1.1B": (51.0, 59.6, 55.3),
-                          "DeepSeek-V3": (34.6,)}.items():
-        found = [100 * reached[model][how] for how in ("6N", "full", "causal")[:len(shares)]]
-        assert found == pytest.approx(shares, abs=0.1), model
-    planned = {"A100": 0.42, "H100": 0.30, "H800": 0.30}
-    off = {name: shares["6N"] / planned[cost.PUBLISHED[name][2]] for name, shares in reached.items()}
-    assert all(abs(ratio - 1) < 0.25 for name, ratio in off.items() if name != "Llama-3.1 8B")
-    assert off["Llama-3.1 8B"] < 0.5 and sum(cost.SMOLLM3_BILL.values()) == 437_760
     out = command("published")[1]
+    planned = {"A100": 0.42, "H100": 0.30, "H800": 0.30}
+    for model, shares in {"Llama-2 7B": (39.1, 42.2, 45.3), "Llama-2 70B": (42.8, 44.5, 46.2),
+                          "Llama-3.1 8B": (13.9, 15.8, 17.6), "Llama-3.1 405B": (34.6, 36.0, 37.5),
+                          "SmolLM3 3B": (26.1, 28.6, 31.2), "TinyLlama 1.1B": (51.0, 55.3, 59.6),
+                          "DeepSeek-V3": (34.6,)}.items():
+        row = next(line for line in out.splitlines() if line.startswith(model))
+        found = [float(share) for share in re.findall(r"([\d.]+)%", row)]
+        assert found[:len(shares)] == pytest.approx(shares, abs=0.1), model
+        ratio = found[0] / 100 / planned[cost.PUBLISHED[model][2]]
+        assert f"{ratio:.2f}" in row and (abs(ratio - 1) < 0.25 or model == "Llama-3.1 8B" and ratio < 0.5)
+    assert sum(cost.SMOLLM3_BILL.values()) == 437_760
     assert "437,760" in out and "0.96 to 1.75 million USD" in out and "58% on top" in out
-    for name, ratio in off.items():
-        assert f"{ratio:.2f}" in next(line for line in out.splitlines() if line.startswith(name))
 
 
 @pytest.mark.parametrize("faster, expected", [(2.0, torch.bfloat16), (1.0, torch.float32), (0.01, torch.float32)])
@@ -347,6 +357,17 @@ def test_one_cold_probe_does_not_decide_the_dtype(monkeypatch, faster, expected)
             1e11 * (faster if dtype == torch.bfloat16 else 1.0)))
         cost.choose_dtype.cache_clear()
         assert cost.choose_dtype("cpu")[0] == expected, cold
+    cost.choose_dtype.cache_clear()
+
+
+def test_one_good_probe_of_each_dtype_is_enough(monkeypatch):
+    """FAULTS A17: a busy machine ruins all probes but one in five of each dtype, whichever these are."""
+    for good in itertools.product(range(5), range(5)):
+        count = {torch.float32: iter(range(1000)), torch.bfloat16: iter(range(1000))}
+        monkeypatch.setattr(cost, "matmul_flops", lambda device, dtype, *_: 1e6 if next(count[dtype]) % 5 != good[
+            dtype == torch.bfloat16] else 2e11 if dtype == torch.bfloat16 else 1e11)
+        cost.choose_dtype.cache_clear()
+        assert cost.choose_dtype("cpu")[0] == torch.bfloat16
     cost.choose_dtype.cache_clear()
 
 
@@ -390,10 +411,3 @@ def test_measure_prints_speed_and_shares_of_peak():
 def test_unknown_preset_is_one_sentence():
     status, _, error = command("measure", "gpt9")
     assert status == 2 and "laptop" in error and len(error.splitlines()) == 1
-
-
-def test_numbers_of_other_commands():
-    assert (cost.positive("2M"), cost.positive_integer("100k"), cost.positive("0.5")) == (2e6, 100_000, 0.5)
-    for read, text in ((cost.positive, "0"), (cost.positive, "-1"), (cost.positive_integer, "2.5")):
-        with pytest.raises(cost.argparse.ArgumentTypeError):
-            read(text)

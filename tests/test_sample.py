@@ -202,3 +202,21 @@ def test_a_chat_drops_its_oldest_turns_and_warns_on_a_base_model(folder, monkeyp
         assert "never" not in call(sample.main, folder, "--prompt", "the", "--chat", "--max-tokens", "5").stderr
     finally:
         (folder / "chat_template.jinja").unlink()
+
+
+def test_samples_end_at_every_stop_that_a_folder_names(folder):
+    """FAULTS A5: generation_config.json of a tuned base names the end of a turn beside EOS; one sample and several."""
+    model, tokenizer = sample.load(folder, "cpu")
+    prompt = [*sample.ChatFormat(folder, tokenizer).text("the cat")]
+    made = [id for (id,) in generate(model, prompt, 20, temperature=0, vocab_size=tokenizer.vocab_size)]
+    at = next(i for i in range(1, 20) if made[i] not in made[:i])
+    before = (folder / "generation_config.json").read_text()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, made[at]]}))
+    try:
+        for samples in ("1", "2"):
+            done = call(sample.main, folder, "--prompt", "the cat", "--temperature", "0", "--max-tokens", "20",
+                        "--samples", samples)
+            ended = "the cat" + tokenizer.decode(made[:at]) + "\n"
+            assert done.stdout == (ended if samples == "1" else f"--- 1\n{ended}--- 2\n{ended}")
+    finally:
+        (folder / "generation_config.json").write_text(before)

@@ -55,7 +55,7 @@ look_at_machine, measure_speed = functools.cache(cost.find_machine), cost.measur
 def hasten(monkeypatch) -> None:
     """The machine is looked at once, its speed measured by two steps, no curve is drawn."""
     monkeypatch.setattr(cost, "find_machine", look_at_machine)
-    monkeypatch.setattr(cost, "measure_speed", lambda *words, **_: measure_speed(*words, repeats=2))
+    monkeypatch.setattr(cost, "measure_speed", lambda *words: measure_speed(*words[:3], 0.0, *words[4:]))
     monkeypatch.setattr(train, "draw_log", lambda folder: False)
 
 
@@ -463,7 +463,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
 @pytest.mark.parametrize("flags, words", [
     (["--learning-rat", "1"], "did you mean --learning_rate"),
     (["--batch-tokens", "100"], "96 or 128"),
-    (["--micro-batch", "3"], "2 and 4"),
+    (["--micro-batch", "3"], "take one of 1, 2, 4"),
     (["laptob"], "take laptop"),
     (["--model", "gpt-9"], "smollm2-135m"),
     (["data/tiny"], "--data data/tiny"),
