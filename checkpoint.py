@@ -9,38 +9,30 @@ A run keeps its checkpoints in runs/NAME/checkpoints/step-NNNNNNNN/:
     config.json     the model's config               training.json   the step and what the training loop wants back
     tokenizer.json  and the chat format              manifest.json   sha256 of every other file, written last
 
-The format is the same for any number of processes, sharded or not: the first process gathers everything in its host
-memory (12 bytes a parameter, 37 GB for 3B), writes in a thread while training continues, and a load broadcasts from it.
-A checkpoint is written as step-NNNNNNNN.partial, synced to the disk and renamed, so one that has its name is whole.
-Nothing in it is code: tensors are read with weights_only, all else is JSON.
+The format is the same for any number of processes: the first gathers everything in its host memory (12 bytes a
+parameter, 37 GB for 3B), writes in a thread while training continues, and a load broadcasts from it. A checkpoint is
+written as step-NNNNNNNN.partial, synced to the disk and renamed, so one that has its name is whole. Nothing in it is
+code: tensors are read with weights_only, all else is JSON.
 """
 
 import contextlib
-import copy
 import hashlib
 import importlib
 import json
-import math
 import os
 import pickle
 import re
-import secrets
 import shutil
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -51,6 +43,14 @@ from tokenizer import ChatFormat, Tokenizer, UserError, draw, reading, run
 def read_json(path):
     with reading(path):
         return dict(json.loads(path.read_text("utf-8")))
+
+
+def installed(module, package):
+    """An optional module; UserError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this needs the package {package}: pip install {package}") from None
 
 
 # ---- a run's folder and its log -------------------------------------------------------------------------------
@@ -73,10 +73,7 @@ def check_trackers(names):
     for name in filter(None, names.split(",")):
         if name not in TRACKERS:
             raise UserError(f"--log {name} is not one of {', '.join(TRACKERS)}")
-        try:
-            importlib.import_module(TRACKERS[name])
-        except ImportError:
-            raise UserError(f"--log {name} needs the package {name}: pip install {name}") from None
+        installed(TRACKERS[name], name)
 
 
 class Log:
@@ -113,10 +110,9 @@ class Log:
 
     def write(self, **entry):
         entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has neither NaN nor infinity
-        if "event" in entry:
-            if entry in self.events:
-                return  # a resumed run meets again what it met before
-            self.events.append(entry)
+        if entry in self.events:
+            return  # a resumed run meets again what it met before
+        self.events += [entry] * ("event" in entry)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n" * self.failed + json.dumps(entry) + "\n")  # ends a line that a full disk tore
@@ -145,7 +141,7 @@ def open_trackers(recipe, folder):
     """(write the numbers of a step, finish) for each tracker that --log names."""
     opened, known = [], folder / "tracker-id"
     if not known.exists():  # unique: another run of this name is another one there
-        known.write_text(f"{folder.name}-{secrets.token_hex(4)}", "utf-8")
+        known.write_text(f"{folder.name}-{os.urandom(4).hex()}", "utf-8")
     for name in recipe.log.split(","):
         module, run_id = importlib.import_module(TRACKERS[name]), known.read_text("utf-8")
         if name == "tensorboard":
@@ -162,31 +158,19 @@ def open_trackers(recipe, folder):
 def draw_log(folder):
     """The loss and held-out curves of a run as loss.png; False without matplotlib."""
     entries = list(Log(folder).entries())
-    trained, judged = ([entry for entry in entries if kind in entry] for kind in ("loss", "val"))
+    trained, judged = ([e for e in entries if kind in e] for kind in ("loss", "val"))
 
     def paint(axes):
-        left, right = axes
-        rate, tokens = left.twinx(), [entry["tokens"] for entry in trained]
-        left.plot(tokens, [entry["loss"] for entry in trained], lw=0.8)
-        left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
-        rate.plot(tokens, [entry["lr"] for entry in trained], color="tab:gray", lw=0.8, label="learning rate")
-        rate.legend(loc="upper right")
+        axes[0].plot([e["tokens"] for e in trained], [e["loss"] for e in trained], lw=0.8)
+        axes[0].set(title="training loss", xlabel="tokens", ylabel="nats per token")
         for source in judged[-1]["val"] if judged else ():
-            right.plot([e["tokens"] for e in judged], [e["val"][source] for e in judged], marker=".", label=source)
-        right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
-        right.legend()
+            axes[1].plot([e["tokens"] for e in judged], [e["val"][source] for e in judged], marker=".", label=source)
+        axes[1].set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
+        axes[1].legend()
     return draw(folder / "loss.png", paint, columns=2, size=(11, 4))
 
 
 # ---- our checkpoints: write ---------------------------------------------------------------------------------------
-
-
-def sync_folder(folder):
-    """Makes what was created or renamed in a folder survive a power cut, where the system can (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def write_json(path, content):
@@ -197,7 +181,6 @@ def write_json(path, content):
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
@@ -210,30 +193,26 @@ def _new_folder(place):
         yield partial
         shutil.rmtree(place, ignore_errors=True)  # a damaged one
         partial.rename(place)
-        sync_folder(place.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_chat_format(source, folder, tokenizer):
-    """Keeps a Hugging Face model's template and special tokens beside what is trained from it, for ChatFormat.
-
-    The token that ends a turn in training joins the model's own stops: a base model's files often name only the end
-    of a text. Runs that did not start from such a model have no such files; nothing is copied then.
-    """
+def copy_chat_format(source, folder, tokenizer, settings=None):
+    """Keeps a Hugging Face model's template and special tokens beside what is trained from it, for ChatFormat; for a
+    run that did not start from such a model, `settings` or nothing. The token that ends a turn in training joins the
+    stops: a base model's files often name only the end of a text."""
     chat, last = ChatFormat(source, tokenizer), []
-    settings = chat.content("tokenizer_config.json")
-    if not settings:
+    if not (settings := chat.content("tokenizer_config.json") or settings):
         return
     with contextlib.suppress(UserError):  # a template that refuses this conversation
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
         last = [id for id, trained in zip(ids, mask) if trained][-1:]
     stops = chat.stop | set(last) & set(tokenizer.special.values())
     write_json(folder / "tokenizer_config.json", settings | {
-        "add_bos_token": bool(chat.opening), "chat_template": chat.template,
+        "add_bos_token": bool(chat.opening), "chat_template": chat.template or settings.get("chat_template"),
         "tokenizer_class": "PreTrainedTokenizerFast"})  # reads tokenizer.json as it is
-    write_json(folder / "generation_config.json", chat.content("generation_config.json") | {
-        "eos_token_id": sorted(stops)})
+    write_json(folder / "generation_config.json", {"pad_token_id": tokenizer.pad_id} | chat.content(
+        "generation_config.json") | {"eos_token_id": sorted(stops)})
 
 
 def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_from):
@@ -242,7 +221,7 @@ def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_fr
         if moments:
             torch.save(moments, folder / "optimizer.pt")
         write_json(folder / "config.json", asdict(config))
-        write_json(folder / "training.json", state | {"moments": bool(moments)})
+        write_json(folder / "training.json", state)
         tokenizer.save(folder)
         copy_chat_format(chat_from, folder, tokenizer)
         hashes = {}
@@ -269,15 +248,12 @@ class Saver:
     keep_every: int = 0  # multiples of it stay too
     keepers: tuple = ()  # and these steps
     leader: bool = True  # whether this is the process that writes
-    pending: Future | None = None  # the save that is being written
+    pending: object = None  # the save that is being written
 
     def save(self, step, model, optimizer, state, must=False, protect=None):
-        """Copies weights and moments to the host and writes them in a thread.
-
-        Returns "" or one sentence about the save before this one, if that failed: training can continue without it.
-        must: waits, and raises UserError if this save fails. protect: the step at which a running loss spike began; the
-        newest checkpoint from before it stays.
-        """
+        """Copies weights and moments to the host and writes them in a thread. Returns "" or one sentence about the save
+        before this one, if that failed: training can continue without it. must: waits, and raises UserError if this
+        save fails. protect: the step at which a running loss spike began; the newest checkpoint before it stays."""
         def host(tensors):
             if isinstance(tensors, dict):
                 return {name: host(tensor) for name, tensor in tensors.items()}
@@ -288,7 +264,7 @@ class Saver:
         parts, moments = getattr(optimizer, "optimizers", [optimizer]), {}
         if any(part.state for part in parts):  # before the first update get_state_dict would make moments
             moments = host(get_state_dict(model, parts)[1]["state"])
-        content = model.config, host(get_model_state_dict(model)), moments, copy.deepcopy(state) | {"step": step}
+        content = model.config, host(get_model_state_dict(model)), moments, json.loads(json.dumps(state | {"step": step}))
         if self.leader:
             self.pending = ThreadPoolExecutor(1).submit(self._write, step, protect or 0, *content)
         if must and (failed := self.finish()):
@@ -307,13 +283,11 @@ class Saver:
                 shutil.rmtree(rest, ignore_errors=True)
             _write_checkpoint(folder / f"step-{step:08d}", *content, self.tokenizer, self.run_folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk by RuntimeError
-            free, reason = shutil.disk_usage(self.run_folder).free, str(error).strip().splitlines()[0][:120]
-            return (f"a checkpoint could not be written to {folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
-                    "the ones before it are whole; make room")
+            return (f"a checkpoint could not be written to {folder} ({str(error).strip().splitlines()[0][:120]}); the "
+                    "ones before it are whole; make room on the disk")
         # Later checkpoints are damaged ones that a resume skipped: they neither count nor go.
         found = [at for path in sorted(folder.glob("step-????????")) if (at := int(path.name[5:])) <= step]
-        before = [at for at in found if at < protect]
-        stay = {*found[-self.keep:], *before[-1:], *self.keepers}
+        stay = {*found[-self.keep:], *[at for at in found if at < protect][-1:], *self.keepers}
         for at in found:
             if at not in stay and not (self.keep_every and at % self.keep_every == 0):
                 gone = folder / f"step-{at:08d}"
@@ -325,7 +299,7 @@ class Saver:
 
 
 def check_manifest(checkpoint):
-    """Raises UserError unless every file has the sha256 that manifest.json names."""
+    """The same folder; UserError unless every file has the sha256 that manifest.json names."""
     if (checkpoint / "guard.json").exists():
         raise UserError(f"{checkpoint} was written by the first version of this project, which alone reads it; export "
                         "it with that version and start from the exported folder")
@@ -335,71 +309,64 @@ def check_manifest(checkpoint):
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != files[name]:
                     raise UserError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
+    return checkpoint
 
 
-def newest_checkpoint(run, before=math.inf):
-    """The last checkpoint of a run folder that is whole, from before a step; a damaged one is named on stderr and
-    skipped."""
+def newest_checkpoint(run, before=10**9):
+    """The last whole checkpoint of a run folder from before a step; a damaged one is named on stderr and skipped."""
     for checkpoint in sorted(Path(run).glob("checkpoints/step-????????"), reverse=True):
-        if int(checkpoint.name[5:]) >= before:
-            continue
         try:
-            check_manifest(checkpoint)
-            return checkpoint
+            if int(checkpoint.name[5:]) < before:
+                return check_manifest(checkpoint)
         except UserError as error:
             if (checkpoint / "guard.json").exists():
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run} holds no whole checkpoint; give a run folder such as runs/laptop or train one with "
-                    "`python train.py`")
+    raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run folder such as runs/laptop, or "
+                    "train one with `python train.py`")
 
 
 def find_checkpoint(path):
     """A checkpoint folder as it is, or the newest whole one of a run; UserError if there is none."""
-    path = Path(path)
-    if not (path / "manifest.json").exists():
-        return newest_checkpoint(path)
-    check_manifest(path)
-    return path
+    return check_manifest(Path(path)) if Path(path, "manifest.json").exists() else newest_checkpoint(path)
 
 
 def _shapes(tensors):
-    return {name: (w.shape, w.is_floating_point()) for name, w in tensors.items()}
+    return {k: _shapes(w) if isinstance(w, dict) else (w.shape, w.is_floating_point()) for k, w in tensors.items()}
 
 
-def _load_tensors(path):
+def _load_tensors(path, like):
+    """The tensors of a file; UserError unless names, shapes and kinds are those of `like`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:  # whose message advises to load it without this protection
         raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
+    if _shapes(tensors) != _shapes(like):
+        raise UserError(f"{path} is of a model of other sizes or of another optimizer; leave out the flags that change "
+                        "them, or give those that it was trained with")
+    return tensors
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Fills model and optimizer, however many processes wrote the checkpoint and read it; returns the saved state.
-
-    All processes call it; the first reads the tensors and broadcasts them.
-    """
+    """Fills model and optimizer, however many processes wrote the checkpoint and read it; returns the saved state. All
+    processes call it; the first reads the tensors and broadcasts them."""
     folder, parts, many = Path(folder), getattr(optimizer, "optimizers", [optimizer]), dist.is_initialized()
     model.zero_grad()
     with reading(folder):
-        state = read_json(folder / "training.json")
+        state, trained = read_json(folder / "training.json"), (folder / "optimizer.pt").exists()
+        state["step"] = int(state["step"])
         weights, moments = get_state_dict(model, parts)  # makes moments where there are none, to be filled
         if not many or dist.get_rank() == 0:
-            expected, weights = _shapes(weights), _load_tensors(folder / "model.pt")
-            if _shapes(weights) != expected:
-                raise UserError(f"{folder} is a model of other sizes than this run's; leave out the flags that change "
-                                "them, or give those that it was trained with")
-            if state["moments"]:
-                expected, moments["state"] = moments["state"], _load_tensors(folder / "optimizer.pt")
-                if any(_shapes(moments["state"][name]) != _shapes(kinds) for name, kinds in expected.items()):
-                    raise UserError(f"{folder} holds the moments of another optimizer than this run's; give the "
-                                    "--optimizer that it was trained with")
+            weights = _load_tensors(folder / "model.pt", weights)
+            if trained:
+                moments["state"] = _load_tensors(folder / "optimizer.pt", moments["state"])
         options = StateDictOptions(full_state_dict=many, broadcast_from_rank0=many)
         set_model_state_dict(model, weights, options=options)
-        if state["moments"]:
+        if trained:
             set_optimizer_state_dict(model, parts, moments, options=options)
-        for part in () if state["moments"] else parts:
-            part.state.clear()
+        else:
+            for part in parts:
+                part.state.clear()
     return state
 
 
@@ -419,20 +386,14 @@ def load_config(folder):
 def from_pretrained(folder, dtype=torch.float32):
     """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
     checkpoint folder, on the CPU."""
-    if not (folder := Path(folder)).is_dir():
-        raise UserError(f"{folder} does not exist; give a run folder such as runs/laptop, or a downloaded model's")
-    if not (foreign := is_hugging_face(folder)):
-        folder = find_checkpoint(folder)
+    foreign = is_hugging_face(folder)
+    folder = Path(folder) if foreign else find_checkpoint(folder)
     with reading(folder):
         with torch.device("meta"):
             model = GPT(load_config(folder))
-        if foreign:
-            weights = _read_hugging_face(folder, model, dtype)
-        else:
-            weights = _load_tensors(folder / "model.pt")
-            if _shapes(weights) != _shapes(model.state_dict()):
-                raise ValueError("config.json asks for other tensors than model.pt holds")
-            weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
+        weights = (_read_hugging_face(folder, model, dtype) if foreign else
+                   _load_tensors(folder / "model.pt", model.state_dict()))
+        weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     return model
 
@@ -444,54 +405,51 @@ def from_pretrained(folder, dtype=torch.float32):
 
 class Family(NamedTuple):
     architecture: str
-    fields: tuple  # of config.json that have our names
+    fields: list  # of config.json that have our names
     implied: dict = {}  # our fields, where config.json does not say otherwise
     renamed: dict = {}  # {our field: theirs}
-    fixed: dict = {}  # {their field: the values that model.py computes}; the first is written
+    fixed: dict = {}  # {their field: the only value that model.py computes here}
 
 
-_LATENT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-           "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps",
-           "initializer_range", "attention_bias")
-_SIZES = (*_LATENT, "head_dim")
-_WINDOWS = (*_SIZES, "layer_types", "sliding_window")
-_MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
-_DEEPSEEK = (*_LATENT, *_MOE, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-             "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor")
+_LATENT = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+           "hidden_act max_position_embeddings tie_word_embeddings rms_norm_eps initializer_range attention_bias").split()
+_SIZES = [*_LATENT, "head_dim"]
+_WINDOWS = [*_SIZES, "layer_types", "sliding_window"]
+_MOE = "num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef".split()
+_DEEPSEEK = [*_LATENT, *_MOE, *("q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+                                "n_shared_experts first_k_dense_replace routed_scaling_factor").split()]
 _ROUTED = {"num_experts": "n_routed_experts"}
 _LOCAL = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
 _YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_truncate": "truncate",
          "yarn_mscale_all_dim": "mscale_all_dim"}
-_OPTIONAL = {"head_dim", "hidden_act", "initializer_range", "attention_bias", "mlp_bias", "q_lora_rank",
-             "sliding_window", "router_aux_loss_coef", *_YARN}
+_OPTIONAL = {*_YARN, *("head_dim hidden_act initializer_range attention_bias mlp_bias q_lora_rank sliding_window "
+                       "router_aux_loss_coef").split()}
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", (*_SIZES, "mlp_bias"), {"rope_theta": 10_000.0}),
+    "llama": Family("LlamaForCausalLM", [*_SIZES, "mlp_bias"], {"rope_theta": 10_000.0}),
     "qwen3": Family("Qwen3ForCausalLM", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
-    "mistral": Family("MistralForCausalLM", (*_SIZES, "sliding_window"), {"layer_types": ["sliding"]},
-                      fixed={"attention_bias": (False,)}),
-    "smollm3": Family("SmolLM3ForCausalLM", (*_WINDOWS, "mlp_bias", "no_rope_layer_interval"),
+    "mistral": Family("MistralForCausalLM", [*_SIZES, "sliding_window"], {"layer_types": ["sliding"]},
+                      fixed={"attention_bias": False}),
+    "smollm3": Family("SmolLM3ForCausalLM", [*_WINDOWS, "mlp_bias", "no_rope_layer_interval"],
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True}),
     "qwen2": Family("Qwen2ForCausalLM", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
-    "mixtral": Family("MixtralForCausalLM", (*_SIZES, "num_experts_per_tok", "router_aux_loss_coef", "sliding_window"),
-                      {"layer_types": ["sliding"]}, _LOCAL, {"attention_bias": (False,)}),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*_SIZES, *_MOE, "num_experts"), {"qk_norm": True}, fixed={
-        "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
-    "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
+    "mixtral": Family("MixtralForCausalLM", [*_SIZES, "num_experts_per_tok", "router_aux_loss_coef", "sliding_window"],
+                      {"layer_types": ["sliding"]}, _LOCAL, {"attention_bias": False}),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", [*_SIZES, *_MOE, "num_experts"], {"qk_norm": True},
+                        fixed={"use_sliding_window": False}),
+    "gpt_oss": Family("GptOssForCausalLM", [*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"],
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
-                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL, {"hidden_act": ("silu",)}),
+                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL, {"hidden_act": "silu"}),
     "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
-        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"), {
+        "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", [*_DEEPSEEK, "n_group", "topk_group"], {
         "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, _ROUTED, {
-        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,),
-        "moe_layer_freq": (1,)}),
-    "qwen3_next": Family("Qwen3NextForCausalLM", (
-        *_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
-        "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor",
-        "shared_expert_intermediate_size"), {
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "qwen3_next": Family("Qwen3NextForCausalLM", [*_SIZES, *_MOE, "layer_types", *(
+        "num_experts linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+        "linear_conv_kernel_dim partial_rotary_factor shared_expert_intermediate_size").split()], {
         "qk_norm": True, "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True,
         "n_shared_experts": 1, "partial_rotary_factor": 0.25, "layer_types": ["linear", "linear", "linear", "full"]},
-        fixed={"decoder_sparse_step": (1,), "mlp_only_layers": ([],), "hidden_act": ("silu",)}),
+        fixed={"hidden_act": "silu"}),
 }
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
 
@@ -503,28 +461,28 @@ def config_from_hugging_face(hf):
     family, scaling = FAMILIES[kind], hf.get("rope_scaling") or {}  # the older name, still used to switch YaRN on
     seen = ({"num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
             | (hf.get("rope_parameters") or {}) | scaling)
-    position = scaling.get("rope_type") or scaling.get("type") or seen.get("rope_type") or "default"
-    seen |= {"rope_type": position, "mscale": seen.get("mscale") or 0}
-    fixed = {"quant_method": ("fp8", "mxfp4"), "weight_block_size": ([128, 128],), "low_freq_factor": (1,),
-             "high_freq_factor": (4,), "rope_type": ("default", "llama3", "yarn"), "attention_factor": (),
-             "mscale": (seen.get("mscale_all_dim") or 0,), **family.fixed}
+    position = scaling.get("type") or seen.get("rope_type") or "default"
+    seen["mscale"] = seen.get("mscale") or 0
+    fixed = {"quant_method": "mxfp4", "low_freq_factor": 1, "high_freq_factor": 4, "attention_factor": None,
+             "mscale": seen.get("mscale_all_dim") or 0, "rope_interleave": True, "moe_layer_freq": 1,
+             "decoder_sparse_step": 1, "mlp_only_layers": [], **family.fixed}
     if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields}:
-        fixed["partial_rotary_factor"] = (1,)
+        fixed["partial_rotary_factor"] = 1
     if not hf.get("layer_types"):
-        fixed |= {"use_sliding_window": (False,), "full_attention_interval": (4,)}
+        fixed |= {"use_sliding_window": False, "full_attention_interval": 4}
     if kind == "smollm3" and (turned := hf.get("no_rope_layers")):
-        every = seen["no_rope_layer_interval"] = turned.index(0) + 1 if 0 in turned else 0
-        fixed["no_rope_layers"] = ([int(not every or (i + 1) % every > 0) for i in range(len(turned))],)
-    for key, allowed in fixed.items():
-        if seen.get(key) is not None and seen[key] not in allowed:
-            raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with "
-                            f"{' or '.join(map(str, allowed)) or 'its default'}")
+        every = hf.get("no_rope_layer_interval", 4)
+        fixed["no_rope_layers"] = [int(not every or (i + 1) % every > 0) for i in range(len(turned))]
+    for key, value in fixed.items():
+        if seen.get(key) not in (None, value):
+            raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with {value}")
     values = {"tie_word_embeddings": False, "position": position.replace("default", "rope"), "layer_types": ["full"],
               "num_key_value_heads": hf["num_attention_heads"], **family.implied}
     names = {name: name for name in (*family.fields, "rope_theta")} | family.renamed | _YARN
     for ours, theirs in names.items():
-        if seen.get(theirs) is not None:
-            values[ours] = seen[theirs]
+        found = seen.get(theirs)
+        if found is not None and (found or ours not in ("num_experts", "kv_lora_rank")):
+            values[ours] = found
         elif ours not in {*values, *_OPTIONAL}:
             raise UserError(f"config.json lacks {theirs}, which a {kind} needs")
     if position != "default":
@@ -543,10 +501,9 @@ def _shared_width(c):
 
 def _effective(c):
     """What a config computes: without the fields of training and those that change nothing here."""
-    unused = ["initializer_range", "router_aux_loss_coef", "router_bias_update_rate", "router_z_loss_coef"]
+    unused = ("initializer_range router_aux_loss_coef router_bias_update_rate router_z_loss_coef "
+              "shared_expert_intermediate_size").split()
     unused += ["rope_factor", "original_max_position_embeddings"] * (c.position == "rope")
-    unused += ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"] * (not c.num_experts)
-    unused += ["shared_expert_gate"] * (not _shared_width(c)) + ["shared_expert_intermediate_size"]
     unused += ["intermediate_size"] * (c.num_experts > 0 and not c.first_k_dense_replace)
     unused += ["num_key_value_heads"] * (c.kv_lora_rank > 0) + ["sliding_window"] * ("sliding" not in c.layer_types)
     layers = range(c.num_hidden_layers)
@@ -557,19 +514,16 @@ def _effective(c):
 
 def config_to_hugging_face(config):
     """Our config -> config.json as a dictionary. Raises UserError naming what no family there has."""
-    wanted, refused = _effective(config), []
+    wanted, lost = _effective(config), {}
     for kind in FAMILIES:
         hf = _write_config(config, kind)
-        try:
+        with contextlib.suppress(UserError):  # a family of experts, for one, refuses to have none
             back = _effective(config_from_hugging_face(hf))
-        except UserError as error:
-            refused.append((99, str(error)))
-            continue
-        lost = [f"{name} = {getattr(config, name)}" for name in wanted if wanted[name] != back[name]]
-        if not lost:
-            return hf
-        refused.append((len(lost), f"{kind} with {', '.join(lost)}"))
-    raise UserError(f"no Hugging Face architecture is {min(refused)[1]}; keep the run's own checkpoint")
+            lost[kind] = [f"{name} = {getattr(config, name)}" for name in wanted if wanted[name] != back[name]]
+            if not lost[kind]:
+                return hf
+    kind = min(lost, key=lambda kind: len(lost[kind]))
+    raise UserError(f"no Hugging Face architecture is {kind} with {', '.join(lost[kind])}; keep the run's checkpoint")
 
 
 def _write_config(c, kind):
@@ -579,23 +533,22 @@ def _write_config(c, kind):
         "num_key_value_heads": c.num_attention_heads if c.kv_lora_rank else c.num_key_value_heads,
         "layer_types": [c.layer_type(i) + "_attention" for i in layers],
         "sliding_window": c.sliding_window if sliding else None,
+        "no_rope_layer_interval": c.no_rope_layer_interval or c.num_hidden_layers + 1,
         "shared_expert_intermediate_size": _shared_width(c),
         "n_shared_experts": _shared_width(c) // (c.moe_intermediate_size or 1)}
     hf = {"model_type": kind, "architectures": [family.architecture]}
     hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # no family's own
     hf |= {name: values[name] for name in family.fields}
     hf |= {theirs: values[ours] for ours, theirs in family.renamed.items()}
-    hf |= {key: allowed[0] for key, allowed in family.fixed.items()}
+    hf |= family.fixed
     if "layer_types" in hf:
         hf["use_sliding_window"] = sliding
-    if kind == "smollm3":
-        hf["no_rope_layers"] = [int(c.uses_rope(i)) for i in layers]
-    rope = {"rope_type": "default" if c.position == "rope" else c.position, "rope_theta": c.rope_theta}
+    rope, scaling = {"rope_type": "default", "rope_theta": c.rope_theta}, None
     if c.position in ("llama3", "yarn"):
-        rope |= {"factor": c.rope_factor, "original_max_position_embeddings": c.original_max_position_embeddings}
+        scaling = rope = rope | {"rope_type": c.position, "factor": c.rope_factor,
+                                 "original_max_position_embeddings": c.original_max_position_embeddings}
         rope |= ({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if c.position == "llama3" else
                  {theirs: values[ours] for ours, theirs in _YARN.items()} | {"mscale": c.yarn_mscale_all_dim})
-    scaling = rope if "factor" in rope else None
     if kind == "qwen3_next":
         rope = rope | {"partial_rotary_factor": c.partial_rotary_factor}
     # transformers 5 reads the first of these, 4 the others
@@ -611,11 +564,9 @@ _NAMES = {  # family: (ours, theirs)
 
 
 def their_tensors(weights, config, kind):
-    """{name in the family: the part of our tensors that it is}, views to read from and to copy into.
-
-    Our experts are stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], with gate and up
-    alternating: its gate_up_proj is [E, C, M, 2] here, to be flattened at the end.
-    """
+    """{name in the family: the part of our tensors that it is}, views to read from and to copy into. Our experts are
+    stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], with gate and up alternating: its
+    gate_up_proj is [E, C, M, 2] here, to be flattened at the end."""
     found = {}
     for name, w in weights.items():
         stem, _, last = name.rpartition(".")
@@ -644,85 +595,58 @@ def _mxfp4(blocks, scales):
     return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2).transpose(1, 2)
 
 
-def _import_safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("Hugging Face's weight files need the package safetensors: pip install safetensors") from None
-    return safetensors
-
-
 def _open_weights(folder):
-    """{tensor: the open safetensors file that holds it}; the index decides, where there is one.
-
-    Adapters and Mistral's own format may lie beside the model's files.
-    """
-    index, files = folder / "model.safetensors.index.json", {
-        file.name: _import_safetensors().safe_open(file, framework="pt")
-        for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith(("adapter", "consolidated"))}
+    """{tensor: the open file that holds it}. Adapters and Mistral's own format may lie beside the model's files."""
+    safe_open, index = installed("safetensors", "safetensors").safe_open, folder / "model.safetensors.index.json"
+    files = {file.name: safe_open(file, framework="pt") for file in folder.glob("*.safetensors")
+             if not file.name.startswith(("adapter", "consolidated"))}
+    held = [(name, file) for file, opened in files.items() for name in opened.keys()]
     if index.exists():
         chosen = read_json(index)["weight_map"]
         if "model.safetensors" in files and "model.safetensors" not in chosen.values():
             raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
-        return {name: files[file] for name, file in chosen.items()}
-    where = {}
-    for file, opened in files.items():
-        for name in opened.keys():
-            if name in where:
-                raise UserError(f"{folder} has {name} in {file} and in another file; remove the file that does not "
-                                "belong to the model")
-            where[name] = opened
-    if not where:
+    elif len(chosen := dict(held)) < len(held):
+        raise UserError(f"files of {folder} have tensors of the same name; remove what does not belong to the model")
+    if not chosen:
         raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
-    return where
+    return {name: files[file] for name, file in chosen.items()}
 
 
 def _read_hugging_face(folder, model, dtype):
     """The weights of a folder under our names, for a model without memory."""
-    hf, where = read_json(folder / "config.json"), _open_weights(folder)
-    config, kind, expected = model.config, hf["model_type"], model.state_dict()
-
-    def read(name):
-        return where[name].get_tensor(name)
-
+    hf, where, config = read_json(folder / "config.json"), _open_weights(folder), model.config
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if sum(w.numel() for w in expected.values()) > 2 * size:  # two a byte: 4 bits each
+    if sum(w.numel() for w in model.parameters()) > 2 * size:  # 4 bits each at least
         raise ValueError("config.json asks for more weights than its files hold")
     weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
-               for name, w in expected.items()}
-    views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
+               for name, w in model.state_dict().items()}
+    views, end = their_tensors(weights, config, hf["model_type"]), config.num_hidden_layers
+    embedding, head = weights["model.embed_tokens.weight"], views.get("lm_head.weight")
+    if config.tie_word_embeddings and "lm_head.weight" in where:  # some folders hold it twice
+        head = views["lm_head.weight"] = torch.zeros_like(embedding)
     missing = set(views)
     for name in where:
         layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
-                or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
-                or tied and name == "lm_head.weight"):
+        if (name.endswith(("rotary_emb.inv_freq", "_scales")) or name.startswith("mtp.")
+                or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)):
             continue  # multi-token prediction is not computed here
-        tensor, stem = read(name), name.removesuffix("_blocks")
-        if stem + "_scales" in where:
-            name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
-        elif name + "_scale_inv" in where:  # DeepSeek's FP8: one scale for each square of 128 x 128
-            scales = read(name + "_scale_inv").repeat_interleave(128, 0).repeat_interleave(128, 1)
-            tensor = tensor.float() * scales[:tensor.shape[0], :tensor.shape[1]]
-        if name not in views:
-            raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
-        view = views[name]
+        tensor, scales = where[name].get_tensor(name), name.removesuffix("_blocks") + "_scales"
+        if scales in where:
+            name, tensor = name.removesuffix("_blocks"), _mxfp4(tensor, where[scales].get_tensor(scales))
         if "gate_up" in name:
             tensor = tensor.unflatten(-1, (-1, 2))
+        view = views.get(name, torch.empty(()))
         if tensor.shape != view.shape or not tensor.is_floating_point():
-            raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but "
-                            f"config.json asks for floats of {list(view.shape)}")
+            raise ValueError(f"config.json asks for no {name} of {list(tensor.shape)} ({tensor.dtype})")
         view.copy_(tensor)
         missing.discard(name)
     if missing:
-        raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
-    if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
-                                                              weights["model.embed_tokens.weight"]):
-        raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
+        raise ValueError(f"it lacks {min(missing)} ({len(missing)} tensors in all)")
+    if config.tie_word_embeddings and head is not None and not torch.equal(head, embedding):
+        raise ValueError("lm_head.weight is not the embedding, but config.json says tie_word_embeddings")
     if (path := folder / "tokenizer.json").exists():
-        spec = read_json(path)
-        ids, rows = max([len(spec["model"]["vocab"]), *(t["id"] + 1 for t in spec["added_tokens"])]), config.vocab_size
-        if ids > rows:
+        spec, rows = read_json(path), config.vocab_size
+        if (ids := max([len(spec["model"]["vocab"]), *(t["id"] + 1 for t in spec["added_tokens"])])) > rows:
             raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
                             "that it was trained with")
     return weights
@@ -737,45 +661,37 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
 
 @torch.no_grad()
 def save_pretrained(model, folder, tokenizer_from=None):
-    """Writes a new folder that `transformers` loads: config.json, model.safetensors, and the tokenizer of the folder
-    `tokenizer_from`. Returns what was checked: logits and ids against transformers, where installed; raises UserError
-    if they differ. For GGUF see docs/playbook.md."""
-    safetensors, folder = _import_safetensors(), Path(folder)
+    """Writes a new folder that `transformers` loads, with the tokenizer of the folder `tokenizer_from`. Returns what was
+    checked: logits and ids against transformers, where installed; UserError if they differ. GGUF: docs/playbook.md."""
+    safetensors, folder = installed("safetensors.torch", "safetensors"), Path(folder)
     if folder.exists():
         raise UserError(f"{folder} is already there; give a new folder")
-    hf = config_to_hugging_face(model.config) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    hf = config_to_hugging_face(model.config)
     tensors = their_tensors(model.state_dict(), model.config, hf["model_type"])
     with _new_folder(folder) as partial:
-        safetensors.torch.save_file({
-            name: (w.flatten(-2) if "gate_up" in name else w).clone(memory_format=torch.contiguous_format)
-            for name, w in tensors.items()}, partial / "model.safetensors", metadata={"format": "pt"})
+        tensors = {name: (w.flatten(-2) if "gate_up" in name else w).contiguous().clone() for name, w in tensors.items()}
+        safetensors.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         if tokenizer_from:
-            hf |= _write_tokenizer(tokenizer_from, partial, hf["max_position_embeddings"])
+            hf |= _write_tokenizer(tokenizer_from, partial)
         write_json(partial / "config.json", hf)
         return _compare_with_transformers(model, partial, tokenizer_from)
 
 
-def _write_tokenizer(source, folder, context):
-    """The tokenizer's files, so that transformers opens texts, renders chats and stops as ChatFormat does. Returns what
-    config.json says of it."""
+def _write_tokenizer(source, folder):
+    """Writes what lets transformers open texts, render chats and stop as ChatFormat does; returns config.json's part."""
     tokenizer = Tokenizer.load(source)
-    chat, names = ChatFormat(source, tokenizer), {id: name for name, id in tokenizer.special.items()}
+    opening, names = ChatFormat(source, tokenizer).opening, {id: name for name, id in tokenizer.special.items()}
+    ids = {"eos_token": tokenizer.eos_id, "bos_token": opening[0] if opening else None, "pad_token": tokenizer.pad_id}
     path = tokenizer.save(folder)
-    copy_chat_format(source, folder, tokenizer)
-    for id in chat.opening:  # transformers ignores add_bos_token and obeys this
-        opening, a, b = ({kind: {"id": name, "type_id": 0}} for kind, name in (
+    copy_chat_format(source, folder, tokenizer, {
+        "chat_template": CHAT_TEMPLATE, **{role: names.get(id) for role, id in ids.items()}})
+    for id in opening:  # transformers ignores add_bos_token and obeys this
+        bos, a, b = ({kind: {"id": name, "type_id": 0}} for kind, name in (
             ("SpecialToken", names[id]), ("Sequence", "A"), ("Sequence", "B")))
         write_json(path, read_json(path) | {"post_processor": {
-            "type": "TemplateProcessing", "single": [opening, a], "pair": [opening, a, b],
+            "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b],
             "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}})
-    ids = {"eos_token": tokenizer.eos_id, "bos_token": next(iter(chat.opening), None), "pad_token": tokenizer.pad_id}
-    config = {f"{role}_id": id for role, id in ids.items()}
-    if not (folder / "tokenizer_config.json").exists():  # ours
-        write_json(folder / "generation_config.json", config | {"eos_token_id": sorted(chat.stop)})
-        write_json(folder / "tokenizer_config.json", {role: names.get(id) for role, id in ids.items()} | {
-            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "model_max_length": context,
-            "chat_template": CHAT_TEMPLATE})
-    return config
+    return {f"{role}_id": id for role, id in ids.items()}
 
 
 def _compare_with_transformers(model, folder, tokenizer_from):
@@ -791,8 +707,8 @@ def _compare_with_transformers(model, folder, tokenizer_from):
     length = min(200, model.config.max_position_embeddings)  # longer than gpt-oss' window
     tokens = torch.randint(model.config.vocab_size, (8, length), generator=torch.Generator().manual_seed(0))
     ours, expected = model.eval()(tokens), theirs(tokens).logits
-    # Rounding decides between experts whose scores nearly tie, and one such token changes the rest of its row: of a
-    # mixture of experts, one row of the eight has to agree.
+    # Rounding decides between experts that nearly tie, and one such token changes the rest of its row: of a mixture of
+    # experts, one row of the eight has to agree.
     rows = (ours - expected).abs().amax((1, 2))
     worst = (rows.min() if model.config.num_experts else rows.max()).item()
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):

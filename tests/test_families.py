@@ -370,6 +370,7 @@ def weights_of(config=TINY):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}}, "mscale = 0"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method = gptq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method = fp8"),
         ({"vocab_size": 2**31}, "more than its files hold|cannot be read|is not between"),
         ({"num_attention_heads": 10**9}, "num_attention_heads 1000000000 is not between"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not between"),
@@ -415,8 +416,8 @@ def test_wrong_tensors_are_named(tmp_path):
     lost = {k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}
     for tensors, sentence in (
         (lost, "lacks model.layers.1.mlp.up_proj.weight"),
-        (weights | {"model.extra.weight": torch.ones(2)}, "model.extra.weight, which a llama"),
-        (weights | {"model.norm.weight": torch.ones(33)}, r"model.norm.weight with shape \[33\]"),
+        (weights | {"model.extra.weight": torch.ones(2)}, "asks for no model.extra.weight"),
+        (weights | {"model.norm.weight": torch.ones(33)}, r"model.norm.weight of \[33\]"),
         (weights | {"model.norm.weight": torch.ones(32).int()}, "model.norm.weight .*int32"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -454,7 +455,7 @@ def test_which_files_the_weights_come_from(tmp_path):
         safetensors.save_file(other, folder / f"{beside}.safetensors")
     assert torch.equal(from_pretrained(folder).state_dict()[names[0]], weights[names[0]])
     safetensors.save_file(other, folder / "optimizer_copy.safetensors")
-    with pytest.raises(UserError, match=f"{names[0]} in optimizer_copy.safetensors and in another"):
+    with pytest.raises(UserError, match="tensors of the same name"):
         from_pretrained(folder)
     (folder / "optimizer_copy.safetensors").unlink()
 
@@ -525,23 +526,6 @@ def test_gpt_oss_four_bit_weights_unpack_as_in_transformers():
     ours = checkpoint._mxfp4(blocks, scales)
     assert ours.shape == (3, 64, 6)
     torch.testing.assert_close(ours, expected if expected.shape == ours.shape else expected.transpose(1, 2))
-
-
-def test_fp8_blocks_and_packed_experts_load(tmp_path):
-    weights = weights_of(wide := TINY.change(hidden_size=160, vocab_size=300))
-    name, scales = "model.layers.0.mlp.up_proj.weight", torch.tensor([[0.5, 2.0]])
-    packed = weights[name].to(torch.float8_e4m3fn)
-    folder = write(
-        tmp_path,
-        weights | {name: packed, name + "_scale_inv": scales},
-        wide,
-        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
-    )
-    expected = packed.float() * torch.cat((torch.full((128,), 0.5), torch.full((32,), 2.0)))
-    assert torch.equal(from_pretrained(folder).state_dict()[name], expected)
-    other = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 128]}}
-    with pytest.raises(UserError, match="weight_block_size = .64, 128."):
-        from_pretrained(write(tmp_path, weights | {name: packed, name + "_scale_inv": torch.ones(1, 2)}, wide, **other))
 
 
 def test_loading_in_bf16_keeps_what_chooses_experts(pair):
