@@ -3,16 +3,11 @@
     python checkpoint.py export runs/laptop exported     # a folder that transformers loads, checked against it
     >>> model = from_pretrained("Qwen3-0.6B")            # a folder in Hugging Face's format, or one of our runs
 
-A run keeps its checkpoints in runs/NAME/checkpoints/step-NNNNNNNN/:
-
-    model.pt        weights by name, fp32            optimizer.pt    moments by weight; absent before the first update
-    config.json     the model's config               training.json   the step and what the training loop wants back
-    tokenizer.json  and the chat format              manifest.json   sha256 of every other file, written last
-
-The format is the same for any number of processes: the first gathers everything in its host memory (12 bytes a
-parameter, 37 GB for 3B), writes in a thread while training continues, and a load broadcasts from it. A checkpoint is
-written as step-NNNNNNNN.partial, synced to the disk and renamed, so one that has its name is whole. Nothing in it is
-code: tensors are read with weights_only, all else is JSON.
+A checkpoint, runs/NAME/checkpoints/step-NNNNNNNN, is model.pt (weights by name, fp32) and optimizer.pt (moments, absent
+before the first update), read with weights_only; config.json, training.json (what the training loop wants back),
+tokenizer.json and the chat format; last manifest.json, the sha256 of the others. It is the same for any number of
+processes: the first gathers everything in its host memory (12 bytes a parameter, 37 GB for 3B), writes in a thread and,
+to load, broadcasts. A folder is written as NAME.partial, synced and renamed, so one that has its name is whole.
 """
 
 import contextlib
@@ -20,17 +15,15 @@ import hashlib
 import importlib
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.tensor import DTensor
@@ -39,6 +32,12 @@ from tqdm import tqdm
 from model import GPT, ModelConfig
 from tokenizer import ChatFormat, Tokenizer, UserError, draw, reading, run
 
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
+CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
+                 "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf16 it would choose others
+
 
 def read_json(path):
     with reading(path):
@@ -46,7 +45,6 @@ def read_json(path):
 
 
 def installed(module, package):
-    """An optional module; UserError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -54,22 +52,14 @@ def installed(module, package):
 
 
 # ---- a run's folder and its log -------------------------------------------------------------------------------
-# runs/NAME/: recipe.json, log.jsonl, loss.png, tokenizer.json, checkpoints/step-NNNNNNNN/.
-
-TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
-
 
 def new_run_folder(name):
     """runs/name, or runs/name-2, runs/name-3, ... : no run is overwritten."""
-    folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    folders = (Path("runs", f"{name}-{number}" if number > 1 else name) for number in range(1, 10**9))
+    return next(folder for folder in folders if not folder.exists())
 
 
 def check_trackers(names):
-    """UserError unless --log names trackers that are installed."""
     for name in filter(None, names.split(",")):
         if name not in TRACKERS:
             raise UserError(f"--log {name} is not one of {', '.join(TRACKERS)}")
@@ -77,11 +67,9 @@ def check_trackers(names):
 
 
 class Log:
-    """log.jsonl: one JSON object per line; {"step", "loss", ...} of training, {"step", "val", ...} of evaluations, and
-    {"step", "event", ...}. Also sends numbers to the trackers of --log."""
+    """log.jsonl: an object per line with "step" and "loss", "val" or "event"; also feeds the trackers of --log."""
 
     def __init__(self, folder, recipe=None, resumed_at=None):
-        """Appends to what is there. `resumed_at`: drops entries after that step, except events."""
         self.path, self.trackers, self.failed = folder / "log.jsonl", [], False
         self.sent = max((entry["step"] for entry in self.entries()), default=-1)  # trackers know the steps up to here
         if resumed_at is not None:
@@ -91,7 +79,6 @@ class Log:
             self.trackers = open_trackers(recipe, folder)
 
     def entries(self):
-        """Read from the file, which a long run makes too large to hold."""
         with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, AttributeError):  # the last line of a killed run may be torn
@@ -103,9 +90,8 @@ class Log:
         """Drops entries after `step`, except events."""
         partial = self.path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:
-            for entry in self.entries():
-                if entry["step"] <= step or "event" in entry:
-                    file.write(json.dumps(entry) + "\n")
+            file.writelines(json.dumps(entry) + "\n" for entry in self.entries()
+                            if entry["step"] <= step or "event" in entry)
         partial.replace(self.path)
 
     def write(self, **entry):
@@ -149,16 +135,15 @@ def open_trackers(recipe, folder):
             opened.append((lambda step, numbers, w=writer: [w.add_scalar(k, v, step) for k, v in numbers.items()],
                            writer.close))
         else:
-            more = {"id": run_id, "dir": str(folder)} if name == "wandb" else {}
-            module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **more)
+            same = {"id": run_id} if name == "wandb" else {}
+            module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **same)
             opened.append((lambda step, numbers, m=module: m.log(numbers, step=step), module.finish))
     return opened
 
 
 def draw_log(folder):
     """The loss and held-out curves of a run as loss.png; False without matplotlib."""
-    entries = list(Log(folder).entries())
-    trained, judged = ([e for e in entries if kind in e] for kind in ("loss", "val"))
+    trained, judged = ([e for e in Log(folder).entries() if kind in e] for kind in ("loss", "val"))
 
     def paint(axes):
         axes[0].plot([e["tokens"] for e in trained], [e["loss"] for e in trained], lw=0.8)
@@ -170,8 +155,7 @@ def draw_log(folder):
     return draw(folder / "loss.png", paint, columns=2, size=(11, 4))
 
 
-# ---- our checkpoints: write ---------------------------------------------------------------------------------------
-
+# ---- our checkpoints ----------------------------------------------------------------------------------------------
 
 def write_json(path, content):
     """JSON that is on the disk, whole, when it has its name."""
@@ -198,21 +182,19 @@ def _new_folder(place):
 
 
 def copy_chat_format(source, folder, tokenizer, settings=None):
-    """Keeps a Hugging Face model's template and special tokens beside what is trained from it, for ChatFormat; for a
-    run that did not start from such a model, `settings` or nothing. The token that ends a turn in training joins the
-    stops: a base model's files often name only the end of a text."""
+    """Keeps a Hugging Face model's chat format, or else `settings`, beside what is trained from it. The token that ends
+    a turn in training joins the stops: a base model's files often name only the end of a text."""
     chat, last = ChatFormat(source, tokenizer), []
     if not (settings := chat.content("tokenizer_config.json") or settings):
         return
     with contextlib.suppress(UserError):  # a template that refuses this conversation
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
         last = [id for id, trained in zip(ids, mask) if trained][-1:]
-    stops = chat.stop | set(last) & set(tokenizer.special.values())
     write_json(folder / "tokenizer_config.json", settings | {
         "add_bos_token": bool(chat.opening), "chat_template": chat.template or settings.get("chat_template"),
         "tokenizer_class": "PreTrainedTokenizerFast"})  # reads tokenizer.json as it is
     write_json(folder / "generation_config.json", {"pad_token_id": tokenizer.pad_id} | chat.content(
-        "generation_config.json") | {"eos_token_id": sorted(stops)})
+        "generation_config.json") | {"eos_token_id": sorted(chat.stop | set(last) & set(tokenizer.special.values()))})
 
 
 def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_from):
@@ -221,7 +203,7 @@ def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_fr
         if moments:
             torch.save(moments, folder / "optimizer.pt")
         write_json(folder / "config.json", asdict(config))
-        write_json(folder / "training.json", state)
+        (folder / "training.json").write_text(state, "utf-8")
         tokenizer.save(folder)
         copy_chat_format(chat_from, folder, tokenizer)
         hashes = {}
@@ -234,13 +216,12 @@ def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_fr
 
 def save_weights(model, tokenizer, out, chat_from):
     """Weights alone as a checkpoint folder in the chat format of the folder `chat_from`; training can start from it."""
-    _write_checkpoint(Path(out), model.config, model.state_dict(), {}, {"step": 0}, tokenizer, chat_from)
+    _write_checkpoint(Path(out), model.config, model.state_dict(), {}, '{"step": 0}', tokenizer, chat_from)
 
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of a run and removes old ones. Every process calls `save`, because a sharded model is
-    gathered by all of them."""
+    """Writes a run's checkpoints and removes old ones. All processes call `save`, to gather a sharded model."""
 
     run_folder: str | Path
     tokenizer: Tokenizer
@@ -264,7 +245,7 @@ class Saver:
         parts, moments = getattr(optimizer, "optimizers", [optimizer]), {}
         if any(part.state for part in parts):  # before the first update get_state_dict would make moments
             moments = host(get_state_dict(model, parts)[1]["state"])
-        content = model.config, host(get_model_state_dict(model)), moments, json.loads(json.dumps(state | {"step": step}))
+        content = model.config, host(get_model_state_dict(model)), moments, json.dumps(state | {"step": step})
         if self.leader:
             self.pending = ThreadPoolExecutor(1).submit(self._write, step, protect or 0, *content)
         if must and (failed := self.finish()):
@@ -283,26 +264,20 @@ class Saver:
                 shutil.rmtree(rest, ignore_errors=True)
             _write_checkpoint(folder / f"step-{step:08d}", *content, self.tokenizer, self.run_folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk by RuntimeError
-            return (f"a checkpoint could not be written to {folder} ({str(error).strip().splitlines()[0][:120]}); the "
-                    "ones before it are whole; make room on the disk")
-        # Later checkpoints are damaged ones that a resume skipped: they neither count nor go.
-        found = [at for path in sorted(folder.glob("step-????????")) if (at := int(path.name[5:])) <= step]
+            return f"a checkpoint could not be written ({' '.join(str(error).split())[:150]}); make room on the disk"
+        found = sorted(at for path in folder.glob("step-????????") if (at := int(path.name[5:])) <= step)
         stay = {*found[-self.keep:], *[at for at in found if at < protect][-1:], *self.keepers}
         for at in found:
             if at not in stay and not (self.keep_every and at % self.keep_every == 0):
-                gone = folder / f"step-{at:08d}"
-                shutil.rmtree(gone.rename(gone.with_suffix(".partial")), ignore_errors=True)
+                gone = (folder / f"step-{at:08d}").rename(folder / f"{at}.partial")
+                shutil.rmtree(gone, ignore_errors=True)
         return ""
-
-
-# ---- our checkpoints: read ----------------------------------------------------------------------------------------
 
 
 def check_manifest(checkpoint):
     """The same folder; UserError unless every file has the sha256 that manifest.json names."""
     if (checkpoint / "guard.json").exists():
-        raise UserError(f"{checkpoint} was written by the first version of this project, which alone reads it; export "
-                        "it with that version and start from the exported folder")
+        raise UserError(f"{checkpoint} is of this project's first version; export it there and start from the export")
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
@@ -312,8 +287,10 @@ def check_manifest(checkpoint):
     return checkpoint
 
 
-def newest_checkpoint(run, before=10**9):
-    """The last whole checkpoint of a run folder from before a step; a damaged one is named on stderr and skipped."""
+def find_checkpoint(run, before=10**9):
+    """A checkpoint as it is, or a run's last whole one from before a step; damaged ones are named and skipped."""
+    if Path(run, "manifest.json").exists():
+        return check_manifest(Path(run))
     for checkpoint in sorted(Path(run).glob("checkpoints/step-????????"), reverse=True):
         try:
             if int(checkpoint.name[5:]) < before:
@@ -322,13 +299,8 @@ def newest_checkpoint(run, before=10**9):
             if (checkpoint / "guard.json").exists():
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run folder such as runs/laptop, or "
-                    "train one with `python train.py`")
-
-
-def find_checkpoint(path):
-    """A checkpoint folder as it is, or the newest whole one of a run; UserError if there is none."""
-    return check_manifest(Path(path)) if Path(path, "manifest.json").exists() else newest_checkpoint(path)
+    raise UserError(f"{run} does not exist or holds no whole checkpoint; train one with `python train.py`")
+newest_checkpoint = find_checkpoint  # of a run
 
 
 def _shapes(tensors):
@@ -337,26 +309,21 @@ def _shapes(tensors):
 
 def _load_tensors(path, like):
     """The tensors of a file; UserError unless names, shapes and kinds are those of `like`."""
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # whose message advises to load it without this protection
-        raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if _shapes(tensors) != _shapes(like):
-        raise UserError(f"{path} is of a model of other sizes or of another optimizer; leave out the flags that change "
-                        "them, or give those that it was trained with")
+        raise UserError(f"{path} is of a model of other sizes or of another optimizer; take back the flags that say so")
     return tensors
 
 
 def load_checkpoint(folder, model, optimizer):
-    """Fills model and optimizer, however many processes wrote the checkpoint and read it; returns the saved state. All
-    processes call it; the first reads the tensors and broadcasts them."""
-    folder, parts, many = Path(folder), getattr(optimizer, "optimizers", [optimizer]), dist.is_initialized()
+    """Fills model and optimizer and returns the saved state. All processes call it; the first reads and broadcasts."""
+    parts, many = getattr(optimizer, "optimizers", [optimizer]), torch.distributed.is_initialized()
     model.zero_grad()
-    with reading(folder):
+    with reading(folder := Path(folder)):
         state, trained = read_json(folder / "training.json"), (folder / "optimizer.pt").exists()
         state["step"] = int(state["step"])
         weights, moments = get_state_dict(model, parts)  # makes moments where there are none, to be filled
-        if not many or dist.get_rank() == 0:
+        if not many or torch.distributed.get_rank() == 0:
             weights = _load_tensors(folder / "model.pt", weights)
             if trained:
                 moments["state"] = _load_tensors(folder / "optimizer.pt", moments["state"])
@@ -364,14 +331,12 @@ def load_checkpoint(folder, model, optimizer):
         set_model_state_dict(model, weights, options=options)
         if trained:
             set_optimizer_state_dict(model, parts, moments, options=options)
-        else:
-            for part in parts:
-                part.state.clear()
+        for part in () if trained else parts:
+            part.state.clear()
     return state
 
 
 def is_hugging_face(folder):
-    """Whether a folder holds a model in Hugging Face's format."""
     path = Path(folder) / "config.json"
     return path.exists() and "model_type" in read_json(path)
 
@@ -384,8 +349,7 @@ def load_config(folder):
 
 
 def from_pretrained(folder, dtype=torch.float32):
-    """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
-    checkpoint folder, on the CPU."""
+    """The model of a Hugging Face folder, a run (its newest whole checkpoint) or a checkpoint folder, on the CPU."""
     foreign = is_hugging_face(folder)
     folder = Path(folder) if foreign else find_checkpoint(folder)
     with reading(folder):
@@ -393,63 +357,52 @@ def from_pretrained(folder, dtype=torch.float32):
             model = GPT(load_config(folder))
         weights = (_read_hugging_face(folder, model, dtype) if foreign else
                    _load_tensors(folder / "model.pt", model.state_dict()))
-        weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
+        weights = {name: w if name.endswith(EXACT) else w.to(dtype) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     return model
 
 
-# ---- Hugging Face: configs ----------------------------------------------------------------------------------------
-# A family is read and written by one table. A config is exported as the first family that, read back, computes the
-# same; if there is none, it is refused with the fields that the closest family lacks.
-
-
-class Family(NamedTuple):
-    architecture: str
-    fields: list  # of config.json that have our names
-    implied: dict = {}  # our fields, where config.json does not say otherwise
-    renamed: dict = {}  # {our field: theirs}
-    fixed: dict = {}  # {their field: the only value that model.py computes here}
-
-
+# ---- Hugging Face's folders ---------------------------------------------------------------------------------------
+# A class's name; fields of config.json with our names; ours that are implied; {ours: theirs}; {theirs: the one value
+# that model.py computes}. A config is written as the first family that, read back, computes the same.
+Family = namedtuple("Family", "name fields implied renamed fixed", defaults=({}, {}, {}))
 _LATENT = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-           "hidden_act max_position_embeddings tie_word_embeddings rms_norm_eps initializer_range attention_bias").split()
-_SIZES = [*_LATENT, "head_dim"]
-_WINDOWS = [*_SIZES, "layer_types", "sliding_window"]
-_MOE = "num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef".split()
-_DEEPSEEK = [*_LATENT, *_MOE, *("q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-                                "n_shared_experts first_k_dense_replace routed_scaling_factor").split()]
+           "hidden_act max_position_embeddings tie_word_embeddings rms_norm_eps initializer_range attention_bias ")
+_SIZES = _LATENT + "head_dim "
+_WINDOWS = _SIZES + "layer_types sliding_window "
+_MOE = "num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef "
+_DEEPSEEK = _LATENT + _MOE + ("q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_shared_experts "
+                              "first_k_dense_replace routed_scaling_factor ")
 _ROUTED = {"num_experts": "n_routed_experts"}
 _LOCAL = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
-_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_truncate": "truncate",
-         "yarn_mscale_all_dim": "mscale_all_dim"}
-_OPTIONAL = {*_YARN, *("head_dim hidden_act initializer_range attention_bias mlp_bias q_lora_rank sliding_window "
-                       "router_aux_loss_coef").split()}
+_SLIDING = {"layer_types": ["sliding"]}
+_YARN = {"yarn_" + name: name for name in "beta_fast beta_slow truncate mscale_all_dim".split()}
+_OPTIONAL = [*_YARN, *("head_dim hidden_act initializer_range attention_bias mlp_bias q_lora_rank sliding_window "
+                       "router_aux_loss_coef").split()]
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", [*_SIZES, "mlp_bias"], {"rope_theta": 10_000.0}),
-    "qwen3": Family("Qwen3ForCausalLM", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
-    "mistral": Family("MistralForCausalLM", [*_SIZES, "sliding_window"], {"layer_types": ["sliding"]},
-                      fixed={"attention_bias": False}),
-    "smollm3": Family("SmolLM3ForCausalLM", [*_WINDOWS, "mlp_bias", "no_rope_layer_interval"],
+    "llama": Family("Llama", _SIZES + "mlp_bias", {"rope_theta": 10_000.0}),
+    "qwen3": Family("Qwen3", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
+    "mistral": Family("Mistral", _SIZES + "sliding_window", _SLIDING, fixed={"attention_bias": False}),
+    "smollm3": Family("SmolLM3", _WINDOWS + "mlp_bias no_rope_layer_interval",
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True}),
-    "qwen2": Family("Qwen2ForCausalLM", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
-    "mixtral": Family("MixtralForCausalLM", [*_SIZES, "num_experts_per_tok", "router_aux_loss_coef", "sliding_window"],
-                      {"layer_types": ["sliding"]}, _LOCAL, {"attention_bias": False}),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", [*_SIZES, *_MOE, "num_experts"], {"qk_norm": True},
-                        fixed={"use_sliding_window": False}),
-    "gpt_oss": Family("GptOssForCausalLM", [*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"],
+    "qwen2": Family("Qwen2", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
+    "mixtral": Family("Mixtral", _SIZES + "num_experts_per_tok router_aux_loss_coef sliding_window",
+                      _SLIDING, _LOCAL, {"attention_bias": False}),
+    "qwen3_moe": Family("Qwen3Moe", _SIZES + _MOE + "num_experts", {"qk_norm": True}, {},
+                        {"use_sliding_window": False}),
+    "gpt_oss": Family("GptOss", _WINDOWS + "num_experts_per_tok swiglu_limit router_aux_loss_coef",
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
                        "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL, {"hidden_act": "silu"}),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
+    "deepseek_v2": Family("DeepseekV2", _DEEPSEEK, {}, _ROUTED, {
         "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", [*_DEEPSEEK, "n_group", "topk_group"], {
+    "deepseek_v3": Family("DeepseekV3", _DEEPSEEK + "n_group topk_group", {
         "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, _ROUTED, {
         "scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
-    "qwen3_next": Family("Qwen3NextForCausalLM", [*_SIZES, *_MOE, "layer_types", *(
-        "num_experts linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
-        "linear_conv_kernel_dim partial_rotary_factor shared_expert_intermediate_size").split()], {
-        "qk_norm": True, "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True,
-        "n_shared_experts": 1, "partial_rotary_factor": 0.25, "layer_types": ["linear", "linear", "linear", "full"]},
-        fixed={"hidden_act": "silu"}),
+    "qwen3_next": Family("Qwen3Next", _SIZES + _MOE + (
+        "layer_types num_experts linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+        "linear_conv_kernel_dim partial_rotary_factor shared_expert_intermediate_size"), {"qk_norm": True,
+        "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True, "n_shared_experts": 1,
+        "partial_rotary_factor": 0.25, "layer_types": ["linear"] * 3 + ["full"]}, {}, {"hidden_act": "silu"}),
 }
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
 
@@ -459,14 +412,12 @@ def config_from_hugging_face(hf):
     if (kind := hf["model_type"]) not in FAMILIES:
         raise UserError(f"the architecture {kind} is not one of {', '.join(FAMILIES)}")
     family, scaling = FAMILIES[kind], hf.get("rope_scaling") or {}  # the older name, still used to switch YaRN on
-    seen = ({"num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
+    seen = ({"mscale": 0, "num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
             | (hf.get("rope_parameters") or {}) | scaling)
     position = scaling.get("type") or seen.get("rope_type") or "default"
-    seen["mscale"] = seen.get("mscale") or 0
     fixed = {"quant_method": "mxfp4", "low_freq_factor": 1, "high_freq_factor": 4, "attention_factor": None,
-             "mscale": seen.get("mscale_all_dim") or 0, "rope_interleave": True, "moe_layer_freq": 1,
-             "decoder_sparse_step": 1, "mlp_only_layers": [], **family.fixed}
-    if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields}:
+             "mscale": seen.get("mscale_all_dim") or 0, "rope_interleave": True, **family.fixed}
+    if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields.split()}:
         fixed["partial_rotary_factor"] = 1
     if not hf.get("layer_types"):
         fixed |= {"use_sliding_window": False, "full_attention_interval": 4}
@@ -478,12 +429,12 @@ def config_from_hugging_face(hf):
             raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with {value}")
     values = {"tie_word_embeddings": False, "position": position.replace("default", "rope"), "layer_types": ["full"],
               "num_key_value_heads": hf["num_attention_heads"], **family.implied}
-    names = {name: name for name in (*family.fields, "rope_theta")} | family.renamed | _YARN
+    names = {name: name for name in (*family.fields.split(), "rope_theta")} | family.renamed | _YARN
     for ours, theirs in names.items():
         found = seen.get(theirs)
         if found is not None and (found or ours not in ("num_experts", "kv_lora_rank")):
             values[ours] = found
-        elif ours not in {*values, *_OPTIONAL}:
+        elif ours not in (*values, *_OPTIONAL):
             raise UserError(f"config.json lacks {theirs}, which a {kind} needs")
     if position != "default":
         values |= {"rope_factor": seen["factor"], "original_max_position_embeddings": seen.get(
@@ -495,21 +446,15 @@ def config_from_hugging_face(hf):
     return ModelConfig(**values | {"layer_types": ",".join(types[:shortest])})
 
 
-def _shared_width(c):
-    return (c.shared_expert_intermediate_size or c.n_shared_experts * c.moe_intermediate_size) * (c.num_experts > 0)
-
-
 def _effective(c):
     """What a config computes: without the fields of training and those that change nothing here."""
-    unused = ("initializer_range router_aux_loss_coef router_bias_update_rate router_z_loss_coef "
-              "shared_expert_intermediate_size").split()
-    unused += ["rope_factor", "original_max_position_embeddings"] * (c.position == "rope")
+    unused = "initializer_range router_aux_loss_coef router_bias_update_rate router_z_loss_coef".split()
     unused += ["intermediate_size"] * (c.num_experts > 0 and not c.first_k_dense_replace)
     unused += ["num_key_value_heads"] * (c.kv_lora_rank > 0) + ["sliding_window"] * ("sliding" not in c.layer_types)
-    layers = range(c.num_hidden_layers)
-    return asdict(c) | dict.fromkeys(unused) | {
-        "n_shared_experts": _shared_width(c), "layer_types": [c.layer_type(i) for i in layers],
-        "no_rope_layer_interval": [c.uses_rope(i) for i in layers]}
+    layers, shared = range(c.num_hidden_layers), c.n_shared_experts * c.moe_intermediate_size
+    return asdict(c) | dict.fromkeys(unused) | {"shared_expert_intermediate_size": 0,
+        "n_shared_experts": (c.shared_expert_intermediate_size or shared) * (c.num_experts > 0),  # their width
+        "layer_types": [c.layer_type(i) for i in layers], "no_rope_layer_interval": [c.uses_rope(i) for i in layers]}
 
 
 def config_to_hugging_face(config):
@@ -527,22 +472,19 @@ def config_to_hugging_face(config):
 
 
 def _write_config(c, kind):
-    family, layers, sliding = FAMILIES[kind], range(c.num_hidden_layers), "sliding" in c.layer_types
+    family, wanted, sliding = FAMILIES[kind], _effective(c), "sliding" in c.layer_types
+    shared = wanted["n_shared_experts"]
     values = asdict(c) | {
-        "initializer_range": c.initializer_range or c.hidden_size ** -0.5, "q_lora_rank": c.q_lora_rank or None,
+        "q_lora_rank": c.q_lora_rank or None, "sliding_window": c.sliding_window if sliding else None,
         "num_key_value_heads": c.num_attention_heads if c.kv_lora_rank else c.num_key_value_heads,
-        "layer_types": [c.layer_type(i) + "_attention" for i in layers],
-        "sliding_window": c.sliding_window if sliding else None,
+        "layer_types": [name + "_attention" for name in wanted["layer_types"]],
         "no_rope_layer_interval": c.no_rope_layer_interval or c.num_hidden_layers + 1,
-        "shared_expert_intermediate_size": _shared_width(c),
-        "n_shared_experts": _shared_width(c) // (c.moe_intermediate_size or 1)}
-    hf = {"model_type": kind, "architectures": [family.architecture]}
+        "shared_expert_intermediate_size": shared, "n_shared_experts": shared // (c.moe_intermediate_size or 1)}
+    hf = {"model_type": kind, "architectures": [family.name + "ForCausalLM"]}
+    hf |= {name: values[name] for name in family.fields.split()}
+    hf |= {theirs: values[ours] for ours, theirs in family.renamed.items()} | family.fixed
     hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # no family's own
-    hf |= {name: values[name] for name in family.fields}
-    hf |= {theirs: values[ours] for ours, theirs in family.renamed.items()}
-    hf |= family.fixed
-    if "layer_types" in hf:
-        hf["use_sliding_window"] = sliding
+    hf |= {"use_sliding_window": sliding} if "layer_types" in hf else {}
     rope, scaling = {"rope_type": "default", "rope_theta": c.rope_theta}, None
     if c.position in ("llama3", "yarn"):
         scaling = rope = rope | {"rope_type": c.position, "factor": c.rope_factor,
@@ -551,26 +493,21 @@ def _write_config(c, kind):
                  {theirs: values[ours] for ours, theirs in _YARN.items()} | {"mscale": c.yarn_mscale_all_dim})
     if kind == "qwen3_next":
         rope = rope | {"partial_rotary_factor": c.partial_rotary_factor}
-    # transformers 5 reads the first of these, 4 the others
-    return hf | {"rope_parameters": rope, "rope_theta": c.rope_theta, "rope_scaling": scaling}
+    return hf | {"rope_parameters": rope, "rope_theta": c.rope_theta, "rope_scaling": scaling}  # transformers 5, 4, 4
 
 
-# ---- Hugging Face: tensors ----------------------------------------------------------------------------------------
-
-_EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf16 it would choose others
 _NAMES = {  # family: (ours, theirs)
     "gpt_oss": ((".mlp.gate.", ".mlp.router."),), "qwen3_next": ((".shared_experts.", ".shared_expert."),), "mixtral": (
         (".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))}
 
 
 def their_tensors(weights, config, kind):
-    """{name in the family: the part of our tensors that it is}, views to read from and to copy into. Our experts are
-    stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], with gate and up alternating: its
-    gate_up_proj is [E, C, M, 2] here, to be flattened at the end."""
+    """{name in the family: the view of our tensors that it is}. Our experts are stacked, theirs have a tensor each;
+    gpt-oss stacks them too, [E, in, out], with gate and up alternating: its gate_up_proj is [E, C, M, 2] here."""
     found = {}
     for name, w in weights.items():
         stem, _, last = name.rpartition(".")
-        if last == _EXACT and config.scoring_func == "softmax" or kind == "qwen2" and name.endswith("o_proj.bias"):
+        if last == EXACT and config.scoring_func == "softmax" or kind == "qwen2" and name.endswith("o_proj.bias"):
             if w.any():
                 raise UserError(f"no Hugging Face architecture has {name} here; keep the run's own checkpoint")
             continue
@@ -607,8 +544,6 @@ def _open_weights(folder):
             raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
     elif len(chosen := dict(held)) < len(held):
         raise UserError(f"files of {folder} have tensors of the same name; remove what does not belong to the model")
-    if not chosen:
-        raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
     return {name: files[file] for name, file in chosen.items()}
 
 
@@ -617,107 +552,86 @@ def _read_hugging_face(folder, model, dtype):
     hf, where, config = read_json(folder / "config.json"), _open_weights(folder), model.config
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if sum(w.numel() for w in model.parameters()) > 2 * size:  # 4 bits each at least
-        raise ValueError("config.json asks for more weights than its files hold")
-    weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
+        raise ValueError("config.json asks for more weights than its .safetensors files hold")
+    weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(EXACT) else dtype)
                for name, w in model.state_dict().items()}
     views, end = their_tensors(weights, config, hf["model_type"]), config.num_hidden_layers
-    embedding, head = weights["model.embed_tokens.weight"], views.get("lm_head.weight")
-    if config.tie_word_embeddings and "lm_head.weight" in where:  # some folders hold it twice
-        head = views["lm_head.weight"] = torch.zeros_like(embedding)
-    missing = set(views)
-    for name in where:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
+    missing, head, first = set(views), "lm_head.weight", "model.embed_tokens.weight"
+    for name, file in where.items():
+        layer, tensor = re.match(r"model\.layers\.(\d+)\.", name), file.get_tensor(name)
         if (name.endswith(("rotary_emb.inv_freq", "_scales")) or name.startswith("mtp.")
-                or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)):
+                or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
+                or name == head and config.tie_word_embeddings and torch.equal(tensor, where[first].get_tensor(first))):
             continue  # multi-token prediction is not computed here
-        tensor, scales = where[name].get_tensor(name), name.removesuffix("_blocks") + "_scales"
-        if scales in where:
+        if (scales := name.removesuffix("_blocks") + "_scales") in where:
             name, tensor = name.removesuffix("_blocks"), _mxfp4(tensor, where[scales].get_tensor(scales))
         if "gate_up" in name:
             tensor = tensor.unflatten(-1, (-1, 2))
-        view = views.get(name, torch.empty(()))
-        if tensor.shape != view.shape or not tensor.is_floating_point():
+        if name not in views or tensor.shape != views[name].shape or not tensor.is_floating_point():
             raise ValueError(f"config.json asks for no {name} of {list(tensor.shape)} ({tensor.dtype})")
-        view.copy_(tensor)
+        views[name].copy_(tensor)
         missing.discard(name)
     if missing:
         raise ValueError(f"it lacks {min(missing)} ({len(missing)} tensors in all)")
-    if config.tie_word_embeddings and head is not None and not torch.equal(head, embedding):
-        raise ValueError("lm_head.weight is not the embedding, but config.json says tie_word_embeddings")
     if (path := folder / "tokenizer.json").exists():
         spec, rows = read_json(path), config.vocab_size
-        if (ids := max([len(spec["model"]["vocab"]), *(t["id"] + 1 for t in spec["added_tokens"])])) > rows:
-            raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
-                            "that it was trained with")
+        if max([len(spec["model"]["vocab"]), *(t["id"] + 1 for t in spec["added_tokens"])]) > rows:
+            raise UserError(f"{path} has more tokens than the model has embedding rows, {rows:,}; take its own")
     return weights
-
-
-# ---- Hugging Face: export -----------------------------------------------------------------------------------------
-
-CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
-                 "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 
 @torch.no_grad()
 def save_pretrained(model, folder, tokenizer_from=None):
-    """Writes a new folder that `transformers` loads, with the tokenizer of the folder `tokenizer_from`. Returns what was
-    checked: logits and ids against transformers, where installed; UserError if they differ. GGUF: docs/playbook.md."""
-    safetensors, folder = installed("safetensors.torch", "safetensors"), Path(folder)
-    if folder.exists():
+    """Writes a new folder for transformers, with the tokenizer of `tokenizer_from`; returns what it checked."""
+    safetensors = installed("safetensors.torch", "safetensors")
+    if (folder := Path(folder)).exists():
         raise UserError(f"{folder} is already there; give a new folder")
+    chat = tokenizer_from and ChatFormat(tokenizer_from, Tokenizer.load(tokenizer_from))
     hf = config_to_hugging_face(model.config)
     tensors = their_tensors(model.state_dict(), model.config, hf["model_type"])
-    with _new_folder(folder) as partial:
-        tensors = {name: (w.flatten(-2) if "gate_up" in name else w).contiguous().clone() for name, w in tensors.items()}
-        safetensors.save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
-        if tokenizer_from:
-            hf |= _write_tokenizer(tokenizer_from, partial)
-        write_json(partial / "config.json", hf)
-        return _compare_with_transformers(model, partial, tokenizer_from)
+    with _new_folder(folder) as place:
+        plain = {k: (w.flatten(-2) if "gate_up" in k else w).contiguous().clone() for k, w in tensors.items()}
+        safetensors.save_file(plain, place / "model.safetensors", metadata={"format": "pt"})
+        write_json(place / "config.json", hf | (_write_tokenizer(chat, place) if chat else {}))
+        return _compare_with_transformers(model, place, chat)
 
 
-def _write_tokenizer(source, folder):
-    """Writes what lets transformers open texts, render chats and stop as ChatFormat does; returns config.json's part."""
-    tokenizer = Tokenizer.load(source)
-    opening, names = ChatFormat(source, tokenizer).opening, {id: name for name, id in tokenizer.special.items()}
-    ids = {"eos_token": tokenizer.eos_id, "bos_token": opening[0] if opening else None, "pad_token": tokenizer.pad_id}
+def _write_tokenizer(chat, folder):
+    """Lets transformers open texts, render chats and stop as a ChatFormat does; returns what config.json says of it."""
+    tokenizer, bos_id = chat.tokenizer, chat.opening[0] if chat.opening else None
+    ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id, "bos_token": bos_id}
+    names = {role: tokenizer.decode([id]) for role, id in ids.items() if id is not None}
+    copy_chat_format(chat.folder, folder, tokenizer, names | {"chat_template": CHAT_TEMPLATE})
     path = tokenizer.save(folder)
-    copy_chat_format(source, folder, tokenizer, {
-        "chat_template": CHAT_TEMPLATE, **{role: names.get(id) for role, id in ids.items()}})
-    for id in opening:  # transformers ignores add_bos_token and obeys this
-        bos, a, b = ({kind: {"id": name, "type_id": 0}} for kind, name in (
-            ("SpecialToken", names[id]), ("Sequence", "A"), ("Sequence", "B")))
+    if bos := names.get("bos_token"):  # transformers ignores add_bos_token and obeys this
+        parts = [{"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": s, "type_id": 0}} for s in "AB")]
         write_json(path, read_json(path) | {"post_processor": {
-            "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b],
-            "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}})
+            "type": "TemplateProcessing", "single": parts[:2], "pair": parts,
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}}})
     return {f"{role}_id": id for role, id in ids.items()}
 
 
-def _compare_with_transformers(model, folder, tokenizer_from):
-    """Loads the folder with transformers and compares logits, in fp32, and ids; raises UserError where they differ."""
+def _compare_with_transformers(model, folder, chat):
+    """Loads the folder with transformers; UserError where its logits, in fp32, or its ids are others."""
     try:
         import transformers
     except ImportError:
         return "not checked: transformers is not installed (pip install transformers)"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    version = f"transformers {transformers.__version__}"
+    c, version, seeded = model.config, f"transformers {transformers.__version__}", torch.Generator().manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    length = min(200, model.config.max_position_embeddings)  # longer than gpt-oss' window
-    tokens = torch.randint(model.config.vocab_size, (8, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(c.vocab_size, (8, min(200, c.max_position_embeddings)), generator=seeded)
     ours, expected = model.eval()(tokens), theirs(tokens).logits
-    # Rounding decides between experts that nearly tie, and one such token changes the rest of its row: of a mixture of
-    # experts, one row of the eight has to agree.
+    # Rounding decides between experts that nearly tie, and changes the rest of a row: there one row of 8 has to agree.
     rows = (ours - expected).abs().amax((1, 2))
-    worst = (rows.min() if model.config.num_experts else rows.max()).item()
+    worst = (rows.min() if c.num_experts else rows.max()).item()
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"{version} gives other logits for {folder} (difference {worst:.1e}); please report this")
-    if tokenizer_from:
-        tokenizer, hf = Tokenizer.load(tokenizer_from), transformers.AutoTokenizer.from_pretrained(folder)
-        chat, messages = ChatFormat(tokenizer_from, tokenizer), [{"role": "user", "content": "What is 12 + 30?"}]
+    if chat:
+        hf, messages = transformers.AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": "12 + 30?"}]
         wanted, found = [chat.text("a b")], [hf("a b")["input_ids"]]
-        if hf.chat_template and (chat.template or "<|im_start|>" in tokenizer.special):
+        if hf.chat_template and (chat.template or "<|im_start|>" in chat.tokenizer.special):
             wanted.append(chat.prompt(messages))
             found.append(hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if wanted != found:

@@ -158,7 +158,7 @@ def test_a_checkpoint_of_the_first_shape_is_one_sentence(run, capsys):
     for step in steps(folder):
         (folder / f"checkpoints/step-{step:08d}/guard.json").write_text("{}")
     for what in (folder, folder / "checkpoints/step-00000002"):
-        with pytest.raises(UserError, match="first version"):
+        with pytest.raises(UserError, match="first version; export it there"):
             from_pretrained(what)
     assert not capsys.readouterr().err
 
@@ -271,7 +271,8 @@ def test_a_kill_at_any_moment_loses_nothing_saved(tmp_path, tokenizer):
             finally:
                 os._exit(1)
         os.close(there)
-        os.read(here, 10)
+        for _ in range(1 + number % 2):  # one save has begun; or one is over, even on a slow machine
+            os.read(here, 10)
         time.sleep(0.007 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -349,7 +350,7 @@ def test_a_checkpoint_cannot_run_code(run):
 
     torch.save({"a": Evil()}, folder / "model.pt")
     resign(folder)
-    with pytest.raises(UserError, match="something other than tensors"):
+    with pytest.raises(UserError, match="model.pt|Unpickling"):
         from_pretrained(folder)
     assert not Path("owned").exists()
 

@@ -9,7 +9,6 @@ import torch
 
 import checkpoint
 from checkpoint import (
-    FAMILIES,
     config_from_hugging_face,
     config_to_hugging_face,
     from_pretrained,
@@ -242,7 +241,7 @@ def load_config_of(hf):
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "laptop"])
 def test_presets_count_what_transformers_counts(name):
     hf = config_to_hugging_face(PRESETS[name])
-    kind = getattr(transformers, FAMILIES[hf["model_type"]].architecture)
+    kind = getattr(transformers, hf["architectures"][0])
     with torch.device("meta"):
         theirs = kind(kind.config_class(**{k: v for k, v in hf.items() if k not in ("model_type", "architectures")}))
     assert count_parameters(PRESETS[name])["total"] == sum(p.numel() for p in theirs.parameters())
@@ -427,7 +426,7 @@ def test_wrong_tensors_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         from_pretrained(tmp_path)
     torn.unlink()
-    with pytest.raises(UserError, match="no .safetensors"):
+    with pytest.raises(UserError, match="more weights than its .safetensors"):
         from_pretrained(tmp_path)
 
 
@@ -603,7 +602,7 @@ def test_more_tokens_than_embedding_rows(exported, tmp_path):
     short = TINY.change(vocab_size=tokenizer.vocab_size - 2)
     write(tmp_path, weights_of(short), short)
     shutil.copy(run / "tokenizer.json", tmp_path)
-    with pytest.raises(UserError, match=f"{tokenizer.vocab_size} tokens, but the model has {tokenizer.vocab_size - 2}"):
+    with pytest.raises(UserError, match=f"more tokens than the model has embedding rows, {tokenizer.vocab_size - 2}"):
         from_pretrained(tmp_path)
 
 
