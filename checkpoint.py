@@ -299,7 +299,7 @@ def find_checkpoint(run, before=10**9):
             if (checkpoint / "guard.json").exists():
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run} does not exist or holds no whole checkpoint; train one with `python train.py`")
+    raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
 newest_checkpoint = find_checkpoint  # of a run
 
 
