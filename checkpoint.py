@@ -3,90 +3,73 @@
     python checkpoint.py export runs/laptop exported     # a folder that transformers loads, checked against it
     >>> model = from_pretrained("Qwen3-0.6B")            # a folder in Hugging Face's format, or one of our runs
 
-A run keeps its checkpoints in runs/NAME/checkpoints/step-NNNNNNNN/:
-
-    model.pt        weights by name, fp32            optimizer.pt    moments by weight; absent before the first update
-    config.json     the model's config               training.json   the step and what the training loop wants back
-    tokenizer.json  and the chat format              manifest.json   sha256 of every other file, written last
-
-The format is the same for any number of processes, sharded or not: the first process gathers everything in its host
-memory (12 bytes a parameter, 37 GB for 3B), writes in a thread while training continues, and a load broadcasts from it.
-A checkpoint is written as step-NNNNNNNN.partial, synced to the disk and renamed, so one that has its name is whole.
-Nothing in it is code: tensors are read with weights_only, all else is JSON.
+A checkpoint, runs/NAME/checkpoints/step-NNNNNNNN, is model.pt (weights by name, fp32) and optimizer.pt (moments, absent
+before the first update), read with weights_only; config.json, training.json (what the training loop wants back),
+tokenizer.json and the chat format; last manifest.json, the sha256 of the others. It is the same for any number of
+processes: the first gathers everything in its host memory (12 bytes a parameter, 37 GB for 3B), writes in a thread and,
+to load, broadcasts. A folder is written as NAME.partial, synced and renamed, so one that has its name is whole.
 """
 
 import contextlib
-import copy
 import hashlib
 import importlib
 import json
-import math
 import os
-import pickle
 import re
-import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import GPT, ModelConfig
 from tokenizer import ChatFormat, Tokenizer, UserError, draw, reading, run
 
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
+CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
+                 "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf16 it would choose others
 
-def read_json(path: Path) -> dict:
+
+def read_json(path):
     with reading(path):
         return dict(json.loads(path.read_text("utf-8")))
 
 
+def installed(module, package):
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this needs the package {package}: pip install {package}") from None
+
+
 # ---- a run's folder and its log -------------------------------------------------------------------------------
-# runs/NAME/: recipe.json, log.jsonl, loss.png, tokenizer.json, checkpoints/step-NNNNNNNN/.
 
-TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
-
-
-def new_run_folder(name: str) -> Path:
+def new_run_folder(name):
     """runs/name, or runs/name-2, runs/name-3, ... : no run is overwritten."""
-    folder, number = Path("runs") / name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{name}-{number}"
-    return folder
+    folders = (Path("runs", f"{name}-{number}" if number > 1 else name) for number in range(1, 10**9))
+    return next(folder for folder in folders if not folder.exists())
 
 
-def check_trackers(names: str) -> None:
-    """UserError unless --log names trackers that are installed."""
+def check_trackers(names):
     for name in filter(None, names.split(",")):
         if name not in TRACKERS:
             raise UserError(f"--log {name} is not one of {', '.join(TRACKERS)}")
-        try:
-            importlib.import_module(TRACKERS[name])
-        except ImportError:
-            raise UserError(f"--log {name} needs the package {name}: pip install {name}") from None
+        installed(TRACKERS[name], name)
 
 
 class Log:
-    """log.jsonl: one JSON object per line; {"step", "loss", ...} of training, {"step", "val", ...} of evaluations, and
-    {"step", "event", ...}. Also sends numbers to the trackers of --log."""
+    """log.jsonl: an object per line with "step" and "loss", "val" or "event"; also feeds the trackers of --log."""
 
-    def __init__(self, folder: Path, recipe=None, resumed_at: int | None = None):
-        """Appends to what is there. `resumed_at`: drops entries after that step, except events."""
+    def __init__(self, folder, recipe=None, resumed_at=None):
         self.path, self.trackers, self.failed = folder / "log.jsonl", [], False
         self.sent = max((entry["step"] for entry in self.entries()), default=-1)  # trackers know the steps up to here
         if resumed_at is not None:
@@ -95,15 +78,15 @@ class Log:
         if recipe and recipe.log:
             self.trackers = open_trackers(recipe, folder)
 
-    def entries(self) -> Iterator[dict]:
-        """Read from the file, which a long run makes too large to hold."""
-        with open(self.path, encoding="utf-8") if self.path.exists() else contextlib.nullcontext(()) as lines:
+    def entries(self):
+        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as lines:
             for line in lines:
-                with contextlib.suppress(ValueError):  # the last line of a killed run may be torn
-                    if isinstance(entry := json.loads(line), dict) and isinstance(entry.get("step"), int):
+                with contextlib.suppress(ValueError, AttributeError):  # the last line of a killed run may be torn
+                    entry = json.loads(line)
+                    if isinstance(entry.get("step"), int):
                         yield entry
 
-    def forget(self, step: int) -> None:
+    def forget(self, step):
         """Drops entries after `step`, except events."""
         partial = self.path.with_suffix(".partial")
         with open(partial, "w", encoding="utf-8") as file:
@@ -111,12 +94,11 @@ class Log:
                             if entry["step"] <= step or "event" in entry)
         partial.replace(self.path)
 
-    def write(self, **entry) -> None:
-        entry = finite(entry)
-        if "event" in entry:
-            if entry in self.events:
-                return  # a resumed run meets again what it met before
-            self.events.append(entry)
+    def write(self, **entry):
+        entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has neither NaN nor infinity
+        if entry in self.events:
+            return  # a resumed run meets again what it met before
+        self.events += [entry] * ("event" in entry)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n" * self.failed + json.dumps(entry) + "\n")  # ends a line that a full disk tore
@@ -125,9 +107,10 @@ class Log:
             if not self.failed:
                 tqdm.write(f"warning   {self.path} cannot be written ({error}); training continues", file=sys.stderr)
             self.failed = True
-        numbers = {f"{name}/{part}" if part else name: value for name, group in entry.items() if name != "step"
-                   for part, value in (group.items() if isinstance(group, dict) else (("", group),))
-                   if isinstance(value, (int, float))}
+        numbers = {}
+        for name, value in entry.items():
+            parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
+            numbers |= {part: v for part, v in parts.items() if isinstance(v, (int, float))}
         for tracker in list(self.trackers if entry["step"] > self.sent else ()):
             try:
                 tracker[0](entry["step"], numbers)
@@ -135,23 +118,16 @@ class Log:
                 self.trackers.remove(tracker)
                 tqdm.write(f"warning   a tracker of --log failed and gets no more: {error}", file=sys.stderr)
 
-    def close(self) -> None:
+    def close(self):
         for _, finish in self.trackers:
             finish()
 
 
-def finite(value):
-    """With null for what is not finite: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {name: finite(part) for name, part in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def open_trackers(recipe, folder: Path) -> list[tuple[Callable[[int, dict], None], Callable[[], None]]]:
+def open_trackers(recipe, folder):
     """(write the numbers of a step, finish) for each tracker that --log names."""
     opened, known = [], folder / "tracker-id"
     if not known.exists():  # unique: another run of this name is another one there
-        known.write_text(f"{folder.name}-{secrets.token_hex(4)}", "utf-8")
+        known.write_text(f"{folder.name}-{os.urandom(4).hex()}", "utf-8")
     for name in recipe.log.split(","):
         module, run_id = importlib.import_module(TRACKERS[name]), known.read_text("utf-8")
         if name == "tensorboard":
@@ -159,52 +135,29 @@ def open_trackers(recipe, folder: Path) -> list[tuple[Callable[[int, dict], None
             opened.append((lambda step, numbers, w=writer: [w.add_scalar(k, v, step) for k, v in numbers.items()],
                            writer.close))
         else:
-            more = {"id": run_id, "dir": str(folder)} if name == "wandb" else {}
-            module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **more)
+            same = {"id": run_id} if name == "wandb" else {}
+            module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **same)
             opened.append((lambda step, numbers, m=module: m.log(numbers, step=step), module.finish))
     return opened
 
 
-def draw_log(folder: Path) -> bool:
+def draw_log(folder):
     """The loss and held-out curves of a run as loss.png; False without matplotlib."""
-    entries = list(Log(folder).entries())
-    curve, begins = [(e["tokens"], e["loss"], e["lr"]) for e in entries if "loss" in e], {}
-    for e in entries:
-        if "stage" in e:
-            begins.setdefault(e["stage"], e["tokens"])
-    scores = [(e["tokens"], e["val"]) for e in entries if "val" in e]
-    tokens, losses, rates = zip(*curve) if curve else ((), (), ())
+    trained, judged = ([e for e in Log(folder).entries() if kind in e] for kind in ("loss", "val"))
 
     def paint(axes):
-        left, right = axes
-        left.plot(tokens, losses, lw=0.8)
-        left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
-        rate = left.twinx()
-        rate.plot(tokens, rates, color="tab:gray", lw=0.8, label="learning rate")
-        rate.legend(loc="upper right")
-        for begin in begins.values():
-            left.axvline(begin, color="lightgray", lw=0.8, zorder=0)
-        for source in scores[-1][1] if scores else ():
-            right.plot([at for at, _ in scores], [found[source] for _, found in scores], marker=".", label=source)
-        right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
-        right.legend()
-        for axis in axes:
-            axis.locator_params(axis="x", nbins=5)
+        axes[0].plot([e["tokens"] for e in trained], [e["loss"] for e in trained], lw=0.8)
+        axes[0].set(title="training loss", xlabel="tokens", ylabel="nats per token")
+        for source in judged[-1]["val"] if judged else ():
+            axes[1].plot([e["tokens"] for e in judged], [e["val"][source] for e in judged], marker=".", label=source)
+        axes[1].set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
+        axes[1].legend()
     return draw(folder / "loss.png", paint, columns=2, size=(11, 4))
 
 
-# ---- our checkpoints: write ---------------------------------------------------------------------------------------
+# ---- our checkpoints ----------------------------------------------------------------------------------------------
 
-
-def sync_folder(folder: Path) -> None:
-    """Makes what was created or renamed in a folder survive a power cut, where the system can (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-
-
-def write_json(path: Path, content: dict) -> None:
+def write_json(path, content):
     """JSON that is on the disk, whole, when it has its name."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
@@ -212,11 +165,10 @@ def write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    sync_folder(path.parent)
 
 
 @contextlib.contextmanager
-def _new_folder(place: Path) -> Iterator[Path]:
+def _new_folder(place):
     """A folder to write into, beside its place; it gets its name at the end, and is removed if anything fails."""
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -225,41 +177,33 @@ def _new_folder(place: Path) -> Iterator[Path]:
         yield partial
         shutil.rmtree(place, ignore_errors=True)  # a damaged one
         partial.rename(place)
-        sync_folder(place.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_chat_format(source: str | Path, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Keeps a Hugging Face model's template and special tokens beside what is trained from it, for ChatFormat.
-
-    The token that ends a turn in training joins the model's own stops: a base model's files often name only the end
-    of a text. Runs that did not start from such a model have no such files; nothing is copied then.
-    """
-    source, folder = Path(source), Path(folder)
-    if not (source / "tokenizer_config.json").exists():
-        return
-    tokenizer = tokenizer or Tokenizer.load(source)
+def copy_chat_format(source, folder, tokenizer, settings=None):
+    """Keeps a Hugging Face model's chat format, or else `settings`, beside what is trained from it. The token that ends
+    a turn in training joins the stops: a base model's files often name only the end of a text."""
     chat, last = ChatFormat(source, tokenizer), []
+    if not (settings := chat.content("tokenizer_config.json") or settings):
+        return
     with contextlib.suppress(UserError):  # a template that refuses this conversation
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
         last = [id for id, trained in zip(ids, mask) if trained][-1:]
-    stops = set(chat.stop) | set(last) & set(tokenizer.special.values())
-    write_json(folder / "tokenizer_config.json",
-               read_json(source / "tokenizer_config.json") | {"add_bos_token": bool(chat.opening)})
-    if (source / "chat_template.jinja").exists():
-        shutil.copy(source / "chat_template.jinja", folder)
-    write_json(folder / "generation_config.json", {"eos_token_id": sorted(stops)})
+    write_json(folder / "tokenizer_config.json", settings | {
+        "add_bos_token": bool(chat.opening), "chat_template": chat.template or settings.get("chat_template"),
+        "tokenizer_class": "PreTrainedTokenizerFast"})  # reads tokenizer.json as it is
+    write_json(folder / "generation_config.json", {"pad_token_id": tokenizer.pad_id} | chat.content(
+        "generation_config.json") | {"eos_token_id": sorted(chat.stop | set(last) & set(tokenizer.special.values()))})
 
 
-def _write_checkpoint(place: Path, config: ModelConfig, weights: dict, moments: dict, state: dict, tokenizer: Tokenizer,
-                      chat_from: Path) -> None:
+def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_from):
     with _new_folder(place) as folder:
         torch.save(weights, folder / "model.pt")
         if moments:
             torch.save(moments, folder / "optimizer.pt")
         write_json(folder / "config.json", asdict(config))
-        write_json(folder / "training.json", state | {"moments": bool(moments)})
+        (folder / "training.json").write_text(state, "utf-8")
         tokenizer.save(folder)
         copy_chat_format(chat_from, folder, tokenizer)
         hashes = {}
@@ -270,32 +214,27 @@ def _write_checkpoint(place: Path, config: ModelConfig, weights: dict, moments: 
         write_json(folder / "manifest.json", {"format": 2, "files": hashes})
 
 
-def save_weights(model: GPT, tokenizer: Tokenizer, out: str | Path, chat_from: str | Path) -> None:
+def save_weights(model, tokenizer, out, chat_from):
     """Weights alone as a checkpoint folder in the chat format of the folder `chat_from`; training can start from it."""
-    _write_checkpoint(Path(out), model.config, model.state_dict(), {}, {"step": 0}, tokenizer, Path(chat_from))
+    _write_checkpoint(Path(out), model.config, model.state_dict(), {}, '{"step": 0}', tokenizer, chat_from)
 
 
 @dataclass
 class Saver:
-    """Writes the checkpoints of a run and removes old ones. Every process calls `save`, because a sharded model is
-    gathered by all of them."""
+    """Writes a run's checkpoints and removes old ones. All processes call `save`, to gather a sharded model."""
 
     run_folder: str | Path
     tokenizer: Tokenizer
     keep: int = 3  # how many of the newest stay
     keep_every: int = 0  # multiples of it stay too
-    keepers: Iterable[int] = ()  # and these steps
+    keepers: tuple = ()  # and these steps
     leader: bool = True  # whether this is the process that writes
-    pending: Future | None = None  # the save that is being written
+    pending: object = None  # the save that is being written
 
-    def save(self, step: int, model: GPT, optimizer, state: dict, must: bool = False,
-             protect: int | None = None) -> str:
-        """Copies weights and moments to the host and writes them in a thread.
-
-        Returns "" or one sentence about the save before this one, if that failed: training can continue without it.
-        must: waits, and raises UserError if this save fails. protect: the step at which a running loss spike began; the
-        newest checkpoint from before it stays.
-        """
+    def save(self, step, model, optimizer, state, must=False, protect=None):
+        """Copies weights and moments to the host and writes them in a thread. Returns "" or one sentence about the save
+        before this one, if that failed: training can continue without it. must: waits, and raises UserError if this
+        save fails. protect: the step at which a running loss spike began; the newest checkpoint before it stays."""
         def host(tensors):
             if isinstance(tensors, dict):
                 return {name: host(tensor) for name, tensor in tensors.items()}
@@ -303,258 +242,203 @@ class Saver:
             return whole.detach().to("cpu", copy=True) if self.leader else None
 
         trouble = self.finish()  # first: the host holds one copy only
-        parts = getattr(optimizer, "optimizers", [optimizer])
-        weights, moments = get_model_state_dict(model), {}
+        parts, moments = getattr(optimizer, "optimizers", [optimizer]), {}
         if any(part.state for part in parts):  # before the first update get_state_dict would make moments
-            moments = get_state_dict(model, parts)[1]["state"]
-        weights, moments, state = host(weights), host(moments), copy.deepcopy(state) | {"step": step}
+            moments = host(get_state_dict(model, parts)[1]["state"])
+        content = model.config, host(get_model_state_dict(model)), moments, json.dumps(state | {"step": step})
         if self.leader:
-            content = model.config, weights, moments, state
-            self.pending = ThreadPoolExecutor(1).submit(self._write, step, protect, *content)
+            self.pending = ThreadPoolExecutor(1).submit(self._write, step, protect or 0, *content)
         if must and (failed := self.finish()):
             raise UserError(failed + " and resume")
         return trouble
 
-    def finish(self) -> str:
+    def finish(self):
         """Waits for the save that is being written; "" or, if it failed, one sentence."""
         pending, self.pending = self.pending, None
         return pending.result() if pending else ""
 
-    def _write(self, step: int, protect: int | None, *content) -> str:
-        run_folder, folder = Path(self.run_folder), Path(self.run_folder) / "checkpoints"
+    def _write(self, step, protect, *content):
+        folder = Path(self.run_folder, "checkpoints")
         try:
             for rest in folder.glob("*.partial"):  # of a process that was killed
                 shutil.rmtree(rest, ignore_errors=True)
-            _write_checkpoint(folder / f"step-{step:08d}", *content, self.tokenizer, run_folder)
+            _write_checkpoint(folder / f"step-{step:08d}", *content, self.tokenizer, self.run_folder)
         except (OSError, RuntimeError) as error:  # torch.save reports a full disk by RuntimeError
-            free, reason = shutil.disk_usage(run_folder).free, str(error).strip().splitlines()[0][:120]
-            return (f"a checkpoint could not be written to {folder} ({reason}; {free / 2**20:,.0f} MiB are free); "
-                    "the ones before it are whole; make room")
-        # Later checkpoints are damaged ones that a resume skipped: they neither count nor go.
-        found = {at: path for path in sorted(folder.glob("step-????????")) if (at := int(path.name[5:])) <= step}
-        before = [at for at in found if protect is not None and at < protect]
-        stay = {*list(found)[-self.keep:], *before[-1:], *self.keepers}
-        for at, path in found.items():
+            return f"a checkpoint could not be written ({' '.join(str(error).split())[:150]}); make room on the disk"
+        found = sorted(at for path in folder.glob("step-????????") if (at := int(path.name[5:])) <= step)
+        stay = {*found[-self.keep:], *[at for at in found if at < protect][-1:], *self.keepers}
+        for at in found:
             if at not in stay and not (self.keep_every and at % self.keep_every == 0):
-                shutil.rmtree(path.rename(path.with_suffix(".partial")), ignore_errors=True)
+                gone = (folder / f"step-{at:08d}").rename(folder / f"{at}.partial")
+                shutil.rmtree(gone, ignore_errors=True)
         return ""
 
 
-# ---- our checkpoints: read ----------------------------------------------------------------------------------------
-
-
-def check_manifest(checkpoint: str | Path) -> None:
-    """Raises UserError unless every file has the sha256 that manifest.json names."""
-    if ((checkpoint := Path(checkpoint)) / "guard.json").exists():
-        raise UserError(f"{checkpoint} was written by the first version of this project, which alone reads it; export "
-                        "it with that version and start from the exported folder")
+def check_manifest(checkpoint):
+    """The same folder; UserError unless every file has the sha256 that manifest.json names."""
+    if (checkpoint / "guard.json").exists():
+        raise UserError(f"{checkpoint} is of this project's first version; export it there and start from the export")
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
             with open(checkpoint / name, "rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != files[name]:
                     raise UserError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
+    return checkpoint
 
 
-def newest_checkpoint(run: str | Path, before: float = math.inf) -> Path:
-    """The last checkpoint of a run folder that is whole, from before a step; a damaged one is named on stderr and
-    skipped."""
+def find_checkpoint(run, before=10**9):
+    """A checkpoint as it is, or a run's last whole one from before a step; damaged ones are named and skipped."""
+    if Path(run, "manifest.json").exists():
+        return check_manifest(Path(run))
     for checkpoint in sorted(Path(run).glob("checkpoints/step-????????"), reverse=True):
-        if int(checkpoint.name[5:]) >= before:
-            continue
         try:
-            check_manifest(checkpoint)
-            return checkpoint
+            if int(checkpoint.name[5:]) < before:
+                return check_manifest(checkpoint)
         except UserError as error:
             if (checkpoint / "guard.json").exists():
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
-    raise UserError(f"{run} holds no whole checkpoint; give a run folder such as runs/laptop or train one with "
-                    "`python train.py`")
+    raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
+newest_checkpoint = find_checkpoint  # of a run
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint folder as it is, or the newest whole one of a run; UserError if there is none."""
-    if not (Path(path) / "manifest.json").exists():
-        return newest_checkpoint(path)
-    check_manifest(path)
-    return Path(path)
+def _shapes(tensors):
+    return {k: _shapes(w) if isinstance(w, dict) else (w.shape, w.is_floating_point()) for k, w in tensors.items()}
 
 
-def _shapes(tensors: dict) -> dict:
-    return {name: (w.shape, w.is_floating_point()) for name, w in tensors.items()}
+def _load_tensors(path, like):
+    """The tensors of a file; UserError unless names, shapes and kinds are those of `like`."""
+    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if _shapes(tensors) != _shapes(like):
+        raise UserError(f"{path} is of a model of other sizes or of another optimizer; take back the flags that say so")
+    return tensors
 
 
-def _load_tensors(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError:  # whose message advises to load it without this protection
-        raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
-
-
-def load_checkpoint(folder: str | Path, model: GPT, optimizer) -> dict:
-    """Fills model and optimizer, however many processes wrote the checkpoint and read it; returns the saved state.
-
-    All processes call it; the first reads the tensors and broadcasts them.
-    """
-    folder, parts, many = Path(folder), getattr(optimizer, "optimizers", [optimizer]), dist.is_initialized()
+def load_checkpoint(folder, model, optimizer):
+    """Fills model and optimizer and returns the saved state. All processes call it; the first reads and broadcasts."""
+    parts, many = getattr(optimizer, "optimizers", [optimizer]), torch.distributed.is_initialized()
     model.zero_grad()
-    with reading(folder):
-        state = read_json(folder / "training.json")
+    with reading(folder := Path(folder)):
+        state, trained = read_json(folder / "training.json"), (folder / "optimizer.pt").exists()
+        state["step"] = int(state["step"])
         weights, moments = get_state_dict(model, parts)  # makes moments where there are none, to be filled
-        if not many or dist.get_rank() == 0:
-            expected, weights = _shapes(weights), _load_tensors(folder / "model.pt")
-            if _shapes(weights) != expected:
-                raise UserError(f"{folder} is a model of other sizes than this run's; leave out the flags that change "
-                                "them, or give those that it was trained with")
-            if state["moments"]:
-                expected, moments["state"] = moments["state"], _load_tensors(folder / "optimizer.pt")
-                if any(_shapes(moments["state"][name]) != _shapes(kinds) for name, kinds in expected.items()):
-                    raise UserError(f"{folder} holds the moments of another optimizer than this run's; give the "
-                                    "--optimizer that it was trained with")
+        if not many or torch.distributed.get_rank() == 0:
+            weights = _load_tensors(folder / "model.pt", weights)
+            if trained:
+                moments["state"] = _load_tensors(folder / "optimizer.pt", moments["state"])
         options = StateDictOptions(full_state_dict=many, broadcast_from_rank0=many)
         set_model_state_dict(model, weights, options=options)
-        if state["moments"]:
+        if trained:
             set_optimizer_state_dict(model, parts, moments, options=options)
-        for part in () if state["moments"] else parts:
+        for part in () if trained else parts:
             part.state.clear()
     return state
 
 
-def is_hugging_face(folder: str | Path) -> bool:
-    """Whether a folder holds a model in Hugging Face's format."""
+def is_hugging_face(folder):
     path = Path(folder) / "config.json"
     return path.exists() and "model_type" in read_json(path)
 
 
-def load_config(folder: str | Path) -> ModelConfig:
+def load_config(folder):
     """The config of a folder in Hugging Face's format or of one of our checkpoint folders."""
     with reading(path := Path(folder) / "config.json"):
         saved = read_json(path)
-        if max(saved.get(name) or 0 for name in ("num_hidden_layers", "num_attention_heads")) > 1000:
-            raise ValueError("more than 1,000 layers or heads")
         return config_from_hugging_face(saved) if "model_type" in saved else ModelConfig(**saved)
 
 
-def from_pretrained(folder: str | Path, dtype: torch.dtype = torch.float32) -> GPT:
-    """The model of a folder in Hugging Face's format, of a run folder (its newest whole checkpoint) or of one
-    checkpoint folder, on the CPU."""
-    if not (folder := Path(folder)).is_dir():
-        raise UserError(f"{folder} does not exist; give a run folder such as runs/laptop, or a downloaded model's")
-    if not (foreign := is_hugging_face(folder)):
-        folder = find_checkpoint(folder)
+def from_pretrained(folder, dtype=torch.float32):
+    """The model of a Hugging Face folder, a run (its newest whole checkpoint) or a checkpoint folder, on the CPU."""
+    foreign = is_hugging_face(folder)
+    folder = Path(folder) if foreign else find_checkpoint(folder)
     with reading(folder):
         with torch.device("meta"):
             model = GPT(load_config(folder))
-        if foreign:
-            weights = _read_hugging_face(folder, model, dtype)
-        else:
-            weights = _load_tensors(folder / "model.pt")
-            if _shapes(weights) != _shapes(model.state_dict()):
-                raise ValueError("config.json asks for other tensors than model.pt holds")
-            weights = {name: w if name.endswith(_EXACT) else w.to(dtype) for name, w in weights.items()}
+        weights = (_read_hugging_face(folder, model, dtype) if foreign else
+                   _load_tensors(folder / "model.pt", model.state_dict()))
+        weights = {name: w if name.endswith(EXACT) else w.to(dtype) for name, w in weights.items()}
         model.load_state_dict(weights, strict=True, assign=True)
     return model
 
 
-# ---- Hugging Face: configs ----------------------------------------------------------------------------------------
-# A family is read and written by one table. A config is exported as the first family that, read back, computes the
-# same; if there is none, it is refused with the fields that the closest family lacks.
-
-
-class Family(NamedTuple):
-    architecture: str
-    fields: tuple[str, ...]  # of config.json that have our names
-    implied: dict = {}  # our fields, where config.json does not say otherwise
-    renamed: dict = {}  # {our field: theirs}
-    fixed: dict = {}  # {their field: the values that model.py computes}; the first is written
-
-
-_LATENT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-           "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps", "initializer_range", "attention_bias")
-_SIZES = (*_LATENT, "head_dim", "num_key_value_heads")
-_WINDOWS = (*_SIZES, "layer_types", "sliding_window")
-_MOE = ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
-_DEEPSEEK = (*_LATENT, *_MOE, "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-             "n_shared_experts", "first_k_dense_replace", "routed_scaling_factor")
+# ---- Hugging Face's folders ---------------------------------------------------------------------------------------
+# A class's name; fields of config.json with our names; ours that are implied; {ours: theirs}; {theirs: the one value
+# that model.py computes}. A config is written as the first family that, read back, computes the same.
+Family = namedtuple("Family", "name fields implied renamed fixed", defaults=({}, {}, {}))
+_LATENT = ("vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+           "hidden_act max_position_embeddings tie_word_embeddings rms_norm_eps initializer_range attention_bias ")
+_SIZES = _LATENT + "head_dim "
+_WINDOWS = _SIZES + "layer_types sliding_window "
+_MOE = "num_experts_per_tok moe_intermediate_size norm_topk_prob router_aux_loss_coef "
+_DEEPSEEK = _LATENT + _MOE + ("q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim n_shared_experts "
+                              "first_k_dense_replace routed_scaling_factor ")
 _ROUTED = {"num_experts": "n_routed_experts"}
 _LOCAL = {"num_experts": "num_local_experts", "moe_intermediate_size": "intermediate_size"}
-_YARN = {"yarn_beta_fast": "beta_fast", "yarn_beta_slow": "beta_slow", "yarn_truncate": "truncate",
-         "yarn_mscale_all_dim": "mscale_all_dim"}
-_ROPE = {name: name for name in ("rope_theta", "original_max_position_embeddings")} | _YARN
-_OPTIONAL = {"head_dim", "num_key_value_heads", "initializer_range", "attention_bias", "q_lora_rank", "sliding_window",
-             "router_aux_loss_coef", "original_max_position_embeddings", *_YARN}
+_SLIDING = {"layer_types": ["sliding"]}
+_YARN = {"yarn_" + name: name for name in "beta_fast beta_slow truncate mscale_all_dim".split()}
+_OPTIONAL = [*_YARN, *("head_dim hidden_act initializer_range attention_bias mlp_bias q_lora_rank sliding_window "
+                       "router_aux_loss_coef").split()]
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _SIZES, {"rope_theta": 10_000.0}, fixed={"mlp_bias": (False,)}),
-    "qwen3": Family("Qwen3ForCausalLM", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
-    "mistral": Family("MistralForCausalLM", (*_SIZES, "sliding_window"), {"layer_types": ["sliding"]},
-                      fixed={"attention_bias": (False,)}),
-    "smollm3": Family("SmolLM3ForCausalLM", (*_WINDOWS, "no_rope_layer_interval"),
-                      {"no_rope_layer_interval": 4, "tie_word_embeddings": True}, fixed={"mlp_bias": (False,)}),
-    "qwen2": Family("Qwen2ForCausalLM", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
-    "mixtral": Family("MixtralForCausalLM", (*_SIZES, "num_experts_per_tok", "router_aux_loss_coef", "sliding_window"),
-                      {"layer_types": ["sliding"]}, _LOCAL, {"attention_bias": (False,)}),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", (*_SIZES, *_MOE, "num_experts"), {"qk_norm": True}, fixed={
-        "decoder_sparse_step": (1,), "mlp_only_layers": ([],), "use_sliding_window": (False,)}),
-    "gpt_oss": Family("GptOssForCausalLM", (*_WINDOWS, "num_experts_per_tok", "swiglu_limit", "router_aux_loss_coef"),
+    "llama": Family("Llama", _SIZES + "mlp_bias", {"rope_theta": 10_000.0}),
+    "qwen3": Family("Qwen3", _WINDOWS, {"qk_norm": True, "head_dim": 128}),
+    "mistral": Family("Mistral", _SIZES + "sliding_window", _SLIDING, fixed={"attention_bias": False}),
+    "smollm3": Family("SmolLM3", _WINDOWS + "mlp_bias no_rope_layer_interval",
+                      {"no_rope_layer_interval": 4, "tie_word_embeddings": True}),
+    "qwen2": Family("Qwen2", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
+    "mixtral": Family("Mixtral", _SIZES + "num_experts_per_tok router_aux_loss_coef sliding_window",
+                      _SLIDING, _LOCAL, {"attention_bias": False}),
+    "qwen3_moe": Family("Qwen3Moe", _SIZES + _MOE + "num_experts", {"qk_norm": True}, {},
+                        {"use_sliding_window": False}),
+    "gpt_oss": Family("GptOss", _WINDOWS + "num_experts_per_tok swiglu_limit router_aux_loss_coef",
                       {"attention_sinks": True, "attention_bias": True, "mlp_bias": True, "head_dim": 64,
-                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL),
-    "deepseek_v2": Family("DeepseekV2ForCausalLM", _DEEPSEEK, {}, _ROUTED, {
-        "scoring_func": ("softmax",), "topk_method": ("greedy",), "norm_topk_prob": (False,), "moe_layer_freq": (1,)}),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", (*_DEEPSEEK, "n_group", "topk_group"), {
+                       "swiglu_limit": 7.0, "layer_types": ["sliding", "full"]}, _LOCAL, {"hidden_act": "silu"}),
+    "deepseek_v2": Family("DeepseekV2", _DEEPSEEK, {}, _ROUTED, {
+        "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}),
+    "deepseek_v3": Family("DeepseekV3", _DEEPSEEK + "n_group topk_group", {
         "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0}, _ROUTED, {
-        "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",), "rope_interleave": (True,),
-        "moe_layer_freq": (1,)}),
-    "qwen3_next": Family("Qwen3NextForCausalLM", (
-        *_SIZES, *_MOE, "layer_types", "num_experts", "linear_num_key_heads", "linear_num_value_heads",
-        "linear_key_head_dim", "linear_value_head_dim", "linear_conv_kernel_dim", "partial_rotary_factor",
-        "n_shared_experts"), {
-        "qk_norm": True, "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True,
-        "partial_rotary_factor": 0.25, "layer_types": ["linear", "linear", "linear", "full"]}, fixed={
-        "decoder_sparse_step": (1,), "mlp_only_layers": ([],)}),
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "qwen3_next": Family("Qwen3Next", _SIZES + _MOE + (
+        "layer_types num_experts linear_num_key_heads linear_num_value_heads linear_key_head_dim linear_value_head_dim "
+        "linear_conv_kernel_dim partial_rotary_factor shared_expert_intermediate_size"), {"qk_norm": True,
+        "attn_output_gate": True, "norm_zero_centered": True, "shared_expert_gate": True, "n_shared_experts": 1,
+        "partial_rotary_factor": 0.25, "layer_types": ["linear"] * 3 + ["full"]}, {}, {"hidden_act": "silu"}),
 }
 FAMILIES["kimi_k2"] = FAMILIES["deepseek_v3"]
 
 
-def config_from_hugging_face(hf: dict) -> ModelConfig:
+def config_from_hugging_face(hf):
     """config.json as a dictionary -> our config. Raises UserError for what model.py does not compute."""
     if (kind := hf["model_type"]) not in FAMILIES:
         raise UserError(f"the architecture {kind} is not one of {', '.join(FAMILIES)}")
     family, scaling = FAMILIES[kind], hf.get("rope_scaling") or {}  # the older name, still used to switch YaRN on
-    seen = ({"num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
+    seen = ({"mscale": 0, "num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
             | (hf.get("rope_parameters") or {}) | scaling)
-    position = scaling.get("rope_type") or scaling.get("type") or seen.get("rope_type") or "default"
-    seen |= {"rope_type": position, "mscale": seen.get("mscale") or 0}
-    fixed = {"hidden_act": ("silu", "swish"), "quant_method": ("fp8", "mxfp4"), "low_freq_factor": (1,),
-             "high_freq_factor": (4,), "rope_type": ("default", "llama3", "yarn"), "attention_factor": (),
-             "mscale": (seen.get("mscale_all_dim") or 0,), **family.fixed}
-    if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields}:
-        fixed["partial_rotary_factor"] = (1,)
+    position = scaling.get("type") or seen.get("rope_type") or "default"
+    fixed = {"quant_method": "mxfp4", "low_freq_factor": 1, "high_freq_factor": 4, "attention_factor": None,
+             "mscale": seen.get("mscale_all_dim") or 0, "rope_interleave": True, **family.fixed}
+    if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields.split()}:
+        fixed["partial_rotary_factor"] = 1
     if not hf.get("layer_types"):
-        fixed |= {"use_sliding_window": (False,), "full_attention_interval": (4,)}
-    if kind == "qwen3_next":  # the shared experts are one of their width together
-        width, shared = hf["moe_intermediate_size"], hf.get("shared_expert_intermediate_size", 512)
-        seen["n_shared_experts"] = shared // (width or 1)
-        fixed["shared_expert_intermediate_size"] = (shared // (width or 1) * width,)
+        fixed |= {"use_sliding_window": False, "full_attention_interval": 4}
     if kind == "smollm3" and (turned := hf.get("no_rope_layers")):
-        every = seen["no_rope_layer_interval"] = turned.index(0) + 1 if 0 in turned else 0
-        fixed["no_rope_layers"] = ([int(not every or (i + 1) % every > 0) for i in range(len(turned))],)
-    for key, allowed in fixed.items():
-        if seen.get(key) is not None and seen[key] not in allowed:
-            raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with "
-                            f"{' or '.join(map(str, allowed)) or 'its default'}")
-    values = {"tie_word_embeddings": False, "position": position.replace("default", "rope"), "layer_types": ["full"]}
-    values |= family.implied
-    for ours, theirs in (dict(zip(family.fields, family.fields)) | family.renamed | _ROPE).items():
-        if seen.get(theirs) is not None:
-            values[ours] = seen[theirs]
-        needed = ours not in _OPTIONAL
-        if needed and values.get(ours) is None or ours in ("num_experts", "kv_lora_rank") and not values[ours]:
+        every = hf.get("no_rope_layer_interval", 4)
+        fixed["no_rope_layers"] = [int(not every or (i + 1) % every > 0) for i in range(len(turned))]
+    for key, value in fixed.items():
+        if seen.get(key) not in (None, value):
+            raise UserError(f"config.json has {key} = {seen[key]}, but {kind} is computed here only with {value}")
+    values = {"tie_word_embeddings": False, "position": position.replace("default", "rope"), "layer_types": ["full"],
+              "num_key_value_heads": hf["num_attention_heads"], **family.implied}
+    names = {name: name for name in (*family.fields.split(), "rope_theta")} | family.renamed | _YARN
+    for ours, theirs in names.items():
+        found = seen.get(theirs)
+        if found is not None and (found or ours not in ("num_experts", "kv_lora_rank")):
+            values[ours] = found
+        elif ours not in (*values, *_OPTIONAL):
             raise UserError(f"config.json lacks {theirs}, which a {kind} needs")
     if position != "default":
-        values["rope_factor"] = seen["factor"]
-        values.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    values.setdefault("num_key_value_heads", values["num_attention_heads"])
+        values |= {"rope_factor": seen["factor"], "original_max_position_embeddings": seen.get(
+            "original_max_position_embeddings") or values["max_position_embeddings"]}
     types = [name.removesuffix("_attention") for name in values["layer_types"]]
     if not values.get("sliding_window"):
         types = [name.replace("sliding", "full") for name in types]
@@ -562,82 +446,68 @@ def config_from_hugging_face(hf: dict) -> ModelConfig:
     return ModelConfig(**values | {"layer_types": ",".join(types[:shortest])})
 
 
-def _effective(c: ModelConfig) -> dict:
+def _effective(c):
     """What a config computes: without the fields of training and those that change nothing here."""
-    unused = ["initializer_range", "router_aux_loss_coef", "router_bias_update_rate", "router_z_loss_coef"]
-    unused += ["rope_factor", "original_max_position_embeddings"] * (c.position == "rope")
-    unused += ["num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"] * (not c.num_experts)
-    unused += ["shared_expert_gate"] * (not c.num_experts or not c.n_shared_experts)
+    unused = "initializer_range router_aux_loss_coef router_bias_update_rate router_z_loss_coef".split()
     unused += ["intermediate_size"] * (c.num_experts > 0 and not c.first_k_dense_replace)
     unused += ["num_key_value_heads"] * (c.kv_lora_rank > 0) + ["sliding_window"] * ("sliding" not in c.layer_types)
-    layers = range(c.num_hidden_layers)
-    return (asdict(c) | {"layer_types": [c.layer_type(i) for i in layers],
-                         "no_rope_layer_interval": [c.uses_rope(i) for i in layers]} | dict.fromkeys(unused))
+    layers, shared = range(c.num_hidden_layers), c.n_shared_experts * c.moe_intermediate_size
+    return asdict(c) | dict.fromkeys(unused) | {"shared_expert_intermediate_size": 0,
+        "n_shared_experts": (c.shared_expert_intermediate_size or shared) * (c.num_experts > 0),  # their width
+        "layer_types": [c.layer_type(i) for i in layers], "no_rope_layer_interval": [c.uses_rope(i) for i in layers]}
 
 
-def config_to_hugging_face(config: ModelConfig) -> dict:
+def config_to_hugging_face(config):
     """Our config -> config.json as a dictionary. Raises UserError naming what no family there has."""
-    wanted, refused = _effective(config), []
+    wanted, lost = _effective(config), {}
     for kind in FAMILIES:
         hf = _write_config(config, kind)
-        try:
+        with contextlib.suppress(UserError):  # a family of experts, for one, refuses to have none
             back = _effective(config_from_hugging_face(hf))
-        except UserError as error:
-            refused.append((99, str(error)))
-            continue
-        lost = [f"{name} = {getattr(config, name)}" for name in wanted if wanted[name] != back[name]]
-        if not lost:
-            return hf
-        refused.append((len(lost), f"{kind} with {', '.join(lost)}"))
-    raise UserError(f"no Hugging Face architecture is {min(refused)[1]}; keep the run's own checkpoint")
+            lost[kind] = [f"{name} = {getattr(config, name)}" for name in wanted if wanted[name] != back[name]]
+            if not lost[kind]:
+                return hf
+    kind = min(lost, key=lambda kind: len(lost[kind]))
+    raise UserError(f"no Hugging Face architecture is {kind} with {', '.join(lost[kind])}; keep the run's checkpoint")
 
 
-def _write_config(c: ModelConfig, kind: str) -> dict:
-    family, layers = FAMILIES[kind], range(c.num_hidden_layers)
-    hf = {"model_type": kind, "architectures": [family.architecture], "hidden_act": "silu"}
+def _write_config(c, kind):
+    family, wanted, sliding = FAMILIES[kind], _effective(c), "sliding" in c.layer_types
+    shared = wanted["n_shared_experts"]
+    values = asdict(c) | {
+        "q_lora_rank": c.q_lora_rank or None, "sliding_window": c.sliding_window if sliding else None,
+        "num_key_value_heads": c.num_attention_heads if c.kv_lora_rank else c.num_key_value_heads,
+        "layer_types": [name + "_attention" for name in wanted["layer_types"]],
+        "no_rope_layer_interval": c.no_rope_layer_interval or c.num_hidden_layers + 1,
+        "shared_expert_intermediate_size": shared, "n_shared_experts": shared // (c.moe_intermediate_size or 1)}
+    hf = {"model_type": kind, "architectures": [family.name + "ForCausalLM"]}
+    hf |= {name: values[name] for name in family.fields.split()}
+    hf |= {theirs: values[ours] for ours, theirs in family.renamed.items()} | family.fixed
     hf |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # no family's own
-    hf |= {name: getattr(c, name) for name in family.fields}
-    hf |= {theirs: getattr(c, ours) for ours, theirs in family.renamed.items()}
-    hf |= {key: allowed[0] for key, allowed in family.fixed.items()}
-    hf["initializer_range"] = c.initializer_range or c.hidden_size ** -0.5
-    hf["sliding_window"] = c.sliding_window if "sliding" in c.layer_types else None
-    if "layer_types" in family.fields:
-        hf |= {"layer_types": [c.layer_type(i) + "_attention" for i in layers],
-               "use_sliding_window": "sliding" in c.layer_types}
-    if kind == "smollm3":
-        hf["no_rope_layers"] = [int(c.uses_rope(i)) for i in layers]
-    if "kv_lora_rank" in hf:
-        hf |= {"num_key_value_heads": c.num_attention_heads, "q_lora_rank": c.q_lora_rank or None}
-    rope = {"rope_type": "default" if c.position == "rope" else c.position, "rope_theta": c.rope_theta}
+    hf |= {"use_sliding_window": sliding} if "layer_types" in hf else {}
+    rope, scaling = {"rope_type": "default", "rope_theta": c.rope_theta}, None
     if c.position in ("llama3", "yarn"):
-        rope |= {"factor": c.rope_factor, "original_max_position_embeddings": c.original_max_position_embeddings}
+        scaling = rope = rope | {"rope_type": c.position, "factor": c.rope_factor,
+                                 "original_max_position_embeddings": c.original_max_position_embeddings}
         rope |= ({"low_freq_factor": 1.0, "high_freq_factor": 4.0} if c.position == "llama3" else
-                 {theirs: getattr(c, ours) for ours, theirs in _YARN.items()} | {"mscale": c.yarn_mscale_all_dim})
+                 {theirs: values[ours] for ours, theirs in _YARN.items()} | {"mscale": c.yarn_mscale_all_dim})
     if kind == "qwen3_next":
-        rope["partial_rotary_factor"] = c.partial_rotary_factor
-        hf["shared_expert_intermediate_size"] = c.n_shared_experts * c.moe_intermediate_size
-    return hf | {"rope_parameters": rope, "rope_theta": c.rope_theta,  # transformers 5 reads the first, 4 the others
-                 "rope_scaling": rope if c.position in ("llama3", "yarn") else None}
+        rope = rope | {"partial_rotary_factor": c.partial_rotary_factor}
+    return hf | {"rope_parameters": rope, "rope_theta": c.rope_theta, "rope_scaling": scaling}  # transformers 5, 4, 4
 
 
-# ---- Hugging Face: tensors ----------------------------------------------------------------------------------------
-
-_EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf16 it would choose others
 _NAMES = {  # family: (ours, theirs)
     "gpt_oss": ((".mlp.gate.", ".mlp.router."),), "qwen3_next": ((".shared_experts.", ".shared_expert."),), "mixtral": (
         (".mlp.", ".block_sparse_moe."), (".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2."))}
 
 
-def their_tensors(weights: dict[str, Tensor], config: ModelConfig, kind: str) -> dict[str, Tensor]:
-    """{name in the family: the part of our tensors that it is}, views to read from and to copy into.
-
-    Our experts are stacked; theirs have a tensor each. gpt-oss stacks them too, [E, in, out], with gate and up
-    alternating: its gate_up_proj is [E, C, M, 2] here, to be flattened at the end.
-    """
+def their_tensors(weights, config, kind):
+    """{name in the family: the view of our tensors that it is}. Our experts are stacked, theirs have a tensor each;
+    gpt-oss stacks them too, [E, in, out], with gate and up alternating: its gate_up_proj is [E, C, M, 2] here."""
     found = {}
     for name, w in weights.items():
         stem, _, last = name.rpartition(".")
-        if last == _EXACT and config.scoring_func == "softmax" or kind == "qwen2" and name.endswith("o_proj.bias"):
+        if last == EXACT and config.scoring_func == "softmax" or kind == "qwen2" and name.endswith("o_proj.bias"):
             if w.any():
                 raise UserError(f"no Hugging Face architecture has {name} here; keep the run's own checkpoint")
             continue
@@ -655,198 +525,121 @@ def their_tensors(weights: dict[str, Tensor], config: ModelConfig, kind: str) ->
     return found
 
 
-def _mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+def _mxfp4(blocks, scales):
     """gpt-oss' 4-bit weights, two a byte: blocks [E, rows, C/32, 16], scales [E, rows, C/32] -> [E, C, rows]."""
     positive = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = torch.cat((positive, -positive))[torch.stack((blocks & 15, blocks >> 4), -1).int()].flatten(-2)
     return torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2).transpose(1, 2)
 
 
-def _fp8(weight: Tensor, scales: Tensor) -> Tensor:
-    """DeepSeek's FP8: one scale for each square of 128 x 128."""
-    if list(scales.shape) != [-(-size // 128) for size in weight.shape]:
-        raise UserError("the FP8 weights have other blocks than 128 x 128; take the bf16 version")
-    scales = scales.repeat_interleave(128, 0).repeat_interleave(128, 1)
-    return weight.float() * scales[:weight.shape[0], :weight.shape[1]]
-
-
-def _import_safetensors():
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("Hugging Face's weight files need the package safetensors: pip install safetensors") from None
-    return safetensors
-
-
-def _open_weights(folder: Path) -> dict:
-    """{tensor: the open safetensors file that holds it}; the index decides, where there is one.
-
-    Adapters and Mistral's own format may lie beside the model's files.
-    """
-    safe_open, index, chosen, where = _import_safetensors().safe_open, folder / "model.safetensors.index.json", {}, {}
-    files = {f.name for f in folder.glob("*.safetensors") if not f.name.startswith(("adapter", "consolidated"))}
+def _open_weights(folder):
+    """{tensor: the open file that holds it}. Adapters and Mistral's own format may lie beside the model's files."""
+    safe_open, index = installed("safetensors", "safetensors").safe_open, folder / "model.safetensors.index.json"
+    files = {file.name: safe_open(file, framework="pt") for file in folder.glob("*.safetensors")
+             if not file.name.startswith(("adapter", "consolidated"))}
+    held = [(name, file) for file, opened in files.items() for name in opened.keys()]
     if index.exists():
         chosen = read_json(index)["weight_map"]
-        if "model.safetensors" in files - set(chosen.values()):
+        if "model.safetensors" in files and "model.safetensors" not in chosen.values():
             raise UserError(f"{folder} has model.safetensors and an index of other files; remove the older of the two")
-        files = {Path(file).name for file in chosen.values()}
-    if not files:
-        raise UserError(f"{folder} has no .safetensors files; download the model's safetensors version")
-    for file in sorted(files):
-        with reading(folder / file):
-            opened = safe_open(folder / file, framework="pt")
-            for name in opened.keys():
-                if name in where and name not in chosen:
-                    raise UserError(f"{folder} has {name} in {file} and in another file; remove the file that does not "
-                                    "belong to the model")
-                if chosen.get(name, file) == file:
-                    where[name] = opened
-    return where
+    elif len(chosen := dict(held)) < len(held):
+        raise UserError(f"files of {folder} have tensors of the same name; remove what does not belong to the model")
+    return {name: files[file] for name, file in chosen.items()}
 
 
-def _read_hugging_face(folder: Path, model: GPT, dtype: torch.dtype) -> dict[str, Tensor]:
+def _read_hugging_face(folder, model, dtype):
     """The weights of a folder under our names, for a model without memory."""
-    hf, where = read_json(folder / "config.json"), _open_weights(folder)
-    config, kind, expected = model.config, hf["model_type"], model.state_dict()
-
-    def read(name):
-        return where[name].get_tensor(name)
-
+    hf, where, config = read_json(folder / "config.json"), _open_weights(folder), model.config
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if (asked := sum(w.numel() for w in expected.values())) > 2 * size:  # two a byte: 4 bits each
-        raise UserError(f"{folder}/config.json asks for {asked:,} weights, more than its files hold")
-    weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(_EXACT) else dtype)
-               for name, w in expected.items()}
-    views, end, tied = their_tensors(weights, config, kind), config.num_hidden_layers, config.tie_word_embeddings
-    missing = set(views)
-    for name in where:
-        layer = re.match(r"model\.layers\.(\d+)\.", name)
-        if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
+    if sum(w.numel() for w in model.parameters()) > 2 * size:  # 4 bits each at least
+        raise ValueError("config.json asks for more weights than its .safetensors files hold")
+    weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(EXACT) else dtype)
+               for name, w in model.state_dict().items()}
+    views, end = their_tensors(weights, config, hf["model_type"]), config.num_hidden_layers
+    missing, head, first = set(views), "lm_head.weight", "model.embed_tokens.weight"
+    for name, file in where.items():
+        layer, tensor = re.match(r"model\.layers\.(\d+)\.", name), file.get_tensor(name)
+        if (name.endswith(("rotary_emb.inv_freq", "_scales")) or name.startswith("mtp.")
                 or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
-                or tied and name == "lm_head.weight"):
+                or name == head and config.tie_word_embeddings and torch.equal(tensor, where[first].get_tensor(first))):
             continue  # multi-token prediction is not computed here
-        tensor, stem = read(name), name.removesuffix("_blocks")
-        if stem + "_scales" in where:
-            name, tensor = stem, _mxfp4(tensor, read(stem + "_scales"))
-        elif name + "_scale_inv" in where:
-            tensor = _fp8(tensor, read(name + "_scale_inv"))
-        if name not in views:
-            raise UserError(f"{folder} has the tensor {name}, which a {kind} of this config has not")
-        view, pairs = views[name], "gate_up" in name
-        shape = (view.flatten(-2) if pairs else view).shape
-        if tensor.shape != shape or not tensor.is_floating_point():
-            raise UserError(f"{folder} has {name} with shape {list(tensor.shape)} ({tensor.dtype}), but "
-                            f"config.json asks for floats of {list(shape)}")
-        view.copy_(tensor.unflatten(-1, (-1, 2)) if pairs else tensor)
+        if (scales := name.removesuffix("_blocks") + "_scales") in where:
+            name, tensor = name.removesuffix("_blocks"), _mxfp4(tensor, where[scales].get_tensor(scales))
+        if "gate_up" in name:
+            tensor = tensor.unflatten(-1, (-1, 2))
+        if name not in views or tensor.shape != views[name].shape or not tensor.is_floating_point():
+            raise ValueError(f"config.json asks for no {name} of {list(tensor.shape)} ({tensor.dtype})")
+        views[name].copy_(tensor)
         missing.discard(name)
     if missing:
-        raise UserError(f"{folder} lacks {min(missing)} ({len(missing)} tensors in all); download it again")
-    if tied and "lm_head.weight" in where and not torch.equal(read("lm_head.weight").to(dtype),
-                                                              weights["model.embed_tokens.weight"]):
-        raise UserError(f"{folder} has an lm_head.weight of its own, but config.json says tie_word_embeddings")
-    _check_ids(folder, config.vocab_size)
+        raise ValueError(f"it lacks {min(missing)} ({len(missing)} tensors in all)")
+    if (path := folder / "tokenizer.json").exists():
+        spec, rows = read_json(path), config.vocab_size
+        if max([len(spec["model"]["vocab"]), *(t["id"] + 1 for t in spec["added_tokens"])]) > rows:
+            raise UserError(f"{path} has more tokens than the model has embedding rows, {rows:,}; take its own")
     return weights
 
 
-def _check_ids(folder: Path, rows: int) -> None:
-    if (path := folder / "tokenizer.json").exists():
-        spec = read_json(path)
-        if (ids := max([len(spec["model"]["vocab"]), *(token["id"] + 1 for token in spec["added_tokens"])])) > rows:
-            raise UserError(f"{path} has {ids:,} tokens, but the model has {rows:,} embedding rows; take the tokenizer "
-                            "that it was trained with")
-
-
-# ---- Hugging Face: export -----------------------------------------------------------------------------------------
-
-CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
-                 "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-                 "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
-
-
 @torch.no_grad()
-def save_pretrained(model: GPT, folder: str | Path, tokenizer_from: str | Path | None = None) -> str:
-    """Writes a new folder that `transformers` loads: config.json, model.safetensors, and the tokenizer of the folder
-    `tokenizer_from`. Returns what was checked: logits and ids against transformers, where installed; raises UserError
-    if they differ.
-
-    For GGUF: llama.cpp's converter does not know our pre-tokenizer by its hash; let its get_vocab_base_pre return
-    "qwen2", which cuts text in the same way.
-    """
-    safetensors, folder = _import_safetensors(), Path(folder)
-    if folder.exists():
+def save_pretrained(model, folder, tokenizer_from=None):
+    """Writes a new folder for transformers, with the tokenizer of `tokenizer_from`; returns what it checked."""
+    safetensors = installed("safetensors.torch", "safetensors")
+    if (folder := Path(folder)).exists():
         raise UserError(f"{folder} is already there; give a new folder")
-    hf = config_to_hugging_face(model.config) | {"dtype": str(next(model.parameters()).dtype).removeprefix("torch.")}
+    chat = tokenizer_from and ChatFormat(tokenizer_from, Tokenizer.load(tokenizer_from))
+    hf = config_to_hugging_face(model.config)
     tensors = their_tensors(model.state_dict(), model.config, hf["model_type"])
-    with _new_folder(folder) as partial:
-        safetensors.torch.save_file({
-            name: (w.flatten(-2) if "gate_up" in name else w).clone(memory_format=torch.contiguous_format)
-            for name, w in tensors.items()}, partial / "model.safetensors", metadata={"format": "pt"})
-        if tokenizer_from:
-            hf |= _write_tokenizer(Path(tokenizer_from), partial, hf["max_position_embeddings"])
-        write_json(partial / "config.json", hf)
-        return _compare_with_transformers(model, partial, tokenizer_from)
+    with _new_folder(folder) as place:
+        plain = {k: (w.flatten(-2) if "gate_up" in k else w).contiguous().clone() for k, w in tensors.items()}
+        safetensors.save_file(plain, place / "model.safetensors", metadata={"format": "pt"})
+        write_json(place / "config.json", hf | (_write_tokenizer(chat, place) if chat else {}))
+        return _compare_with_transformers(model, place, chat)
 
 
-def _write_tokenizer(source: Path, folder: Path, context: int) -> dict:
-    """The tokenizer's files, so that transformers opens texts, renders chats and stops as ChatFormat does. Returns what
-    config.json says of it."""
-    tokenizer = Tokenizer.load(source)
-    chat, names = ChatFormat(source, tokenizer), {id: name for name, id in tokenizer.special.items()}
-    for name in ("tokenizer.json", "tiktoken.model", "special_tokens_map.json", "tokenizer_config.json",
-                 "chat_template.jinja", "generation_config.json"):
-        if (source / name).exists():
-            shutil.copy(source / name, folder)
-    for id in chat.opening:  # transformers ignores add_bos_token and obeys this
-        path, opening = folder / "tokenizer.json", {"SpecialToken": {"id": names[id], "type_id": 0}}
-        a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-        spec = read_json(path)
-        write_json(path, spec | {"post_processor": spec.get("post_processor") or {
-            "type": "TemplateProcessing", "single": [opening, a], "pair": [opening, a, b],
-            "special_tokens": {names[id]: {"id": names[id], "ids": [id], "tokens": [names[id]]}}}})
-    ids = {"eos_token": tokenizer.eos_id, "bos_token": next(iter(chat.opening), None), "pad_token": tokenizer.pad_id}
-    config = {f"{role}_id": id for role, id in ids.items()}
-    if not (folder / "tokenizer_config.json").exists():  # ours
-        write_json(folder / "generation_config.json", config | {"eos_token_id": sorted(chat.stop)})
-        write_json(folder / "tokenizer_config.json", {role: names.get(id) for role, id in ids.items()} | {
-            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True, "model_max_length": context,
-            "chat_template": CHAT_TEMPLATE})
-    return config
+def _write_tokenizer(chat, folder):
+    """Lets transformers open texts, render chats and stop as a ChatFormat does; returns what config.json says of it."""
+    tokenizer, bos_id = chat.tokenizer, chat.opening[0] if chat.opening else None
+    ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id, "bos_token": bos_id}
+    names = {role: tokenizer.decode([id]) for role, id in ids.items() if id is not None}
+    copy_chat_format(chat.folder, folder, tokenizer, names | {"chat_template": CHAT_TEMPLATE})
+    path = tokenizer.save(folder)
+    if bos := names.get("bos_token"):  # transformers ignores add_bos_token and obeys this
+        parts = [{"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": s, "type_id": 0}} for s in "AB")]
+        write_json(path, read_json(path) | {"post_processor": {
+            "type": "TemplateProcessing", "single": parts[:2], "pair": parts,
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}}})
+    return {f"{role}_id": id for role, id in ids.items()}
 
 
-def _compare_with_transformers(model: GPT, folder: Path, tokenizer_from: str | Path | None) -> str:
-    """Loads the folder with transformers and compares logits, in fp32, and ids; raises UserError where they differ."""
+def _compare_with_transformers(model, folder, chat):
+    """Loads the folder with transformers; UserError where its logits, in fp32, or its ids are others."""
     try:
         import transformers
     except ImportError:
         return "not checked: transformers is not installed (pip install transformers)"
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    version, device = f"transformers {transformers.__version__}", next(model.parameters()).device
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-    length = min(200, model.config.max_position_embeddings)  # longer than gpt-oss' window
-    tokens = torch.randint(model.config.vocab_size, (8, length), generator=torch.Generator().manual_seed(0)).to(device)
-    dtype, training, model.compute_dtype = model.compute_dtype, model.training, torch.float32
+    c, version, seeded = model.config, f"transformers {transformers.__version__}", torch.Generator().manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.randint(c.vocab_size, (8, min(200, c.max_position_embeddings)), generator=seeded)
     ours, expected = model.eval()(tokens), theirs(tokens).logits
-    model.train(training).compute_dtype = dtype
-    # Rounding decides between experts whose scores nearly tie, and one such token changes the rest of its row: of a
-    # mixture of experts, one row of the eight has to agree.
+    # Rounding decides between experts that nearly tie, and changes the rest of a row: there one row of 8 has to agree.
     rows = (ours - expected).abs().amax((1, 2))
-    worst = (rows.min() if model.config.num_experts else rows.max()).item()
+    worst = (rows.min() if c.num_experts else rows.max()).item()
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"{version} gives other logits for {folder} (difference {worst:.1e}); please report this")
-    if tokenizer_from:
-        tokenizer, hf = Tokenizer.load(tokenizer_from), transformers.AutoTokenizer.from_pretrained(folder)
-        chat, messages = ChatFormat(tokenizer_from, tokenizer), [{"role": "user", "content": "What is 12 + 30?"}]
-        pairs = [(chat.text("a b"), hf("a b")["input_ids"])]
-        if hf.chat_template and "<|im_start|>" in tokenizer.special:
-            rendered = hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-            pairs.append((chat.prompt(messages), rendered))
-        if other := [f"{ids[:5]}, the run with {wanted[:5]}" for wanted, ids in pairs if wanted != ids]:
-            raise UserError(f"{version} begins with the ids {other[0]}; please report this")
+    if chat:
+        hf, messages = transformers.AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": "12 + 30?"}]
+        wanted, found = [chat.text("a b")], [hf("a b")["input_ids"]]
+        if hf.chat_template and (chat.template or "<|im_start|>" in chat.tokenizer.special):
+            wanted.append(chat.prompt(messages))
+            found.append(hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        if wanted != found:
+            raise UserError(f"{version} reads the ids {found}, the run {wanted}; please report this")
     return f"{version} loads it; largest difference of a logit {worst:.1e}"
 
 
-def main() -> None:
+def main():
     if sys.argv[1:2] != ["export"] or len(sys.argv) != 4:
         raise UserError("give a run and a new folder: python checkpoint.py export runs/laptop exported")
     source, folder = sys.argv[2:]

@@ -103,7 +103,7 @@ def test_what_is_saved_resumes_bit_for_bit_and_is_the_copy_of_its_step(tmp_path,
     train(model, optimizer, 3, 3)
     assert saver.finish() == ""
     other, again = made(1, build)
-    assert load_checkpoint(find_checkpoint(tmp_path), other, again) == {"step": 3, "losses": [1.0], "moments": True}
+    assert load_checkpoint(find_checkpoint(tmp_path), other, again) == {"step": 3, "losses": [1.0]}
     train(other, again, 3, 3)
     assert_same(model.state_dict(), other.state_dict())
     folder = tmp_path / "checkpoints/step-00000003"
@@ -115,7 +115,7 @@ def test_what_is_saved_resumes_bit_for_bit_and_is_the_copy_of_its_step(tmp_path,
 def test_before_the_first_update_there_are_no_moments(run):
     folder, _ = run
     first = folder / "checkpoints/step-00000000"
-    assert not json.loads((first / "training.json").read_text())["moments"] and not (first / "optimizer.pt").exists()
+    assert not (first / "optimizer.pt").exists()
     model, optimizer = made(1)
     train(model, optimizer, 2)
     assert load_checkpoint(first, model, optimizer)["step"] == 0 and not optimizer.state
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_the_first_shape_is_one_sentence(run, capsys):
     for step in steps(folder):
         (folder / f"checkpoints/step-{step:08d}/guard.json").write_text("{}")
     for what in (folder, folder / "checkpoints/step-00000002"):
-        with pytest.raises(UserError, match="first version"):
+        with pytest.raises(UserError, match="first version; export it there"):
             from_pretrained(what)
     assert not capsys.readouterr().err
 
@@ -167,9 +167,9 @@ def test_other_sizes_and_other_optimizers_are_refused(run):
     folder, _ = run
     model, optimizer = made(0)
     wide = GPT(TINY.change(intermediate_size=25))
-    with pytest.raises(UserError, match="a model of other sizes than this run's"):
+    with pytest.raises(UserError, match="model.pt is of a model of other sizes"):
         load_checkpoint(newest_checkpoint(folder), wide, one(wide))
-    with pytest.raises(UserError, match="moments of another optimizer"):
+    with pytest.raises(UserError, match="optimizer.pt is of .* another optimizer"):
         load_checkpoint(newest_checkpoint(folder), model, Two(model))
 
 
@@ -238,7 +238,7 @@ for limited in (100, size // 2, size - 1000):
     saver.pending.exception()
     limit(resource.RLIM_INFINITY)
     said = saver.save(3, model, optimizer, STATE)
-    assert "could not be written" in said and "MiB are free" in said and chr(10) not in said, said
+    assert "could not be written" in said and "make room" in said and chr(10) not in said, said
     assert saver.finish() == "" and steps("run") == [1, 3], steps("run")
     assert not list(Path("run/checkpoints").glob("*.partial"))
     shutil.rmtree("run/checkpoints/step-00000003")
@@ -271,7 +271,8 @@ def test_a_kill_at_any_moment_loses_nothing_saved(tmp_path, tokenizer):
             finally:
                 os._exit(1)
         os.close(there)
-        os.read(here, 10)
+        for _ in range(1 + number % 2):  # one save has begun; or one is over, even on a slow machine
+            os.read(here, 10)
         time.sleep(0.007 * number)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -349,7 +350,7 @@ def test_a_checkpoint_cannot_run_code(run):
 
     torch.save({"a": Evil()}, folder / "model.pt")
     resign(folder)
-    with pytest.raises(UserError, match="something other than tensors"):
+    with pytest.raises(UserError, match="model.pt|Unpickling"):
         from_pretrained(folder)
     assert not Path("owned").exists()
 

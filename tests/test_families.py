@@ -9,7 +9,6 @@ import torch
 
 import checkpoint
 from checkpoint import (
-    FAMILIES,
     config_from_hugging_face,
     config_to_hugging_face,
     from_pretrained,
@@ -242,11 +241,12 @@ def load_config_of(hf):
 @pytest.mark.parametrize("name", [n for n in PRESETS if n != "laptop"])
 def test_presets_count_what_transformers_counts(name):
     hf = config_to_hugging_face(PRESETS[name])
-    kind = getattr(transformers, FAMILIES[hf["model_type"]].architecture)
+    kind = getattr(transformers, hf["architectures"][0])
     with torch.device("meta"):
         theirs = kind(kind.config_class(**{k: v for k, v in hf.items() if k not in ("model_type", "architectures")}))
     assert count_parameters(PRESETS[name])["total"] == sum(p.numel() for p in theirs.parameters())
     untrained = dict(initializer_range=0.02, router_aux_loss_coef=0.0, router_bias_update_rate=0.0)
+    untrained["shared_expert_intermediate_size"] = 0  # that of n_shared_experts
     assert load_config_of(hf).change(**untrained) == PRESETS[name].change(**untrained)
 
 
@@ -271,6 +271,8 @@ WINDOW = {"layer_types": "sliding,full", "sliding_window": 8}
         (WINDOW | {"layer_types": "sliding"}, "mistral"),
         (WINDOW | {"layer_types": "sliding", "num_experts": 4}, "mixtral"),
         (WINDOW | {"attention_bias": True}, "smollm3"),
+        ({"hidden_act": "gelu", "mlp_bias": True}, "llama"),
+        ({"hidden_act": "relu2", "num_experts": 4}, "mixtral"),
         ({"no_rope_layer_interval": 2, "tie_word_embeddings": False}, "smollm3"),
         ({"attention_bias": True}, "llama"),
     ],
@@ -358,18 +360,19 @@ def weights_of(config=TINY):
     "change, sentence",
     [
         ({"model_type": "mamba"}, "mamba is not one of llama"),
-        ({"hidden_act": "gelu"}, "hidden_act = gelu"),
+        ({"hidden_act": "gelu_new"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         ({"num_attention_heads": None}, "num_attention"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
         ({"model_type": "deepseek_v3"}, "lacks num_experts_per_tok"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"mlp_bias": True}, "lacks model.layers.0.mlp.down_proj.bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}}, "mscale = 0"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method = gptq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method = fp8"),
         ({"vocab_size": 2**31}, "more than its files hold|cannot be read|is not between"),
-        ({"num_attention_heads": 10**9}, "1,000"),
-        ({"num_hidden_layers": 10**9}, "1,000"),
+        ({"num_attention_heads": 10**9}, "num_attention_heads 1000000000 is not between"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not between"),
         ({"hidden_size": "32"}, "cannot be read|hidden_size"),
         ({"rope_parameters": [1]}, "cannot be read"),
         ({"model_type": ["llama"]}, "cannot be read"),
@@ -383,9 +386,10 @@ def test_what_is_not_supported_is_named(change, sentence, tmp_path):
 
 def test_qwen3_next_folders(tmp_path):
     kind, changes = MODELS["qwen3-next"]
-    make(kind, changes | {"shared_expert_intermediate_size": 30}, tmp_path / "wide")
-    with pytest.raises(UserError, match="shared_expert_intermediate_size"):
-        from_pretrained(tmp_path / "wide")
+    theirs, tokens = make(kind, changes | {"shared_expert_intermediate_size": 30}, tmp_path / "wide"), torch.arange(40)
+    with torch.no_grad():
+        ours = from_pretrained(tmp_path / "wide")(tokens[None])
+        torch.testing.assert_close(ours, theirs(tokens[None]).logits, atol=1e-4, rtol=1e-4)
     make(kind, changes | {"layer_types": ["linear_attention", "full_attention"] * 2}, tmp_path / "half")
     config = json.loads((tmp_path / "half/config.json").read_text())
     assert load_config(tmp_path / "half").layer_types == "linear,full"
@@ -411,8 +415,8 @@ def test_wrong_tensors_are_named(tmp_path):
     lost = {k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}
     for tensors, sentence in (
         (lost, "lacks model.layers.1.mlp.up_proj.weight"),
-        (weights | {"model.extra.weight": torch.ones(2)}, "model.extra.weight, which a llama"),
-        (weights | {"model.norm.weight": torch.ones(33)}, r"model.norm.weight with shape \[33\]"),
+        (weights | {"model.extra.weight": torch.ones(2)}, "asks for no model.extra.weight"),
+        (weights | {"model.norm.weight": torch.ones(33)}, r"model.norm.weight of \[33\]"),
         (weights | {"model.norm.weight": torch.ones(32).int()}, "model.norm.weight .*int32"),
     ):
         with pytest.raises(UserError, match=sentence):
@@ -422,7 +426,7 @@ def test_wrong_tensors_are_named(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         from_pretrained(tmp_path)
     torn.unlink()
-    with pytest.raises(UserError, match="no .safetensors"):
+    with pytest.raises(UserError, match="more weights than its .safetensors"):
         from_pretrained(tmp_path)
 
 
@@ -450,7 +454,7 @@ def test_which_files_the_weights_come_from(tmp_path):
         safetensors.save_file(other, folder / f"{beside}.safetensors")
     assert torch.equal(from_pretrained(folder).state_dict()[names[0]], weights[names[0]])
     safetensors.save_file(other, folder / "optimizer_copy.safetensors")
-    with pytest.raises(UserError, match=f"{names[0]} in optimizer_copy.safetensors and in another"):
+    with pytest.raises(UserError, match="tensors of the same name"):
         from_pretrained(folder)
     (folder / "optimizer_copy.safetensors").unlink()
 
@@ -523,22 +527,6 @@ def test_gpt_oss_four_bit_weights_unpack_as_in_transformers():
     torch.testing.assert_close(ours, expected if expected.shape == ours.shape else expected.transpose(1, 2))
 
 
-def test_fp8_blocks_and_packed_experts_load(tmp_path):
-    weights = weights_of(wide := TINY.change(hidden_size=160, vocab_size=300))
-    name, scales = "model.layers.0.mlp.up_proj.weight", torch.tensor([[0.5, 2.0]])
-    packed = weights[name].to(torch.float8_e4m3fn)
-    folder = write(
-        tmp_path,
-        weights | {name: packed, name + "_scale_inv": scales},
-        wide,
-        quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]},
-    )
-    expected = packed.float() * torch.cat((torch.full((128,), 0.5), torch.full((32,), 2.0)))
-    assert torch.equal(from_pretrained(folder).state_dict()[name], expected)
-    with pytest.raises(UserError, match="128 x 128"):
-        from_pretrained(write(tmp_path, weights | {name: packed, name + "_scale_inv": torch.ones(2, 2)}, wide))
-
-
 def test_loading_in_bf16_keeps_what_chooses_experts(pair):
     name, _, ours, folder = pair
     half = from_pretrained(folder, torch.bfloat16)
@@ -587,7 +575,7 @@ def test_export_of_a_run_opens_chats_and_stops_as_the_run(exported):
 def test_an_export_whose_ids_differ_is_refused(exported, tmp_path, monkeypatch):
     tokenizer, run, _ = exported
     monkeypatch.setattr(checkpoint, "CHAT_TEMPLATE", checkpoint.CHAT_TEMPLATE.replace("assistant", "helper"))
-    with pytest.raises(UserError, match="begins with the ids"):
+    with pytest.raises(UserError, match="reads the ids"):
         save_pretrained(GPT(TINY.change(vocab_size=tokenizer.vocab_size)), tmp_path / "out", tokenizer_from=run)
 
 
@@ -600,12 +588,12 @@ def test_the_trained_end_of_a_turn_joins_the_stops(exported, tmp_path):
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_id}))
     (tmp_path / "run").mkdir()
     tokenizer.save(tmp_path / "run")
-    checkpoint.copy_chat_format(base, tmp_path / "run")
+    checkpoint.copy_chat_format(base, tmp_path / "run", tokenizer)
     chat = ChatFormat(tmp_path / "run", tokenizer)
     assert chat.stop == {tokenizer.eos_id, tokenizer.control("<|im_end|>")} and chat.opening == [tokenizer.eos_id]
     save_pretrained(from_pretrained(out), tmp_path / "out", tokenizer_from=tmp_path / "run")
     assert ChatFormat(tmp_path / "out", tokenizer).stop == chat.stop
-    checkpoint.copy_chat_format(tmp_path / "run", tmp_path / "out")  # twice changes nothing
+    checkpoint.copy_chat_format(tmp_path / "run", tmp_path / "out", tokenizer)  # twice changes nothing
     assert ChatFormat(tmp_path / "out", tokenizer).stop == chat.stop
 
 
@@ -614,7 +602,7 @@ def test_more_tokens_than_embedding_rows(exported, tmp_path):
     short = TINY.change(vocab_size=tokenizer.vocab_size - 2)
     write(tmp_path, weights_of(short), short)
     shutil.copy(run / "tokenizer.json", tmp_path)
-    with pytest.raises(UserError, match=f"{tokenizer.vocab_size} tokens, but the model has {tokenizer.vocab_size - 2}"):
+    with pytest.raises(UserError, match=f"more tokens than the model has embedding rows, {tokenizer.vocab_size - 2}"):
         from_pretrained(tmp_path)
 
 
