@@ -415,8 +415,9 @@ def config_from_hugging_face(hf):
     seen = ({"mscale": 0, "num_experts": hf.get("num_local_experts")} | (hf.get("quantization_config") or {}) | hf
             | (hf.get("rope_parameters") or {}) | scaling)
     position = scaling.get("type") or seen.get("rope_type") or "default"
-    fixed = {"quant_method": "mxfp4", "low_freq_factor": 1, "high_freq_factor": 4, "attention_factor": None,
-             "mscale": seen.get("mscale_all_dim") or 0, "rope_interleave": True, **family.fixed}
+    fixed = {"quant_method": "mxfp4" if kind == "gpt_oss" else "fp8", "weight_block_size": [128, 128],
+             "low_freq_factor": 1, "high_freq_factor": 4, "attention_factor": None, "rope_interleave": True,
+             "mscale": seen.get("mscale_all_dim") or 0, **family.fixed}
     if not {"partial_rotary_factor", "kv_lora_rank"} & {*family.fields.split()}:
         fixed["partial_rotary_factor"] = 1
     if not hf.get("layer_types"):
@@ -559,12 +560,15 @@ def _read_hugging_face(folder, model, dtype):
     missing, head, first = set(views), "lm_head.weight", "model.embed_tokens.weight"
     for name, file in where.items():
         layer, tensor = re.match(r"model\.layers\.(\d+)\.", name), file.get_tensor(name)
-        if (name.endswith(("rotary_emb.inv_freq", "_scales")) or name.startswith("mtp.")
+        if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
                 or layer and end <= int(layer[1]) < end + (hf.get("num_nextn_predict_layers") or 0)
                 or name == head and config.tie_word_embeddings and torch.equal(tensor, where[first].get_tensor(first))):
             continue  # multi-token prediction is not computed here
         if (scales := name.removesuffix("_blocks") + "_scales") in where:
             name, tensor = name.removesuffix("_blocks"), _mxfp4(tensor, where[scales].get_tensor(scales))
+        if (scales := name + "_scale_inv") in where:  # DeepSeek's FP8: a scale for each square of 128 x 128
+            scale = where[scales].get_tensor(scales).repeat_interleave(128, 0).repeat_interleave(128, 1)
+            tensor = tensor.float() * scale[:len(tensor), :tensor.shape[1]]
         if "gate_up" in name:
             tensor = tensor.unflatten(-1, (-1, 2))
         if name not in views or tensor.shape != views[name].shape or not tensor.is_floating_point():

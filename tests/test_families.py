@@ -369,7 +369,8 @@ def weights_of(config=TINY):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         ({"rope_scaling": {"type": "yarn", "factor": 2, "mscale_all_dim": 1.0}}, "mscale = 0"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quant_method = gptq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quant_method = fp8"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quant_method = mxfp4"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, "weight_block_size = "),
         ({"vocab_size": 2**31}, "more than its files hold|cannot be read|is not between"),
         ({"num_attention_heads": 10**9}, "num_attention_heads 1000000000 is not between"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not between"),
@@ -382,6 +383,16 @@ def test_what_is_not_supported_is_named(change, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence) as error:
         from_pretrained(write(tmp_path, weights_of(), **change))
     assert "\n" not in str(error.value)
+
+
+def test_fp8_blocks_load(tmp_path):
+    weights = weights_of(wide := TINY.change(hidden_size=160, vocab_size=300))
+    name, scales = "model.layers.0.mlp.up_proj.weight", torch.tensor([[0.5, 2.0]])
+    packed = weights[name].to(torch.float8_e4m3fn)
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    folder = write(tmp_path, weights | {name: packed, name + "_scale_inv": scales}, wide, quantization_config=quantized)
+    expected = packed.float() * torch.cat((torch.full((128,), 0.5), torch.full((32,), 2.0)))
+    assert torch.equal(from_pretrained(folder).state_dict()[name], expected)
 
 
 def test_qwen3_next_folders(tmp_path):
