@@ -6,19 +6,15 @@ token files once. Everything after that is computed from the step number, so no 
 
     documents -> token files (one folder per source) -> sequences -> mixture of a stage -> batch of a step
 
-Exact duplicates are dropped, and so are documents that repeat a span of up to 13 tokens 32 times (playbook). Packing
-cuts documents into sequences, by default end to end. Document starts travel with each batch as `cu_seqlens`, so that
-attention can stay inside a document: no effect in short context (loss 2.197 against 2.198), adopted for long context
-and because a step gets cheaper.
+Exact duplicates are dropped, and so are documents that repeat a span of up to 13 tokens 32 times (playbook). Document
+starts travel with each batch as `cu_seqlens`, so that attention can stay inside a document: no effect in short context
+(loss 2.197 against 2.198), adopted for long context and because a step gets cheaper.
 
-    python data.py prepare                             # the embedded corpus -> data/laptop
+    python data.py prepare                             # the embedded corpus (`embedded`) -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
     python data.py prepare web=dump/ hf:HuggingFaceFW/fineweb-edu:sample-10BT --max-tokens 1B --out data/web
     python data.py show data/laptop                    # how it packs, how long documents are, where they begin
     python data.py tokenizer dump/ --vocab-size 32768 --out tokenizers/mine
-
-Without a network the Python installation is the corpus: docstrings of the standard library, numpy and torch and the
-language reference (prose), the standard library's modules (code), and generated arithmetic (math).
 """
 
 import argparse
@@ -73,7 +69,7 @@ def uniform(key):
 
 
 def needs(package, what):
-    """An optional package. UserError if it is missing."""
+    """An optional package."""
     try:
         return importlib.import_module(package)
     except ImportError:
@@ -85,15 +81,15 @@ def unpacked(file):
     return needs(PACKED.get(file.suffix.lower(), "builtins"), file).open(file, "rb")
 
 
-def files_below(folder, seen):
-    """The files of a folder in a fixed order, without hidden ones. A folder that several links lead to is read once."""
-    if (real := os.path.realpath(folder)) not in seen:
+def files_below(path, seen):
+    """A file, or those of a folder in a fixed order, but hidden ones. A folder behind several links is read once."""
+    if path.is_file():
+        yield path
+    elif path.is_dir() and (real := os.path.realpath(path)) not in seen:
         seen.add(real)
-        for path in sorted(path for path in folder.iterdir() if path.name[0] != "." and path.name != "__pycache__"):
-            if path.is_dir():
-                yield from files_below(path, seen)
-            elif path.is_file():
-                yield path
+        for inside in sorted(path.iterdir()):
+            if inside.name[0] != "." and inside.name != "__pycache__":
+                yield from files_below(inside, seen)
 
 
 class Document(NamedTuple):
@@ -103,12 +99,9 @@ class Document(NamedTuple):
 
 
 class Source:
-    """The documents of a path: text, source code, .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow (also as .gz,
-    .bz2, .xz, .zst), a folder of those, or hf:DATASET[:CONFIG[:SPLIT]]. A stream in a fixed order, from any position.
-
-    Data sets hold documents out by the hash of their text, text files by the hash of their name, long text files at a
-    seam. A file that is named must be readable; in a folder unreadable lines and files are left out and counted.
-    """
+    """The documents of a text or data file (packed or not), of a folder, or of hf:DATASET[:CONFIG[:SPLIT]], in a fixed
+    order from any position. Data sets hold documents out by the hash of their text, text files by that of their name. A
+    file that is named must be readable; in a folder unreadable lines and files are left out and counted."""
 
     def __init__(self, where, text_key="text", revision=None):
         self.where, self.text_key, self.revision, path = str(where), text_key, revision, Path(where)
@@ -117,8 +110,8 @@ class Source:
         if self.hub:
             self.open_data_set()
         else:
-            files = files_below(path, set()) if self.folder else [path] * path.exists()
-            self.files = {file.relative_to(path if self.folder else path.parent).as_posix(): file for file in files}
+            root = path if self.folder else path.parent
+            self.files = {file.relative_to(root).as_posix(): file for file in files_below(path, set())}
         if not self.files:
             raise UserError(f"there is nothing to read at {where}: give a text file, .jsonl, .parquet or a folder")
 
@@ -144,7 +137,7 @@ class Source:
                 except UnicodeDecodeError as error:
                     name = "UTF-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
                     raise UserError(f"{where} is not UTF-8 text, but perhaps {name}: convert it with `iconv -f {name} "
-                                    "-t UTF-8` or leave it out") from None
+                                    "-t UTF-8`") from None
         except UserError as error:
             if not self.folder:
                 raise
@@ -162,8 +155,7 @@ class Source:
         names = list(self.files)
         start, offset = position or (names[0], 0)
         if start not in names:
-            raise UserError(f"{self.where} no longer holds {start}, which was being read; put it back, or remove the "
-                            "unfinished preparation")
+            raise UserError(f"{start} of {self.where} is gone: put it back, or remove the unfinished preparation")
         for name in names[names.index(start):]:
             yield from self.read_file(name, offset)
             offset = 0
@@ -171,26 +163,31 @@ class Source:
     def read_file(self, name, offset=0):
         """The documents of one file, or of one shard on the Hub, from an offset on."""
         file = self.files[name]
-        kind = "hf" if self.hub else next((s for s in map(str.lower, file.suffixes[::-1]) if s not in PACKED), "")
-        read = (self.read_lines if kind in (".jsonl", ".ndjson") else self.read_rows if kind in ("hf", *TABLES)
-                else self.read_text)
+        kind = "" if self.hub else next((s for s in map(str.lower, file.suffixes[::-1]) if s not in PACKED), "")
         with self.checked(file):
-            for text, held, offset in read(name, kind, offset):
+            if self.hub:
+                rows = self.read_rows(self.rows.shard(self.rows.num_shards, int(name)), file, offset)
+            elif kind in TABLES:
+                builder, options = TABLES[kind]
+                rows = self.read_rows(needs("datasets", file).load_dataset(
+                    builder, data_files=glob.escape(str(file.absolute())), split="train", streaming=True, **options),
+                    file, offset)
+            else:
+                rows = (self.read_lines if kind in (".jsonl", ".ndjson") else self.read_text)(name, file, offset)
+            for text, held, offset in rows:
                 yield Document(text, held, (name, offset))
 
-    def read_text(self, name, kind, skip):
+    def read_text(self, name, file, skip):
         """A text file in documents of at most LONGEST_PIECE characters; the offset counts them. The last 3 % of a file
         that is cut are held out, so that the two sides touch at one seam only."""
         size, begin, rest, count = 0, 0, "", 0
-        with unpacked(self.files[name]) as raw:
-            stream = io.TextIOWrapper(raw, "utf-8-sig")
+        with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
                 size += len(block)
                 if "\0" in block:
-                    raise UserError(f"{self.files[name]} is not UTF-8 text, but binary or UTF-16: leave it out, or "
-                                    "convert it with `iconv -f UTF-16LE -t UTF-8`")
-            seam = size - int(HELD_OUT * size)
+                    raise UserError(f"{file} is not UTF-8 text, but binary or UTF-16: convert it with `iconv`")
             stream.seek(0)
+            seam = size - int(HELD_OUT * size)
             while rest := rest + stream.read(LONGEST_PIECE - len(rest)):
                 end, line = len(rest), rest.rfind("\n", 0, max(0, seam - begin)) + 1
                 if size > LONGEST_PIECE and begin + end > seam and line:
@@ -202,29 +199,22 @@ class Source:
                 if count > skip and text.strip():
                     yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
 
-    def read_lines(self, name, kind, skip):
+    def read_lines(self, name, file, skip):
         """One document per line of JSON; the offset is the number of the line."""
-        with unpacked(self.files[name]) as stream:
+        with unpacked(file) as stream:
             for count, line in enumerate(iter(lambda: stream.readline(LONGEST_VALUE), b""), 1):
-                where, rest = f"{self.files[name]} line {count}", line
+                rest = line
                 while len(rest) == LONGEST_VALUE:  # read to the end of the line without keeping it
                     rest = stream.readline(LONGEST_VALUE)
                 if count > skip and len(line) == LONGEST_VALUE:
-                    self.leave_out("documents over 16 MB", f"{where} is longer than 16 MB")
+                    self.leave_out("documents over 16 MB", f"{file} line {count} is longer than 16 MB")
                 elif count > skip and line.strip():
-                    with self.checked(where, "unreadable lines"):
-                        text = self.text_of(json.loads(line), where)
+                    with self.checked(f"{file} line {count}", "unreadable lines"):
+                        text = self.text_of(json.loads(line), f"{file} line {count}")
                         yield text, uniform(text), count
 
-    def read_rows(self, name, kind, state):
+    def read_rows(self, rows, where, state):
         """One document per row of a data set or table; the offset is the state from which `datasets` resumes."""
-        where = self.files[name]
-        if kind == "hf":
-            rows = self.rows.shard(self.rows.num_shards, int(name))
-        else:
-            builder, options = TABLES[kind]
-            rows = needs("datasets", where).load_dataset(builder, data_files=glob.escape(str(where.absolute())),
-                                                         split="train", streaming=True, **options)
         if state:
             rows.load_state_dict(state)
         with closing(iter(rows)) as stream:  # one that is left half-read may keep the process from ending
@@ -237,10 +227,9 @@ class Source:
 
     def text_of(self, record, where):
         """The text of a record, "" for null."""
-        text = record.get(self.text_key, 0)
-        if not isinstance(text, str | None):
-            raise UserError(f"{where} has no text in a field {self.text_key}: choose one of {', '.join(record)} with "
-                            "--text-key")
+        if not isinstance(text := record.get(self.text_key, 0), str | None):
+            names = ", ".join(record)
+            raise UserError(f"{where} has no text in a field {self.text_key}: choose one of {names} with --text-key")
         return text or ""
 
     def sample(self, max_bytes, held_out=0.0):
@@ -324,36 +313,27 @@ def subtracted(a, b):
     return f"{a} - {tens} = {a - tens}, {a - tens} - {b % 10} = {a - b}. So {a} - {b} = {a - b}."
 
 
-def multiplied(a, b):
-    """a * b by the digits of a, which has two."""
-    tens, ones = a // 10 * 10, a % 10
-    return (f"{tens} * {b} = {tens * b}, {ones} * {b} = {ones * b}, {tens * b} + {ones * b} = {a * b}. "
-            f"So {a} * {b} = {a * b}.")
-
-
 def generated_math(problems=40_000, seed=0):
     """Arithmetic with worked steps, which come before the result because a model writes from left to right. The key is
     the problem without its story, so the same numbers are never both trained on and held out."""
     rng = random.Random(seed)
-    signs = {"sum": "+", "difference": "-", "product": "*", "comparison": "?", "got": "+", "left": "-"}
     for _ in range(problems):
-        kind, limit = rng.choice(list(signs)), rng.choice([10, 100, 1000])
+        kind, limit = rng.randrange(6), rng.choice([10, 100, 1000])
         a, b = rng.randrange(limit), rng.randrange(limit)
         who, what = rng.choice(PEOPLE), rng.choice(THINGS)
-        high, low, sign = max(a, b), min(a, b), ">" if a > b else "<" if a < b else "="
-        x, y = a % 90 + 10, b % 8 + 2  # of a product
-        question, answer = {
-            "sum": (f"What is {a} + {b}?", added(a, b)),
-            "difference": (f"What is {high} - {low}?", subtracted(high, low)),
-            "product": (f"What is {x} * {y}?", multiplied(x, y)),
-            "comparison": (f"Which is larger, {a} or {b}?", f"{a} {sign} {b}, so it is {high}."),
-            "got": (f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
-                    f"{who} has {a} + {b} {what}. {added(a, b)}"),
-            "left": (f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
-                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")}[kind]
-        key = f"{x}*{y}" if kind == "product" else f"{low}{signs[kind]}{high}"
-        yield key, f"Question: {question}\nAnswer: {answer}\n"
-
+        high, low, relation = max(a, b), min(a, b), ">" if a > b else "<" if a < b else "="
+        x, y, ones = a % 90 + 10, b % 8 + 2, a % 10  # of a product
+        sign, question, answer = [
+            ("+", f"What is {a} + {b}?", added(a, b)),
+            ("-", f"What is {high} - {low}?", subtracted(high, low)),
+            ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
+             f"{(x - ones) * y} + {ones * y} = {x * y}. So {x} * {y} = {x * y}."),
+            ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
+            ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
+             f"{who} has {a} + {b} {what}. {added(a, b)}"),
+            ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
+             f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]
+        yield f"{x}*{y}" if sign == "*" else f"{low}{sign}{high}", f"Question: {question}\nAnswer: {answer}\n"
 
 
 # Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash:
@@ -372,7 +352,7 @@ source space speed square stack stage star stick stones stream string style symb
 
 def draw_notes(rng, count, held_out):
     """(key, value) pairs, all held out or none, no key twice."""
-    pairs: dict[str, str] = {}
+    pairs = {}
     while len(pairs) < count:
         key, value = rng.choice(KEYS), rng.choice(VALUES)
         if key not in pairs and (uniform(f"{key} {value}") < HELD_OUT) == held_out:
@@ -420,34 +400,28 @@ def embedded():
 # EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
 # one: the attention of a document begins at its own EOS.
 #
-# All of it is made in OUT.partial and renamed at the end, so that a folder that exists is complete. The files grow by a
-# shard at a time; then meta.json is replaced, which says how long they are and up to which document of the source
-# everything is stored. Whatever stops the work, kill -9 too, the same command cuts the files to these lengths and
-# resumes there.
+# All of it is made in OUT.partial and renamed at the end, so a folder that exists is complete. The files grow shard by
+# shard; after each, meta.json is replaced, which says how long they are and which document of the source was last.
+# Whatever stops the work, kill -9 too, the same command cuts the files to these lengths and resumes there.
 
 
 def add_new(seen, key):
     """Adds a hash to a set; False if it was there. A full set is emptied first: memory stays bounded."""
-    if key in seen:
-        return False
-    if len(seen) == REMEMBERED:
-        seen.clear()
-    seen.add(key)
-    return True
+    if new := key not in seen:
+        if len(seen) == REMEMBERED:
+            seen.clear()
+        seen.add(key)
+    return new
 
 
-def repeats_spans(ids, starts, times=32, longest=13):
-    """Which documents hold a span of 1 to 13 tokens 32 or more times in a row, the playbook's filter (after OLMo 2).
-
-    ids [N]: documents end to end, starts [D]: where each begins. Returns bool [D]. In a span of n tokens that stands k
-    times in a row, n * (k - 1) consecutive tokens equal the one n places later.
-    """
-    bad = np.zeros(len(starts), bool)
-    for n in range(1, longest + 1):
-        same = ids[n:] == ids[:-n]
-        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # runs of True begin and end here
-        begins = edges[::2][edges[1::2] - edges[::2] >= n * (times - 1)]
-        bad[np.searchsorted(starts, begins, side="right") - 1] = True
+def repeats_spans(documents):
+    """Which of the arrays of ids hold a span of 1 to 13 tokens 32 or more times in a row, bool [D]: the playbook's
+    filter (after OLMo 2). A span of n tokens stands k times in a row where n * (k - 1) tokens equal the one n later."""
+    ids, ends, bad = np.concatenate(documents), np.cumsum(list(map(len, documents))), np.zeros(len(documents), bool)
+    for n in range(1, 14):
+        edges = np.flatnonzero(np.diff(ids[n:] == ids[:-n], prepend=False, append=False))  # where equal runs begin, end
+        begins = edges[::2][edges[1::2] - edges[::2] >= n * 31]
+        bad[np.searchsorted(ends, begins, side="right")] = True
     return bad
 
 
@@ -462,22 +436,22 @@ def token_dtype(tokenizer):
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def encode_job(documents, tokenizer, limit):
-    """[Encoded]; documents whose `held` is below `limit` are held out."""
-    found = []
-    for text, held, _ in documents:
-        raw, ids = utf8(text), np.insert(tokenizer.encode_array(text), 0, tokenizer.eos_id)
+def encode_job(documents, tokenizer):
+    """[Document] -> [Encoded]"""
+    ids = [np.insert(tokenizer.encode_array(document.text), 0, tokenizer.eos_id).astype(token_dtype(tokenizer))
+           for document in documents]
+    # of tokens that are hardly longer than bytes, a ruled line would be a repeated span
+    bad, found = repeats_spans(ids) if ids and tokenizer.vocab_size > 512 else [False] * len(ids), []
+    for (text, held, _), tokens, repeats in zip(documents, ids, bad):
+        raw = utf8(text)
         key = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), signed=True)
-        side = "empty documents" if not text.strip() else "val" if held < limit else "train"
-        found.append(Encoded(ids.astype(token_dtype(tokenizer)), len(raw), key, side))
-    if found and tokenizer.vocab_size > 512:  # a ruled line is no repeated span of tokens hardly longer than bytes
-        ids = [one.ids for one in found]
-        bad = repeats_spans(np.concatenate(ids), np.cumsum([0, *map(len, ids[:-1])]))
-        found = [one._replace(side="repeated spans") if drop else one for one, drop in zip(found, bad)]
+        side = ("empty documents" if not text.strip() else "repeated spans" if repeats else
+                "val" if held < HELD_OUT else "train")
+        found.append(Encoded(tokens, len(raw), key, side))
     return found
 
 
-def encoded(source, position, tokenizer, limit):
+def encoded(source, position, tokenizer):
     """Yields ([Encoded], the position behind them, Counter of what the source left out), about JOB_BYTES at a time, in
     order. Threads help, since tiktoken releases Python's lock."""
     workers, queue, documents, size = os.cpu_count() or 1, [], [], 0
@@ -489,18 +463,18 @@ def encoded(source, position, tokenizer, limit):
                 size += sys.getsizeof(document.text) + 200  # in memory: an emoji makes every character take 4 bytes
                 position = document.position
             if size >= JOB_BYTES or not document:
-                queue.append((size, pool.submit(encode_job, documents, tokenizer, limit), position, source.dropped))
+                queue.append((size, pool.submit(encode_job, documents, tokenizer), position, source.dropped))
                 documents, size, source.dropped = [], 0, Counter()
             while queue and (sum(job[0] for job in queue) > 4 * workers * JOB_BYTES or not document):
                 _, job, *rest = queue.pop(0)
                 yield job.result(), *rest
 
 
-def write_source(folder, source, tokenizer, seen, limit, max_tokens):
+def write_source(folder, source, tokenizer, seen, max_tokens):
     """Makes the token files of a source, or resumes. seen: hashes of the documents of sources before it."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "read": 0, "shards": 0, "dropped": {},
-            "sizes": {}}  # read: tokens; sizes: bytes of the files
+    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {},
+            "sizes": {}}  # bytes of the files
     meta |= {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}  # bytes: of the text, UTF-8
     if (folder / "meta.json").exists():
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
@@ -508,25 +482,26 @@ def write_source(folder, source, tokenizer, seen, limit, max_tokens):
             add_new(seen, key)
     if "sha256" in meta["val"]:
         return
-    pending, written = [], meta["read"]
-    with (closing(encoded(source, meta["position"], tokenizer, limit)) as jobs,
+    pending, size = [], 0
+    with (closing(encoded(source, meta["position"], tokenizer)) as jobs,
           tqdm(unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
         for documents, position, dropped in jobs:
-            if meta["read"] - written >= SHARD_TOKENS:
+            if size >= SHARD_TOKENS:
                 write_shard(folder, meta, pending)
-                pending, written = [], meta["read"]
+                pending, size = [], 0
             new = [document for document in documents if add_new(seen, document.hash)]
             dropped.update(document.side for document in new if document.side not in SPLITS)
             dropped["exact duplicates"] += len(documents) - len(new)
+            meta |= {"position": position, "dropped": Counter(meta["dropped"]) + dropped}
             pending += new
-            meta |= {"position": position, "dropped": Counter(meta["dropped"]) + dropped,
-                     "read": meta["read"] + sum(len(document.ids) for document in new)}
+            size += sum(len(document.ids) for document in new)
             bar.update(sum(document.bytes for document in documents))
-            if 0 < max_tokens <= meta["read"]:
+            if 0 < max_tokens <= size + sum(meta[split]["tokens"] for split in SPLITS):
                 break
     if not meta["val"]["documents"] and all(document.side != "val" for document in pending):
-        count = max(1, round(HELD_OUT * len(pending)))  # max_tokens came before the held-out end of a long text
-        pending[-count:] = [document._replace(side="val") for document in pending[-count:]]
+        train = [i for i, document in enumerate(pending) if document.side == "train"]
+        for i in train[-max(1, round(HELD_OUT * len(train))):]:  # few documents, or the beginning of a long text
+            pending[i] = pending[i]._replace(side="val")
     write_shard(folder, meta, pending, last=True)
 
 
@@ -539,13 +514,12 @@ def write_shard(folder, meta, documents, last=False):
         ends = np.cumsum([0, *(len(document.ids) for document in chosen)]) + about["tokens"]
         append(folder / f"{split}.starts", meta, [ends[min(1, meta["shards"]):]])
         append(folder / f"{split}.bin", meta, (document.ids for document in chosen))
-        about["documents"] += len(chosen)
-        about["tokens"] = int(ends[-1])
-        about["bytes"] += sum(document.bytes for document in chosen)
-        if last and not about["documents"]:
-            raise UserError(f"{folder.name} has no document for {split} (dropped: {counted(meta)}): give more text")
+        about |= {"documents": about["documents"] + len(chosen), "tokens": int(ends[-1]),
+                  "bytes": about["bytes"] + sum(document.bytes for document in chosen)}
         if last:
             about["sha256"] = [file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]
+    if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
+        raise UserError(f"{folder.name} has too few documents to hold one out; give more (dropped: {counted(meta)})")
     meta["shards"] += 1
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
@@ -618,9 +592,9 @@ def source_folders(data):
     """The folders that `data` names, separated by commas; each is a source or holds sources."""
     folders = []
     for name in data.split(","):
-        found = [file.parent for glob in ("meta.json", "*/meta.json") for file in sorted(Path(name).glob(glob))]
+        found = [file.parent for place in ("meta.json", "*/meta.json") for file in sorted(Path(name).glob(place))]
         if not found:
-            raise UserError(f"{name} is not prepared data: make it with `python data.py prepare YOUR_TEXT --out {name}`")
+            raise UserError(f"{name} is not prepared data: make it with `python data.py prepare TEXT --out {name}`")
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
@@ -633,22 +607,14 @@ def find_tokenizer(data):
     return first if (first / "tokenizer.json").exists() else first.parent
 
 
-def held_out_limit(source):
-    """Documents whose `held` is below this are held out: HELD_OUT of them, but at least one if there are few."""
-    with closing(source.read()) as documents:
-        held = [document.held for document in itertools.islice(documents, 1000) if document.text.strip()]
-    if len(held) < 2:
-        raise UserError(f"{source.where} has {len(held)} document(s), and one must be held out: give more text (a text "
-                        f"file is cut into documents of {LONGEST_PIECE:,} characters)")
-    return max(HELD_OUT, float(np.nextafter(min(held), 1)) if len(held) < 1000 else 0.0)
+def sample(sources, max_bytes, held_out=0.0):
+    """Texts to train a tokenizer on, equally much of each of {name: Source}."""
+    return (text for source in sources.values() for text in source.sample(max_bytes / len(sources), held_out))
 
 
 def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max_tokens=0):
-    """Tokenizes {name: Source or (key, text) pairs} into `out`/name; without a tokenizer trains one on equal parts of
-    the sources, at most `sample_bytes` of their training side. `max_tokens`: per source, about.
-
-    A folder that exists is never touched. Interrupted work stays in `out`.partial, and the same call resumes it.
-    """
+    """Tokenizes {name: Source or (key, text) pairs} into `out`/name; without a tokenizer trains one on `sample_bytes`.
+    `max_tokens`: per source, about. Interrupted work stays in `out`.partial, and the same call resumes it."""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already and is left as it is: choose another --out")
@@ -658,33 +624,27 @@ def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max
             "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "max_tokens": max_tokens}
     if (partial / "task.json").exists():
         with reading(partial / "task.json"):
-            saved, begun = json.loads((partial / "task.json").read_text("utf-8"))
+            saved, revisions = json.loads((partial / "task.json").read_text("utf-8"))
             if saved != task:
-                raise UserError(f"{partial} is the unfinished work of another command: run that command again, or "
-                                "remove the folder")
+                raise UserError(f"{partial} is unfinished work of another command: run that again or remove the folder")
             tokenizer = Tokenizer.load(partial)
-            sources |= {name: Source(*task["sources"][name], revision)
-                        for name, (_, revision) in begun.items() if revision}
+            sources |= {name: Source(*task["sources"][name], revision) for name, revision in revisions.items()}
         print(f"resuming {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
-        begun = {name: (held_out_limit(source), source.revision) for name, source in sources.items()}
-        tokenizer = tokenizer or train_bpe((text for name, source in sources.items() for text in source.sample(
-            sample_bytes / len(sources), begun[name][0])), vocab_size)
+        tokenizer = tokenizer or train_bpe(sample(sources, sample_bytes, HELD_OUT), vocab_size)
         tokenizer.save(partial)
-        write_text(partial / "task.json", json.dumps([task, begun]))
+        revisions = {name: source.revision for name, source in sources.items() if source.revision}
+        write_text(partial / "task.json", json.dumps([task, revisions]))
     try:
         for name, source in sources.items():
-            write_source(partial / name, source, tokenizer, seen, begun[name][0], max_tokens)
+            write_source(partial / name, source, tokenizer, seen, max_tokens)
         partial.rename(out)
-    except BaseException as error:
-        if not any(partial.glob("*/meta.json")):
+    except BaseException:
+        if any(partial.glob("*/meta.json")):
+            print(f"\nfinished parts are in {partial}: run the same command again to resume", file=sys.stderr)
+        else:
             shutil.rmtree(partial, ignore_errors=True)
-            raise
-        advice = f"finished parts are in {partial}: run the same command again to resume"
-        if isinstance(error, (UserError, OSError)):
-            raise UserError(f"{error}; {advice}") from None
-        print(f"\n{advice}", file=sys.stderr)
         raise
     for path in [*out.glob("*/hashes"), out / "task.json"]:
         path.unlink()
@@ -693,17 +653,15 @@ def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max
 
 # ---- packing: documents -> sequences --------------------------------------------------------------------------
 # A packing takes document starts [D + 1] and a context, and returns the row, begin and size of each piece, three int64
-# arrays [P]; pieces of one row stand in it in the order of the arrays. PACKINGS is the only place that lists them.
+# arrays [P]; pieces of one row stand in it in the order of the arrays.
 
 
 def best_fit(lengths, context):
     """Row of each piece [P] int64: longest first, into the open row that it fills most (Ding et al. 2024, 2404.10830).
-
     `room[c]` lists the rows with c places left, bit c of `some` says that there is one: the lowest bit from a piece's
-    length on is its best fit. One step per piece, whatever the number of rows.
-    """
-    row, rows, some = np.empty(len(lengths), np.int64), 0, 0
-    room: list[list[int]] = [[] for _ in range(context + 1)]
+    length on is its best fit."""
+    row, rows, some = np.empty_like(lengths), 0, 0
+    room = [[] for _ in range(context + 1)]
     for i in np.argsort(-lengths, kind="stable").tolist():
         n = int(lengths[i])
         if fitting := some >> n:
@@ -731,7 +689,7 @@ def pack_best_fit(starts, context):
 def pack_bos(starts, context):
     """Every row begins with a document; a part that does not fit into the row is dropped (nanochat, modded-nanogpt)."""
     lengths = np.diff(starts)
-    rows, sizes, row, used = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64), 0, 0
+    rows, sizes, row, used = np.empty_like(lengths), np.empty_like(lengths), 0, 0
     for i, n in enumerate(lengths.tolist()):
         rows[i], sizes[i] = row, min(n, context - used)
         row, used = (row + 1, 0) if used + n >= context else (row, used + n)
@@ -743,10 +701,8 @@ PACKINGS = {"concat": None, "best-fit": pack_best_fit, "bos": pack_bos}
 
 
 class Packing:
-    """The sequences of a split under one of PACKINGS: `count` of them, and the pieces of the token files in each.
-
-    All but concat take 16 bytes of memory per document, and a pass over them (about 1 us each) before training.
-    """
+    """The `count` sequences of a split under one of PACKINGS. All but concat take 16 bytes of memory per document, and
+    a pass over them (about 1 us each) before training."""
 
     def __init__(self, split, context, strategy="concat"):
         self.split, self.context, self.end, self.pack = split, context, len(split.tokens), PACKINGS[strategy]
@@ -789,23 +745,19 @@ class Packing:
 
 
 def permute(index, n, key):
-    """Where a shuffle of range(n) puts each index, in constant time and memory: no array of n is made.
-
+    """Where a shuffle of range(n) puts each index [..] int64, in constant time and memory. key: integers that name it.
     A Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; an index that lands outside
-    range(n) goes through again. index [..] int64 in range(n), key: non-negative integers that name the shuffle. Returns
-    int64 of the same shape.
-    """
+    range(n) goes through again."""
     half = max(1, -(-(n - 1).bit_length() // 2))
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    keys = np.random.PCG64(key).random_raw(6)
+    mask, keys = (1 << half) - 1, np.random.PCG64(key).random_raw(6)
 
     def network(x):
-        left, right = x >> shift, x & mask
+        left, right = x >> half, x & mask
         for k in keys:
-            mixed = (right + k) * np.uint64(0x9E3779B97F4A7C15)  # wraps, like every product of a hash
-            mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
-        return left << shift | right
+            mixed = (right + k) * 0x9E3779B97F4A7C15  # wraps, like every product of a hash
+            mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9
+            left, right = right, left ^ (mixed >> 32 & mask)
+        return left << half | right
 
     out = network(index.astype(np.uint64))
     while (outside := out >= n).any():
@@ -817,10 +769,8 @@ def dealt(n, weights):
     """How many of a stage's first n sequences come from each source, [S, *n.shape] int64.
 
     Half of the sources get floor(n * their share) and the others the rest; then each half deals likewise among its own.
-    So each step of n deals exactly one, and each count is exact to within 1 + log2(S): every stretch has the mixture
-    that was asked for, not just the average. Whole weights (rows of the sources) are dealt in whole numbers, so that
-    the first sum(weights) sequences are exactly one epoch.
-    """
+    So each step of n deals exactly one, and each count is exact to within 1 + log2(S) in every stretch. Whole weights
+    (rows of the sources) stay whole numbers: the first sum(weights) sequences are exactly one epoch."""
     n = np.asarray(n, np.int64)
     if len(weights) == 1:
         return n[None]
@@ -862,59 +812,55 @@ def cut_batch(packings, sources, sequences):
         for begin, length in packings[source].pieces(sequence) if sequence >= 0 else [(0, 0)]:
             part = slice(begin, begin + length + 1)  # the target after the last token opens the next document
             ids = split.tokens[part]
-            n = len(ids) - 1  # less than `length` at the end of the file only
-            tokens[row, at:at + n], targets[row, at:at + n] = ids[:-1], labels[part][1:]
-            first, last = np.searchsorted(split.starts, [begin + 1, begin + n])
-            shift = row * tokens.shape[1] + at
-            starts += [[shift], split.starts[first:last] - begin + shift]
+            here = row, slice(at, at + len(ids) - 1)  # shorter than `length` at the end of the file only
+            tokens[here], targets[here] = ids[:-1], labels[part][1:]
+            inside = split.starts[slice(*np.searchsorted(split.starts, [begin + 1, begin + len(ids) - 1]))]
+            starts += [[row * packings[0].context + at], inside - begin + row * packings[0].context + at]
             at += length
     return Batch(tokens, targets, pad_cu_seqlens(np.concatenate(starts), tokens.size))
 
 
 def pad_cu_seqlens(starts, end):
-    """Document starts in the flattened batch -> cu_seqlens int32, padded with its end to a power of two, at least 16:
-    few lengths to compile for, and little work for documents that are not there."""
+    """Starts in the flattened batch -> int32, padded with its end to a power of two, at least 16: few lengths to
+    compile for."""
     out = np.full(max(16, 1 << len(starts).bit_length()), end, np.int32)
     out[:len(starts)] = starts
     return out
 
 
 class Curriculum:
-    """The batch of every step, as a pure function: (seed, step) -> rows of the stages' mixtures.
-
-    Global order does not depend on the number of processes: a process asks for its own rows of the global batch.
-    Shuffled at sequence level, anew each epoch (playbook). batch_tokens: of a step, where a stage says nothing else.
-    """
+    """The batch of every step, as a pure function: (seed, step) -> rows of the stages' mixtures. A process asks for its
+    rows of the global batch, so the order does not depend on the number of processes. Sequences are shuffled anew each
+    epoch (playbook). context, batch_tokens: where a stage says nothing else."""
 
     def __init__(self, sources, stages, context, batch_tokens, seed=0, packing="concat"):
         self.sources, self.stages, self.seed = sources, stages, seed
         self.contexts = [stage.context or context for stage in stages]
         self.batches = [stage.batch_tokens or batch_tokens for stage in stages]  # tokens per step
-        self.packings = {n: [Packing(split, n, packing) for split in sources] for n in set(self.contexts)}
-        self.weights = list(map(self.stage_weights, stages, self.contexts))
+        made = {n: [Packing(split, n, packing) for split in sources] for n in set(self.contexts)}
+        self.packings = [made[n] for n in self.contexts]
+        self.weights = list(map(self.stage_weights, stages, self.packings))
         self.shares = [[w / sum(weights) for w in weights] for weights in self.weights]
         # per stage: the step at which it ends; tokens before it; rows of each source before it, which another context
         # cuts, and so counts, anew
-        self.ends, self.passed, self.before = [], [0], []
-        self.used = {length: np.zeros(len(sources), np.int64) for length in self.packings}
-        begin, planned = 0, 0
+        self.ends, self.passed, self.before, self.steps, planned = [], [0], [], 0, 0
+        self.used = {length: np.zeros(len(sources), np.int64) for length in made}
         for stage, length, batch, weights in zip(stages, self.contexts, self.batches, self.weights):
             planned += stage.tokens
-            steps = max(not begin, round((planned - (self.passed[-1] - begin * batch)) / batch) - begin)
-            begin += steps
-            self.ends.append(begin)
+            left = planned - (self.passed[-1] - self.steps * batch)
+            steps = max(not self.steps, round(left / batch) - self.steps)
+            self.steps += steps
+            self.ends.append(self.steps)
             self.passed.append(self.passed[-1] + steps * batch)
             self.before.append(self.used[length])
             self.used[length] = self.used[length] + dealt(steps * (batch // length), weights)
-        self.begins, self.steps = [0, *self.ends], begin
+        self.begins = [0, *self.ends]
 
-    def stage_weights(self, stage, length):
+    def stage_weights(self, stage, packings):
         """Weights of the sources that sum to 1, or without a mixture their rows."""
-        packings = self.packings[length]
         weights = [stage.mixture.get(p.split.name, 0.0) if stage.mixture else p.count for p in packings]
-        if short := [p.split.name for p, w in zip(packings, weights) if w and not p.pack and p.end <= length]:
-            raise UserError(f"{', '.join(short)} has fewer tokens than one sequence of {length}; give more text or a "
-                            "shorter --max_position_embeddings")
+        if short := [p.split.name for p, w in zip(packings, weights) if w and not p.pack and p.end <= p.context]:
+            raise UserError(f"{', '.join(short)} has fewer tokens than one sequence: take more text or less context")
         return [w / sum(weights) for w in weights] if stage.mixture else weights
 
     def stage(self, step):
@@ -932,22 +878,23 @@ class Curriculum:
 
     def epochs(self):
         """{source: how often the run goes through it}; the playbook stays under about 4."""
-        return {split.name: float(sum(used[s] / self.packings[length][s].count for length, used in self.used.items()))
+        made = dict(zip(self.contexts, self.packings))
+        return {split.name: float(sum(used[s] / made[n][s].count for n, used in self.used.items()))
                 for s, split in enumerate(self.sources)}
 
     def report(self):
         """Lines: what the playbook would say of epochs and of the share of other languages, and what was adjusted."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
-        for stage, tokens in zip(self.stages, np.diff(self.passed)):
+        lengths, foreign = np.diff(self.passed), [split.name.startswith("multilingual") for split in self.sources]
+        for stage, tokens in zip(self.stages, lengths):
             total = sum(stage.mixture.values()) or 1
             if not tokens:
                 lines.append(f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step")
             if abs(total - 1) > 1e-6:
                 lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
-        foreign = [split.name.startswith("multilingual") for split in self.sources]
         if any(foreign):
-            share = np.diff(self.passed) @ np.array(self.shares) @ foreign / self.passed[-1]
+            share = lengths @ np.array(self.shares) @ foreign / self.passed[-1]
             lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the "
                          f"limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
@@ -959,23 +906,21 @@ class Curriculum:
         before = dealt(index, self.weights[stage])
         source = (dealt(index + 1, self.weights[stage]) - before).argmax(0)
         rank = before[source, np.arange(count)] + self.before[stage][source]
-        sequence = np.empty(count, np.int64)
-        for s in np.unique(source):
-            n = self.packings[self.contexts[stage]][s].count
-            for epoch in np.unique(rank[source == s] // n):
-                here = (source == s) & (rank // n == epoch)
-                sequence[here] = permute(rank[here] % n, n, [self.seed, int(s), int(epoch)])
+        counts, sequence = [packing.count for packing in self.packings[stage]], np.empty_like(rank)
+        epoch = rank // np.array(counts)[source]
+        for s, e in set(zip(source.tolist(), epoch.tolist())):
+            here = (source == s) & (epoch == e)
+            sequence[here] = permute(rank[here] % counts[s], counts[s], [self.seed, s, e])
         return source, sequence
 
     def targets(self, step):
-        """How many targets of a step's global batch count: its mean loss is divided by this number, however many
-        processes share it. A mean of their means would give more weight to a token in a share with few targets."""
-        packings = self.packings[self.contexts[self.stage(step)]]
+        """How many targets of a step's global batch count: what its summed loss is divided by, in every process."""
+        packings = self.packings[self.stage(step)]
         return sum(packings[source].targets(int(row)) for source, row in zip(*self.locate(step, 0, self.rows(step))))
 
     def batch(self, step, first=0, count=None):
         """The rows first .. first + count of the global batch of a step (all without them)."""
-        packings = self.packings[self.contexts[self.stage(step)]]
+        packings = self.packings[self.stage(step)]
         return cut_batch(packings, *self.locate(step, first, self.rows(step) if count is None else count))
 
 
@@ -990,14 +935,14 @@ def validation_batches(split, context, rows, sequences):
 
 
 def load_data(data, vocab_size=8192, verify=True):
-    """(Tokenizer, a {"train": Split, "val": Split} per source) of prepared folders. With `verify` their sha256 is
-    checked, and data/laptop (with a tokenizer of `vocab_size`) and data/recall are made if they are missing."""
-    folders = data.split(",")
-    if verify and folders[0] == "data/laptop" and not Path("data/laptop").exists():
+    """(Tokenizer, [{"train": Split, "val": Split}]) of prepared folders. With `verify` sha256 is checked, and
+    data/laptop (with a tokenizer of `vocab_size`) and data/recall are made if they are missing."""
+    missing = [name for name in data.split(",") if verify and not Path(name).exists()]
+    if data.split(",")[0] == "data/laptop" in missing:
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
         prepare(embedded(), "data/laptop", vocab_size=vocab_size)
     tokenizer = Tokenizer.load(find_tokenizer(data))
-    if verify and "data/recall" in folders and not Path("data/recall").exists():
+    if "data/recall" in missing:
         print("data      data/recall is not there yet: writing documents with notes to look up, encoding")
         sizes = {128: (430, 6000), 512: (1600, 2000), 2048: (6500, 1000)}  # context: bytes, at about 4 a token; count
         prepare({f"recall-{n}": generated_recall(*sizes[n], seed=n) for n in sizes}, "data/recall", tokenizer)
@@ -1020,30 +965,28 @@ def fit_stages(stages, names, tokens=0):
 
 
 def summary(data):
-    """Two lines per source: documents, tokens, bytes per token; and what was dropped."""
-    tokenizer, lines = Tokenizer.load(find_tokenizer(data)), []
-    for folder in source_folders(data):
-        train, val = load_source(folder, tokenizer, verify=False).values()
-        lines.append(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
-                     f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} "
-                     f"documents {len(val.tokens):9,} tokens\n{'':13}dropped: {read_meta(folder)['dropped']}")
-    return "\n".join(lines)
+    """Prints documents, tokens, bytes per token and what was dropped of each source. Returns (tokenizer, [Split])."""
+    tokenizer, splits = load_data(data, verify=False)
+    for folder, split in zip(source_folders(data), splits):
+        train, val = split.values()
+        print(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
+              f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
+              f"{len(val.tokens):9,} tokens\n{'':13}dropped: {read_meta(folder)['dropped']}")
+    return tokenizer, [split["train"] for split in splits]
 
 
 def show(data, context):
     """Prints the sources, the packings side by side, document lengths, and where the first two documents begin."""
-    tokenizer, lengths = Tokenizer.load(find_tokenizer(data)), {}
-    print(summary(data))
-    for folder in source_folders(data):
-        split = load_source(folder, tokenizer, verify=False)["train"]
-        lengths[split.name] = n = np.diff(split.starts)
+    tokenizer, splits = summary(data)
+    lengths = {split.name: np.diff(split.starts) for split in splits}
+    for split in splits:
         print(f"\n{split.name}: packed into sequences of {context:,}\n"
               f"{'':10}{'sequences':>12}{'utilisation':>13}{'dropped':>10}{'cut':>10}{'mean square of lengths':>25}")
         for strategy in PACKINGS:
             print("{:10}{:>12,}{:>13.1%}{:>10.1%}{:>10.1%}{:>25,.0f}".format(
                 strategy, *Packing(split, context, strategy).report()))
         print("tokens per document: a tenth up to {:,.0f}, half up to {:,.0f}, nine tenths up to {:,.0f}, all up to "
-              "{:,.0f}".format(*np.quantile(n, (0.1, 0.5, 0.9, 1))))
+              "{:,.0f}".format(*np.quantile(lengths[split.name], (0.1, 0.5, 0.9, 1))))
         for start, end in zip(split.starts[:2], split.starts[1:]):
             text = tokenizer.decode(split.tokens[start + 1:min(end, start + 60)].tolist())
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
@@ -1063,10 +1006,8 @@ def named_sources(words, text_key):
     """{name: Source} of NAME=SOURCE, or of SOURCE, which then lends its own name."""
     sources = {}
     for word in words:
-        name, equals, where = word.partition("=")
-        if not equals or Path(word).exists():
-            name, where = word.split(":")[1] if word.startswith("hf:") else Path(word).resolve().name, word
-        name = name.split("/")[-1].split(".")[0]
+        name, where = re.fullmatch(r"(?:([\w-]+)=)?(.*)", word).groups()
+        name = name or Path(re.sub("^hf:([^:]*).*", r"\1", where)).resolve().name.split(".")[0]
         if name in sources or not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"{name!r} names two sources, or is no name: give one of letters and digits as NAME=PATH")
         sources[name] = Source(where, text_key)
@@ -1100,13 +1041,13 @@ def main():
     sources = named_sources(args.sources, options.text_key)
     name = next(iter(sources)) if args.sources else "laptop"
     if args.command == "tokenizer":
-        texts = (text for source in sources.values() for text in source.sample(options.sample_bytes / len(sources)))
-        tokenizer = train_bpe(texts, options.vocab_size, options.pretokenizer)
+        tokenizer = train_bpe(sample(sources, options.sample_bytes), options.vocab_size, options.pretokenizer)
         return print(tokenizer.save(options.out or f"tokenizers/{name}"))
     out = options.out or f"data/{name}"
     prepare(sources, out, Tokenizer.load(options.tokenizer) if options.tokenizer else None, options.vocab_size,
             options.sample_bytes, options.max_tokens)
-    print(f"{summary(out)}\nPrepared {out}. Train on it with: python train.py --data {out}")
+    summary(out)
+    print(f"Prepared {out}. Train on it with: python train.py --data {out}")
 
 
 if __name__ == "__main__":
