@@ -174,8 +174,7 @@ class Source:
                     file, offset)
             else:
                 rows = (self.read_lines if kind in (".jsonl", ".ndjson") else self.read_text)(name, file, offset)
-            for text, held, offset in rows:
-                yield Document(text, held, (name, offset))
+            yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
         """A text file in documents of at most LONGEST_PIECE characters; the offset counts them. The last 3 % of a file
@@ -219,8 +218,7 @@ class Source:
             rows.load_state_dict(state)
         with closing(iter(rows)) as stream:  # one that is left half-read may keep the process from ending
             for row in stream:
-                text = self.text_of(row, where)
-                if len(text) < LONGEST_VALUE:
+                if len(text := self.text_of(row, where)) < LONGEST_VALUE:
                     yield text, uniform(text), rows.state_dict()
                 else:
                     self.leave_out("documents over 16 MB", f"a row of {where} is longer than 16 MB")
@@ -288,23 +286,20 @@ def embedded_prose():
     """Docstrings of at least 200 characters, and the language reference that `help()` shows. The key is the module's,
     so no held-out docstring stands in a module that the model trains on."""
     for key, text in itertools.chain.from_iterable(map(modules, ("python", "numpy", "torch"))):
-        for match in DOCSTRING.finditer(text):
-            if len(match[1]) >= 200:
-                yield key, inspect.cleandoc(match[1]) + "\n"
+        yield from ((key, inspect.cleandoc(words) + "\n") for words in DOCSTRING.findall(text) if len(words) >= 200)
     with contextlib.suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
-        yield from ((f"reference/{key}", topics[key]) for key in sorted(topics))
+        yield from ((f"reference/{key}", text) for key, text in sorted(topics.items()))
 
 
 def added(a, b):
     """The steps of written addition, from the last digit to the first, and the result."""
-    steps, carry = [], 0
-    for i in range(max(len(str(a)), len(str(b)))):
-        x, y = a // 10**i % 10, b // 10**i % 10
-        total = x + y + carry
+    steps, carry, digits = [], 0, len(str(max(a, b)))
+    for x, y in zip(f"{a:0{digits}}"[::-1], f"{b:0{digits}}"[::-1]):
+        total = int(x) + int(y) + carry
         steps.append(f"{x} + {y}" + (f" + {carry}" if carry else "") + f" = {total}")
         carry = total // 10
-    return ", ".join(steps) + f". So {a} + {b} = {a + b}."
+    return f"{', '.join(steps)}. So {a} + {b} = {a + b}."
 
 
 def subtracted(a, b):
@@ -361,8 +356,7 @@ def draw_notes(rng, count, held_out):
 
 
 def note(key, value):
-    """The value follows its key at once: a small model learns to look that up (an induction head) in 150 steps, but not
-    in 400 steps with a word between them."""
+    """A small model learns to look up what follows the key in 150 steps, but not in 400 with a word between them."""
     return f"Note: {key} {value}.\n"
 
 
@@ -384,8 +378,8 @@ def generated_recall(size, documents, seed=0):
         left = size - sum(map(len, questions)) - sum(len(note(*pair)) for pair in pairs)
         while (room := left - sum(map(len, lines))) > 0:
             lines += [line + "\n" for line in rng.choice(texts[held_out])[:room].splitlines()]
-        for pair in pairs:
-            lines.insert(rng.randrange(len(lines) + 1), note(*pair))
+        for key, value in pairs:
+            lines.insert(rng.randrange(len(lines) + 1), note(key, value))
         yield " ".join(pairs[0]), "".join(lines + questions)
 
 
@@ -403,7 +397,6 @@ def embedded():
 # All of it is made in OUT.partial and renamed at the end, so a folder that exists is complete. The files grow shard by
 # shard; after each, meta.json is replaced, which says how long they are and which document of the source was last.
 # Whatever stops the work, kill -9 too, the same command cuts the files to these lengths and resumes there.
-
 
 def add_new(seen, key):
     """Adds a hash to a set; False if it was there. A full set is emptied first: memory stays bounded."""
@@ -441,13 +434,11 @@ def encode_job(documents, tokenizer):
     ids = [np.insert(tokenizer.encode_array(document.text), 0, tokenizer.eos_id).astype(token_dtype(tokenizer))
            for document in documents]
     # of tokens that are hardly longer than bytes, a ruled line would be a repeated span
-    bad, found = repeats_spans(ids) if ids and tokenizer.vocab_size > 512 else [False] * len(ids), []
+    bad, found = repeats_spans(ids) if ids and tokenizer.vocab_size > 512 else itertools.repeat(False), []
     for (text, held, _), tokens, repeats in zip(documents, ids, bad):
-        raw = utf8(text)
+        raw, side = utf8(text), "repeated spans" if repeats else "val" if held < HELD_OUT else "train"
         key = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), signed=True)
-        side = ("empty documents" if not text.strip() else "repeated spans" if repeats else
-                "val" if held < HELD_OUT else "train")
-        found.append(Encoded(tokens, len(raw), key, side))
+        found.append(Encoded(tokens, len(raw), key, side if text.strip() else "empty documents"))
     return found
 
 
@@ -473,9 +464,8 @@ def encoded(source, position, tokenizer):
 def write_source(folder, source, tokenizer, seen, max_tokens):
     """Makes the token files of a source, or resumes. seen: hashes of the documents of sources before it."""
     folder.mkdir(parents=True, exist_ok=True)
-    meta = {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {},
-            "sizes": {}}  # bytes of the files
-    meta |= {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}  # bytes: of the text, UTF-8
+    meta = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}  # bytes: of the text, UTF-8
+    meta |= {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {}, "sizes": {}}
     if (folder / "meta.json").exists():
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         for key in np.fromfile(folder / "hashes", "<i8", meta["sizes"]["hashes"] // 8).tolist():
@@ -492,7 +482,7 @@ def write_source(folder, source, tokenizer, seen, max_tokens):
             new = [document for document in documents if add_new(seen, document.hash)]
             dropped.update(document.side for document in new if document.side not in SPLITS)
             dropped["exact duplicates"] += len(documents) - len(new)
-            meta |= {"position": position, "dropped": Counter(meta["dropped"]) + dropped}
+            meta |= {"position": position, "dropped": dict(Counter(meta["dropped"]) + dropped)}
             pending += new
             size += sum(len(document.ids) for document in new)
             bar.update(sum(document.bytes for document in documents))
@@ -514,12 +504,13 @@ def write_shard(folder, meta, documents, last=False):
         ends = np.cumsum([0, *(len(document.ids) for document in chosen)]) + about["tokens"]
         append(folder / f"{split}.starts", meta, [ends[min(1, meta["shards"]):]])
         append(folder / f"{split}.bin", meta, (document.ids for document in chosen))
-        about |= {"documents": about["documents"] + len(chosen), "tokens": int(ends[-1]),
-                  "bytes": about["bytes"] + sum(document.bytes for document in chosen)}
+        about["documents"] += len(chosen)
+        about["tokens"] = int(ends[-1])
+        about["bytes"] += sum(document.bytes for document in chosen)
         if last:
             about["sha256"] = [file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]
     if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
-        raise UserError(f"{folder.name} has too few documents to hold one out; give more (dropped: {counted(meta)})")
+        raise UserError(f"{folder.name} has too few documents to hold one out; give more (dropped: {meta['dropped']})")
     meta["shards"] += 1
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
@@ -546,10 +537,6 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def counted(meta):
-    return ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"
-
-
 @dataclass
 class Split:
     """The tokens of one source on one side, memory-mapped."""
@@ -567,13 +554,12 @@ def read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
-        return meta | {"dropped": counted(meta)}
+        return meta | {"dropped": ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"}
 
 
 def load_source(folder, tokenizer, verify=True):
     """{"train": Split, "val": Split}. `verify` reads the files once, to compare their sha256 with meta.json's."""
-    folder, splits = Path(folder), {}
-    meta = read_meta(folder)
+    folder, splits, meta = Path(folder), {}, read_meta(Path(folder))
     with reading(folder, AGAIN):
         if meta["tokenizer"] != tokenizer.hash:
             raise UserError(f"{folder} was encoded with another tokenizer: {AGAIN} and `--tokenizer DIR`")
@@ -655,15 +641,17 @@ def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max
 # A packing takes document starts [D + 1] and a context, and returns the row, begin and size of each piece, three int64
 # arrays [P]; pieces of one row stand in it in the order of the arrays.
 
-
-def best_fit(lengths, context):
-    """Row of each piece [P] int64: longest first, into the open row that it fills most (Ding et al. 2024, 2404.10830).
-    `room[c]` lists the rows with c places left, bit c of `some` says that there is one: the lowest bit from a piece's
-    length on is its best fit."""
-    row, rows, some = np.empty_like(lengths), 0, 0
-    room = [[] for _ in range(context + 1)]
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        n = int(lengths[i])
+def pack_best_fit(starts, context):
+    """Documents whole, longest first, in the row that they fill most (Ding et al. 2024, 2404.10830); only longer ones
+    are cut; the rest of a row is padding. `room[c]` lists the rows with c places left, bit c of `some` says whether
+    there is one: the lowest bit from a piece's size on is its best fit."""
+    cuts = -(-np.diff(starts) // context)  # pieces of each document
+    number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
+    begins = np.repeat(starts[:-1], cuts) + number * context
+    sizes = np.minimum(context, np.repeat(starts[1:], cuts) - begins)
+    row, rows, some, room = np.empty_like(sizes), 0, 0, [[] for _ in range(context + 1)]
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        n = int(sizes[i])
         if fitting := some >> n:
             space = n + (fitting & -fitting).bit_length() - 1
             row[i] = room[space].pop()
@@ -674,16 +662,7 @@ def best_fit(lengths, context):
         if left := space - n:
             room[left].append(int(row[i]))
             some |= 1 << left
-    return row
-
-
-def pack_best_fit(starts, context):
-    """Documents whole, in the fullest row that has room; only longer ones are cut; the rest of a row is padding."""
-    cuts = -(-np.diff(starts) // context)  # pieces of each document
-    number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    begins = np.repeat(starts[:-1], cuts) + number * context
-    sizes = np.minimum(context, np.repeat(starts[1:], cuts) - begins)
-    return best_fit(sizes, context), begins, sizes
+    return row, begins, sizes
 
 
 def pack_bos(starts, context):
@@ -722,8 +701,9 @@ class Packing:
 
     def targets(self, row):
         """How many targets of a sequence count: neither padding nor left out by labels."""
-        spans, labels = [(begin + 1, min(begin + n + 1, self.end)) for begin, n in self.pieces(row)], self.split.labels
-        return sum(end - begin if labels is None else int((labels[begin:end] >= 0).sum()) for begin, end in spans)
+        if self.split.labels is None:
+            return sum(min(n, self.end - begin - 1) for begin, n in self.pieces(row))
+        return sum(int((self.split.labels[begin + 1:begin + n + 1] >= 0).sum()) for begin, n in self.pieces(row))
 
     def report(self):
         """(sequences; utilisation: share of their places that hold a token; dropped: share of the tokens in none; cut:
@@ -743,11 +723,9 @@ class Packing:
 
 # ---- order: which sequence comes when -------------------------------------------------------------------------
 
-
 def permute(index, n, key):
-    """Where a shuffle of range(n) puts each index [..] int64, in constant time and memory. key: integers that name it.
-    A Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; an index that lands outside
-    range(n) goes through again."""
+    """Where a shuffle of range(n), named by the integers `key`, puts each index [..] int64, without an array of n. A
+    Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; an index outside goes again."""
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask, keys = (1 << half) - 1, np.random.PCG64(key).random_raw(6)
 
@@ -821,8 +799,7 @@ def cut_batch(packings, sources, sequences):
 
 
 def pad_cu_seqlens(starts, end):
-    """Starts in the flattened batch -> int32, padded with its end to a power of two, at least 16: few lengths to
-    compile for."""
+    """Starts -> int32, padded with the end of the batch to a power of two, at least 16: few lengths to compile for."""
     out = np.full(max(16, 1 << len(starts).bit_length()), end, np.int32)
     out[:len(starts)] = starts
     return out
@@ -841,20 +818,19 @@ class Curriculum:
         self.packings = [made[n] for n in self.contexts]
         self.weights = list(map(self.stage_weights, stages, self.packings))
         self.shares = [[w / sum(weights) for w in weights] for weights in self.weights]
-        # per stage: the step at which it ends; tokens before it; rows of each source before it, which another context
-        # cuts, and so counts, anew
-        self.ends, self.passed, self.before, self.steps, planned = [], [0], [], 0, 0
-        self.used = {length: np.zeros(len(sources), np.int64) for length in made}
+        # per stage: the step at which it begins; tokens before it; rows of each source of its context before it
+        self.begins, self.passed, self.before, self.steps = [0], [0], [], 0
+        self.used, planned = {length: np.zeros(len(sources), np.int64) for length in made}, 0
         for stage, length, batch, weights in zip(stages, self.contexts, self.batches, self.weights):
             planned += stage.tokens
             left = planned - (self.passed[-1] - self.steps * batch)
             steps = max(not self.steps, round(left / batch) - self.steps)
             self.steps += steps
-            self.ends.append(self.steps)
+            self.begins.append(self.steps)
             self.passed.append(self.passed[-1] + steps * batch)
             self.before.append(self.used[length])
             self.used[length] = self.used[length] + dealt(steps * (batch // length), weights)
-        self.begins = [0, *self.ends]
+        self.ends = self.begins[1:]
 
     def stage_weights(self, stage, packings):
         """Weights of the sources that sum to 1, or without a mixture their rows."""
@@ -864,11 +840,9 @@ class Curriculum:
         return [w / sum(weights) for w in weights] if stage.mixture else weights
 
     def stage(self, step):
-        """The index of a step's stage."""
         return sum(end <= step for end in self.ends[:-1])
 
     def rows(self, step):
-        """Rows of a step's global batch."""
         return self.batches[self.stage(step)] // self.contexts[self.stage(step)]
 
     def tokens(self, step):
@@ -925,8 +899,7 @@ class Curriculum:
 
 
 def validation_batches(split, context, rows, sequences):
-    """Batches of the first `sequences` sequences of a split: a fixed slice, whatever the batch size. The last is filled
-    up with rows that have no targets, so that all have one shape."""
+    """The first `sequences` sequences of a split, whatever the batch size; rows without targets fill up the last."""
     packing = Packing(split, context)
     count = min(sequences, packing.count)
     for first in range(0, count, rows):
@@ -963,7 +936,6 @@ def fit_stages(stages, names, tokens=0):
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-
 def summary(data):
     """Prints documents, tokens, bytes per token and what was dropped of each source. Returns (tokenizer, [Split])."""
     tokenizer, splits = load_data(data, verify=False)
@@ -981,7 +953,7 @@ def show(data, context):
     lengths = {split.name: np.diff(split.starts) for split in splits}
     for split in splits:
         print(f"\n{split.name}: packed into sequences of {context:,}\n"
-              f"{'':10}{'sequences':>12}{'utilisation':>13}{'dropped':>10}{'cut':>10}{'mean square of lengths':>25}")
+              "             sequences  utilisation   dropped       cut   mean square of lengths")
         for strategy in PACKINGS:
             print("{:10}{:>12,}{:>13.1%}{:>10.1%}{:>10.1%}{:>25,.0f}".format(
                 strategy, *Packing(split, context, strategy).report()))
@@ -997,8 +969,7 @@ def show(data, context):
         axes.set(xscale="log", xlabel="tokens per document", ylabel="share of the documents up to this length")
         axes.legend()
 
-    path = Path(data.split(",")[0]) / "document-lengths.png"
-    if draw(path, paint):
+    if draw(path := Path(data.split(",")[0]) / "document-lengths.png", paint):
         print(f"\nThe lengths of all documents are drawn in {path}")
 
 

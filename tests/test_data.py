@@ -710,7 +710,7 @@ def test_packings_by_brute_force(prepared, tokenizer, packing, context):
 
 def test_best_fit_by_hand():
     # context 10, longest first: 7 -> row 0; 6 -> row 1; 4 fits row 1 only; 3 fits row 0; the next 3 opens row 2; 2 too
-    rows = d.best_fit(np.array([3, 7, 4, 2, 6, 3]), 10)
+    rows, _, _ = d.pack_best_fit(np.cumsum([0, 3, 7, 4, 2, 6, 3]), 10)
     assert [sorted(np.flatnonzero(rows == r).tolist()) for r in range(3)] == [[0, 1], [2, 4], [3, 5]]
 
 
