@@ -41,8 +41,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, draw, given_options, option,
-                       parse_options, reading, run, train_bpe, utf8)
+from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, draw, given_options, option, reading,
+                       run, train_bpe, utf8)
 
 FORMAT = 3  # of the token files
 SPLITS = "train", "val"
@@ -510,7 +510,7 @@ def write_shard(folder, meta, documents, last=False):
         if last:
             about["sha256"] = [file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]
     if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
-        raise UserError(f"{folder.name} has too few documents to hold one out; give more (dropped: {meta['dropped']})")
+        raise UserError(f"{folder.name} has too few documents to hold one out; give more. Dropped: {meta['dropped']}")
     meta["shards"] += 1
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
 
@@ -1004,7 +1004,7 @@ def main():
                         "nothing: the embedded corpus. NAME=SOURCE names one; multilingual... is not English. "
                         "For show: folders of prepared data")
     add_options(parser, Options)
-    args = parse_options(parser, sys.argv[1:])
+    args = parser.parse_intermixed_args()  # flags may stand before sources
     options = Options(**({"sample_bytes": 2e8} if args.command == "tokenizer" else {}) | given_options(args, Options))
     check_options(options)
     if args.command == "show":

@@ -169,7 +169,7 @@ def test_a_users_file_becomes_data(tmp_path, monkeypatch):
     sides = texts_of("data/my/my", tokenizer)
     assert len(sides["val"]) == 1 and text.endswith(sides["val"][0])  # the end of the file: one seam
     assert 0.02 < splits["val"].bytes / len(text.encode()) < 0.04
-    shown = call(d.main, "show", "data/my")
+    shown = call(d.main, "show", "--context", "64", "data/my")  # flags may stand before names
     assert shown.returncode == 0
     assert all(word in shown.stdout for word in ("documents", *d.PACKINGS, "mean square", "tokens per"))
 
