@@ -53,7 +53,7 @@ import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, newest_checkpoint, save_pretrained, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, Tokens, permute, uniform
+from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform
 from evals import Score
 from model import GPT, count_parameters
 from sample import continue_all
@@ -460,7 +460,7 @@ def conversation_split(name: str, conversations: list[Example]) -> Split:
     """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
     ids, mask = (np.concatenate([talk[i] for talk, in conversations]) for i in range(2))
     starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
-    return Split(name, Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
+    return Split(name, ids, starts, 0, "", np.where(mask, ids, -100))
 
 
 def prepare_sft(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:

@@ -143,7 +143,7 @@ def test_questions_with_an_empty_context_are_distinct(tmp_path):
 def split_of(texts: list[str]) -> d.Split:
     ids = [[EOS, *TOKENIZER.encode(text)] for text in texts]
     tokens = np.concatenate([np.array(i, np.uint16) for i in ids])
-    return d.Split("it", d.Tokens([tokens]), np.cumsum([0, *map(len, ids)]), sum(map(len, texts)), "")
+    return d.Split("it", tokens, np.cumsum([0, *map(len, ids)]), sum(map(len, texts)), "")
 
 
 class Process:
