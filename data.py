@@ -557,17 +557,20 @@ def read_meta(folder):
         return meta | {"dropped": ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"}
 
 
-def load_source(folder, tokenizer, verify=True):
-    """{"train": Split, "val": Split}. `verify` reads the files once, to compare their sha256 with meta.json's."""
+def load_source(folder, tokenizer, verify=True, place="DIR"):
+    """{"train": Split, "val": Split}. `verify` reads the files once, to compare their sha256 with meta.json's and their
+    ids with the vocabulary. `place`: where the tokenizer is, for the message that the data has another."""
     folder, splits, meta = Path(folder), {}, read_meta(Path(folder))
     with reading(folder, AGAIN):
         if meta["tokenizer"] != tokenizer.hash:
-            raise UserError(f"{folder} was encoded with another tokenizer: {AGAIN} and `--tokenizer DIR`")
+            raise UserError(f"{folder} was encoded with another tokenizer: {AGAIN} and `--tokenizer {place}`")
         for split in SPLITS:
             about, files = meta[split], [folder / f"{split}.{kind}" for kind in ("bin", "starts")]
             if verify and list(map(file_sha256, files)) != about["sha256"]:
                 raise UserError(f"{folder / split} is not as it was written (its sha256 differs): {AGAIN}")
             tokens = np.memmap(files[0], token_dtype(tokenizer), "r", shape=int(about["tokens"]))
+            if verify and tokens.max() >= tokenizer.vocab_size:
+                raise UserError(f"{files[0]} has ids beyond the vocabulary of {tokenizer.vocab_size:,}: {AGAIN}")
             starts = np.memmap(files[1], "<i8", "r", shape=int(about["documents"]) + 1)
             splits[split] = Split(folder.name, np.asarray(tokens), np.asarray(starts), int(about["bytes"]),
                                   about["sha256"][0])  # arrays, because a memmap's own slices are slow
@@ -580,7 +583,9 @@ def source_folders(data):
     for name in data.split(","):
         found = [file.parent for place in ("meta.json", "*/meta.json") for file in sorted(Path(name).glob(place))]
         if not found:
-            raise UserError(f"{name} is not prepared data: make it with `python data.py prepare TEXT --out {name}`")
+            raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on its result"
+                            if Path(name).exists() else
+                            f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
@@ -911,15 +916,15 @@ def load_data(data, vocab_size=8192, verify=True):
     """(Tokenizer, [{"train": Split, "val": Split}]) of prepared folders. With `verify` sha256 is checked, and
     data/laptop (with a tokenizer of `vocab_size`) and data/recall are made if they are missing."""
     missing = [name for name in data.split(",") if verify and not Path(name).exists()]
-    if data.split(",")[0] == "data/laptop" in missing:
+    if "data/laptop" in missing:
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
         prepare(embedded(), "data/laptop", vocab_size=vocab_size)
-    tokenizer = Tokenizer.load(find_tokenizer(data))
+    tokenizer = Tokenizer.load(place := find_tokenizer(data))
     if "data/recall" in missing:
         print("data      data/recall is not there yet: writing documents with notes to look up, encoding")
         sizes = {128: (430, 6000), 512: (1600, 2000), 2048: (6500, 1000)}  # context: bytes, at about 4 a token; count
         prepare({f"recall-{n}": generated_recall(*sizes[n], seed=n) for n in sizes}, "data/recall", tokenizer)
-    return tokenizer, [load_source(folder, tokenizer, verify) for folder in source_folders(data)]
+    return tokenizer, [load_source(folder, tokenizer, verify, place) for folder in source_folders(data)]
 
 
 def fit_stages(stages, names, tokens=0):

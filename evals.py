@@ -37,8 +37,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import Log, from_pretrained, is_hugging_face, save_pretrained
-from data import (HELD_OUT, Split, draw_notes, find_tokenizer, generated_math, load_source,
-                  note, note_question, source_folders, uniform, validation_batches)
+from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, note_question, uniform,
+                  validation_batches)
 from model import cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
 from tokenizer import ChatFormat, Parser, Tokenizer, UserError, option, reading, run
@@ -253,18 +253,12 @@ BUILT_IN = {"arithmetic": arithmetic, "carry": carry, "continuation": continuati
 REPORTS = ("bpb", "recall", "position")
 
 
-def held_out(data):
-    """The tokenizer, and the held-out Split of each source, of prepared data."""
-    tokenizer = Tokenizer.load(find_tokenizer(data))
-    return tokenizer, [load_source(folder, tokenizer, verify=False)["val"] for folder in source_folders(data)]
-
-
 def held_out_texts(data):
     """{source: the first 400 held-out documents as text} of prepared data, lookups left out."""
-    tokenizer, splits = held_out(data)
+    tokenizer, sources = load_data(data, verify=False)
     return {split.name: [tokenizer.decode(split.tokens[a + 1:b].tolist())
                          for a, b in zip(split.starts[:400], split.starts[1:])]
-            for split in splits if not split.name.startswith("recall")}
+            for split in (source["val"] for source in sources) if not split.name.startswith("recall")}
 
 
 def encoded(name, texts, tokenizer):
@@ -422,7 +416,8 @@ def measure(folder, asked):
     tasks = tasks_of(",".join(name for name in names if name not in REPORTS), data, asked.limit)
     texts = held_out_texts(data) if {*names} & {*REPORTS} else {}
     if "bpb" in names:
-        theirs, splits = held_out(data)
+        theirs, sources = load_data(data, verify=False)
+        splits = [source["val"] for source in sources]
         if theirs.hash != tokenizer.hash:
             splits = [encoded(name, documents, tokenizer) for name, documents in texts.items() if documents]
         for split in splits:

@@ -105,6 +105,16 @@ def test_damaged_files_are_refused_in_a_sentence(prepared, tokenizer, damage, wo
     assert "\n" not in str(error.value)
 
 
+def test_ids_beyond_the_vocabulary_are_refused_although_the_sha256_is_right(prepared, tokenizer):
+    file = prepared / "words/val.bin"
+    ids = np.fromfile(file, d.token_dtype(tokenizer))
+    ids[3] = tokenizer.vocab_size
+    ids.tofile(file)
+    change_meta(prepared / "words", lambda meta: meta["val"]["sha256"].__setitem__(0, d.file_sha256(file)))
+    with pytest.raises(UserError, match="val.bin has ids beyond the vocabulary"):
+        d.load_source(prepared / "words", tokenizer)
+
+
 def test_a_truncated_file_is_seen_without_reading_it(prepared, tokenizer):
     file = prepared / "words/train.bin"
     file.write_bytes(file.read_bytes()[:-8])
@@ -178,15 +188,15 @@ def test_errors_about_the_data_do_not_cost_the_text(tmp_path, monkeypatch, token
     monkeypatch.chdir(tmp_path)
     (tmp_path / "novel.txt").write_text("It was a dark and stormy night. " * 2000)
     for find in (d.find_tokenizer, d.source_folders):
-        for name in ("novel.txt", "nowhere"):
-            with pytest.raises(UserError, match=f"{name} is not prepared data: make it with `python data.py prepare"):
+        for name, words in (("novel.txt", "run `python data.py prepare novel.txt`"), ("nowhere", "does not exist")):
+            with pytest.raises(UserError, match=words):
                 find(name)
     with pytest.raises(UserError, match="novel.txt exists already and is left as it is") as error:
         d.prepare({"a": some_documents(50)}, "novel.txt", tokenizer)
     assert "remove" not in str(error.value)
     d.prepare({"a": some_documents(50)}, "first", tokenizer)
     d.prepare({"b": some_documents(50)}, "second", train_bpe(["other text " * 50, "and more"], 270))
-    with pytest.raises(UserError, match="second/b was encoded with another tokenizer.*`--tokenizer DIR`"):
+    with pytest.raises(UserError, match="second/b was encoded with another tokenizer.*`--tokenizer first`"):
         d.load_data("first,second")
 
 
