@@ -299,15 +299,16 @@ def choose_machine(recipe) -> Machine:
 
 
 def settle(recipe, machine: Machine, processes: int, context: int):
-    """The recipe with what its "auto"s became, so that a resumed run computes as it began: FSDP where a process cannot
-    hold the training of one sequence of the longest context."""
+    """The recipe with what its "auto"s became, so that a resumed run computes as it began: FSDP where one process of
+    several cannot hold the training of one sequence of the longest context. Where it can, "auto" stays, to be decided
+    again for other processes and another machine."""
     recipe = replace(recipe, device=machine.device, compile=str(machine.compile).lower(),
                      dtype=str(machine.dtype).removeprefix("torch."))
-    if recipe.parallel == "auto":
+    if recipe.parallel == "auto" and processes > 1:
         room = torch.cuda.get_device_properties(0).total_memory if machine.device == "cuda" else math.inf
         needs = training_memory(recipe.model, 1, context, machine.dtype.itemsize, machine.device,
                                 recompute=recipe.activation_checkpointing)["total"]
-        recipe = replace(recipe, parallel="fsdp" if processes > 1 and needs > 0.9 * room else "ddp")
+        recipe = replace(recipe, parallel="fsdp" if needs > 0.9 * room else "auto")
     return recipe
 
 

@@ -119,7 +119,7 @@ def test_two_processes_equal_one(two, name):
 def test_each_number_of_processes_resumes_the_others_run(two, monkeypatch):
     runs, done = two
     assert_same_run(runs / "one-cut", runs / "one")  # continued by two with FSDP
-    assert "resumed at step 5" in done.stdout
+    assert "one-cut, step 5 of 10" in done.stdout
     copy = cut(runs / "fsdp", "fsdp-cut", 5)
     monkeypatch.chdir(runs.parent)
     resume(copy, parallel="ddp")
@@ -147,7 +147,7 @@ def test_nan_in_one_process_stops_both_before_the_update(two):
     """Process 1 gets NaN in its loss at step 7: nothing is saved, and the message names step and sequences."""
     runs, done = two
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("diverged")]
-    assert "step 7:" in said and "process 1, sequences 2 to 3 of the batch" in said and "step-00000005" in said
+    assert "step 7:" in said and "process 1, sequences 2 to 3 of the batch" in said and "--resume runs/nan" in said
     assert newest_checkpoint(runs / "nan").name == "step-00000005" and len(losses(runs / "nan")) == 6
 
 
@@ -458,7 +458,7 @@ def test_rewinds_widen_clip_tighter_and_end_by_hand(here):
     one too many, and says why."""
     run = train.connect(train.set_up(recipe("--tokens", "1e6"), Path("runs/a")))
     saver = Saver(run.folder, run.tokenizer)
-    for step in (0, 60, 85):
+    for step in (0, 60, 95):
         saver.save(step, run.model, run.optimizer, run.guard.state(step), must=True)
     for margin in (16, 32, 64):
         guard = Guard("rewind", "cpu")
@@ -466,7 +466,7 @@ def test_rewinds_widen_clip_tighter_and_end_by_hand(here):
         assert event == {"event": "rewind", "step": 100, "began": 90}
         train.go_back(run, event)
         begin, end = run.guard.skipped[-1]
-        assert (begin, end) == (89 - margin, 100 + margin) and run.step == 60  # 85 is too near to the spike
+        assert (begin, end) == (89 - margin, 100 + margin) and run.step == 60  # 95 knows the spike
         assert [run.guard.after_gap(step) for step in (begin - 1, begin, end - 1, end)] == [begin - 1, end, end, end]
         assert run.guard.tight_until == end + 128
     assert [path.name[-2:] for path in sorted((run.folder / "checkpoints").iterdir())] == ["00", "60"]

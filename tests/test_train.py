@@ -388,7 +388,7 @@ def test_annealing_is_one_command(here):
 def test_a_finished_run_says_so_and_another_begins_with_its_weights(here, capsys):
     folder = pretrain("a", "--tokens", "512")
     resume(folder)
-    assert "all 2 steps are done" in capsys.readouterr().out
+    assert "runs/a, step 2 of 2" in capsys.readouterr().out and len(losses(folder)) == 2
     done = call(train.main, *TINY, "--start", "runs/a", "--tokens", "512", "--hidden-size", "64")
     assert done.returncode == 2 and "a model of other sizes" in done.stderr and "Traceback" not in done.stderr
     pretrain("b", "--tokens", "512", "--start", "runs/a")
@@ -466,7 +466,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (["--micro-batch", "3"], "2 and 4"),
     (["laptob"], "take laptop"),
     (["--model", "gpt-9"], "smollm2-135m"),
-    (["data/tiny"], "--data data/tiny"),
+    (["data/tiny"], "or --data to train on a folder"),
     (["--seed", "-1"], "--seed -1"),
     (["--learning-rate", "nan"], "--learning_rate nan"),
     (["--rope-theta", "0"], "rope_theta"),
@@ -491,7 +491,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(here, flags, words):
 
 def test_resuming_what_is_no_run_is_one_sentence(here):
     done = call(train.main, "--resume", "runs/none")
-    assert done.returncode == 2 and done.stderr.startswith("error: runs/none is not a run")
+    assert done.returncode == 2 and done.stderr.startswith("error: runs/none/recipe.json cannot be read")
+    assert "not a run; give a folder such as runs/laptop" in done.stderr and done.stderr.count("\n") == 1
     assert not Path("runs").exists()
 
 
