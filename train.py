@@ -34,8 +34,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import cost
@@ -63,12 +61,12 @@ class Recipe:
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
     micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0)
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=tuple(OPTIMIZERS))
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=OPTIMIZERS)
     learning_rate: float = option(3e-3, "peak rate", 1e-12, 1e30)
-    schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=tuple(SCHEDULES))
+    schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=SCHEDULES)
     warmup_steps: int = option(50, "steps until the peak rate", 0)
     decay_share: float = option(0.2, "share of the steps that decay, for wsd; -1: the last stage", -1, 1)
-    decay_shape: str = option("linear", "linear, sqrt (1-sqrt) or cosine, for wsd", choices=tuple(DECAYS))
+    decay_shape: str = option("linear", "linear, sqrt (1-sqrt) or cosine, for wsd", choices=DECAYS)
     final_share: float = option(0.0, "rate of the last step, as a share of the peak", 0, 1)
     weight_decay: float = option(0.1, "AdamW's decay, on all but the embedding", 0, 1e6)
     beta1: float = option(0.9, "AdamW's memory of the gradient", 0, 0.999999)
@@ -76,7 +74,7 @@ class Recipe:
     eps: float = option(1e-8, "added to AdamW's denominator", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e30)
     z_loss: float = option(0.0, "weight of the mean squared log-partition of the output (OLMo 2: 1e-5)", 0, 1e6)
-    packing: str = option("concat", "how documents become sequences", choices=tuple(data_.PACKINGS))
+    packing: str = option("concat", "how documents become sequences", choices=data_.PACKINGS)
     document_mask: bool = option(True, "attention stays inside each document")
     eval_every: int = option(100, "steps between evaluations, each with a sample", 1)
     eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
@@ -108,24 +106,20 @@ class Recipe:
 AT_SCALE = dict(warmup_steps=2000, save_every=2000, eval_every=1000, eval_tokens=2**20)
 RECIPES = {
     "laptop": Recipe(
-        stages=(
-            Stage("base", 1.76e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
-            Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
-            Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
-        ),
+        stages=(Stage("base", 1.76e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
+                Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
+                Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16})),
         batch_tokens=2048, decay_share=-1, eval_every=200),
     # SmolLM3's long-context stages in miniature, from the finished laptop run: four times the context, twice, with a
     # larger RoPE base each time, on long documents and lookups. Looking up is learned at 128 tokens and then stretched;
     # a run that began at 512 did not learn it. Documents stay whole, so that no question loses its notes.
     "laptop-long": Recipe(
         data="data/laptop,data/recall", start="runs/laptop",
-        stages=(
-            Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
-            Stage("long-512", 0.3e6, {"recall-512": 0.6, "code": 0.2, "prose": 0.1, "math": 0.1}, context=512,
-                  rope_theta=5e4),
-            Stage("long-2048", 0.4e6, {"recall-2048": 0.5, "code": 0.3, "prose": 0.1, "math": 0.1}, context=2048,
-                  rope_theta=2e5),
-        ),
+        stages=(Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
+                Stage("long-512", 0.3e6, {"recall-512": 0.6, "code": 0.2, "prose": 0.1, "math": 0.1}, context=512,
+                      rope_theta=5e4),
+                Stage("long-2048", 0.4e6, {"recall-2048": 0.5, "code": 0.3, "prose": 0.1, "math": 0.1}, context=2048,
+                      rope_theta=2e5)),
         batch_tokens=2048, warmup_steps=30, decay_share=0.3, packing="best-fit", eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
         model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
@@ -141,18 +135,16 @@ RECIPES = {
     "smollm3": Recipe(
         model=replace(PRESETS["smollm3-3b"], rope_theta=5e4, max_position_embeddings=4096),
         data="data/english,data/multilingual,data/code,data/math,data/reasoning",
-        stages=(
-            Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
-            Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
-            Stage("decay", 1.2359e12,
-                  {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
-            Stage("long-32k", 47.2e9,
-                  {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
-                  context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
-            Stage("long-64k", 51.9e9,
-                  {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
-                  context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
-        ),
+        stages=(Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
+                Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
+                Stage("decay", 1.2359e12,
+                      {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
+                Stage("long-32k", 47.2e9,
+                      {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
+                      context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
+                Stage("long-64k", 51.9e9,
+                      {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
+                      context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21)),
         batch_tokens=2_359_296, learning_rate=2e-4, decay_share=-1, activation_checkpointing=True, **AT_SCALE),
 }
 
@@ -178,16 +170,9 @@ class World:
                                 timeout=timedelta(days=7))  # the first may have terabytes to read before it answers
         return cls(rank, size, store)
 
-    def first_to_fail(self):
-        """Whether no process failed before this one, which then prints why."""
-        return self.size == 1 or self.store.add("failed", 1) == 1
-
     def agree(self, value=None):
         """The first process's value, in all of them; waits for it."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
+        return self.gather(value)[0]
 
     def gather(self, value):
         """A list of every process's value, in all of them."""
@@ -252,7 +237,8 @@ def update(run, losses, rate):
         parts.append(loss.detach())
     clip = run.recipe.clip / (2 if run.step < run.guard.tight_until else 1)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if hasattr(norm, "full_tensor"):  # FSDP's
+        norm = norm.full_tensor()
     local = {"loss": torch.stack(parts).sum(), "signals": torch.tensor(float(len(run.signals))), **run.found}
     summed = world.sum(torch.stack([value.float().to(norm.device) for value in local.values()]))
     values = dict(zip(local, summed)) | {"grad_norm": norm}
@@ -332,7 +318,6 @@ def train(run, losses_of=pretraining_losses, evaluate=None):
                 meter.warn(saver.finish())
                 meter.waiting.clear()
                 go_back(run, spike)
-                meter.mark = time.perf_counter()
                 continue
             stop = stop and not last
             if judges and not stop:  # before the save: a checkpoint's log is complete
@@ -531,7 +516,7 @@ def evaluate_text(run, last):
         samples.append(prompt + text)
         lines.append(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
     say("\n".join(lines) + "\n")
-    return {"val": scores, "samples": samples, **({"tasks": tasks} if tasks else {}), **watch(run)}
+    return {"val": scores, "samples": samples, "tasks": tasks, **watch(run)}
 
 
 @torch.no_grad()
@@ -606,7 +591,7 @@ def make_run(recipe, folder, world, machine, tokenizer, model, steps, rate, begu
 def connect(run):
     """From here on gradients are averaged over the processes, and the first process logs."""
     if run.world.size > 1 and run.recipe.parallel != "fsdp":
-        run.parallel = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        run.parallel = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     if run.world.leader:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "recipe.json", asdict(run.recipe) | {"sources": run.fingerprint})
@@ -690,8 +675,6 @@ def pretrain(recipe, folder, resume=False, world=None):
         active = count_parameters(run.recipe.model)["active"]
         if verdict := judge_log(list(run.log.entries()), run.guard.guessing, active):
             print(f"verdict   {verdict}")
-        if held := cost.peak_memory(run.machine.device):
-            print(f"Memory: {held / 2**20:,.0f} MiB at the peak")
         if draw_log(folder):
             print(f"The curves are in {folder}/loss.png")
     print(f'Done: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
@@ -743,12 +726,10 @@ def annealing(start, candidate, given):
     """The playbook's test of a data set: from a checkpoint, 40 % of the base mixture and 60 % of the candidate while
     the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Compare with the same command for another candidate.
     `start`: a checkpoint, or a run, whose checkpoint after the first stage is taken."""
-    start = Path(start)
-    if (start / "manifest.json").exists():
-        recipe, _ = read_recipe(start.parent.parent)
-    else:
-        recipe, _ = read_recipe(start)
-        start = newest_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
+    begun = find_checkpoint(start)
+    recipe, _ = read_recipe(begun.parent.parent)
+    if begun != Path(start):  # a run
+        begun = newest_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
     data = given.get("data", recipe.data)
     sizes = {source["train"].name: len(source["train"].tokens) for source in data_.load_data(data)[1]}
     base = recipe.stages[0].mixture or sizes
@@ -758,8 +739,8 @@ def annealing(start, candidate, given):
     mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
     mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
-    print(f"anneal    from {start}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
-    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1} | given | {"tokens": 0, "start": str(start)}
+    print(f"anneal    from {begun}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1} | given | {"tokens": 0, "start": str(begun)}
     return replace(recipe, stages=(Stage("anneal", tokens, mixture),), **changes)
 
 
@@ -799,8 +780,8 @@ def parse(argv):
     recipe = RECIPES.get(args.recipe or "laptop")
     if not recipe:
         raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a folder")
-    model = PRESETS[args.model] if args.model else recipe.model
-    return args, replace(recipe, model=model.change(**sizes) if sizes else model, **given)
+    model = PRESETS.get(args.model, recipe.model)
+    return args, replace(recipe, model=model.change(**sizes), **given)
 
 
 def command_line(work):
@@ -819,8 +800,8 @@ def command_line(work):
         raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same), take "
                         "--activation_checkpointing true or a shorter --max_position_embeddings") from None
     except BaseException:
-        if not world.first_to_fail():
-            time.sleep(1.0)  # until the first has printed why: torchrun ends all when one ends
+        if world.size > 1 and world.store.add("failed", 1) > 1:
+            time.sleep(1.0)  # until the first to fail has printed why: torchrun ends all when one ends
             os._exit(1)
         raise
     if world.size > 1:
@@ -830,7 +811,7 @@ def command_line(work):
 
 def start(world):
     args, recipe = parse(sys.argv[1:])
-    if args.minutes:
+    if args.minutes is not None:
         machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
         rows, context = cost.stage_rows(recipe, world.size, machine.device)[0], recipe.model.max_position_embeddings
         speed = world.size * cost.measure_training(recipe.model, machine, rows, context, 2, 2.0)
