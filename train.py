@@ -37,13 +37,12 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import cost
-import data as data_
 import evals
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
                         newest_checkpoint, write_json)
-from data import Curriculum, Stage
-from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
-                   z_loss)
+from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
+from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
+                   cross_entropy, watch_attention, z_loss)
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_log, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
@@ -74,7 +73,7 @@ class Recipe:
     eps: float = option(1e-8, "added to AdamW's denominator", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e30)
     z_loss: float = option(0.0, "weight of the mean squared log-partition of the output (OLMo 2: 1e-5)", 0, 1e6)
-    packing: str = option("concat", "how documents become sequences", choices=data_.PACKINGS)
+    packing: str = option("concat", "how documents become sequences", choices=PACKINGS)
     document_mask: bool = option(True, "attention stays inside each document")
     eval_every: int = option(100, "steps between evaluations, each with a sample", 1)
     eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
@@ -101,8 +100,8 @@ class Recipe:
             raise UserError(f"--decay_share {self.decay_share} is neither a share of the steps nor -1, the last stage")
 
 
-# Smallest first. The laptop's stages are the first three of SmolLM3 in miniature: code and math take over from prose,
-# and the rate decays in the last fifth (SmolLM3: a ninth). Sizes, batch and rate were measured (docs/results.md).
+# Smallest first. The laptop's stages are SmolLM3's first three in miniature: code and math take over from prose, and
+# the rate decays in the last fifth (SmolLM3: a ninth). Sizes, batch and rate were measured (docs/results.md).
 AT_SCALE = dict(warmup_steps=2000, save_every=2000, eval_every=1000, eval_tokens=2**20)
 RECIPES = {
     "laptop": Recipe(
@@ -110,9 +109,8 @@ RECIPES = {
                 Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
                 Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16})),
         batch_tokens=2048, decay_share=-1, eval_every=200),
-    # SmolLM3's long-context stages in miniature, from the finished laptop run: four times the context, twice, with a
-    # larger RoPE base each time, on long documents and lookups. Looking up is learned at 128 tokens and then stretched;
-    # a run that began at 512 did not learn it. Documents stay whole, so that no question loses its notes.
+    # SmolLM3's long-context stages in miniature, after the laptop run. Looking up is learned at 128 tokens, then
+    # stretched; a run that began at 512 did not learn it. Documents stay whole, so that no question loses its notes.
     "laptop-long": Recipe(
         data="data/laptop,data/recall", start="runs/laptop",
         stages=(Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
@@ -129,9 +127,8 @@ RECIPES = {
         data="data/fineweb-edu,data/stack-edu-python,data/finemath",
         stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
         batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", final_share=0.1, **AT_SCALE),
-    # huggingface/smollm, text/pretraining/smollm3: 11.1T tokens at 4k, then 32k and 64k with a fresh, low rate.
-    # `english` is FineWeb-Edu and DCLM (0.333 : 0.370 of stage 1), books and papers; code counts StackExchange. SmolLM3
-    # kept its batch in long context; 2.1M tokens (64 and 32 sequences) also divide by 8 and 32 processes.
+    # huggingface/smollm, text/pretraining/smollm3. `english`: FineWeb-Edu and DCLM (0.333 : 0.370), books, papers; code
+    # counts StackExchange. It kept its batch in long context; 2.1M tokens also divide by 8 and 32 processes.
     "smollm3": Recipe(
         model=replace(PRESETS["smollm3-3b"], rope_theta=5e4, max_position_embeddings=4096),
         data="data/english,data/multilingual,data/code,data/math,data/reasoning",
@@ -224,9 +221,8 @@ class Run:
 
 def update(run, losses, rate):
     """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns a piece's
-    share of the batch's mean loss, and what is added for the gradient only. The `Report` has loss, grad_norm, what
-    `Guard.judge` found, and what the losses put into `run.found`, over all processes. A loss or norm that is not finite
-    changes nothing in any process, nor does any update after it."""
+    share of the batch's mean loss, and what is added for the gradient only. The `Report` has sums over all processes:
+    loss, `run.found`, what `Guard.judge` says. From a loss or norm that is not finite on, no process changes weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -305,7 +301,7 @@ def train(run, losses_of=pretraining_losses, evaluate=None):
     saver = Saver(run.folder, run.tokenizer, recipe.keep, recipe.keep_every, ends, run.world.leader)
     if not run.step:
         saver.save(0, run.model, run.optimizer, guard.state(0), must=True)  # proves that the disk works
-    with noted_signals(run.signals), contextlib.closing(Meter(run, saver)) as meter:
+    with contextlib.closing(Meter(run, saver)) as meter:
         while run.step < run.steps:
             enter_stage(run)
             meter.waiting.append(update(run, losses_of(run, run.step), run.rate(run.step)))
@@ -340,14 +336,6 @@ def say(text):
     sys.stdout.flush()
 
 
-def noted_signals(signals):
-    """Inside `with`, SIGINT and SIGTERM go into a list instead of ending the process, so that no step is half done."""
-    stack = contextlib.ExitStack()
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        stack.callback(signal.signal, kind, signal.signal(kind, lambda kind, _: signals.append(kind)))
-    return stack
-
-
 def enter_stage(run):
     """Sets what changes with a stage besides the data: the context and RoPE's base."""
     if curriculum := run.curriculum:
@@ -365,8 +353,8 @@ def go_back(run, event):
     rewinds = guard.rewinds + 1 if near else 1
     what = f"step {at:,}: the loss has not recovered from the spike at step {began:,}"
     if rewinds > Guard.TRIES:
-        raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove the "
-                        "checkpoints from that step on and --resume with a lower --learning_rate or --clip")
+        raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove checkpoints "
+                        "from that step on and --resume with a lower --learning_rate or --clip")
     margin = Guard.MARGIN * 2 ** (rewinds - 1)
     gap = [began - 1 - margin, min(at + margin, run.steps - 1)]
     whole = run.world.agree(newest_checkpoint(run.folder, before=began) if run.world.leader else None)
@@ -384,10 +372,12 @@ def go_back(run, event):
 
 
 class Meter:
-    """Reads what updates report into the log and the progress bar."""
+    """Reads what updates report into the log and the progress bar, and notes signals, so that no step is half done."""
 
     def __init__(self, run, saver):
         self.run, self.saver, self.waiting = run, saver, []  # waiting: reports that are not read yet
+        self.handlers = {kind: signal.signal(kind, lambda kind, _: run.signals.append(kind))
+                         for kind in (signal.SIGINT, signal.SIGTERM)}  # what they were before
         entries = run.log.entries() if run.log else ()
         self.seconds = max((e.get("train_seconds", 0.0) for e in entries), default=0.0)  # spent in updates so far
         self.bar = tqdm(total=run.steps, initial=run.step, disable=not run.world.leader, dynamic_ncols=True,
@@ -407,8 +397,7 @@ class Meter:
             self.write(event="warning", text=sentence)
 
     def read(self, most):
-        """Reads reports until `most` wait. Returns whether a signal came, and the event of a spike to rewind from or
-        None; the same in all processes."""
+        """Reads reports until `most` wait; whether a signal came to a process, and the spike to rewind from, if any."""
         run, stop = self.run, False
         while len(self.waiting) > (0 if stop else most):
             report = self.waiting.pop(0)
@@ -438,8 +427,7 @@ class Meter:
                  "tokens_per_second": speed,
                  "share_of_peak": speed * run.flops / run.machine.peak_flops / run.world.size}
         entry |= {name: values[name] for name in (*run.found, "expert_load") if name in values}
-        if values["dropped"]:
-            entry["dropped"] = True
+        entry |= {"dropped": True} if values["dropped"] else {}
         run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, **entry, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0)
         self.bar.set_postfix(entry | {"tokens_per_second": round(speed)}, refresh=False)
@@ -450,21 +438,22 @@ class Meter:
         self.warn(self.saver.finish())
         if self.run.log:
             self.run.log.close()
+        for kind, handler in self.handlers.items():
+            signal.signal(kind, handler)
 
 
 def blame(run, report, values):
     """Why an update was not made, naming processes and their pieces of the batch; every process calls it."""
-    bad, rank = [], run.world.rank
-    for i in (i for i, part in enumerate(report.parts) if not part.isfinite()):
-        bad.append(f"process {rank}, micro-batch {i + 1}")
-        if run.curriculum:
-            rows = run.rows[run.curriculum.stage(report.step)]
-            first = (i * run.world.size + rank) * rows
-            bad[-1] = f"process {rank}, sequences {first} to {first + rows - 1} of the batch"
-    bad = sum(run.world.gather(bad), [])
-    return (f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
-            + f" ({'; '.join(bad[:4])})" * bool(bad) + ", so this update was not made and nothing was saved; take a "
-            f"lower --learning_rate or --clip from the last checkpoint on: {run.command} --resume {run.folder}")
+    rows = run.rows[run.curriculum.stage(report.step)] if run.curriculum else 0
+    bad = [(run.world.rank, i) for i, part in enumerate(report.parts) if not part.isfinite()]
+    places = []
+    for rank, i in sum(run.world.gather(bad), []):
+        first = (i * run.world.size + rank) * rows
+        sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
+        places.append(f"process {rank}, micro-batch {i + 1}{sequences}")
+    return (f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}; "
+            f"{'; '.join(places[:4])}; this update was not made and nothing was saved; take a lower --learning_rate or "
+            f"--clip from the last checkpoint on: {run.command} --resume {run.folder}")
 
 
 # ---- batches and evaluations ----------------------------------------------------------------------------------
@@ -508,10 +497,9 @@ def evaluate_text(run, last):
     listed = [f"{name} {score:.3f}" for name, score in scores.items()]
     listed += [f"{name} {score}" for name, score in tasks.items()]
     lines = [f"step {run.step:,}: held-out bits per byte (lower is better): {', '.join(listed)}"]
-    turn = run.step // recipe.eval_every % len(run.sources)
+    turn, length = run.step // recipe.eval_every % len(run.sources), min(96, recipe.model.max_position_embeddings // 2)
     for source in run.sources if last and not recipe.sample_prompt else [run.sources[turn]]:
         prompt = recipe.sample_prompt or tokenizer.decode(source["val"].tokens[1:9].tolist())
-        length = min(96, recipe.model.max_position_embeddings // 2)
         text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step)
         samples.append(prompt + text)
         lines.append(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
@@ -555,15 +543,14 @@ def read_recipe(folder, kind=Recipe):
 
 
 def shard(model, dtype):
-    """FSDP, block by block, so that the whole need never fit on a device; weights are gathered in `dtype`, but those
-    that the model computes with in fp32 as they are."""
-    exact, policy = (MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32) for kind in (None, dtype))
+    """FSDP, block by block, so that the whole need never fit on a device. Weights are gathered in `dtype`, but exactly
+    where the model computes with them in fp32: routers, decays, sinks, T5's biases, gains of 1 + weight."""
+    exact, rounded = (MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32) for kind in (None, dtype))
+    biased = model.config.attention_sinks or model.config.position == "relative"
+    kinds = (Router, GatedDeltaNet) + (Attention,) * biased + (RMSNorm,) * model.config.norm_zero_centered
     for part in reversed([*model.modules()]):  # parts before what holds them
-        if (isinstance(part, (Router, GatedDeltaNet)) or getattr(part, "zero_centered", False)
-                or any(getattr(part, name, None) is not None for name in ("sinks", "relative_bias"))):
-            fully_shard(part, mp_policy=exact)
-        elif part is model or part in [*model.model.layers]:
-            fully_shard(part, mp_policy=policy)
+        if isinstance(part, (*kinds, Block, GPT)):
+            fully_shard(part, mp_policy=exact if isinstance(part, kinds) else rounded)
 
 
 def make_run(recipe, folder, world, machine, tokenizer, model, steps, rate, begun=None, resume=False, **more):
@@ -598,8 +585,7 @@ def connect(run):
         if not (run.folder / "tokenizer.json").exists():  # a kill while it is written again would damage a run
             run.tokenizer.save(run.folder)
         run.log = Log(run.folder, run.recipe, run.step)
-    print(f"run       {run.folder}, step {run.step:,} of {run.steps:,}; Ctrl-C stops, saves, and says how to resume\n",
-          flush=True)
+    print(f"run       {run.folder}, step {run.step:,} of {run.steps:,}; Ctrl-C stops and saves\n", flush=True)
     return run
 
 
@@ -613,14 +599,14 @@ def set_up(recipe, folder, world=None, resume=False):
     begun = newest_checkpoint(folder) if resume else find_checkpoint(recipe.start) if recipe.start else None
     machine = world.agree(cost.choose_machine(recipe))
     print(f"machine   {machine.reason}")
-    loaded = data_.load_data(recipe.data, recipe.model.vocab_size) if world.leader else None
+    loaded = load_data(recipe.data, recipe.model.vocab_size) if world.leader else None
     world.agree()  # the first process makes the data, or checks terabytes of it
-    tokenizer, sources = loaded or data_.load_data(recipe.data, verify=False)
+    tokenizer, sources = loaded or load_data(recipe.data, verify=False)
     splits = [source["train"] for source in sources]
     fingerprint = {split.name: split.sha256 for split in splits}
     if resume and read_recipe(folder)[1] != fingerprint:
         raise UserError(f"{recipe.data} is not the data that {folder} began with; put that back or start a new run")
-    stages = data_.fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens)
+    stages = fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens)
     if recipe.decay_share == -1 and len(stages) < len(recipe.stages):  # collapsed: the last stage's share still decays
         recipe = replace(recipe, decay_share=recipe.stages[-1].tokens / sum(s.tokens for s in recipe.stages))
     recipe = cost.settle(replace(recipe, model=recipe.model.change(vocab_size=tokenizer.vocab_size), stages=stages,
@@ -649,22 +635,18 @@ def print_plan(run, speed, memory):
     print("data      " + "; ".join(f"{split.name} {len(split.tokens):,} tokens, read {epochs[split.name]:.2f} times"
                                    for split in plan.sources))
     print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
-          f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}")
-    print(f"recipe    {recipe.optimizer} at {recipe.learning_rate:g}, {recipe.schedule}, {recipe.warmup_steps} steps "
-          f"of warmup; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp" and size > 1))
-    for stage, end, shares, context, batch, rows in zip(plan.stages, plan.ends, plan.shares, plan.contexts,
-                                                        plan.batches, run.rows):
-        mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(plan.sources, shares) if share)
-        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a batch of {batch:,} tokens is "
-              f"{batch // context // rows // size} x {rows} sequences of {context:,} a process, RoPE base "
-              f"{stage.rope_theta or config.rope_theta:g}")
+          f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}; "
+          f"{memory / 2**20:,.0f} MiB at the peak; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp"))
+    for i, (stage, end, context, batch) in enumerate(zip(plan.stages, plan.ends, plan.contexts, plan.batches)):
+        mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(plan.sources, plan.shares[i]) if share)
+        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a batch of {batch:,} tokens, "
+              f"{batch // context // run.rows[i] // size} x {run.rows[i]} sequences of {context:,} a process; RoPE's "
+              f"base {stage.rope_theta or config.rope_theta:g}")
         begin = end
-    for line in plan.report():
-        print(line)
+    print("".join(line + "\n" for line in plan.report()), end="")
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
           f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "
           f"x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
-    print(f"memory    {memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
 
 
 def pretrain(recipe, folder, resume=False, world=None):
@@ -707,8 +689,7 @@ def check(recipe, world):
         world.agree()
         load_checkpoint(folder / "checkpoints/step-00000002", run.model, run.optimizer)
         finish = datetime.now() + timedelta(seconds=seconds)
-        print(f"ok        a save and a load; {run.steps:,} steps would end on {finish:%Y-%m-%d at %H:%M}, evaluations "
-              "not counted")
+        print(f"ok        a save and a load; without evaluations it would end on {finish:%Y-%m-%d at %H:%M}")
         world.agree()
     finally:
         if world.leader:
@@ -723,15 +704,14 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
 
 
 def annealing(start, candidate, given):
-    """The playbook's test of a data set: from a checkpoint, 40 % of the base mixture and 60 % of the candidate while
-    the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Compare with the same command for another candidate.
-    `start`: a checkpoint, or a run, whose checkpoint after the first stage is taken."""
+    """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on)."""
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
         begun = newest_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
     data = given.get("data", recipe.data)
-    sizes = {source["train"].name: len(source["train"].tokens) for source in data_.load_data(data)[1]}
+    sizes = {source["train"].name: len(source["train"].tokens) for source in load_data(data)[1]}
     base = recipe.stages[0].mixture or sizes
     if lacking := {*base, candidate} - set(sizes):
         raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
@@ -745,8 +725,7 @@ def annealing(start, candidate, given):
 
 
 def resumed(args, given, others, kind, allowed):
-    """The recipe of --resume, a `kind`, with what is `given`; UserError for names that are not `allowed`, and for the
-    `others`."""
+    """The recipe of --resume, a `kind`, with what is given; UserError for what is not `allowed`, and for `others`."""
     if wrong := [f"--{name}" for name in given if name not in allowed] + others:
         raise UserError(f"a resumed run cannot change {' or '.join(wrong)}; leave it out, or start a new run from a "
                         f"checkpoint before the rate decays: --start {args.resume}/checkpoints/step-...")
@@ -773,8 +752,7 @@ def parse(argv):
         return args, resumed(args, given, [f"--{name}" for name in others], Recipe, RESUMABLE)
     if args.anneal:
         if args.recipe or args.model or sizes or not args.candidate:
-            raise UserError("--anneal takes the run's own recipe and model, and a --candidate: "
-                            "python train.py --anneal runs/laptop --candidate math")
+            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math")
         args.recipe = f"anneal-{args.candidate}"
         return args, annealing(args.anneal, args.candidate, given)
     recipe = RECIPES.get(args.recipe or "laptop")
@@ -817,8 +795,7 @@ def start(world):
         speed = world.size * cost.measure_training(recipe.model, machine, rows, context, 2, 2.0)
         recipe = replace(recipe, tokens=world.agree(60 * args.minutes * speed))
         if not recipe.tokens >= 20 * recipe.batch_tokens:
-            raise UserError(f"--minutes {args.minutes:g} is less than 20 steps here; give at least "
-                            f"{recipe.batch_tokens / speed / 3:.2g}")
+            raise UserError(f"--minutes {args.minutes:g} is under 20 steps; give {recipe.batch_tokens / speed / 3:.2g}")
     if args.check:
         return check(recipe, world)
     name = args.name or args.recipe or Path((args.data or "laptop").split(",")[0]).name

@@ -147,7 +147,7 @@ def test_nan_in_one_process_stops_both_before_the_update(two):
     """Process 1 gets NaN in its loss at step 7: nothing is saved, and the message names step and sequences."""
     runs, done = two
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("diverged")]
-    assert "step 7:" in said and "process 1, sequences 2 to 3 of the batch" in said and "--resume runs/nan" in said
+    assert "step 7:" in said and "process 1, micro-batch 1 (sequences 2 to 3)" in said and "--resume runs/nan" in said
     assert newest_checkpoint(runs / "nan").name == "step-00000005" and len(losses(runs / "nan")) == 6
 
 
