@@ -53,7 +53,6 @@ from tokenizer import run as run_command
 @dataclass(frozen=True)
 class Recipe:
     """One training run. Tokens are counted over all processes."""
-
     model: ModelConfig = PRESETS["laptop"]
     stages: tuple = ()  # of Stage
     data: str = option("data/laptop", "prepared folders, separated by commas")
@@ -150,7 +149,6 @@ RECIPES = {
 
 class World:
     """This process among those that `torchrun` started; alone without it."""
-
     def __init__(self, rank=0, size=1, store=None):
         self.rank, self.size, self.leader, self.store = rank, size, rank == 0, store
 
@@ -188,7 +186,6 @@ class World:
 @dataclass
 class Run:
     """All that a training works with. What changes from step to step: weights, moments, `guard`, `step`."""
-
     recipe: Recipe
     folder: Path
     world: World
@@ -222,7 +219,7 @@ class Run:
 def update(run, losses, rate):
     """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns a piece's
     share of the batch's mean loss, and what is added for the gradient only. The `Report` has sums over all processes:
-    loss, `run.found`, what `Guard.judge` says. From a loss or norm that is not finite on, no process changes weights."""
+    loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not finite, none changes its weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -268,7 +265,6 @@ def pretraining_losses(run, step):
 
 class Report:
     """What an update found, on its way to the host while the device works; `read` waits for these numbers only."""
-
     def __init__(self, step, values, parts):
         self.step, self.names, self.parts = step, list(values), parts  # parts: the loss of each piece of this process
         numbers = torch.stack([value.float() for value in values.values()])
@@ -349,8 +345,7 @@ def enter_stage(run):
 def go_back(run, event):
     """Rewinds a run to a checkpoint from before a spike, and has its guard skip the batches around it."""
     guard, began, at = run.guard, event["began"], event["step"]
-    near = guard.skipped and began <= guard.skipped[-1][1] + Guard.WINDOW  # the same trouble, not a new one
-    rewinds = guard.rewinds + 1 if near else 1
+    rewinds = guard.rewinds + 1 if began <= guard.tight_until else 1  # the same trouble, or a new one
     what = f"step {at:,}: the loss has not recovered from the spike at step {began:,}"
     if rewinds > Guard.TRIES:
         raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove checkpoints "
@@ -373,7 +368,6 @@ def go_back(run, event):
 
 class Meter:
     """Reads what updates report into the log and the progress bar, and notes signals, so that no step is half done."""
-
     def __init__(self, run, saver):
         self.run, self.saver, self.waiting = run, saver, []  # waiting: reports that are not read yet
         self.handlers = {kind: signal.signal(kind, lambda kind, _: run.signals.append(kind))
@@ -451,9 +445,9 @@ def blame(run, report, values):
         first = (i * run.world.size + rank) * rows
         sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
         places.append(f"process {rank}, micro-batch {i + 1}{sequences}")
-    return (f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}; "
-            f"{'; '.join(places[:4])}; this update was not made and nothing was saved; take a lower --learning_rate or "
-            f"--clip from the last checkpoint on: {run.command} --resume {run.folder}")
+    what = f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
+    return "; ".join([what, *places[:4], "this update was not made and nothing was saved; take a lower --learning_rate or "
+                      f"--clip from the last checkpoint on: {run.command} --resume {run.folder}"])
 
 
 # ---- batches and evaluations ----------------------------------------------------------------------------------
@@ -461,7 +455,6 @@ def blame(run, report, values):
 class Loader:
     """Micro-batches of a curriculum on the device. On CUDA a thread makes the next while the GPU works on this one; a
     CPU, which has no time to spare, makes it when it is wanted. It has no state that a checkpoint would need."""
-
     def __init__(self, curriculum, device):
         self.curriculum, self.device, self.ahead = curriculum, device, {}
         self.seconds = 0.0  # spent waiting for data
@@ -631,18 +624,17 @@ def set_up(recipe, folder, world=None, resume=False):
 def print_plan(run, speed, memory):
     """`speed` in tokens per second, all processes together; `memory` in bytes of one."""
     recipe, plan, config, size = run.recipe, run.curriculum, run.recipe.model, run.world.size
-    count, tokens, epochs, begin = count_parameters(config), plan.tokens(plan.steps), plan.epochs(), 0
-    print("data      " + "; ".join(f"{split.name} {len(split.tokens):,} tokens, read {epochs[split.name]:.2f} times"
+    count, tokens, epochs = count_parameters(config), plan.tokens(plan.steps), plan.epochs()
+    print("data      " + "; ".join(f"{split.name} {len(split.tokens):,} tokens, {epochs[split.name]:.2f} epochs"
                                    for split in plan.sources))
     print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
           f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}; "
           f"{memory / 2**20:,.0f} MiB at the peak; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp"))
-    for i, (stage, end, context, batch) in enumerate(zip(plan.stages, plan.ends, plan.contexts, plan.batches)):
+    for i, (stage, begin, end) in enumerate(zip(plan.stages, [0, *plan.ends], plan.ends)):
+        context, batch, rows = plan.contexts[i], plan.batches[i], run.rows[i]
         mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(plan.sources, plan.shares[i]) if share)
-        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a batch of {batch:,} tokens, "
-              f"{batch // context // run.rows[i] // size} x {run.rows[i]} sequences of {context:,} a process; RoPE's "
-              f"base {stage.rope_theta or config.rope_theta:g}")
-        begin = end
+        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; {batch // context // rows // size} x {rows} "
+              f"rows of {context:,} tokens a process, {batch:,} in all; RoPE base {stage.rope_theta or config.rope_theta:g}")
     print("".join(line + "\n" for line in plan.report()), end="")
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
           f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "
@@ -716,8 +708,7 @@ def annealing(start, candidate, given):
     if lacking := {*base, candidate} - set(sizes):
         raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
                         "or add a folder to --data")
-    mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
-    mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
+    mixture = {name: 0.4 * base.get(name, 0) / sum(base.values()) + 0.6 * (name == candidate) for name in sizes}
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
     print(f"anneal    from {begun}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
     changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1} | given | {"tokens": 0, "start": str(begun)}
@@ -758,8 +749,7 @@ def parse(argv):
     recipe = RECIPES.get(args.recipe or "laptop")
     if not recipe:
         raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a folder")
-    model = PRESETS.get(args.model, recipe.model)
-    return args, replace(recipe, model=model.change(**sizes), **given)
+    return args, replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
 
 
 def command_line(work):
@@ -775,8 +765,7 @@ def command_line(work):
             print(stop, file=sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL, for `until python train.py --resume RUN; do [ $? = 75 ] || break; done`
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same), take "
-                        "--activation_checkpointing true or a shorter --max_position_embeddings") from None
+        raise UserError("GPU memory is full; halve --micro_batch or take --activation_checkpointing true") from None
     except BaseException:
         if world.size > 1 and world.store.add("failed", 1) > 1:
             time.sleep(1.0)  # until the first to fail has printed why: torchrun ends all when one ends
