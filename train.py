@@ -446,8 +446,8 @@ def blame(run, report, values):
         sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
         places.append(f"process {rank}, micro-batch {i + 1}{sequences}")
     what = f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
-    return "; ".join([what, *places[:4], "this update was not made and nothing was saved; take a lower --learning_rate or "
-                      f"--clip from the last checkpoint on: {run.command} --resume {run.folder}"])
+    return "; ".join([what, *places[:4], "this update was not made and nothing was saved; resume the last checkpoint "
+                      f"with a lower --learning_rate or --clip: {run.command} --resume {run.folder}"])
 
 
 # ---- batches and evaluations ----------------------------------------------------------------------------------
@@ -625,16 +625,16 @@ def print_plan(run, speed, memory):
     """`speed` in tokens per second, all processes together; `memory` in bytes of one."""
     recipe, plan, config, size = run.recipe, run.curriculum, run.recipe.model, run.world.size
     count, tokens, epochs = count_parameters(config), plan.tokens(plan.steps), plan.epochs()
-    print("data      " + "; ".join(f"{split.name} {len(split.tokens):,} tokens, {epochs[split.name]:.2f} epochs"
-                                   for split in plan.sources))
+    print("data      " + "; ".join(f"{s.name} {len(s.tokens):,} tokens x {epochs[s.name]:.2f}" for s in plan.sources))
     print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
           f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}; "
           f"{memory / 2**20:,.0f} MiB at the peak; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp"))
     for i, (stage, begin, end) in enumerate(zip(plan.stages, [0, *plan.ends], plan.ends)):
-        context, batch, rows = plan.contexts[i], plan.batches[i], run.rows[i]
+        context, rows, base = plan.contexts[i], run.rows[i], stage.rope_theta or config.rope_theta
         mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(plan.sources, plan.shares[i]) if share)
-        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; {batch // context // rows // size} x {rows} "
-              f"rows of {context:,} tokens a process, {batch:,} in all; RoPE base {stage.rope_theta or config.rope_theta:g}")
+        pieces = plan.batches[i] // context // rows // size
+        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a step of {plan.batches[i]:,} tokens: "
+              f"{pieces} x {rows} rows of {context:,} a process; RoPE base {base:g}")
     print("".join(line + "\n" for line in plan.report()), end="")
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
           f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "

@@ -50,11 +50,14 @@ def corpus(tmp_path_factory) -> Path:
 
 
 look_at_machine, measure_speed = functools.cache(cost.find_machine), cost.measure_speed
+count_parameters = functools.cache(cost.count_parameters)
 
 
 def hasten(monkeypatch) -> None:
-    """The machine is looked at once, its speed measured by two steps, no curve is drawn."""
+    """The machine is looked at once, its speed measured by two steps, a model counted once, no curve is drawn."""
     monkeypatch.setattr(cost, "find_machine", look_at_machine)
+    monkeypatch.setattr(cost, "count_parameters", count_parameters)
+    monkeypatch.setattr(train, "count_parameters", count_parameters)
     monkeypatch.setattr(cost, "measure_speed", lambda *words, **_: measure_speed(*words, repeats=2))
     monkeypatch.setattr(train, "draw_log", lambda folder: False)
 
@@ -154,6 +157,17 @@ def test_a_run_from_text_to_sample(here, monkeypatch):
     assert sampled.returncode == 0 and sampled.stdout.startswith("ab "), sampled.stderr
     again = call(train.main, *TINY, "--tokens", "512")  # a second run overwrites nothing
     assert again.returncode == 0 and (here / "runs/tiny-2").is_dir() and log_of(folder) == log
+
+
+def test_minutes_become_tokens(here, monkeypatch):
+    """At 1,000 tokens a second half a minute is 30,000 tokens, 117 steps; a second is too short, and a minute named."""
+    monkeypatch.setattr(cost, "measure_training", lambda *_: 1000.0)
+    monkeypatch.setattr(train, "train", lambda run: {})
+    done = call(train.main, *TINY, "--minutes", "0.5")
+    assert done.returncode == 0 and train.read_recipe(Path("runs/tiny"))[0].tokens == 30_000, done.stderr
+    assert "step 0 of 117" in done.stdout
+    done = call(train.main, *TINY, "--minutes", "0.01")
+    assert done.returncode == 2 and "--minutes 0.01 is under 20 steps; give 0.085" in done.stderr
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(here):
@@ -337,9 +351,8 @@ def test_the_smollm3_recipe_is_the_published_one():
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
-def test_recipes_divide_among_processes_or_say_what_would(name, monkeypatch):
+def test_recipes_divide_among_processes_or_say_what_would(name):
     """In every stage, or the sentence names the nearest batch, which then works."""
-    monkeypatch.setattr(cost, "count_parameters", functools.cache(cost.count_parameters))
     job, worked = train.RECIPES[name], []
     for processes in (1, 2, 8, 32, 384):
         for _ in range(len(job.stages) + 1):  # one sentence a stage at most
@@ -438,11 +451,13 @@ def test_resume_refuses_other_data_and_other_sizes(here):
 HYBRID = ["--num-experts", "4", "--layer-types", "linear,full", "--router-bias-update-rate", "0.01", "--z-loss", "1e-4"]
 
 
-def test_experts_and_linear_layers_train_resume_exactly_and_log_their_balance(here):
-    whole = pretrain("whole", "--tokens", "1024", "--save-every", "2", *HYBRID)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_and_linear_layers_train_resume_exactly_and_log_their_balance(here, optimizer):
+    whole = pretrain("whole", "--tokens", "1024", "--save-every", "2", "--optimizer", optimizer, *HYBRID)
     copy = cut(whole, "cut", 2)
     resume(copy)
     assert_same_state(whole, copy)  # the routers' biases included
+    assert any("momentum_buffer" in moments for moments in state(whole)[1].values()) == (optimizer == "muon")
     steps = [entry for entry in log_of(whole) if "loss" in entry]
     assert all(1 <= entry["expert_load"] <= 4 for entry in steps)
     assert state(whole)[0]["model.layers.0.mlp.gate.e_score_correction_bias"].any()
