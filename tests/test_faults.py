@@ -28,7 +28,7 @@ from tokenizer import UserError
 
 # ---- two processes --------------------------------------------------------------------------------------------
 
-SHORT = ["--data", "data/short", "--tokens", "2560", "--save-every", "5", "--clip", "0.1", "--micro-batch", "2"]
+SHORT = ["--data", "data/short", "--tokens", "1536", "--save-every", "3", "--clip", "0.1", "--micro-batch", "2"]
 EXPERTS = ["--num-experts", "4", "--tokens", "768"]
 HALF = [*EXPERTS, "--dtype", "bfloat16", "--position", "relative", "--norm-zero-centered", "true", "--tokens", "256"]
 
@@ -51,10 +51,10 @@ def work(world):
     def pretrain(name, *flags):
         train.pretrain(recipe(*flags), Path("runs") / name, world=world)
 
-    def watched(name, do, *flags):  # does something before the update of step 7 in process 1
+    def watched(name, do, *flags):  # does something before the update of step 5 in process 1
         def losses_of(run, step):
             losses = train.pretraining_losses(run, step)
-            return do(losses) if world.rank == 1 and step == 6 else losses
+            return do(losses) if world.rank == 1 and step == 4 else losses
         train.train(train.connect(train.set_up(recipe(*flags), Path("runs") / name, world)), losses_of)
 
     for packing in ("concat", "best-fit"):
@@ -95,7 +95,7 @@ def two(corpus, tmp_path_factory):  # noqa: F811
         for packing in ("concat", "best-fit"):
             pretrain(packing, *SHORT, "--packing", packing, "--micro-batch", "8")
         shutil.copytree("runs/concat", "runs/one")
-        cut(Path("runs/one"), "one-cut", 5)
+        cut(Path("runs/one"), "one-cut", 3)
         pretrain("one-started", *SHORT, "--start", "runs/one")
         pretrain("one-experts", *EXPERTS)
         pretrain("one-bfloat16", *HALF)
@@ -127,8 +127,8 @@ def test_two_processes_equal_one(two, name):
 def test_each_number_of_processes_resumes_the_others_run(two, monkeypatch):
     runs, done = two
     assert_same_run(runs / "one-cut", runs / "one")  # continued by two with FSDP
-    assert "one-cut, step 5 of 10" in done.stdout
-    copy = cut(runs / "fsdp", "fsdp-cut", 5)
+    assert "one-cut, step 3 of 6" in done.stdout
+    copy = cut(runs / "fsdp", "fsdp-cut", 3)
     monkeypatch.chdir(runs.parent)
     resume(copy, parallel="ddp")
     assert_same_run(copy, runs / "one")
@@ -154,18 +154,18 @@ def test_experts_on_two_sharding_processes(two):
 
 
 def test_nan_in_one_process_stops_both_before_the_update(two):
-    """Process 1 gets NaN in its loss at step 7: nothing is saved, and the message names step and sequences."""
+    """Process 1 gets NaN in its loss at step 5: nothing is saved, and the message names step and sequences."""
     runs, done = two
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("diverged")]
-    assert "step 7:" in said and "process 1, micro-batch 1 (sequences 2 to 3)" in said and "--resume runs/nan" in said
-    assert newest_checkpoint(runs / "nan").name == "step-00000005" and len(losses(runs / "nan")) == 6
+    assert "step 5:" in said and "process 1, micro-batch 1 (sequences 2 to 3)" in said and "--resume runs/nan" in said
+    assert newest_checkpoint(runs / "nan").name == "step-00000003" and len(losses(runs / "nan")) == 4
 
 
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(two):
     runs, done = two
     assert "exitcode  : 75" in done.stderr
     assert done.stderr.count("python train.py --resume runs/stopped") == 1, done.stderr
-    assert newest_checkpoint(runs / "stopped").name == "step-00000007" and len(losses(runs / "stopped")) == 7
+    assert newest_checkpoint(runs / "stopped").name == "step-00000005" and len(losses(runs / "stopped")) == 5
 
 
 def test_one_process_that_dies_takes_the_other_with_it(here):
