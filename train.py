@@ -230,8 +230,7 @@ def update(run, losses, rate):
         parts.append(loss.detach())
     clip = run.recipe.clip / (2 if run.step < run.guard.tight_until else 1)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-    if hasattr(norm, "full_tensor"):  # FSDP's
-        norm = norm.full_tensor()
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is sharded
     local = {"loss": torch.stack(parts).sum(), "signals": torch.tensor(float(len(run.signals))), **run.found}
     summed = world.sum(torch.stack([value.float().to(norm.device) for value in local.values()]))
     values = dict(zip(local, summed)) | {"grad_norm": norm}
@@ -352,18 +351,19 @@ def go_back(run, event):
                         "from that step on and --resume with a lower --learning_rate or --clip")
     margin = Guard.MARGIN * 2 ** (rewinds - 1)
     gap = [began - 1 - margin, min(at + margin, run.steps - 1)]
-    whole = run.world.agree(newest_checkpoint(run.folder, before=began) if run.world.leader else None)
+    saved = {int(path.name[5:]): path for path in (run.folder / "checkpoints").glob("step-????????")}
+    before = began - Guard.MARGIN * (min(saved, default=0) < began - Guard.MARGIN)  # or what is left
+    whole = run.world.agree(newest_checkpoint(run.folder, before) if run.world.leader else None)
     state = load_checkpoint(whole, run.model, run.optimizer)
     guard.restore(state | {"skipped": [*guard.skipped, gap], "rewinds": rewinds, "tight_until": gap[1] + Guard.WINDOW})
     run.step = guard.after_gap(state["step"])
     if run.world.leader:
-        for later in whole.parent.glob("step-????????"):
-            if later.name > whole.name:  # what is undone must not be resumed
-                shutil.rmtree(later)
+        for step in saved:
+            if step > state["step"]:  # what is undone must not be resumed
+                shutil.rmtree(saved[step])
         run.log.forget(state["step"])
         run.log.write(**event, to=state["step"], skipped=gap, rewinds=rewinds)
-        say(f"{what}: back to step {state['step']:,}; the batches of steps {gap[0]:,} to {gap[1]:,} are skipped, and "
-            f"gradients clipped at {run.recipe.clip / 2:g} for a while (try {rewinds} of {Guard.TRIES})")
+        say(f"{what}: back to step {state['step']:,}; skips batches {gap[0]:,} to {gap[1]:,}, clips at half a while")
 
 
 class Meter:
