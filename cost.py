@@ -255,12 +255,13 @@ def recipe_memory(recipe, rows, context, processes, device, accumulates=True):
 
 
 def settle(recipe, machine, processes, context):
-    """The recipe with what its "auto"s became: FSDP where a process cannot hold the longest context's training."""
+    """The recipe with what its "auto"s became, so that a resumed run computes as it began: FSDP where a process cannot
+    hold the longest context's training. Where it can, "auto" stays, to be decided again for other processes."""
     recipe = replace(recipe, device=machine.device, dtype=str(machine.dtype)[6:], compile=str(machine.compile).lower())
     if recipe.parallel == "auto":
         needs = recipe_memory(recipe, 1, context, processes, machine.device)["total"]
         sharded = processes > 1 and needs > 0.9 * machine_memory(machine.device)
-        recipe = replace(recipe, parallel="fsdp" if sharded else "ddp")
+        recipe = replace(recipe, parallel="fsdp" if sharded else "auto")
     return recipe
 
 

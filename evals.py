@@ -41,7 +41,7 @@ from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, 
                   validation_batches)
 from model import cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, Tokenizer, UserError, option, reading, run
+from tokenizer import ChatFormat, Parser, UserError, option, reading, run
 
 AT_ONCE = 2048  # tokens whose logits are computed together
 

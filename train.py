@@ -11,13 +11,11 @@ and token files from the Python installation, trains on them for a few minutes a
     python train.py --resume runs/laptop
     python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
 
-Read `update`, then `train`, then what they call. A recipe is a value of the class `Recipe`; each of its fields but
-`stages`, and each of its model's, is a flag.
+Read `update`, then `train`, then what they call. Each field of `Recipe` but `stages`, and of its model, is a flag.
 """
 
 import argparse
 import contextlib
-import difflib
 import functools
 import json
 import math
@@ -25,9 +23,7 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -36,20 +32,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import cost
-import data as data_
 import evals
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
                         newest_checkpoint, write_json)
-from data import Curriculum, Split, Stage
-from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
-                   z_loss)
+from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
+from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
+                   cross_entropy, watch_attention, z_loss)
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_log, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
@@ -60,19 +53,18 @@ from tokenizer import run as run_command
 @dataclass(frozen=True)
 class Recipe:
     """One training run. Tokens are counted over all processes."""
-
     model: ModelConfig = PRESETS["laptop"]
-    stages: tuple[Stage, ...] = ()
+    stages: tuple = ()  # of Stage
     data: str = option("data/laptop", "prepared folders, separated by commas")
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
-    micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0, 10**9)
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=tuple(OPTIMIZERS))
+    micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0)
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=OPTIMIZERS)
     learning_rate: float = option(3e-3, "peak rate", 1e-12, 1e30)
-    schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(50, "steps until the peak rate", 0, 10**12)
+    schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=SCHEDULES)
+    warmup_steps: int = option(50, "steps until the peak rate", 0)
     decay_share: float = option(0.2, "share of the steps that decay, for wsd; -1: the last stage", -1, 1)
-    decay_shape: str = option("linear", "linear, sqrt (1-sqrt) or cosine, for wsd", choices=tuple(DECAYS))
+    decay_shape: str = option("linear", "linear, sqrt (1-sqrt) or cosine, for wsd", choices=DECAYS)
     final_share: float = option(0.0, "rate of the last step, as a share of the peak", 0, 1)
     weight_decay: float = option(0.1, "AdamW's decay, on all but the embedding", 0, 1e6)
     beta1: float = option(0.9, "AdamW's memory of the gradient", 0, 0.999999)
@@ -80,14 +72,14 @@ class Recipe:
     eps: float = option(1e-8, "added to AdamW's denominator", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e30)
     z_loss: float = option(0.0, "weight of the mean squared log-partition of the output (OLMo 2: 1e-5)", 0, 1e6)
-    packing: str = option("concat", "how documents become sequences", choices=tuple(data_.PACKINGS))
+    packing: str = option("concat", "how documents become sequences", choices=PACKINGS)
     document_mask: bool = option(True, "attention stays inside each document")
-    eval_every: int = option(100, "steps between evaluations, each with a sample", 1, 10**18)
-    eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1, 10**18)
+    eval_every: int = option(100, "steps between evaluations, each with a sample", 1)
+    eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
     eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,continuation")
-    save_every: int = option(500, "steps between checkpoints", 1, 10**18)
-    keep: int = option(2, "newest checkpoints that stay, besides the end of each stage", 1, 10**9)
-    keep_every: int = option(0, "checkpoints of multiples of so many steps stay too; 0: none", 0, 10**18)
+    save_every: int = option(500, "steps between checkpoints", 1)
+    keep: int = option(2, "newest checkpoints that stay, besides the end of each stage", 1)
+    keep_every: int = option(0, "checkpoints of multiples of so many steps stay too; 0: none", 0)
     guard: str = option("warn", "what to do about a loss spike", choices=("warn", "skip", "rewind"))
     log: str = option("", "other trackers, separated by commas: tensorboard, wandb, trackio")
     sample_prompt: str = option("", "text that samples continue; empty: the start of held-out documents")
@@ -107,59 +99,49 @@ class Recipe:
             raise UserError(f"--decay_share {self.decay_share} is neither a share of the steps nor -1, the last stage")
 
 
-# Smallest first. The laptop's stages are the first three of SmolLM3 in miniature: code and math take over from prose,
-# and the rate decays in the last fifth (SmolLM3: a ninth). Sizes, batch and rate were measured (docs/results.md).
+# Smallest first. The laptop's stages are SmolLM3's first three in miniature: code and math take over from prose, and
+# the rate decays in the last fifth (SmolLM3: a ninth). Sizes, batch and rate were measured (docs/results.md).
+AT_SCALE = dict(warmup_steps=2000, save_every=2000, eval_every=1000, eval_tokens=2**20)
 RECIPES = {
     "laptop": Recipe(
-        stages=(
-            Stage("base", 1.76e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
-            Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
-            Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16}),
-        ),
-        batch_tokens=2048, learning_rate=3e-3, decay_share=-1, eval_every=200),
-    # SmolLM3's long-context stages in miniature, from the finished laptop run: four times the context, twice, with a
-    # larger RoPE base each time, on long documents and lookups. Looking up is learned at 128 tokens and then stretched;
-    # a run that began at 512 did not learn it. Documents stay whole, so that no question loses its notes.
+        stages=(Stage("base", 1.76e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
+                Stage("quality", 0.4e6, {"prose": 0.18, "code": 0.70, "math": 0.12}),
+                Stage("decay", 0.54e6, {"prose": 0.10, "code": 0.74, "math": 0.16})),
+        batch_tokens=2048, decay_share=-1, eval_every=200),
+    # SmolLM3's long-context stages in miniature, after the laptop run. Looking up is learned at 128 tokens, then
+    # stretched; a run that began at 512 did not learn it. Documents stay whole, so that no question loses its notes.
     "laptop-long": Recipe(
         data="data/laptop,data/recall", start="runs/laptop",
-        stages=(
-            Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
-            Stage("long-512", 0.3e6, {"recall-512": 0.6, "code": 0.2, "prose": 0.1, "math": 0.1}, context=512,
-                  rope_theta=5e4),
-            Stage("long-2048", 0.4e6, {"recall-2048": 0.5, "code": 0.3, "prose": 0.1, "math": 0.1}, context=2048,
-                  rope_theta=2e5),
-        ),
-        batch_tokens=2048, learning_rate=3e-3, warmup_steps=30, decay_share=0.3, packing="best-fit", eval_every=200),
+        stages=(Stage("lookup", 0.4e6, {"recall-128": 0.8, "code": 0.1, "prose": 0.05, "math": 0.05}),
+                Stage("long-512", 0.3e6, {"recall-512": 0.6, "code": 0.2, "prose": 0.1, "math": 0.1}, context=512,
+                      rope_theta=5e4),
+                Stage("long-2048", 0.4e6, {"recall-2048": 0.5, "code": 0.3, "prose": 0.1, "math": 0.1}, context=2048,
+                      rope_theta=2e5)),
+        batch_tokens=2048, warmup_steps=30, decay_share=0.3, packing="best-fit", eval_every=200),
     "smollm2-135m": Recipe(  # huggingface/smollm, text/pretraining/smollm2
         model=replace(PRESETS["smollm2-135m"], rope_theta=1e4, max_position_embeddings=2048), data="data/smollm2",
-        stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, warmup_steps=2000,
-        weight_decay=0.01, save_every=2000, eval_every=1000, eval_tokens=2**20),
+        stages=(Stage("base", 2e12, {}),), batch_tokens=2**20, learning_rate=3e-3, weight_decay=0.01, **AT_SCALE),
     "baseline-1b": Recipe(  # the playbook's ablation baseline: 45B tokens, 1.5 days on 8 H100s
         model=replace(PRESETS["llama-3.2-1b"], position="rope", rope_theta=5e4, max_position_embeddings=4096),
         data="data/fineweb-edu,data/stack-edu-python,data/finemath",
         stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
-        batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", warmup_steps=2000, final_share=0.1,
-        save_every=2000, eval_every=1000, eval_tokens=2**20),
-    # huggingface/smollm, text/pretraining/smollm3: 11.1T tokens at 4k, then 32k and 64k with a fresh, low rate.
-    # `english` is FineWeb-Edu and DCLM (0.333 : 0.370 of stage 1), books and papers; code counts StackExchange. SmolLM3
-    # kept its batch in long context; 2.1M tokens (64 and 32 sequences) also divide by 8 and 32 processes.
+        batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", final_share=0.1, **AT_SCALE),
+    # huggingface/smollm, text/pretraining/smollm3. `english`: FineWeb-Edu and DCLM (0.333 : 0.370), books, papers; code
+    # counts StackExchange. It kept its batch in long context; 2.1M tokens also divide by 8 and 32 processes.
     "smollm3": Recipe(
         model=replace(PRESETS["smollm3-3b"], rope_theta=5e4, max_position_embeddings=4096),
         data="data/english,data/multilingual,data/code,data/math,data/reasoning",
-        stages=(
-            Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
-            Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
-            Stage("decay", 1.2359e12,
-                  {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
-            Stage("long-32k", 47.2e9,
-                  {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
-                  context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
-            Stage("long-64k", 51.9e9,
-                  {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
-                  context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
-        ),
-        batch_tokens=2_359_296, learning_rate=2e-4, warmup_steps=2000, decay_share=-1, save_every=2000,
-        eval_every=1000, eval_tokens=2**20, activation_checkpointing=True),
+        stages=(Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
+                Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
+                Stage("decay", 1.2359e12,
+                      {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
+                Stage("long-32k", 47.2e9,
+                      {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
+                      context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
+                Stage("long-64k", 51.9e9,
+                      {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
+                      context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21)),
+        batch_tokens=2_359_296, learning_rate=2e-4, decay_share=-1, activation_checkpointing=True, **AT_SCALE),
 }
 
 
@@ -167,12 +149,11 @@ RECIPES = {
 
 class World:
     """This process among those that `torchrun` started; alone without it."""
-
-    def __init__(self, rank: int = 0, size: int = 1, store: dist.Store | None = None):
+    def __init__(self, rank=0, size=1, store=None):
         self.rank, self.size, self.leader, self.store = rank, size, rank == 0, store
 
     @classmethod
-    def join(cls) -> "World":
+    def join(cls):
         if "RANK" not in os.environ:
             return cls()
         if cuda := torch.cuda.is_available():
@@ -184,25 +165,18 @@ class World:
                                 timeout=timedelta(days=7))  # the first may have terabytes to read before it answers
         return cls(rank, size, store)
 
-    def first_to_fail(self) -> bool:
-        """Whether no process failed before this one, which then prints why. torchrun ends the others."""
-        return self.size == 1 or self.store.add("failed", 1) == 1
-
     def agree(self, value=None):
         """The first process's value, in all of them; waits for it."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box)
-        return box[0]
+        return self.gather(value)[0]
 
-    def gather(self, value) -> list:
-        """Every process's value, in all of them."""
+    def gather(self, value):
+        """A list of every process's value, in all of them."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def sum(self, tensor):
         """The tensor summed over the processes, in place; does not wait for the device."""
         if self.size > 1:
             dist.all_reduce(tensor)
@@ -212,7 +186,6 @@ class World:
 @dataclass
 class Run:
     """All that a training works with. What changes from step to step: weights, moments, `guard`, `step`."""
-
     recipe: Recipe
     folder: Path
     world: World
@@ -222,65 +195,62 @@ class Run:
     optimizer: Optimizers
     guard: Guard
     steps: int  # of the whole run
-    rate: Callable[[int], float]  # learning rate of the update that begins at a step
+    rate: Callable  # learning rate of the update that begins at a step
     step: int = 0  # updates made so far
     parallel: nn.Module | None = None  # the model through which gradients are averaged: itself, or DDP around it
     curriculum: Curriculum | None = None  # packed text: pre-training and SFT
-    sources: list[dict[str, Split]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)  # sequences of a micro-batch, by stage
+    sources: list = field(default_factory=list)  # {"train": Split, "val": Split} of each
+    rows: list = field(default_factory=list)  # sequences of a micro-batch, by stage
     loader: "Loader | None" = None
     log: Log | None = None  # the first process's
-    keepers: tuple[int, ...] = ()  # steps whose checkpoints stay
-    fingerprint: dict[str, str] = field(default_factory=dict)  # {source: sha256 of what it trains on}
+    fingerprint: dict = field(default_factory=dict)  # {source: sha256 of what it trains on}
     flops: float = 0.0  # per token
-    memory: float = 0.0  # predicted peak, in bytes
-    speed: float = 0.0  # predicted tokens per second, all processes together
     tokens_per_step: float = 0.0  # where there is no curriculum
-    found: dict[str, Tensor] = field(default_factory=dict)  # what losses report besides, summed over pieces
-    signals: list[int] = field(default_factory=list)  # SIGINT and SIGTERM that arrived
+    found: dict = field(default_factory=dict)  # {name: tensor} that losses report besides, summed over pieces
+    signals: list = field(default_factory=list)  # SIGINT and SIGTERM that arrived
     command: str = "python train.py"
+
+    def tokens_before(self, step):
+        return self.curriculum.tokens(step) if self.curriculum else step * self.tokens_per_step
 
 
 # ---- one update -----------------------------------------------------------------------------------------------
 
-def update(run: Run, losses: list[Callable[[], tuple[Tensor, Tensor | float]]], rate: float) -> "Report":
-    """One optimizer step from a batch in pieces, without waiting for the device.
-
-    Each of `losses` returns a piece's share of the batch's mean loss, and what is added for the gradient only. The
-    report holds loss, grad_norm, what `Guard.judge` found, and what the losses put into `run.found`, over all
-    processes. A loss or norm that is not finite changes nothing in any process, nor does any update after it.
-    """
+def update(run, losses, rate):
+    """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns a piece's
+    share of the batch's mean loss, and what is added for the gradient only. The `Report` has sums over all processes:
+    loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not finite, none changes its weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    clip = run.recipe.clip / (2 if run.step < run.guard.tight_until else 1)
-    for i, loss_of_piece in enumerate(losses):
-        averages = i == len(losses) - 1 or not isinstance(run.parallel, DistributedDataParallel)
-        with contextlib.nullcontext() if averages else run.parallel.no_sync():  # DDP averages once, FSDP every time
-            loss, auxiliary = loss_of_piece()
-            ((loss + auxiliary) * world.size).backward()  # DDP and FSDP divide by the number of processes
+    for i, loss_of_piece in enumerate(losses, 1):
+        run.parallel.require_backward_grad_sync = i == len(losses)  # DDP averages once; FSDP every time
+        loss, auxiliary = loss_of_piece()
+        ((loss + auxiliary) * world.size).backward()  # DDP and FSDP divide by the number of processes
         parts.append(loss.detach())
+    clip = run.recipe.clip / (2 if run.step < run.guard.tight_until else 1)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is sharded
     local = {"loss": torch.stack(parts).sum(), "signals": torch.tensor(float(len(run.signals))), **run.found}
-    local = torch.stack([value.float().to(norm.device) for value in local.values()])
-    values = dict(zip(("loss", "signals", *run.found), world.sum(local).unbind())) | {"grad_norm": norm}
+    summed = world.sum(torch.stack([value.float().to(norm.device) for value in local.values()]))
+    values = dict(zip(local, summed)) | {"grad_norm": norm}
     values |= run.guard.judge(values["loss"], norm)
     run.optimizer.found_inf = values["dropped"]  # stays on the device; 1 leaves weights and moments as they are
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=not isinstance(run.parallel, DistributedDataParallel))  # DDP's are its buckets
-    values |= {f"expert_load/{i}": load for i, load in enumerate(run.model.balance_experts(1 - values["dropped"]))}
+    run.optimizer.zero_grad(set_to_none=run.parallel is run.model)  # DDP's gradients are views of its buckets
+    if loads := run.model.balance_experts(1 - values["dropped"]):
+        values["expert_load"] = torch.stack(loads).max()  # of the layers: the fullest expert's load over the mean
     return Report(run.step, values, parts)
 
 
-def pretraining_losses(run: Run, step: int) -> list[Callable[[], tuple[Tensor, Tensor | float]]]:
+def pretraining_losses(run, step):
     """The losses of this process's micro-batches of a step: next-token prediction on the curriculum's rows."""
     curriculum, rows = run.curriculum, run.rows[run.curriculum.stage(step)]
     share = 1 / max(1, curriculum.targets(step))  # over all processes: a mean of means would favour short batches
     pieces = [(step, first + run.world.rank * rows, rows)
               for first in range(0, curriculum.rows(step), run.world.size * rows)]
 
-    def loss_of(piece: tuple[int, int, int], following: tuple[int, int, int]):
+    def loss_of(piece, following):
         tokens, targets, cu_seqlens = run.loader.get(piece, following)
         logits = run.parallel(tokens, cu_seqlens if run.recipe.document_mask else None)
         auxiliary = run.model.routing_loss() * (tokens.numel() * share)
@@ -294,16 +264,13 @@ def pretraining_losses(run: Run, step: int) -> list[Callable[[], tuple[Tensor, T
 
 class Report:
     """What an update found, on its way to the host while the device works; `read` waits for these numbers only."""
-
-    def __init__(self, step: int, values: dict[str, Tensor], parts: list[Tensor]):
+    def __init__(self, step, values, parts):
         self.step, self.names, self.parts = step, list(values), parts  # parts: the loss of each piece of this process
         numbers = torch.stack([value.float() for value in values.values()])
         self.numbers = numbers.to("cpu", non_blocking=numbers.is_cuda)
-        self.arrived = torch.cuda.Event() if numbers.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        self.arrived = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
 
-    def read(self) -> dict[str, float]:
+    def read(self):
         if self.arrived:
             self.arrived.synchronize()
         return dict(zip(self.names, self.numbers.tolist()))
@@ -319,197 +286,168 @@ class Diverged(UserError):
     """A loss or a gradient is not finite."""
 
 
-def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
+def train(run, losses_of=pretraining_losses, evaluate=None):
     """Trains until the end, a signal or an error; returns the last evaluation. posttrain.py runs the same loop.
-
     `losses_of(run, step)`: see `update`; `evaluate(run, last)` prints how the model does and returns it for the log. On
-    CUDA a step's numbers are read while the next is computed, so that the GPU never waits for the host.
-    """
-    recipe, guard, scores, waiting = run.recipe, run.guard, {}, deque()
-    evaluate, lag = evaluate or evaluate_text, 1 if run.machine.device == "cuda" else 0
-    saver = Saver(run.folder, run.tokenizer, recipe.keep, recipe.keep_every, run.keepers, run.world.leader)
+    CUDA a step's numbers are read while the next is computed, so that the GPU never waits for the host."""
+    recipe, guard, scores, evaluate = run.recipe, run.guard, {}, evaluate or evaluate_text
+    lag = 1 if run.machine.device == "cuda" else 0
+    ends = run.curriculum.ends if run.curriculum else ()
+    saver = Saver(run.folder, run.tokenizer, recipe.keep, recipe.keep_every, ends, run.world.leader)
     if not run.step:
         saver.save(0, run.model, run.optimizer, guard.state(0), must=True)  # proves that the disk works
-    with noted_signals(run.signals), contextlib.closing(Meter(run, saver)) as meter:
+    with contextlib.closing(Meter(run, saver)) as meter:
         while run.step < run.steps:
-            before, run.step = run.step, min(run.steps, guard.after_gap(run.step))  # skips what a rewind leaves out
-            if run.step < run.steps:
-                enter_stage(run)
-                waiting.append(update(run, losses_of(run, run.step), run.rate(run.step)))
-                run.step += 1
+            enter_stage(run)
+            meter.waiting.append(update(run, losses_of(run, run.step), run.rate(run.step)))
+            run.step = guard.after_gap(run.step + 1)  # skips what a rewind leaves out
             last = run.step == run.steps
-            judges, saves = (run.step // every > before // every or last  # a gap covers several steps
-                             for every in (recipe.eval_every, recipe.save_every))
-            judges, saves = judges or before == 0, saves or any(before < k <= run.step for k in run.keepers)
-            stop, rewind = meter.read(waiting, 0 if judges or saves else lag)
-            if rewind:
+            judges = last or run.step == 1 or run.step % recipe.eval_every == 0
+            saves = last or run.step in ends or run.step % recipe.save_every == 0
+            stop, spike = meter.read(0 if judges or saves else lag)
+            if spike:
                 meter.warn(saver.finish())
-                waiting.clear()
-                go_back(run, rewind)
-            elif judges and (last or not stop):  # before the save: a checkpoint's log is complete
+                meter.waiting.clear()
+                go_back(run, spike)
+                continue
+            stop = stop and not last
+            if judges and not stop:  # before the save: a checkpoint's log is complete
                 scores = evaluate(run, last)
                 meter.write(train_seconds=meter.seconds, **scores)
-            if (saves or stop) and not rewind:
+            if saves or stop:
                 started = time.perf_counter()
                 meter.warn(saver.save(run.step, run.model, run.optimizer, guard.state(run.step), must=last or stop,
                                       protect=guard.spike and guard.spike["step"]))
                 meter.write(save_seconds=time.perf_counter() - started)
-            if stop and not last and not rewind:
+            if stop:
                 raise Interrupted(f"Stopped after step {run.step:,} of {run.steps:,} and saved; resume with: "
                                   f"{run.command} --resume {run.folder}")
-            if judges or saves or rewind:
-                meter.mark = time.perf_counter()
     return scores
 
 
-def say(text: str) -> None:
+def say(text):
     """A line above the progress bar."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def noted_signals(noted: list[int]):
-    """Collects SIGINT and SIGTERM in a list instead of dying of them, so that no step is left half done."""
-    before = {kind: signal.signal(kind, lambda kind, _: noted.append(kind)) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
-
-
-def enter_stage(run: Run) -> None:
+def enter_stage(run):
     """Sets what changes with a stage besides the data: the context and RoPE's base."""
-    if run.curriculum:
-        stage = run.curriculum.stages[number := run.curriculum.stage(run.step)]
-        base = run.recipe.model
-        if run.step in run.curriculum.ends:  # other data, another loss
+    if curriculum := run.curriculum:
+        number, base = curriculum.stage(run.step), run.recipe.model
+        if run.step in curriculum.ends:  # other data, another loss
             run.guard.lowest = run.guard.guessing
-        run.model.config = base.change(max_position_embeddings=run.curriculum.contexts[number],
-                                       rope_theta=stage.rope_theta or base.rope_theta)
+        run.model.config = base.change(max_position_embeddings=curriculum.contexts[number],
+                                       rope_theta=curriculum.stages[number].rope_theta or base.rope_theta)
 
 
-def go_back(run: Run, event: dict) -> None:
+def go_back(run, event):
     """Rewinds a run to a checkpoint from before a spike, and has its guard skip the batches around it."""
     guard, began, at = run.guard, event["began"], event["step"]
-    near = guard.skipped and began <= guard.skipped[-1][1] + Guard.WINDOW  # the same trouble, not a new one
-    rewinds = guard.rewinds + 1 if near else 1
+    rewinds = guard.rewinds + 1 if began <= guard.tight_until else 1  # the same trouble, or a new one
     what = f"step {at:,}: the loss has not recovered from the spike at step {began:,}"
     if rewinds > Guard.TRIES:
-        raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove the "
-                        "checkpoints from that step on and --resume with a lower --learning_rate or --clip")
-    gap = [began - 1 - (margin := Guard.MARGIN * 2 ** (rewinds - 1)), at + margin]
-    saved = [int(path.name[5:]) for path in (run.folder / "checkpoints").glob("step-????????")]
+        raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove checkpoints "
+                        "from that step on and --resume with a lower --learning_rate or --clip")
+    margin = Guard.MARGIN * 2 ** (rewinds - 1)
+    gap = [began - 1 - margin, min(at + margin, run.steps - 1)]
+    saved = {int(path.name[5:]): path for path in (run.folder / "checkpoints").glob("step-????????")}
     before = began - Guard.MARGIN * (min(saved, default=0) < began - Guard.MARGIN)  # or what is left
-    whole = newest_checkpoint(run.folder, before) if run.world.leader else None
-    state, skipped = load_checkpoint(run.world.agree(whole), run.model, run.optimizer), [*guard.skipped, gap]
-    guard.restore(state | {"skipped": skipped, "rewinds": rewinds, "tight_until": gap[1] + Guard.WINDOW})
-    run.step = state["step"]
+    whole = run.world.agree(newest_checkpoint(run.folder, before) if run.world.leader else None)
+    state = load_checkpoint(whole, run.model, run.optimizer)
+    guard.restore(state | {"skipped": [*guard.skipped, gap], "rewinds": rewinds, "tight_until": gap[1] + Guard.WINDOW})
+    run.step = guard.after_gap(state["step"])
     if run.world.leader:
-        for later in (run.folder / "checkpoints").glob("step-????????"):  # what is undone must not be resumed
-            if int(later.name[5:]) > run.step:
-                shutil.rmtree(later)
-        run.log.forget(run.step)
-        run.log.write(**event, to=run.step, skipped=gap, rewinds=rewinds)
-        say(f"{what}: back to step {run.step:,}; the batches of steps {max(gap[0], run.step):,} to {gap[1]:,} are "
-            f"skipped, and gradients clipped at {run.recipe.clip / 2:g} for a while (try {rewinds} of {Guard.TRIES})")
+        for step in saved:
+            if step > state["step"]:  # what is undone must not be resumed
+                shutil.rmtree(saved[step])
+        run.log.forget(state["step"])
+        run.log.write(**event, to=state["step"], skipped=gap, rewinds=rewinds)
+        say(f"{what}: back to step {state['step']:,}; skips batches {gap[0]:,} to {gap[1]:,}, clips at half a while")
 
 
 class Meter:
-    """Reads an update's numbers into the log and the progress bar."""
-
-    def __init__(self, run: Run, saver: Saver):
-        self.run, self.saver, self.pace = run, saver, run.speed  # pace: tokens per second, averaged
+    """Reads what updates report into the log and the progress bar, and notes signals, so that no step is half done."""
+    def __init__(self, run, saver):
+        self.run, self.saver, self.waiting = run, saver, []  # waiting: reports that are not read yet
+        self.handlers = {kind: signal.signal(kind, lambda kind, _: run.signals.append(kind))
+                         for kind in (signal.SIGINT, signal.SIGTERM)}  # what they were before
         entries = run.log.entries() if run.log else ()
         self.seconds = max((e.get("train_seconds", 0.0) for e in entries), default=0.0)  # spent in updates so far
         self.bar = tqdm(total=run.steps, initial=run.step, disable=not run.world.leader, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 10,
-                        bar_format="{n_fmt}/{total_fmt} steps [{elapsed}{postfix}")
+                        bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
         self.mark = time.perf_counter()  # when the last update was read, or something else than training ended
 
-    def write(self, **entry) -> None:
+    def write(self, **entry):
+        """Logs what something else than an update found."""
         if self.run.log:
-            self.run.log.write(step=self.run.step, tokens=tokens_before(self.run, self.run.step), **entry)
+            self.run.log.write(step=self.run.step, tokens=self.run.tokens_before(self.run.step), **entry)
+        self.mark = time.perf_counter()
 
-    def warn(self, sentence: str) -> None:
+    def warn(self, sentence):
         if sentence and self.run.log:
             tqdm.write(f"warning   step {self.run.step:,}: {sentence}", file=sys.stderr)
             self.write(event="warning", text=sentence)
 
-    def read(self, waiting: deque[Report], most: int) -> tuple[bool, dict | None]:
-        """Reads reports until `most` wait; whether a signal came, and a rewind's event, the same in all processes."""
-        stop, event = False, None
-        while len(waiting) > (0 if stop else most) and not (event and event["event"] == "rewind"):
-            report = waiting.popleft()
+    def read(self, most):
+        """Reads reports until `most` wait; whether a signal came to a process, and the spike to rewind from, if any."""
+        run, stop = self.run, False
+        while len(self.waiting) > (0 if stop else most):
+            report = self.waiting.pop(0)
             values = report.read()
             if values["stopped"]:
                 self.warn(self.saver.finish())  # it is the last one
-                raise blame(self.run, report, values)
-            stop, event = stop or values["signals"] > 0, self.run.guard.follow(report.step + 1, values)
-            if self.run.log:
+                raise Diverged(blame(run, report, values))
+            stop, event = stop or values["signals"] > 0, run.guard.follow(report.step + 1, values)
+            if run.log:
                 self.count(report.step, values)
-            if event and event["event"] != "rewind" and self.run.log:
-                self.run.log.write(**event)
-                say(f"step {report.step + 1:,}: {self.run.guard.describe(event)}")
-        return stop, event if event and event["event"] == "rewind" else None
+            if event and event["event"] == "rewind":
+                return stop, event
+            if event and run.log:
+                run.log.write(**event)
+                say(f"step {report.step + 1:,}: {run.guard.describe(event)}")
+        return stop, None
 
-    def count(self, at: int, values: dict[str, float]) -> None:
+    def count(self, at, values):
         """Logs and shows the update that began at step `at`."""
         run, now = self.run, time.perf_counter()
-        begin, end, total = (tokens_before(run, step) for step in (at, at + 1, run.steps))
-        elapsed, self.mark = now - self.mark, now
-        self.seconds, speed = self.seconds + elapsed, (end - begin) / elapsed
-        self.pace = 0.95 * self.pace + 0.05 * speed if self.pace else speed
-        peak = speed * run.flops / run.machine.peak_flops / run.world.size
-        more = {name: values[name] for name in values if name in run.found}
-        if loads := [value for name, value in values.items() if name.startswith("expert_load")]:
-            more["expert_load"] = max(loads)  # over layers: the fullest expert's load over the mean
-        if values["dropped"]:
-            more["dropped"] = True
+        seconds, self.mark = now - self.mark, now
+        self.seconds += seconds
+        begin, end = run.tokens_before(at), run.tokens_before(at + 1)
+        speed = (end - begin) / seconds
         stage = run.curriculum.stages[run.curriculum.stage(at)].name if run.curriculum else run.recipe.method
-        loss, norm, rate = values["loss"], values["grad_norm"], run.rate(at)
-        run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, stage=stage, loss=loss, lr=rate,
-                      grad_norm=norm, tokens_per_second=speed, share_of_peak=peak, train_seconds=self.seconds,
-                      data_seconds=run.loader.seconds if run.loader else 0.0, **more)
-        shown = "".join(f" | {name} {value:.2f}" for name, value in more.items() if name != "dropped")
-        left = tqdm.format_interval((total - end) / self.pace)
-        self.bar.set_postfix_str(f"{left} left] {stage} | loss {loss:.3f} | lr {rate:.1e} | grad {norm:.2f} | "
-                                 f"{speed:,.0f} tok/s | {peak:.0%} of peak{shown}", refresh=False)
+        entry = {"stage": stage, "loss": values["loss"], "lr": run.rate(at), "grad_norm": values["grad_norm"],
+                 "tokens_per_second": speed,
+                 "share_of_peak": speed * run.flops / run.machine.peak_flops / run.world.size}
+        entry |= {name: values[name] for name in (*run.found, "expert_load") if name in values}
+        entry |= {"dropped": True} if values["dropped"] else {}
+        run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, **entry, train_seconds=self.seconds,
+                      data_seconds=run.loader.seconds if run.loader else 0.0)
+        self.bar.set_postfix(entry | {"tokens_per_second": round(speed)}, refresh=False)
         self.bar.update(at + 1 - self.bar.n)
 
-    def close(self) -> None:
+    def close(self):
         self.bar.close()
         self.warn(self.saver.finish())
         if self.run.log:
             self.run.log.close()
+        for kind, handler in self.handlers.items():
+            signal.signal(kind, handler)
 
 
-def tokens_before(run: Run, step: int) -> float:
-    """Tokens in the steps before this one."""
-    return run.curriculum.tokens(step) if run.curriculum else step * run.tokens_per_step
-
-
-def blame(run: Run, report: Report, values: dict[str, float]) -> Diverged:
-    """Why an update was not made, naming the processes and their pieces of the batch; every process calls it."""
-    bad = [f"process {run.world.rank}, {describe_piece(run, report.step, number)}"
-           for number, part in enumerate(report.parts) if not part.isfinite()]
-    places = [place for places in run.world.gather(bad) for place in places]
-    where = f" (in {'; '.join(places[:4])}{' and more' if len(places) > 4 else ''})" if places else ""
-    saved = sorted(path.name for path in (run.folder / "checkpoints").glob("step-????????"))
-    return Diverged(f"step {report.step + 1}: the loss is {values['loss']}{where} and the gradient norm "
-                    f"{values['grad_norm']}, so this update was not made and nothing was saved; the last checkpoint is "
-                    f"{saved[-1] if saved else 'none'}: {run.command} --resume {run.folder} with a lower "
-                    "--learning_rate or --clip")
-
-
-def describe_piece(run: Run, step: int, number: int) -> str:
-    if not run.curriculum:
-        return f"micro-batch {number + 1}"
-    rows = run.rows[run.curriculum.stage(step)]
-    first = (number * run.world.size + run.world.rank) * rows
-    names = sorted({run.curriculum.sources[s].name for s in run.curriculum.locate(step, first, rows)[0]})
-    return f"sequences {first} to {first + rows - 1} of the batch of step {step + 1}, from {', '.join(names)}"
+def blame(run, report, values):
+    """Why an update was not made, naming processes and their pieces of the batch; every process calls it."""
+    rows = run.rows[run.curriculum.stage(report.step)] if run.curriculum else 0
+    bad = [(run.world.rank, i) for i, part in enumerate(report.parts) if not part.isfinite()]
+    places = []
+    for rank, i in sum(run.world.gather(bad), []):
+        first = (i * run.world.size + rank) * rows
+        sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
+        places.append(f"process {rank}, micro-batch {i + 1}{sequences}")
+    what = f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
+    return "; ".join([what, *places[:4], "this update was not made and nothing was saved; resume the last checkpoint "
+                      f"with a lower --learning_rate or --clip: {run.command} --resume {run.folder}"])
 
 
 # ---- batches and evaluations ----------------------------------------------------------------------------------
@@ -517,19 +455,18 @@ def describe_piece(run: Run, step: int, number: int) -> str:
 class Loader:
     """Micro-batches of a curriculum on the device. On CUDA a thread makes the next while the GPU works on this one; a
     CPU, which has no time to spare, makes it when it is wanted. It has no state that a checkpoint would need."""
-
-    def __init__(self, curriculum: Curriculum, device: str):
+    def __init__(self, curriculum, device):
         self.curriculum, self.device, self.ahead = curriculum, device, {}
         self.seconds = 0.0  # spent waiting for data
         self.pool = ThreadPoolExecutor(1) if device == "cuda" else None
 
-    def make(self, step: int, first: int, count: int) -> tuple[Tensor, ...]:
+    def make(self, step, first, count):
         batch = self.curriculum.batch(step, first, count)
         tensors = [torch.from_numpy(x) for x in (batch.tokens, batch.targets, batch.cu_seqlens)]
-        return tuple(x.pin_memory() for x in tensors) if self.pool else tuple(tensors)
+        return [x.pin_memory() for x in tensors] if self.pool else tensors
 
-    def get(self, now: tuple[int, int, int], following: tuple[int, int, int] | None = None) -> tuple[Tensor, ...]:
-        """tokens and targets [B, T], cu_seqlens of the micro-batch (step, first row, rows)."""
+    def get(self, now, following=None):
+        """tokens and targets [B, T], cu_seqlens of the micro-batch `now`, (step, first row, rows)."""
         started = time.perf_counter()
         tensors = self.ahead.pop(now).result() if now in self.ahead else self.make(*now)
         if self.pool and following and following[0] < self.curriculum.steps:
@@ -538,39 +475,38 @@ class Loader:
         return tuple(x.to(self.device, non_blocking=self.pool is not None) for x in tensors)
 
 
-def bits_per_byte(run: Run, split: Split, tokens: float) -> float:
+def bits_per_byte(run, split, tokens):
     """`evals.bits_per_byte` with the shapes and masks of training; the processes take turns."""
     rows = run.rows[run.curriculum.stage(min(run.step, run.steps - 1))]
     return evals.bits_per_byte(run.model, run.tokenizer, split, tokens, rows, run.recipe.document_mask, run.world).mean
 
 
-def evaluate_text(run: Run, last: bool) -> dict:
+def evaluate_text(run, last):
     """Held-out bits per byte of each source, scores of eval_tasks, what `watch` finds, and a sample: how the model
     continues the first words of a held-out document, of one source in turn, of each at the end."""
-    recipe, tokenizer = run.recipe, run.tokenizer
+    recipe, tokenizer, samples = run.recipe, run.tokenizer, []
     scores = {source["val"].name: bits_per_byte(run, source["val"], recipe.eval_tokens) for source in run.sources}
     tasks = evals.evaluate(run.model, tokenizer, evals.tasks_of(recipe.eval_tasks, recipe.data))
-    shown = run.sources if last else [run.sources[run.step // recipe.eval_every % len(run.sources)]]
-    prompts = [recipe.sample_prompt] if recipe.sample_prompt else [
-        tokenizer.decode(source["val"].tokens[1:9].tolist()) for source in shown]
-    length = min(96, recipe.model.max_position_embeddings // 2)
-    texts = [complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step)[0] for prompt in prompts]
-    listed = ", ".join([*(f"{name} {score:.3f}" for name, score in scores.items()),
-                        *(f"{name} {score.mean:.3f} ± {score.stderr:.3f}" for name, score in tasks.items())])
-    said = [f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | ")
-            for prompt, text in zip(prompts, texts)]
-    say("\n".join([f"step {run.step:,}: held-out bits per byte (lower is better): {listed}", *said, ""]))
-    return {"val": scores, "samples": [a + b for a, b in zip(prompts, texts)]} | (
-        {"tasks": tasks} if tasks else {}) | watch(run)
+    listed = [f"{name} {score:.3f}" for name, score in scores.items()]
+    listed += [f"{name} {score}" for name, score in tasks.items()]
+    lines = [f"step {run.step:,}: held-out bits per byte (lower is better): {', '.join(listed)}"]
+    turn, length = run.step // recipe.eval_every % len(run.sources), min(96, recipe.model.max_position_embeddings // 2)
+    for source in run.sources if last and not recipe.sample_prompt else [run.sources[turn]]:
+        prompt = recipe.sample_prompt or tokenizer.decode(source["val"].tokens[1:9].tolist())
+        text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step)
+        samples.append(prompt + text)
+        lines.append(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
+    say("\n".join(lines) + "\n")
+    return {"val": scores, "samples": samples, "tasks": tasks, **watch(run)}
 
 
 @torch.no_grad()
-def watch(run: Run) -> dict:
+def watch(run):
     """What comes before trouble: the last batch's loss by source, extremes of logits, attention scores and entropy of
     its first micro-batch, and how far the last update moved the weights (a healthy run: 1e-3 of their norm)."""
-    step, rank = run.step - 1, run.world.rank
-    rows = run.rows[run.curriculum.stage(step)]
-    tokens, targets, cu_seqlens = run.loader.get(piece := (step, rank * rows, rows))
+    rows = run.rows[run.curriculum.stage(run.step - 1)]
+    piece = run.step - 1, run.world.rank * rows, rows
+    tokens, targets, cu_seqlens = run.loader.get(piece)
     with watch_attention() as extremes:
         logits = run.model(tokens, cu_seqlens if run.recipe.document_mask else None)
     sums = torch.zeros(2, len(run.sources), device=logits.device)  # nats and targets
@@ -582,38 +518,39 @@ def watch(run: Run) -> dict:
              "logit_max": logits.abs().max().item(), "memory": cost.peak_memory(run.machine.device),
              "update_to_weight": run.optimizer.update_to_weight()}
     if extremes:
-        table = torch.stack(extremes)
-        found |= {"attention_score_max": table[:, 0].max().item(), "attention_entropy_min": table[:, 1].min().item(),
-                  "attention_entropy_max": table[:, 2].max().item()}
+        score, low, high = torch.stack(extremes).unbind(1)
+        found |= {"attention_score_max": score.max().item(), "attention_entropy_min": low.min().item(),
+                  "attention_entropy_max": high.max().item()}
     return found
 
 
 # ---- setting up -----------------------------------------------------------------------------------------------
 
-def read_recipe(folder: Path, kind: type = Recipe) -> tuple[Recipe, dict[str, str]]:
-    """The recipe of a run, and {source: sha256 of the tokens} that it trains on."""
-    if not (folder / "recipe.json").exists():
-        raise UserError(f"{folder} is not a run; give a folder such as runs/laptop")
-    with reading(folder / "recipe.json"):
+def read_recipe(folder, kind=Recipe):
+    """The recipe of a run, a `kind`, and {source: sha256 of the tokens} that it trains on."""
+    with reading(folder / "recipe.json", "it is damaged, or this is not a run; give a folder such as runs/laptop"):
         saved = json.loads((folder / "recipe.json").read_text("utf-8"))
         sources = saved.pop("sources")
         saved["model"], saved["stages"] = ModelConfig(**saved["model"]), tuple(Stage(**s) for s in saved["stages"])
         return kind(**saved), sources
 
 
-def make_run(recipe: Recipe, folder: Path, world: World, machine: cost.Machine, tokenizer: Tokenizer, model: GPT,
-             steps: int, rate: Callable[[int], float], begun: Path | None = None, resume: bool = False, **more) -> Run:
+def shard(model, dtype):
+    """FSDP, block by block, so that the whole need never fit on a device. Weights are gathered in `dtype`, but exactly
+    where the model computes with them in fp32: routers, decays, sinks, T5's biases, gains of 1 + weight."""
+    exact, rounded = (MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32) for kind in (None, dtype))
+    biased = model.config.attention_sinks or model.config.position == "relative"
+    kinds = (Router, GatedDeltaNet) + (Attention,) * biased + (RMSNorm,) * model.config.norm_zero_centered
+    for part in reversed([*model.modules()]):  # parts before what holds them
+        if isinstance(part, (*kinds, Block, GPT)):
+            fully_shard(part, mp_policy=exact if isinstance(part, kinds) else rounded)
+
+
+def make_run(recipe, folder, world, machine, tokenizer, model, steps, rate, begun=None, resume=False, **more):
     """Takes a model, on the CPU, to the device: sharding, optimizer, guard, and the state of the checkpoint `begun`."""
     model.compute_dtype, model.recompute = machine.dtype, recipe.activation_checkpointing
-    if recipe.parallel == "fsdp" and world.size > 1:  # block by block: the whole need never fit on a device
-        half = None if machine.dtype == torch.float32 else machine.dtype
-        policy, exact = (MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) for dtype in (half, None))
-        for block in model.model.layers:
-            for part in block.modules():  # what must not be rounded: routers, decays, sinks
-                if isinstance(part, (Router, GatedDeltaNet)) or getattr(part, "sinks", None) is not None:
-                    fully_shard(part, mp_policy=exact)
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
+    if recipe.parallel == "fsdp" and world.size > 1:
+        shard(model, machine.dtype)
     model = model.to(machine.device)
     optimizer = build_optimizer(model, recipe.learning_rate, recipe.weight_decay, (recipe.beta1, recipe.beta2),
                                 recipe.eps, recipe.optimizer, machine.dtype)
@@ -624,127 +561,109 @@ def make_run(recipe: Recipe, folder: Path, world: World, machine: cost.Machine, 
         if resume:
             run.step = state["step"]
             with reading(begun / "training.json"):
-                run.guard.restore(state)
+                guard.restore(state)
     if machine.compile:
         torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         model.compile_blocks()
     return run
 
 
-def connect(run: Run) -> Run:
+def connect(run):
     """From here on gradients are averaged over the processes, and the first process logs."""
     if run.world.size > 1 and run.recipe.parallel != "fsdp":
-        run.parallel = DistributedDataParallel(run.model, gradient_as_bucket_view=True)
+        run.parallel = nn.parallel.DistributedDataParallel(run.model, gradient_as_bucket_view=True)
     if run.world.leader:
         run.folder.mkdir(parents=True, exist_ok=True)
         write_json(run.folder / "recipe.json", asdict(run.recipe) | {"sources": run.fingerprint})
         if not (run.folder / "tokenizer.json").exists():  # a kill while it is written again would damage a run
             run.tokenizer.save(run.folder)
         run.log = Log(run.folder, run.recipe, run.step)
-    print(f"run       {run.folder}" + (f", resumed at step {run.step:,}" if run.step else "")
-          + "; Ctrl-C stops, saves, and says how to resume\n", flush=True)
+    print(f"run       {run.folder}, step {run.step:,} of {run.steps:,}; Ctrl-C stops and saves\n", flush=True)
     return run
 
 
-def set_up(recipe: Recipe, folder: Path, world: World | None = None, resume: bool = False) -> Run:
+def set_up(recipe, folder, world=None, resume=False):
     """Checks everything that can be wrong, in every stage, prints the plan, and returns what is needed to pre-train."""
-    world = world or World()
-    longest = max(stage.context or recipe.model.max_position_embeddings for stage in recipe.stages)
-    if recipe.model.position == "learned" and longest > recipe.model.max_position_embeddings:
-        raise UserError(f"--position learned ends at {recipe.model.max_position_embeddings} tokens, but a stage has "
-                        f"{longest}; take rope")
+    world, context = world or World(), recipe.model.max_position_embeddings
+    longest = max(stage.context or context for stage in recipe.stages)
+    if recipe.model.position == "learned" and longest > context:
+        raise UserError(f"--position learned ends at {context} tokens, but a stage has {longest}; take rope")
     cost.stage_rows(recipe, world.size, "cpu")  # reject an impossible batch size first
     begun = newest_checkpoint(folder) if resume else find_checkpoint(recipe.start) if recipe.start else None
     machine = world.agree(cost.choose_machine(recipe))
     print(f"machine   {machine.reason}")
-    loaded = data_.load_data(recipe.data, recipe.model.vocab_size) if world.leader else None
+    loaded = load_data(recipe.data, recipe.model.vocab_size) if world.leader else None
     world.agree()  # the first process makes the data, or checks terabytes of it
-    tokenizer, sources = loaded or data_.load_data(recipe.data, verify=False)
+    tokenizer, sources = loaded or load_data(recipe.data, verify=False)
     splits = [source["train"] for source in sources]
     fingerprint = {split.name: split.sha256 for split in splits}
-    if resume and (Tokenizer.load(folder).hash != tokenizer.hash or read_recipe(folder)[1] != fingerprint):
+    if resume and read_recipe(folder)[1] != fingerprint:
         raise UserError(f"{recipe.data} is not the data that {folder} began with; put that back or start a new run")
-    stages = data_.fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens)
+    stages = fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens)
     if recipe.decay_share == -1 and len(stages) < len(recipe.stages):  # collapsed: the last stage's share still decays
         recipe = replace(recipe, decay_share=recipe.stages[-1].tokens / sum(s.tokens for s in recipe.stages))
     recipe = cost.settle(replace(recipe, model=recipe.model.change(vocab_size=tokenizer.vocab_size), stages=stages,
                                  tokens=sum(stage.tokens for stage in stages)), machine, world.size, longest)
     rows = world.agree(cost.stage_rows(recipe, world.size, machine.device))
     evals.tasks_of(recipe.eval_tasks, recipe.data)  # a mistake in them ends the run now, not at step 100
-    curriculum = Curriculum(splits, list(recipe.stages), recipe.model.max_position_embeddings, recipe.batch_tokens,
-                            recipe.seed, recipe.packing)
-    print("data      " + ", ".join(f"{s.name} {len(s.tokens):,} tokens" for s in splits)
-          + f"; {sum(s.bytes for s in splits) / sum(len(s.tokens) for s in splits):.2f} bytes per token")
+    curriculum = Curriculum(splits, list(stages), context, recipe.batch_tokens, recipe.seed, recipe.packing)
     memory = cost.check_memory(recipe, machine, world.size, rows, curriculum)
     torch.manual_seed(recipe.seed)
     run = make_run(recipe, folder, world, machine, tokenizer, GPT(recipe.model), curriculum.steps,
                    functools.partial(learning_rate, recipe, curriculum), begun, resume, curriculum=curriculum,
-                   sources=sources, rows=rows, loader=Loader(curriculum, machine.device), memory=memory,
-                   keepers=tuple(curriculum.ends), fingerprint=fingerprint)
+                   sources=sources, rows=rows, loader=Loader(curriculum, machine.device), fingerprint=fingerprint)
     inputs, _, cu_seqlens = run.loader.get((0, 0, rows[0]))
     starts = cu_seqlens if recipe.document_mask else None
-    run.speed = world.size * cost.measure_speed(run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
+    speed = world.size * cost.measure_speed(run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
     attended = curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
     run.flops = cost.flops_per_token(recipe.model, attended)
-    print_plan(run)
+    print_plan(run, speed, memory)
     return run
 
 
-def print_plan(run: Run) -> None:
-    recipe, curriculum, world, config = run.recipe, run.curriculum, run.world, run.recipe.model
-    count, tokens, begin = count_parameters(config), curriculum.tokens(curriculum.steps), 0
+def print_plan(run, speed, memory):
+    """`speed` in tokens per second, all processes together; `memory` in bytes of one."""
+    recipe, plan, config, size = run.recipe, run.curriculum, run.recipe.model, run.world.size
+    count, tokens, epochs = count_parameters(config), plan.tokens(plan.steps), plan.epochs()
+    print("data      " + "; ".join(f"{s.name} {len(s.tokens):,} tokens x {epochs[s.name]:.2f}" for s in plan.sources))
     print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
-          f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} query and "
-          f"{config.num_key_value_heads} KV heads, vocabulary {config.vocab_size:,}, context "
-          f"{config.max_position_embeddings}")
-    print(f"batch     {recipe.batch_tokens:,} tokens; {recipe.optimizer} at {recipe.learning_rate:g}, "
-          f"{recipe.schedule}, {recipe.warmup_steps} steps of warmup; {world.size} process(es), {recipe.parallel}")
-    for i, (stage, end, rows) in enumerate(zip(curriculum.stages, curriculum.ends, run.rows)):
-        shares = zip(curriculum.sources, curriculum.shares[i])
-        mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in shares if share)
-        changes = "".join(f"; {name} {value:g}" for name, value in (
-            ("context", stage.context), ("RoPE base", stage.rope_theta), ("learning rate", stage.learning_rate),
-            ("batch", stage.batch_tokens)) if value)
-        pieces = curriculum.batches[i] // curriculum.contexts[i] // rows // world.size
-        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}{changes}; {rows} sequences x {pieces} "
-              "micro-batch(es)")
-        begin = end
-    print("epochs    " + ", ".join(f"{name} {n:.2f}" for name, n in curriculum.epochs().items()))
-    print(*curriculum.report(), sep="\n", end="\n" if curriculum.report() else "")
-    print(f"plan      {curriculum.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, "
-          f"about {tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now), share of "
-          f"peak = tokens/s x {run.flops:,.0f} FLOPs per token / {world.size} x {run.machine.peak_flops:.3g} FLOP/s")
-    print(f"memory    {run.memory / 2**20:,.0f} MiB at the peak, as `cost.process_memory` predicts")
+          f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}; "
+          f"{memory / 2**20:,.0f} MiB at the peak; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp"))
+    for i, (stage, begin, end) in enumerate(zip(plan.stages, [0, *plan.ends], plan.ends)):
+        context, rows, base = plan.contexts[i], run.rows[i], stage.rope_theta or config.rope_theta
+        mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(plan.sources, plan.shares[i]) if share)
+        pieces = plan.batches[i] // context // rows // size
+        print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a step of {plan.batches[i]:,} tokens: "
+              f"{pieces} x {rows} rows of {context:,} a process; RoPE base {base:g}")
+    print("".join(line + "\n" for line in plan.report()), end="")
+    print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
+          f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "
+          f"x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
 
 
-def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | None = None) -> dict[str, float]:
+def pretrain(recipe, folder, resume=False, world=None):
     """Runs or resumes a recipe in a run folder; returns held-out bits per byte of each source at the end."""
     run = connect(set_up(recipe, folder, world, resume))
-    if resume and run.step >= run.steps:
-        print(f"finished  all {run.steps:,} steps are done; a new run can begin with these weights: "
-              f"python train.py --start {folder}")
     scores = train(run)
-    count, guessing = count_parameters(run.recipe.model), run.guard.guessing
-    if run.log and (verdict := judge_log(list(run.log.entries()), guessing, count["active"])):
-        print(f"verdict   {verdict}")
-    if held := cost.peak_memory(run.machine.device):
-        print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {run.memory / 2**20:,.0f}")
-    if run.world.leader and draw_log(folder):
-        print(f"The curves are in {folder}/loss.png")
+    if run.world.leader:
+        active = count_parameters(run.recipe.model)["active"]
+        if verdict := judge_log(list(run.log.entries()), run.guard.guessing, active):
+            print(f"verdict   {verdict}")
+        if draw_log(folder):
+            print(f"The curves are in {folder}/loss.png")
     print(f'Done: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
     return scores.get("val", {})
 
 
-def check(recipe: Recipe, world: World) -> None:
+def check(recipe, world):
     """`--check`: what a long run could fail at in its first hours, tried in a minute; leaves nothing behind."""
-    Path("runs").mkdir(exist_ok=True)
-    folder = Path(world.agree(tempfile.mkdtemp(prefix=".check-", dir="runs") if world.leader else None))
+    folder = world.agree(new_run_folder(".check"))
     try:
         run, seconds, begin = connect(set_up(recipe, folder, world)), 0.0, 0
         size, free = 12.0 * count_parameters(run.recipe.model)["total"], shutil.disk_usage(folder).free
-        kept = recipe.keep + 1 + len(run.keepers) + (run.steps // recipe.keep_every if recipe.keep_every else 0)
+        kept = recipe.keep + 1 + len(run.curriculum.ends) + run.steps // (recipe.keep_every or run.steps + 1)
         if kept * size > free:
-            raise UserError(f"--check: {kept} checkpoints of {size / 2**30:.2f} GiB do not fit on the disk, which has "
+            raise UserError(f"--check: {kept} checkpoints of {size / 2**30:.2f} GiB do not fit on the disk with "
                             f"{free / 2**30:.1f} GiB free; lower --keep or raise --keep_every")
         print(f"ok        data whole by its sha256; memory; disk for {kept} checkpoints of {size / 2**30:.2f} GiB")
         for stage, end in zip(run.curriculum.stages, run.curriculum.ends):
@@ -755,16 +674,14 @@ def check(recipe: Recipe, world: World) -> None:
                 each = time.perf_counter() - started
             if values["stopped"]:
                 raise UserError(f"--check: stage {stage.name} has a loss of {values['loss']}; lower --learning_rate")
-            print(f"ok        stage {stage.name}: loss {values['loss']:.3f}, gradient norm {values['grad_norm']:.2f}, "
-                  f"{each:.2f} s per step")
+            print(f"ok        stage {stage.name}: loss {values['loss']:.3f}, {each:.2f} s per step")
             seconds, begin = seconds + each * (end - begin), min(end, run.steps - 1)
-        started, saver = time.perf_counter(), Saver(folder, run.tokenizer, 1, 0, (), world.leader)
+        saver = Saver(folder, run.tokenizer, leader=world.leader)
         saver.save(2, run.model, run.optimizer, run.guard.state(2), must=True)
         world.agree()
         load_checkpoint(folder / "checkpoints/step-00000002", run.model, run.optimizer)
-        print(f"ok        a save and a load in {time.perf_counter() - started:.2f} s")
         finish = datetime.now() + timedelta(seconds=seconds)
-        print(f"end       {run.steps:,} steps would end on {finish:%Y-%m-%d at %H:%M}, evaluations not counted")
+        print(f"ok        a save and a load; without evaluations it would end on {finish:%Y-%m-%d at %H:%M}")
         world.agree()
     finally:
         if world.leader:
@@ -778,80 +695,66 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
     device dtype compile keep keep_every guard parallel activation_checkpointing deterministic""".split())
 
 
-def annealing(start: str, candidate: str, given: dict) -> Recipe:
-    """The playbook's test of a data set: from a checkpoint, 40 % of the base mixture and 60 % of the candidate while
-    the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Compare with the same command for another candidate.
-    `start`: a checkpoint, or a run, whose checkpoint after the first stage is taken, or else the newest."""
-    alone = (Path(start) / "manifest.json").exists()
-    root = Path(start).parent.parent if alone else Path(start)
-    recipe, _ = read_recipe(root)
-    if not alone:
-        end = root / "checkpoints" / f"step-{round(recipe.stages[0].tokens / recipe.batch_tokens):08d}"
-        start = str(end if end.exists() else newest_checkpoint(root))
+def annealing(start, candidate, given):
+    """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on)."""
+    begun = find_checkpoint(start)
+    recipe, _ = read_recipe(begun.parent.parent)
+    if begun != Path(start):  # a run
+        begun = newest_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
     data = given.get("data", recipe.data)
-    sizes = {split.name: len(split.tokens) for split in (source["train"] for source in data_.load_data(data)[1])}
+    sizes = {source["train"].name: len(source["train"].tokens) for source in load_data(data)[1]}
     base = recipe.stages[0].mixture or sizes
-    if lacking := (set(base) | {candidate}) - set(sizes):
+    if lacking := {*base, candidate} - set(sizes):
         raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
                         "or add a folder to --data")
-    mixture = {name: 0.4 * weight / sum(base.values()) for name, weight in base.items()}
-    mixture[candidate] = mixture.get(candidate, 0.0) + 0.6
+    mixture = {name: 0.4 * base.get(name, 0) / sum(base.values()) + 0.6 * (name == candidate) for name in sizes}
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
-    print(f"anneal    from {start}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
-    return replace(recipe, data=data, stages=(Stage("anneal", tokens, mixture),), tokens=0, schedule="wsd",
-                   warmup_steps=0, decay_share=-1, start=start)
+    print(f"anneal    from {begun}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1} | given | {"tokens": 0, "start": str(begun)}
+    return replace(recipe, stages=(Stage("anneal", tokens, mixture),), **changes)
 
 
-def resumed(args: argparse.Namespace, given: dict, others: list[str], kind: type, allowed: set[str]) -> Recipe:
-    """The recipe of --resume with what may change; UserError for what may not."""
-    if "tokens" in given:
-        raise UserError("a resumed run cannot change --tokens; to train longer, start a new run from a checkpoint "
-                        f"before its rate decays: --start {args.resume}/checkpoints/step-... --tokens "
-                        f"{given['tokens']:g}")
+def resumed(args, given, others, kind, allowed):
+    """The recipe of --resume, a `kind`, with what is given; UserError for what is not `allowed`, and for `others`."""
     if wrong := [f"--{name}" for name in given if name not in allowed] + others:
-        raise UserError(f"a resumed run cannot change {' or '.join(wrong)}; leave it out or start a new run")
+        raise UserError(f"a resumed run cannot change {' or '.join(wrong)}; leave it out, or start a new run from a "
+                        f"checkpoint before the rate decays: --start {args.resume}/checkpoints/step-...")
     return replace(read_recipe(Path(args.resume), kind)[0], **given)
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, Recipe]:
+def parse(argv):
     """The command line, and the recipe that it names with the flags applied."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train.py",
                     usage="python train.py [RECIPE] [--FLAG VALUE ...]")
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
-    parser.add_argument("--anneal", metavar="RUN",
-                        help="test --candidate: 40 %% base mixture, 60 %% of it, from this run or checkpoint")
+    parser.add_argument("--anneal", metavar="RUN", help="test --candidate, from this run or checkpoint on")
     parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
     parser.add_argument("--minutes", type=number, metavar="M", help="train for about so long on this machine")
-    parser.add_argument("--check", action="store_true",
-                        help="try data, disk, memory, every stage, a save and a load, and say when the run would end")
+    parser.add_argument("--check", action="store_true", help="try all that could fail later, and say when it would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
     parser.add_argument("--model", metavar="PRESET", choices=PRESETS, help="architecture: " + ", ".join(PRESETS))
     add_options(parser, Recipe, ModelConfig)
     args = parse_options(parser, argv)
     given, sizes = given_options(args, Recipe), given_options(args, ModelConfig)
     if args.resume:
-        others = [f"--{name}" for name in [*sizes, *(n for n in ("model", "name", "minutes") if getattr(args, n))]]
-        return args, resumed(args, given, others + ["the recipe"] * bool(args.recipe), Recipe, RESUMABLE)
+        others = [*sizes, *(name for name in ("recipe", "model", "name", "minutes") if getattr(args, name))]
+        return args, resumed(args, given, [f"--{name}" for name in others], Recipe, RESUMABLE)
     if args.anneal:
         if args.recipe or args.model or sizes or not args.candidate:
-            raise UserError("--anneal takes the run's own recipe and model, and a --candidate: "
-                            "python train.py --anneal runs/laptop --candidate math")
-        args.recipe, recipe = f"anneal-{args.candidate}", annealing(args.anneal, args.candidate, given)
-        return args, replace(recipe, **{name: value for name, value in given.items() if name != "tokens"})
-    if args.recipe and args.recipe not in RECIPES:
-        if Path(args.recipe).exists():
-            raise UserError(f"{args.recipe} is not a recipe; to train on it write --data {args.recipe}")
-        near = difflib.get_close_matches(args.recipe, RECIPES, 1) or list(RECIPES)
-        raise UserError(f"there is no recipe {args.recipe}; take {' or '.join(near)}")
-    recipe = RECIPES[args.recipe or "laptop"]
-    model = PRESETS[args.model] if args.model else recipe.model
-    return args, replace(recipe, model=model.change(**sizes) if sizes else model, **given)
+            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math")
+        args.recipe = f"anneal-{args.candidate}"
+        return args, annealing(args.anneal, args.candidate, given)
+    recipe = RECIPES.get(args.recipe or "laptop")
+    if not recipe:
+        raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a folder")
+    return args, replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
 
 
-def command_line(work: Callable[[World], None]) -> None:
-    """Joins the other processes, if any, and does the work. A signal ends all with status 75 after saving; an error is
-    printed once, by the first process that meets one, and torchrun ends the others."""
+def command_line(work):
+    """Joins the other processes, if any, and calls work(world). A signal ends all with status 75 after saving; an error
+    is printed once, by the first process that meets one, and torchrun ends the others."""
     world = World.join()
     if not world.leader:
         sys.stdout = open(os.devnull, "w")
@@ -862,11 +765,10 @@ def command_line(work: Callable[[World], None]) -> None:
             print(stop, file=sys.stderr)
         sys.exit(75)  # EX_TEMPFAIL, for `until python train.py --resume RUN; do [ $? = 75 ] || break; done`
     except torch.OutOfMemoryError:
-        raise UserError("the GPU's memory is full; halve --micro_batch (the global batch stays the same), take "
-                        "--activation_checkpointing true or a shorter --max_position_embeddings") from None
+        raise UserError("GPU memory is full; halve --micro_batch or take --activation_checkpointing true") from None
     except BaseException:
-        if not world.first_to_fail():
-            time.sleep(1.0)  # until the first has printed why: torchrun ends all when one ends
+        if world.size > 1 and world.store.add("failed", 1) > 1:
+            time.sleep(1.0)  # until the first to fail has printed why: torchrun ends all when one ends
             os._exit(1)
         raise
     if world.size > 1:
@@ -874,7 +776,7 @@ def command_line(work: Callable[[World], None]) -> None:
         dist.destroy_process_group()
 
 
-def start(world: World) -> None:
+def start(world):
     args, recipe = parse(sys.argv[1:])
     if args.minutes is not None:
         machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
@@ -882,8 +784,7 @@ def start(world: World) -> None:
         speed = world.size * cost.measure_training(recipe.model, machine, rows, context, 2, 2.0)
         recipe = replace(recipe, tokens=world.agree(60 * args.minutes * speed))
         if not recipe.tokens >= 20 * recipe.batch_tokens:
-            raise UserError(f"--minutes {args.minutes:g} is less than 20 steps here; the nearest possible is --minutes "
-                            f"{recipe.batch_tokens / speed / 3:.2g}")
+            raise UserError(f"--minutes {args.minutes:g} is under 20 steps; give {recipe.batch_tokens / speed / 3:.2g}")
     if args.check:
         return check(recipe, world)
     name = args.name or args.recipe or Path((args.data or "laptop").split(",")[0]).name
@@ -891,7 +792,7 @@ def start(world: World) -> None:
     pretrain(recipe, folder, bool(args.resume), world)
 
 
-def main() -> None:
+def main():
     command_line(start)
 
 

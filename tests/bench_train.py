@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
@@ -45,7 +44,8 @@ def monitoring(pairs: int) -> None:
             middle = meter.mark = time.perf_counter()
             report = train.update(run, train.pretraining_losses(run, run.step), run.rate(run.step))
             run.step += 1
-            meter.read(deque([report]), 0)
+            meter.waiting.append(report)
+            meter.read(0)
             end = time.perf_counter()
             bare.append(middle - begin)
             whole.append(end - middle)

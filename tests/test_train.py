@@ -156,6 +156,17 @@ def test_a_run_from_text_to_sample(here, monkeypatch):
     assert again.returncode == 0 and (here / "runs/tiny-2").is_dir() and log_of(folder) == log
 
 
+def test_minutes_become_tokens(here, monkeypatch):
+    """At 1,000 tokens a second half a minute is 30,000 tokens, 117 steps; a second is too short, and a minute named."""
+    monkeypatch.setattr(cost, "measure_training", lambda *_: 1000.0)
+    monkeypatch.setattr(train, "train", lambda run: {})
+    done = call(train.main, *TINY, "--minutes", "0.5")
+    assert done.returncode == 0 and train.read_recipe(Path("runs/tiny"))[0].tokens == 30_000, done.stderr
+    assert "step 0 of 117" in done.stdout
+    done = call(train.main, *TINY, "--minutes", "0.01")
+    assert done.returncode == 2 and "--minutes 0.01 is under 20 steps; give 0.085" in done.stderr
+
+
 def test_ctrl_c_saves_and_says_how_to_resume(here):
     process = subprocess.Popen([sys.executable, TRAIN, *TINY, "--tokens", "1e6"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -337,9 +348,8 @@ def test_the_smollm3_recipe_is_the_published_one():
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
-def test_recipes_divide_among_processes_or_say_what_would(name, monkeypatch):
+def test_recipes_divide_among_processes_or_say_what_would(name):
     """In every stage, or the sentence names the nearest batch, which then works."""
-    monkeypatch.setattr(cost, "count_parameters", functools.cache(cost.count_parameters))
     job, worked = train.RECIPES[name], []
     for processes in (1, 2, 8, 32, 384):
         for _ in range(len(job.stages) + 1):  # one sentence a stage at most
@@ -388,7 +398,7 @@ def test_annealing_is_one_command(here):
 def test_a_finished_run_says_so_and_another_begins_with_its_weights(here, capsys):
     folder = pretrain("a", "--tokens", "512")
     resume(folder)
-    assert "all 2 steps are done" in capsys.readouterr().out
+    assert "runs/a, step 2 of 2" in capsys.readouterr().out and len(losses(folder)) == 2
     done = call(train.main, *TINY, "--start", "runs/a", "--tokens", "512", "--hidden-size", "64")
     assert done.returncode == 2 and "a model of other sizes" in done.stderr and "Traceback" not in done.stderr
     pretrain("b", "--tokens", "512", "--start", "runs/a")
@@ -438,11 +448,13 @@ def test_resume_refuses_other_data_and_other_sizes(here):
 HYBRID = ["--num-experts", "4", "--layer-types", "linear,full", "--router-bias-update-rate", "0.01", "--z-loss", "1e-4"]
 
 
-def test_experts_and_linear_layers_train_resume_exactly_and_log_their_balance(here):
-    whole = pretrain("whole", "--tokens", "1024", "--save-every", "2", *HYBRID)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_experts_and_linear_layers_train_resume_exactly_and_log_their_balance(here, optimizer):
+    whole = pretrain("whole", "--tokens", "1024", "--save-every", "2", "--optimizer", optimizer, *HYBRID)
     copy = cut(whole, "cut", 2)
     resume(copy)
     assert_same_state(whole, copy)  # the routers' biases included
+    assert any("momentum_buffer" in moments for moments in state(whole)[1].values()) == (optimizer == "muon")
     steps = [entry for entry in log_of(whole) if "loss" in entry]
     assert all(1 <= entry["expert_load"] <= 4 for entry in steps)
     assert state(whole)[0]["model.layers.0.mlp.gate.e_score_correction_bias"].any()
@@ -466,7 +478,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (["--micro-batch", "3"], "take one of 1, 2, 4"),
     (["laptob"], "take laptop"),
     (["--model", "gpt-9"], "smollm2-135m"),
-    (["data/tiny"], "--data data/tiny"),
+    (["data/tiny"], "or --data to train on a folder"),
     (["--seed", "-1"], "--seed -1"),
     (["--learning-rate", "nan"], "--learning_rate nan"),
     (["--rope-theta", "0"], "rope_theta"),
@@ -491,7 +503,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(here, flags, words):
 
 def test_resuming_what_is_no_run_is_one_sentence(here):
     done = call(train.main, "--resume", "runs/none")
-    assert done.returncode == 2 and done.stderr.startswith("error: runs/none is not a run")
+    assert done.returncode == 2 and done.stderr.startswith("error: runs/none/recipe.json cannot be read")
+    assert "not a run; give a folder such as runs/laptop" in done.stderr and done.stderr.count("\n") == 1
     assert not Path("runs").exists()
 
 
