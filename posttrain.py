@@ -23,11 +23,12 @@ there. Preferences: APO-zero did best; a rate 5 to 20 times below SFT's, beta 0.
 epoch; a high beta stays close to the start (the playbook's text once says the opposite). RL: without an overlong
 penalty the answers' length exploded.
 
-Each method prepares its data (`prepare_sft` and so on) and hands its losses to the loop in train.py.
+Each method prepares its data (`prepare_sft` and so on) and hands its losses to the loop in train.py. Below, a sequence
+is (ids, mask), with 1 on the tokens to train on; an example is a list of sequences: a conversation alone, or a chosen
+and a rejected answer; rows are lines of jsonl, or built-in problems, as dicts.
 """
 
 import argparse
-import functools
 import gzip
 import json
 import math
@@ -38,6 +39,7 @@ import runpy
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,17 +62,13 @@ from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, gi
                        reading)
 from tokenizer import run as run_command
 
-# Below, a sequence is (ids, mask), as long, with 1 on the tokens to train on; an example is a list of sequences: a
-# conversation alone, or a chosen and a rejected answer; rows are lines of jsonl, or built-in problems, as dicts.
-
 # ---- built-in problems ----------------------------------------------------------------------------------------
-# Endless (what is asked without its story, prompt, reply).
 
 SFT_PROBLEMS = 16_000
 
 
 def arithmetic(seed):
-    """The math source's worked problems on numbers below 100."""
+    """The math source's worked problems on numbers below 100, as (what is asked without its story, prompt, reply)."""
     for about, text in data_.generated_math(10**9, seed):
         prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
         if max(map(int, re.findall(r"\d+", prompt))) < 100:
@@ -82,10 +80,9 @@ def lookups(seed):
     rng = random.Random(seed)
     while True:
         people, things = rng.sample(data_.PEOPLE, 3), rng.sample(data_.THINGS, 3)
-        facts = [(who, rng.randrange(2, 100), what) for who, what in zip(people, things)]
-        passage = " ".join(f"{who} has {many} {what}." for who, many, what in facts)
-        who, many, what = rng.choice(facts)
-        yield passage, f"{passage} How many {what} does {who} have?", f"{who} has {many} {what}."
+        facts = [f"{who} has {rng.randrange(2, 100)} {what}." for who, what in zip(people, things)]
+        passage, i = " ".join(facts), rng.randrange(3)
+        yield passage, f"{passage} How many {things[i]} does {people[i]} have?", facts[i]
 
 
 def orders(seed):
@@ -110,7 +107,8 @@ def problems(kind, count, seed, held_out=False, without=()):
     made, seen = [], set(without)
     for about, prompt, reply in KINDS[kind](seed):
         if prompt not in seen and (uniform(about) < HELD_OUT) == held_out:
-            made.append({"about": about, "prompt": prompt, "reply": reply})
+            made.append({"about": about, "prompt": prompt, "reply": reply,
+                         "messages": turns(prompt) + turns(reply, "assistant")})
             seen.update([prompt] * held_out)
         if len(made) == count:
             return made
@@ -119,8 +117,7 @@ def problems(kind, count, seed, held_out=False, without=()):
 def fresh_problems(count):
     """Arithmetic that SFT has not trained on, for preferences and RL: the model knows half of that by heart, and
     learning from it changes nothing on other problems."""
-    without = {row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)}
-    return problems("arithmetic", count, 3, without=without)
+    return problems("arithmetic", count, 3, without={row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)})
 
 
 def correct(problem, answer):
@@ -133,7 +130,6 @@ def correct(problem, answer):
 
 # ---- data -----------------------------------------------------------------------------------------------------
 
-
 def turns(said, role="user"):
     """A text as a conversation of one turn; a conversation as it is; an exception if it is neither."""
     said = [{"role": role, "content": said}] if isinstance(said, str) else said
@@ -144,14 +140,10 @@ def turns(said, role="user"):
 
 
 def parse_row(row, form):
-    """A line's object with its conversations checked and written out; an exception if it is not of the form.
-
-    A preference may repeat the prompt in front of both answers, and then needs no "prompt" (Hugging Face's two forms).
-    """
+    """A line's object with its conversations checked and written out; an exception if it is not of the form. Hugging
+    Face has two forms of preferences: the prompt may stand in front of both answers instead of in "prompt"."""
     if form == "sft":
-        talk = turns(row["messages"])
-        [m["role"] for m in talk].index("assistant")  # an exception if there is none
-        return row | {"messages": talk}
+        return row | {"messages": turns(list(row["messages"]))}
     if form == "grpo":
         turns(row["prompt"])  # checked; the reward sees the line as it is
         return row
@@ -170,22 +162,21 @@ def read_rows(name, form):
     with reading(name), (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             with reading(f"{name} line {number}", f"`posttrain.py --help` shows data for {form}; correct or remove it"):
-                rows += [parse_row(json.loads(line), form)] if line.strip() else []
+                if line.strip():
+                    rows.append(parse_row(json.loads(line), form))
     return rows
 
 
-def held_out_rows(rows, where):
+def held_out_rows(rows):
     """(train, held out): about HELD_OUT of the rows, of few up to 10, by the hash of what is asked, so that no question
     is on both sides; by the hash of the whole row where there are fewer than 30 questions."""
-    def asked(row):  # a conversation's, up to its first question: the assistant may greet before
-        talk = row.get("messages", [])
-        roles = [m["role"] for m in talk] + ["user"]
-        return json.dumps(row.get("prompt", talk[:roles.index("user") + 1]))
+    def asked(row):
+        return json.dumps(row.get("prompt", [m for m in row.get("messages", ()) if m["role"] == "user"][:1]))
 
     key = asked if len(set(map(asked, rows))) >= 30 else json.dumps
     counts, held = Counter(map(key, rows)), set()
     if len(counts) < 2:
-        raise UserError(f"{where} has fewer than 2 different lines, and one must be held out; give more")
+        raise UserError("fewer than 2 different lines, and one must be held out; give more data, or begin with SFT")
     room = max(HELD_OUT * len(rows), min(10, len(rows) / 5), min(counts.values()))
     for question in sorted(counts, key=uniform):
         if counts[question] <= room:
@@ -196,36 +187,29 @@ def held_out_rows(rows, where):
 
 # ---- losses ---------------------------------------------------------------------------------------------------
 
-
 def preference_loss(kind, policy, reference, beta):
-    """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], implicit rewards [2, B]).
-
-    The implicit reward is r = beta * log(policy / reference). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), in
-    which only the difference counts: both may fall. APO-zero (D'Oosterlinck et al. 2024): 1 - sigmoid(r_c) +
-    sigmoid(r_r): the chosen one shall rise above the reference and the rejected one fall below it.
-    """
-    rewards = beta * (policy - reference)
+    """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], implicit rewards [2, B]), which are
+    r = beta * log(policy / reference). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), in which only the
+    difference counts: both may fall. APO-zero (D'Oosterlinck et al. 2024): 1 - sigmoid(r_c) + sigmoid(r_r): the chosen
+    one shall rise above the reference and the rejected one fall below it."""
+    chosen, rejected = rewards = beta * (policy - reference)
     if kind == "dpo":
-        return -F.logsigmoid(rewards[0] - rewards[1]), rewards.detach()
-    return 1 - rewards[0].sigmoid() + rewards[1].sigmoid(), rewards.detach()
+        return -F.logsigmoid(chosen - rejected), rewards.detach()
+    return 1 - chosen.sigmoid() + rejected.sigmoid(), rewards.detach()
 
 
 def advantages(rewards, normalization):
-    """Rewards [groups, samples] to how much better each sample is than its group.
-
-    GRPO (Shao et al. 2024) and DAPO divide by the group's standard deviation, which gives more weight to questions that
-    are nearly always or nearly never answered; Dr. GRPO (Liu et al. 2025) does not.
-    """
+    """Rewards [groups, samples] to how much better each sample is than its group. GRPO (Shao et al. 2024) and DAPO
+    divide by the group's standard deviation, which gives more weight to questions that are nearly always or nearly
+    never answered; Dr. GRPO (Liu et al. 2025) does not."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred if normalization == "dr_grpo" else centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def token_weights(mask, normalization, samples, tokens, longest):
-    """What each sampled token counts in the loss: mask [B, T] of the tokens, of `samples` with `tokens` in all.
-
-    grpo: the mean of the samples' means, in which a token of a long answer counts less: long wrong answers are cheap;
-    dapo: the mean over all tokens; dr_grpo: the sum over a constant, the only one without a bias by length.
-    """
+    """What each sampled token counts in the loss: mask [B, T] of the tokens, of `samples` with `tokens` in all. grpo:
+    the mean of the samples' means, in which a token of a long answer counts less: long wrong answers are cheap; dapo:
+    the mean over all tokens; dr_grpo: the sum over a constant, the only one without a bias by length."""
     share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
@@ -265,45 +249,39 @@ def reward_of(reward, problem, answer):
 
 # ---- merging --------------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def merge(folders, weights, out):
-    """Writes the weighted mean of models (a soup with equal weights; Wortsman et al. 2022), by parameter, in fp32.
-
-    SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall
-    in long context. One model is in memory besides the sum.
-    """
+    """Writes the weighted mean of models (a soup with equal weights; Wortsman et al. 2022), by parameter, in fp32, as a
+    checkpoint. SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought
+    back recall in long context."""
     weights = weights or [1 / len(folders) for _ in folders]
-    if len(folders) < 2 or not out or len(weights) != len(folders) or abs(sum(weights) - 1) > 1e-6:
+    fair = len(folders) == len(weights) > 1 and abs(sum(weights) - 1) < 1e-6
+    if not fair or not out or Path(out).exists():
         raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
                         "python posttrain.py merge A B --weights .9 .1 --out DIR")
-    if Path(out).exists():
-        raise UserError(f"{out} is already there; give a new folder with --out")
-    first, state = folders[0], Counter()
-    tokenizer, config = Tokenizer.load(first), load_config(first)
+    model, tokenizer, state = from_pretrained(folders[0]), Tokenizer.load(folders[0]), Counter()
     for folder, weight in zip(folders, weights):
-        model = from_pretrained(folder)
-        if model.config != config or Tokenizer.load(folder).hash != tokenizer.hash:
-            raise UserError(f"{folder} has another config or tokenizer than {first}; merge checkpoints of one model")
-        for name, tensor in model.state_dict().items():
+        other = from_pretrained(folder)
+        if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
+            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one")
+        for name, tensor in other.state_dict().items():
             state[name] += weight * tensor
     model.load_state_dict(state)
-    save_weights(model, tokenizer, out, chat_from=first)
+    save_weights(model, tokenizer, out, chat_from=folders[0])
     print(f"{out} is written; ask it with: python sample.py {out} --chat")
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class PostRecipe(train.Recipe):
     """A training run that starts from a model. Tokens, pairs and prompts of an update are those of all processes."""
 
-    method: str = option("sft", "what to train for", choices=("sft", "dpo", "apo_zero", "grpo"))
+    method: str = "sft"  # dpo, apo_zero or grpo
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
     steps: int = option(0, "updates, of grpo steps of sampling and training; 0: as --epochs says", 0)
     epochs: float = option(1.0, "how often to go through the data", 1e-9, 1e6)
-    context: int = option(0, "tokens of a sequence; 0: as many as the model was trained on, at most 8192", 0)
+    context: int = option(0, "tokens of a sequence, at most as many as the model was trained on; 0: 8192", 0)
     too_long: str = option("skip", "what to do with conversations of more tokens", choices=("skip", "cut"))
     assistant_only: bool = option(True, "sft: loss on what the assistant says only")
     problems: int = option(SFT_PROBLEMS, "built-in sums to train on; sft adds a fifth as many of other kinds", 100)
@@ -325,33 +303,27 @@ class PostRecipe(train.Recipe):
 
 
 # For the laptop's 1.8M parameters, by measuring; AT_SCALE is what changes above 50M: SmolLM3's values, GRPO's from TRL.
-SFT_RECIPE = PostRecipe(optimizer="muon", learning_rate=4e-3, batch_tokens=2048, packing="best-fit", schedule="cosine",
-                        warmup_steps=20, final_share=0.1, weight_decay=0.0, eval_every=10**9)
-DPO_RECIPE = replace(SFT_RECIPE, method="dpo", optimizer="adamw", learning_rate=1e-5, nll=2.0, samples=6, problems=2500,
-                     epochs=4, eval_problems=3000)
+BASE = PostRecipe(batch_tokens=2048, packing="best-fit", schedule="cosine", warmup_steps=20, final_share=0.1,
+                  weight_decay=0.0, eval_every=10**9)
+DPO = replace(BASE, method="dpo", learning_rate=1e-5, nll=2.0, samples=6, problems=2500, epochs=4, eval_problems=3000)
 POST_RECIPES = {
-    "sft": SFT_RECIPE, "dpo": DPO_RECIPE, "apo": replace(DPO_RECIPE, method="apo_zero"),
-    "grpo": replace(SFT_RECIPE, method="grpo", optimizer="adamw", learning_rate=1.5e-4, warmup_steps=5, steps=40,
-                    prompts=64, problems=4000, eval_problems=3000),
+    "sft": replace(BASE, optimizer="muon", learning_rate=4e-3), "dpo": DPO, "apo": replace(DPO, method="apo_zero"),
+    "grpo": replace(BASE, method="grpo", learning_rate=1.5e-4, warmup_steps=5, steps=40, prompts=64, problems=4000,
+                    eval_problems=3000),
 }
 AT_SCALE = {
     "sft": dict(optimizer="adamw", learning_rate=2e-5, batch_tokens=2**20, clip=0.2, epochs=4),
-    "dpo": dict(learning_rate=1e-6, nll=0.0, epochs=1), "apo": dict(learning_rate=1e-6, beta=0.05, nll=0.0, epochs=1),
+    "dpo": dict(learning_rate=1e-6, nll=0.0, epochs=1), "apo": dict(learning_rate=1e-6, nll=0.0, epochs=1, beta=0.05),
     "grpo": dict(learning_rate=1e-6, steps=500, max_tokens=2500, overlong=500),
 }
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------
 
-
-# set_up gives a train.Run besides:
-#   chat_format, and end: the token that ends the assistant's turn
-#   tests: {kind: held-out problems with their prompts' ids}
-#   held: {file: conversations} or {"pairs": as examples}, held out
-#   before: {score: the start's, one number for each held-out example}
-#   examples: dpo: (pair, the start's log-probabilities); grpo: (problem, its prompt's ids)
-#   reward, and reference: the start, for --kl of grpo
-
+# set_up gives a train.Run these besides: chat_format, and end, the token that ends the assistant's turn; tests, {kind:
+# held-out problems with their prompts' ids}; held, conversations, or pairs with the start's log-probabilities; before,
+# {score: the start's, one number for each held-out example}; examples, of dpo (pair, the start's log-probabilities), of
+# grpo (problem, its prompt's ids); reward; and reference, the start, for --kl.
 
 def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
@@ -364,13 +336,12 @@ def fit(run, rows, encode, what):
     context, cut = run.recipe.model.max_position_embeddings, run.recipe.too_long == "cut"
     whole = [example for row in tqdm(rows, what, leave=False, delay=1) for example in encode(run, row)]
     short = [[(ids[:context], mask[:context]) for ids, mask in example] for example in whole]
-    if long := sum(a != b for a, b in zip(short, whole)):
-        print(f"long      {long:,} of {what} have more than {context} tokens and are "
-              + ("cut" if cut else "left out; --too_long cut keeps their beginnings"))
-    fitting = [a for a, b in zip(short, whole) if cut or a == b]
+    long = [a != b for a, b in zip(short, whole)]
+    fitting = [example for example, cuts in zip(short, long) if cut or not cuts]
     kept = [example for example in fitting if all(any(mask) for _, mask in example) and example[1:] != example[:1]]
-    if same := len(fitting) - len(kept):
-        print(f"left out  {same:,} of {what} have no token to train on, or the same tokens chosen and rejected")
+    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are "
+          + ("cut" if cut else "left out (--too_long cut keeps their beginnings)")
+          + f"; {len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out")
     if not kept:
         raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
     return kept
@@ -381,29 +352,27 @@ def askable(run, rows):
     room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
     found = [(row, run.chat_format.prompt(turns(row["prompt"]), row.get("tools"))) for row in rows]
     kept = [pair for pair in found if len(pair[1]) <= room]
-    if long := len(found) - len(kept):
-        print(f"long      {long:,} of {len(found):,} prompts have more than {room:,} tokens, which leaves fewer than "
-              "--max_tokens to answer, and are left out")
+    print(f"data      {len(kept):,} prompts; {len(found) - len(kept):,} have more than {room:,} tokens, which leaves "
+          "fewer than --max_tokens to answer, and are left out")
     if not kept:
         raise UserError("no prompt is left; take a smaller --max_tokens")
     return kept
 
 
-def answers(run, asked, samples=1, **options):
+def answers(run, asked, samples, temperature, seed, stop=None):
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
-    options = {"stop": run.chat_format.stop | {run.end}, "vocab_size": run.tokenizer.vocab_size} | options
-    made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, at_once=256, **options)
+    made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
+                        seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
+                        vocab_size=run.tokenizer.vocab_size)
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
             for (row, _), group in zip(asked, made)]
 
 
 def logprobs(run, model, sequences, temperature=1.0):
     """Log-probabilities of the trained tokens, of the policy that samples at a temperature, and their mask, [B, T] in
-    fp32; both 0 for the other tokens.
-
-    A row holds one sequence, padded on the right: attention is causal, so padding behind a sequence changes nothing in
-    it. A compiled model compiles again for each new shape, so it always gets as many rows, and a multiple of 64 tokens.
-    """
+    fp32; both 0 for the other tokens. A row holds one sequence, padded on the right: attention is causal, so padding
+    changes nothing. A compiled model compiles again for each new shape, so it gets as many rows, and a multiple of 64
+    tokens."""
     both = pad_sequence([torch.tensor(sequence).T for sequence in sequences], batch_first=True)  # [B, T, 2]
     if run.machine.compile:
         both = F.pad(both, (0, 0, 0, (1 - both.shape[1]) % 64, 0, max(0, run.rows[0] - len(sequences))))
@@ -416,7 +385,7 @@ def logprobs(run, model, sequences, temperature=1.0):
 
 def sums_of(run, model, examples):
     """Log-probabilities of whole answers, [sides, examples]."""
-    return logprobs(run, model, [side for half in zip(*examples) for side in half])[0].sum(1).view(-1, len(examples))
+    return logprobs(run, model, sum(zip(*examples), ()))[0].sum(1).view(-1, len(examples))
 
 
 @torch.no_grad()
@@ -424,16 +393,15 @@ def all_sums(run, examples):
     """`sums_of` any number of examples, on the CPU; the processes share the work."""
     size, total = run.world.size, len(examples)
     mine = (examples * size)[run.world.rank:-(-total // size) * size:size]  # as many in each process: FSDP needs that
-    pieces = tqdm(batches(mine, max(1, run.rows[0] // 2)), "scoring", leave=False, delay=1)
-    sums = run.world.gather(torch.cat([sums_of(run, run.model, piece).cpu() for piece in pieces], 1))
-    return torch.stack(sums, 2).flatten(1)[:, :total]
+    pieces = [sums_of(run, run.model, piece).cpu() for piece in batches(mine, run.rows[0] // 2 or 1)]
+    return torch.stack(run.world.gather(torch.cat(pieces, 1)), 2).flatten(1)[:, :total]
 
 
 def batch_of(run, step, count):
-    """The `count` examples of a step, of all processes: an endless stream of shuffled epochs."""
-    n, seed = len(run.examples), run.recipe.seed
-    return [run.examples[permute(np.array([i % n]), n, [seed, i // n]).item()]
-            for i in range(step * count, (step + 1) * count)]
+    """This process's share of the `count` examples of a step: an endless stream of shuffled epochs."""
+    n, first = len(run.examples), step * count
+    return [run.examples[permute(np.array([i % n]), n, [run.recipe.seed, i // n]).item()]
+            for i in range(first + run.world.rank, first + count, run.world.size)]
 
 
 def add_found(run, **values):
@@ -444,72 +412,66 @@ def add_found(run, **values):
 
 # ---- SFT ------------------------------------------------------------------------------------------------------
 
-
 def conversation(run, row):
-    """The samples of a jsonl row, or of a built-in problem with its reply."""
-    talk = row.get("messages") or turns(row["prompt"]) + turns(row["reply"], "assistant")
-    samples = run.chat_format.samples(talk, row.get("tools"))
+    """The samples of a row, one or, with some templates, one per turn of the assistant."""
+    samples = run.chat_format.samples(row["messages"], row.get("tools"))
     if not run.recipe.assistant_only:
         samples = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in samples[-1:]]
     return [[sample] for sample in samples]
 
 
-def conversation_split(name, conversations):
+def packed(conversations):
     """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
     ids, mask = map(np.concatenate, zip(*(talk for talk, in conversations)))
     starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
-    return Split(name, Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
+    return Split("conversations", Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
 
 
-def prepare_sft(run, given):
+def prepare_sft(run, rows):
     """Packs conversations into rows for `train.pretraining_losses`."""
-    recipe, context, splits = run.recipe, run.recipe.model.max_position_embeddings, []
-    given = given or {kind: problems(kind, recipe.problems // (1 if kind == "arithmetic" else 5), 2) for kind in KINDS}
-    for file, rows in given.items():
-        name, (rows, held) = Path(file).stem, held_out_rows(rows, file)
-        splits.append(conversation_split(name, fit(run, rows, conversation, name)))
-        run.held[name] = fit(run, held[:recipe.eval_problems], conversation, f"held-out {name}")
-    rows = sum(Packing(split, context, recipe.packing).count for split in splits)
-    run.steps = recipe.steps or math.ceil(recipe.epochs * rows * context / recipe.batch_tokens - 1e-9)
+    recipe = run.recipe
+    context = recipe.model.max_position_embeddings
+    for kind in () if rows else KINDS:
+        rows = rows + problems(kind, recipe.problems // (1 if kind == "arithmetic" else 5), 2)
+    rows, held = held_out_rows(rows)
+    split = packed(fit(run, rows, conversation, "conversations"))
+    run.held = fit(run, held[:recipe.eval_problems], conversation, "held-out conversations")
+    count = Packing(split, context, recipe.packing).count
+    run.steps = recipe.steps or math.ceil(recipe.epochs * count * context / recipe.batch_tokens)
     run.recipe = replace(recipe, stages=(Stage("sft", run.steps * recipe.batch_tokens, {}),))
     run.rows = run.world.agree(cost.stage_rows(run.recipe, run.world.size, run.machine.device))
-    run.curriculum = Curriculum(splits, run.recipe.stages, context, recipe.batch_tokens, recipe.seed, recipe.packing)
+    run.curriculum = Curriculum([split], run.recipe.stages, context, recipe.batch_tokens, recipe.seed, recipe.packing)
     run.loader = train.Loader(run.curriculum, run.machine.device)
-    talks = sum(len(split.starts) - 1 for split in splits)
-    print(f"data      {talks:,} conversations in {rows:,} rows of {context} tokens, {run.steps:,} steps")
-    return 0, sum(len(split.tokens) for split in splits) / talks
+    return 0, len(split.tokens) / (len(split.starts) - 1)
 
 
 # ---- DPO and APO ----------------------------------------------------------------------------------------------
 
-
-def prepare_preferences(run, given):
+def prepare_preferences(run, rows):
     """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept; a
     resumed run has what was drawn and computed in its folder."""
-    own, reference, file = [], None, run.folder / "reference.pt"
+    reference, file = None, run.folder / "reference.pt"
     if file.exists():
         with reading(file):
-            own, reference = torch.load(file, weights_only=True)
-    elif not given:
-        own = draw_pairs(run)
-    sides = held_out_rows(sum(given.values(), own), run.recipe.data or "what the start answers both right and wrong")
-    pairs, held = (fit(run, side, answer_pair, "pairs") for side in sides)
+            rows, reference = torch.load(file, weights_only=True)
+    rows = rows or draw_pairs(run)
+    pairs, held = (fit(run, side, answer_pair, "pairs") for side in held_out_rows(rows))
     if reference is None:
         reference = all_sums(run, pairs + held)
         if run.world.leader:
             run.folder.mkdir(parents=True, exist_ok=True)
-            torch.save((own, reference), file)
-    both = list(zip(pairs + held, reference.T))
-    run.examples, run.held["pairs"] = both[:len(pairs)], both[len(pairs):]
+            torch.save((rows, reference), file)
+    run.examples, run.held = list(zip(pairs, reference.T)), list(zip(held, reference.T[len(pairs):]))
     return 2, np.mean([len(ids) for pair in pairs for ids, _ in pair])
 
 
 def draw_pairs(run):
     """Problems of which the start answers some right and some wrong: its own answers, judged by the checker. Every
     process draws all of them: FSDP needs all."""
-    recipe, found, asked = run.recipe, [], askable(run, fresh_problems(run.recipe.problems))
-    print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems", flush=True)
-    drawn = answers(run, asked, recipe.samples, temperature=recipe.temperature, seed=recipe.seed)
+    recipe, found = run.recipe, []
+    asked = askable(run, fresh_problems(recipe.problems))
+    print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems")
+    drawn = answers(run, asked, recipe.samples, recipe.temperature, recipe.seed)
     for (row, _), group in zip(asked, drawn):
         texts = {run.tokenizer.decode(ids): reward for ids, reward in group if 0 < len(ids) < recipe.max_tokens}
         right, wrong = ([text for text in texts if texts[text] == value] for value in (1, 0))
@@ -529,12 +491,10 @@ def answer_pair(run, row):
 
 
 def preference_losses(run, step):
-    """The losses of this process's pairs of a step.
-
-    An unlikely token of a rejected answer has a far larger gradient than the likely ones of the chosen answer, so that
-    both can fall and the model with them (Ren & Sutherland 2024); --nll also trains the chosen one as SFT does.
-    """
-    recipe, world, share = run.recipe, run.world, 1 / run.recipe.pairs
+    """The losses of this process's pairs of a step. An unlikely token of a rejected answer has a far larger gradient
+    than the likely ones of the chosen answer, so that both can fall and the model with them (Ren & Sutherland 2024);
+    --nll also trains the chosen one as SFT does."""
+    recipe, share = run.recipe, 1 / run.recipe.pairs
 
     def loss_of(piece):
         pairs, reference = zip(*piece)
@@ -543,28 +503,25 @@ def preference_losses(run, step):
         loss, rewards = preference_loss(recipe.method, policy, reference, recipe.beta)
         loss = loss - recipe.nll * policy[0] / torch.tensor([sum(mask) for (_, mask), _ in pairs], device=loss.device)
         chosen, rejected = rewards * share
-        add_found(run, accuracy=(chosen > rejected).sum() * share, margin=(chosen - rejected).sum(),
-                  chosen_reward=chosen.sum(), rejected_reward=rejected.sum())
+        add_found(run, accuracy=(chosen > rejected).sum() * share, chosen=chosen.sum(), rejected=rejected.sum())
         return loss.sum() * share, run.model.routing_loss() * (len(pairs) * share)
 
-    mine = batch_of(run, step, recipe.pairs)[world.rank::world.size]
-    return [functools.partial(loss_of, piece) for piece in batches(mine, max(1, run.rows[0] // 2))]
+    return [partial(loss_of, piece) for piece in batches(batch_of(run, step, recipe.pairs), run.rows[0] // 2 or 1)]
 
 
 # ---- GRPO -----------------------------------------------------------------------------------------------------
 
-
-def prepare_grpo(run, given):
+def prepare_grpo(run, rows):
     """Problems to draw answers to."""
     recipe = run.recipe
-    if given or recipe.reward:
+    if rows or recipe.reward:
         file, _, name = recipe.reward.rpartition(":")
         with reading(f"--reward {recipe.reward}", "give FILE.py:FUNCTION with def FUNCTION(problem, answer)"):
             run.reward = runpy.run_path(file)[name]
-    if given:
-        rows, held = held_out_rows(sum(given.values(), []), recipe.data)
+    if rows:
+        rows, held = held_out_rows(rows)
         run.tests["reward"] = askable(run, held[:recipe.eval_problems])
-    run.examples = askable(run, rows if given else fresh_problems(recipe.problems))
+    run.examples = askable(run, rows or fresh_problems(recipe.problems))
     if recipe.kl:
         run.reference = from_pretrained(recipe.start).to(run.machine.device)
         run.reference.compute_dtype = run.machine.dtype
@@ -575,9 +532,9 @@ def roll_out(run, step):
     """[(sequence, advantage)] of this process's samples of a step, drawn with a generator of (seed, step); the tokens
     of each update's samples over all processes; what to log."""
     recipe, world = run.recipe, run.world
-    asked = batch_of(run, step, recipe.prompts)[world.rank::world.size]
-    seed = int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}"))
-    drawn = answers(run, asked, recipe.samples, temperature=recipe.temperature, seed=seed, stop=run.end)
+    asked = batch_of(run, step, recipe.prompts)
+    drawn = answers(run, asked, recipe.samples, recipe.temperature,
+                    int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}")), run.end)
     sequences, table = [], []
     for (_, prompt), group in zip(asked, drawn):
         for ids, reward in group:
@@ -585,45 +542,44 @@ def roll_out(run, step):
             ids = ids + [run.end] * ended  # one that was cut off did not end itself
             sequences.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
             table.append((reward, overlong_penalty(len(ids), recipe.max_tokens, recipe.overlong), len(ids), not ended))
-    table = torch.tensor(table, dtype=torch.float32).T
+    table = torch.tensor(table).T
     total = (table[0] + table[1]).view(-1, recipe.samples)
-    mixed = (total.amax(1) > total.amin(1)).float()  # a group that agrees teaches nothing, not even by rounding
-    advantage = advantages(total, recipe.normalization) * mixed[:, None]
+    advantage = advantages(total - total[:, :1], recipe.normalization)  # exactly 0 in a group that agrees
     tokens = world.sum(table[2].view(recipe.updates, -1).sum(1))
-    found = zip(("reward", "penalty", "length", "cut_off", "mixed_groups"), [*table, mixed])
-    return list(zip(sequences, advantage.flatten().tolist())), tokens.tolist(), {
-        name: values.mean() / world.size for name, values in found}
+    found = zip(("reward", "penalty", "length", "cut_off", "mixed_groups"), [*table, advantage.any(1).float()])
+    return (list(zip(sequences, advantage.flatten().tolist())), tokens.tolist(),
+            {name: values.mean() for name, values in found})
 
 
 def grpo_losses(run, step):
     """Draws and rewards answers, compares them within their group, and makes all updates of the step but the last;
     returns the losses of the last one, which make good answers likelier and bad ones less likely."""
-    recipe, samples = run.recipe, run.recipe.prompts * run.recipe.samples // run.recipe.updates
-    sampled, tokens, drawn = roll_out(run, step)
+    recipe, (sampled, tokens, drawn) = run.recipe, roll_out(run, step)
+    samples = recipe.prompts * recipe.samples // recipe.updates  # of an update
 
     def policy(model, piece):
         return logprobs(run, model, [sequence for sequence, _ in piece], recipe.temperature)
 
-    def loss_of(piece, old, total, part):
+    def loss_of(piece, old, total):
         new, mask = policy(run.parallel, piece)
-        old = new.detach() if old is None else old
         advantage = torch.tensor([value for _, value in piece], device=new.device)[:, None]
-        loss = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high)
+        loss, share = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high), len(piece) / samples
         clipped = mask * (loss != -(new - old).exp() * advantage)
-        add_found(run, clipped=clipped.sum() / total, **{name: value * part for name, value in drawn.items()})
+        add_found(run, clipped=clipped.sum() / total, **{name: value * share for name, value in drawn.items()})
         if run.reference:
             reference, _ = frozen(run.reference, piece)
             add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
             loss = loss + recipe.kl * kl_loss(new, old, reference)
         weights = token_weights(mask, recipe.normalization, samples, total, recipe.max_tokens)
-        return (weights * loss).sum(), run.model.routing_loss() * (len(piece) / samples)
+        return (weights * loss).sum(), run.model.routing_loss() * share
 
     frozen = torch.no_grad()(policy)
-    shares = [  # of each update: pieces, and log-probabilities of the policy that drew them
-        [(piece, frozen(run.model, piece)[0] if recipe.updates > 1 else None) for piece in batches(share, run.rows[0])]
-        for share in batches(sampled, len(sampled) // recipe.updates)]
+    shares = []  # of each update: pieces of samples of similar length, with log-probabilities by the policy that drew
+    for share in batches(sampled, len(sampled) // recipe.updates):
+        pieces = batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])
+        shares.append([(piece, frozen(run.model, piece)[0]) for piece in pieces])
     for pieces, total in zip(shares, tokens):
-        losses = [functools.partial(loss_of, *piece, total, 1 / len(pieces)) for piece in pieces]
+        losses = [partial(loss_of, *piece, total) for piece in pieces]
         if pieces is not shares[-1]:
             train.update(run, losses, run.rate(step))
     return losses
@@ -631,49 +587,39 @@ def grpo_losses(run, step):
 
 # ---- scores before and after ----------------------------------------------------------------------------------
 
+def evaluate_answers(run, last):
+    """Prints how the model does on what is held out, and what has changed; returns means for the log. For each example
+    the reward of a greedy answer and of one drawn at --temperature, which is what RL rewards; the loss of a
+    conversation; whether a pair is ranked right."""
+    if run.step == 1 and not last:
+        return {}  # the loop asks after the first update, and the start was just scored
+    recipe, means = run.recipe, {}
+    train.say(f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
+              "one; that of a change is paired: the same questions before and after):")
 
-def scores_now(run):
-    """One number for each held-out example: the reward of a greedy answer and of one drawn at --temperature, which is
-    what RL rewards; the loss of conversations; the margin of pairs, once there is a difference from the start."""
-    found, recipe = {}, run.recipe
+    def score(name, values, about=None):
+        before = run.before.setdefault(name, values)
+        change = np.subtract(values, before, dtype=float)
+        now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
+        means[name] = now.mean
+        train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "
+                  f"{change.stderr:.3f}" * (run.step > 0))
+
     for kind, tests in run.tests.items():
+        about = [json.dumps(row.get("about", row["prompt"])) for row, _ in tests]
         if run.step == 0 and recipe.method == "sft":  # a base model has seen no chat: in the form of its training data
             tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
         for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
-            drawn = answers(run, tests, temperature=temperature, seed=1)
-            found[name] = [reward for ((_, reward),) in drawn]
-    for name, examples in run.held.items():
-        if recipe.method == "sft":
-            sums = all_sums(run, examples)[0].tolist()
-            found[f"{name}, nats per token"] = [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, examples)]
-        elif run.step:
-            pairs, reference = zip(*examples)
-            _, (chosen, rejected) = preference_loss(
-                recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
-            found |= {"held-out pairs right": (chosen > rejected).tolist(),
-                      "held-out margin": (chosen - rejected).tolist()}
-    return found
-
-
-def evaluate_answers(run, last):
-    """Prints how the model does on what is held out, and what has changed; returns means and errors for the log."""
-    if run.step == 1 and not last:
-        return {}  # the loop asks after the first update, and the start was just scored
-    found, entry = scores_now(run), {"val": {}, "stderr": {}}
-    lines = [f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
-             "one; that of a change is paired: the same questions before and after):"]
-    for name, values in found.items():
-        tests = run.tests.get(name.removesuffix(", sampled"), ())
-        about = [json.dumps(row.get("about", row["prompt"])) for row, _ in tests]
-        then = run.before.get(name, values)
-        parts = values, then, np.subtract(values, then, dtype=float)
-        now, before, change = (Score.of(part, groups=about) for part in parts)
-        entry["val"][name], entry["stderr"][name] = now[:2]
-        more = f"   before {before.mean:.3f} ± {before.stderr:.3f}   change {change.mean:+.3f} ± {change.stderr:.3f}"
-        lines.append(f"  {name:20} {now}" + more * (name in run.before))
-    run.before = run.before or found
-    train.say("\n".join(lines) + "\n")
-    return entry
+            score(name, [reward for ((_, reward),) in answers(run, tests, 1, temperature, 1)], about)
+    if recipe.method == "sft":
+        sums = all_sums(run, run.held)[0].tolist()
+        score("nats per token", [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, run.held)])
+    elif run.held:
+        pairs, reference = zip(*run.held)
+        _, (chosen, rejected) = preference_loss(
+            recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
+        score("pairs right", (chosen > rejected).tolist())  # at the start they are equal
+    return {"val": means}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -686,11 +632,11 @@ METHODS["apo_zero"] = METHODS["dpo"]
 def set_up(recipe, folder, world, resume):
     """Reads the data, loads the start or the checkpoint to resume, and prepares what the method trains on."""
     prepare, _, size = METHODS[recipe.method]
-    if (count := getattr(recipe, size)) % (unit := world.size * recipe.updates):
-        raise UserError(f"--{size} {count} does not divide by {unit}, the number of processes times --updates; take a "
-                        "multiple")
-    given = {file: read_rows(file, recipe.method) for file in recipe.data.split(",") if file}
-    fingerprint = {"data": uniform(json.dumps(list(given.values())))}
+    count, unit = getattr(recipe, size), world.size * recipe.updates
+    if count % unit:
+        raise UserError(f"--{size} {count} is no multiple of {unit}, the number of processes times --updates")
+    rows = [row for file in recipe.data.split(",") if file for row in read_rows(file, recipe.method)]
+    fingerprint = {"data": uniform(json.dumps(rows))}
     if resume and train.read_recipe(folder, PostRecipe)[1] != fingerprint:
         raise UserError(f"the data is not what {folder} began with; put that back or start a new run")
     source, machine = newest_checkpoint(folder) if resume else recipe.start, world.agree(cost.choose_machine(recipe))
@@ -702,32 +648,31 @@ def set_up(recipe, folder, world, resume):
     model.config = recipe.model
     run = train.make_run(recipe, folder, world, machine, tokenizer, model, 0, None, resume and source, resume,
                          fingerprint=fingerprint, command="python posttrain.py")
-    run.chat_format, run.tests, run.held, run.before = ChatFormat(source, tokenizer), {}, {}, {}
+    run.chat_format, run.tests, run.before, run.held = ChatFormat(source, tokenizer), {}, {}, []
     run.reward, run.reference = correct, None
     ids, mask = run.chat_format.samples(turns("?") + turns("!", "assistant"))[-1]
     said = [i for i, trained in zip(ids, mask) if trained and i in tokenizer.special.values()]
     run.end = (said or sorted(run.chat_format.stop))[-1]
-    fitting = (2**i for i in range(8, 0, -1) if cost.fits(recipe, 2**i, context, world.size, machine.device))
-    run.rows = world.agree([recipe.micro_batch or next(fitting, 1)])  # sequences computed at once
-    for kind in () if given else KINDS if recipe.method == "sft" else ["arithmetic"]:
-        tests = problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, held_out=True)
-        run.tests[kind] = askable(run, tests)
-    sequences, length = prepare(run, given)
+    run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
+        (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
+    for kind in () if rows else KINDS if recipe.method == "sft" else ["arithmetic"]:
+        run.tests[kind] = askable(
+            run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, held_out=True))
+    sequences, length = prepare(run, rows)
     if not run.curriculum:
         run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / count)
-        print(f"data      {len(run.examples):,} examples, {run.steps:,} steps of {count}, {sequences} answers to each")
     run.tokens_per_step, run.flops = round(count * sequences * length), cost.flops_per_token(recipe.model, length)
     run.rate = lambda step: recipe.learning_rate * rate_share(
         recipe.schedule, step, run.steps, recipe.warmup_steps, round(abs(recipe.decay_share) * run.steps),
         recipe.decay_shape, recipe.final_share)
-    print(f"start     {recipe.start}: {count_parameters(recipe.model)['total']:,} parameters, sequences of up to "
-          f"{context:,} tokens; {recipe.optimizer} at {recipe.learning_rate:g}, {recipe.method}; {machine.reason}")
+    print(f"start     {recipe.start}: {count_parameters(recipe.model)['total']:,} parameters, context {context:,}; "
+          f"{recipe.method}, {run.steps:,} steps of {count:,} {size} at {recipe.learning_rate:g}; {machine.reason}")
     return run
 
 
-def post_train(recipe, folder, resume=False, world=None):
+def post_train(recipe, folder, resume=False, world=train.World()):
     """Runs or resumes a recipe in a run folder; returns the last evaluation."""
-    run = train.connect(set_up(recipe, folder, world or train.World(), resume))
+    run = train.connect(set_up(recipe, folder, world, resume))
     for entry in run.log.entries() if resume and run.log else ():
         run.before = entry.get("before", run.before)
     if not resume:
@@ -739,8 +684,7 @@ def post_train(recipe, folder, resume=False, world=None):
     flat = [entry["reward"] for entry in run.log.entries() if entry.get("mixed_groups") == 0] if run.log else ()
     if len(flat) == run.steps:
         print(f"Nothing was learned: in all {run.steps:,} steps every answer to a prompt had the same reward (on "
-              f"average {np.mean(flat):g}); take prompts that the start answers sometimes well and sometimes badly, a "
-              "finer --reward or more --samples")
+              f"average {np.mean(flat):g}); take prompts with good and bad answers, a finer --reward or more --samples")
     else:
         print(f'Done: {folder}. Ask it with: python sample.py {folder} --chat --prompt "What is 12 + 30?"')
     return scores
@@ -750,12 +694,12 @@ def parse(argv):
     """The command line, and the recipe that it names with the flags applied; None for a merge."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help="sft, dpo, apo, grpo or merge")
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="merge: one a RUN (default: equal)")
+    parser.add_argument("runs", nargs="*", help="a run, a checkpoint or a Hugging Face folder")
+    parser.add_argument("--weights", type=float, nargs="+", help="merge: one a RUN (default: equal)")
     parser.add_argument("--out", help="merge: the new folder")
     parser.add_argument("--name", help="of the folder in runs/ (default: the start's and the task)")
     parser.add_argument("--resume", help="continue this run folder from its newest checkpoint")
-    add_options(parser, PostRecipe, without="""tokens method packing start sample_prompt eval_tokens eval_tasks z_loss
+    add_options(parser, PostRecipe, without="""tokens packing start sample_prompt eval_tokens eval_tasks z_loss
         document_mask""".split())
     args = parse_options(parser, argv)
     given = given_options(args, PostRecipe)
@@ -766,17 +710,13 @@ def parse(argv):
     if args.task == "merge":
         return args, None
     if args.task not in POST_RECIPES or len(args.runs) != 1:
-        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, grpo, "
-                        "merge)")
+        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop")
     start = os.path.abspath(args.runs[0])
-    args.name = args.name or re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path(start).name) + f"-{args.task}"
+    args.name = args.name or f"{Path(start).name.removesuffix('-sft')}-{args.task}"
     if not is_hugging_face(start):
         start = str(find_checkpoint(start))  # a checkpoint: what the run does later changes nothing here
     config = load_config(start)
-    context = given.get("context") or min(config.max_position_embeddings, 8192)
-    if context > config.max_position_embeddings:
-        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {start} was "
-                        "trained on; stretch it first by a stage of train.py")
+    context = min(given.get("context") or 8192, config.max_position_embeddings)  # more: first a stage of train.py
     scale = AT_SCALE[args.task] if count_parameters(config)["total"] > 5e7 else {}
     return args, replace(POST_RECIPES[args.task], **scale | given, start=start,
                          model=config.change(max_position_embeddings=context))
@@ -787,7 +727,7 @@ def begin(world):
     if recipe is None:
         return merge(args.runs, args.weights, args.out)
     folder = args.resume or world.agree(new_run_folder(args.name))
-    post_train(recipe, Path(folder), bool(args.resume), world)
+    post_train(recipe, Path(folder), args.resume, world)
 
 
 def main():
