@@ -15,17 +15,16 @@ Data is jsonl (.gz too), one object a line, a conversation a list of {"role", "c
     grpo  {"prompt": text or conversation, ...}; the whole object goes to the reward: score(problem, answer) -> number
 All may have "tools", and messages "tool_calls", for models whose chat template shows them.
 
-What the playbook found. SmolLM3 is SFT, then APO-zero, then a merge of checkpoints; GRPO came later. SFT: a rate of
-3e-6 to 1e-5 was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4 to 5 epochs of some 8B tokens, loss on
-the assistant's turns only (a small gain, mostly in following instructions), sources balanced by tokens. Packing is 3.8
-to 5.3 times as fast, but on small data 128 packed rows are few updates: IFEval lost 12 points, so lower --batch_tokens
+The playbook: SmolLM3 is SFT, then APO-zero, then a merge of checkpoints; GRPO came later. SFT: a rate of 3e-6 to 1e-5
+was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4 to 5 epochs of some 8B tokens, loss on the
+assistant's turns only (a small gain, mostly in following instructions), sources balanced by tokens. Packing is 3.8 to
+5.3 times as fast, but on small data 128 packed rows are few updates: IFEval lost 12 points, so lower --batch_tokens
 there. Preferences: APO-zero did best; a rate 5 to 20 times below SFT's, beta 0.1 (0.01 to 0.5; SmolLM3 0.05), one
 epoch; a high beta stays close to the start (the playbook's text once says the opposite). RL: without an overlong
 penalty the answers' length exploded.
 
-Each method prepares its data (`prepare_sft` and so on) and hands its losses to the loop in train.py. Below, a sequence
-is (ids, mask), with 1 on the tokens to train on; an example is a list of sequences: a conversation alone, or a chosen
-and a rejected answer; rows are lines of jsonl, or built-in problems, as dicts.
+Each method prepares its data and hands its losses to the loop in train.py. Below, a sequence is (ids, mask), with 1 on
+the tokens to train on; an example is a list of sequences, a conversation alone or a chosen and a rejected answer.
 """
 
 import argparse
@@ -59,13 +58,9 @@ from model import count_parameters
 from sample import continue_all
 from schedule import rate_share
 from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, given_options, option, parse_options,
-                       reading)
-from tokenizer import run as run_command
+                       reading, run as run_command)
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
-
-SFT_PROBLEMS = 16_000
-
 
 def arithmetic(seed):
     """The math source's worked problems on numbers below 100, as (what is asked without its story, prompt, reply)."""
@@ -98,6 +93,7 @@ def orders(seed):
             (f"What is the name of this function? {line}", name)])
 
 
+SFT_PROBLEMS = 16_000
 KINDS = {"arithmetic": arithmetic, "lookups": lookups, "orders": orders}
 
 
@@ -115,14 +111,12 @@ def problems(kind, count, seed, held_out=False, without=()):
 
 
 def fresh_problems(count):
-    """Arithmetic that SFT has not trained on, for preferences and RL: the model knows half of that by heart, and
-    learning from it changes nothing on other problems."""
+    """Arithmetic that SFT has not trained on, for preferences and RL: what it has, a model knows half by heart."""
     return problems("arithmetic", count, 3, without={row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)})
 
 
 def correct(problem, answer):
-    """The reward of the built-in problems: 1 if the first line's last number, or all of a line without one, is the
-    reply's."""
+    """The built-in reward: 1 if the first line's last number, or all of a line without one, is the reply's."""
     lines = [text.strip().split("\n")[0] for text in (answer, problem["reply"])]
     said, right = (re.findall(r"\b\d+\b", line)[-1:] or line for line in lines)
     return float(said == right)
@@ -172,7 +166,6 @@ def held_out_rows(rows):
     is on both sides; by the hash of the whole row where there are fewer than 30 questions."""
     def asked(row):
         return json.dumps(row.get("prompt", [m for m in row.get("messages", ()) if m["role"] == "user"][:1]))
-
     key = asked if len(set(map(asked, rows))) >= 30 else json.dumps
     counts, held = Counter(map(key, rows)), set()
     if len(counts) < 2:
@@ -188,10 +181,9 @@ def held_out_rows(rows):
 # ---- losses ---------------------------------------------------------------------------------------------------
 
 def preference_loss(kind, policy, reference, beta):
-    """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], implicit rewards [2, B]), which are
-    r = beta * log(policy / reference). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), in which only the
-    difference counts: both may fall. APO-zero (D'Oosterlinck et al. 2024): 1 - sigmoid(r_c) + sigmoid(r_r): the chosen
-    one shall rise above the reference and the rejected one fall below it."""
+    """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], rewards [2, B] = beta * log(policy
+    / reference)). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), where both may fall. APO-zero (D'Oosterlinck et
+    al. 2024): 1 - sigmoid(r_c) + sigmoid(r_r): the chosen one shall rise above the reference, the rejected one fall."""
     chosen, rejected = rewards = beta * (policy - reference)
     if kind == "dpo":
         return -F.logsigmoid(chosen - rejected), rewards.detach()
@@ -199,17 +191,16 @@ def preference_loss(kind, policy, reference, beta):
 
 
 def advantages(rewards, normalization):
-    """Rewards [groups, samples] to how much better each sample is than its group. GRPO (Shao et al. 2024) and DAPO
-    divide by the group's standard deviation, which gives more weight to questions that are nearly always or nearly
-    never answered; Dr. GRPO (Liu et al. 2025) does not."""
+    """Rewards [groups, samples] minus their group's mean. GRPO (Shao et al. 2024) and DAPO divide by its deviation, so
+    that questions nearly always or nearly never answered count more; Dr. GRPO (Liu et al. 2025) does not."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred if normalization == "dr_grpo" else centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def token_weights(mask, normalization, samples, tokens, longest):
-    """What each sampled token counts in the loss: mask [B, T] of the tokens, of `samples` with `tokens` in all. grpo:
-    the mean of the samples' means, in which a token of a long answer counts less: long wrong answers are cheap; dapo:
-    the mean over all tokens; dr_grpo: the sum over a constant, the only one without a bias by length."""
+    """What each token counts in the loss: mask [B, T] of `tokens` in `samples`. grpo: the mean of the samples' means,
+    in which a token of a long answer counts less: long wrong answers are cheap; dapo: the mean over all tokens;
+    dr_grpo: the sum over a constant, the only one without a bias by length."""
     share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
@@ -247,36 +238,11 @@ def reward_of(reward, problem, answer):
         raise ValueError(f"it is {value}")
 
 
-# ---- merging --------------------------------------------------------------------------------------------------
-
-@torch.no_grad()
-def merge(folders, weights, out):
-    """Writes the weighted mean of models (a soup with equal weights; Wortsman et al. 2022), by parameter, in fp32, as a
-    checkpoint. SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought
-    back recall in long context."""
-    weights = weights or [1 / len(folders) for _ in folders]
-    fair = len(folders) == len(weights) > 1 and abs(sum(weights) - 1) < 1e-6
-    if not fair or not out or Path(out).exists():
-        raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
-                        "python posttrain.py merge A B --weights .9 .1 --out DIR")
-    model, tokenizer, state = from_pretrained(folders[0]), Tokenizer.load(folders[0]), Counter()
-    for folder, weight in zip(folders, weights):
-        other = from_pretrained(folder)
-        if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
-            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one")
-        for name, tensor in other.state_dict().items():
-            state[name] += weight * tensor
-    model.load_state_dict(state)
-    save_weights(model, tokenizer, out, chat_from=folders[0])
-    print(f"{out} is written; ask it with: python sample.py {out} --chat")
-
-
 # ---- recipes --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PostRecipe(train.Recipe):
     """A training run that starts from a model. Tokens, pairs and prompts of an update are those of all processes."""
-
     method: str = "sft"  # dpo, apo_zero or grpo
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
     steps: int = option(0, "updates, of grpo steps of sampling and training; 0: as --epochs says", 0)
@@ -320,28 +286,26 @@ AT_SCALE = {
 
 # ---- a run ----------------------------------------------------------------------------------------------------
 
-# set_up gives a train.Run these besides: chat_format, and end, the token that ends the assistant's turn; tests, {kind:
-# held-out problems with their prompts' ids}; held, conversations, or pairs with the start's log-probabilities; before,
-# {score: the start's, one number for each held-out example}; examples, of dpo (pair, the start's log-probabilities), of
-# grpo (problem, its prompt's ids); reward; and reference, the start, for --kl.
+# set_up gives a train.Run more: chat_format; end, the token that ends the assistant's turn; tests, {kind: [(problem,
+# prompt's ids)]}; held, held-out conversations or pairs; before, {score: the start's, a number for each example};
+# examples, of dpo (pair, the start's log-probabilities), of grpo (problem, prompt's ids); reward; reference, for --kl.
 
 def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def fit(run, rows, encode, what):
-    """The examples that `encode(run, row)` makes of rows, in at most --context tokens: longer ones are left out or cut,
-    as --too_long says. A sequence without a token to train on and a pair of equal answers, which may be what a cut
-    leaves, are left out too. Prints how many."""
+    """The examples that `encode(run, row)` makes of rows, in at most --context tokens, as --too_long says; without
+    sequences that have no token to train on and pairs of equal answers, which may be what a cut leaves."""
     context, cut = run.recipe.model.max_position_embeddings, run.recipe.too_long == "cut"
     whole = [example for row in tqdm(rows, what, leave=False, delay=1) for example in encode(run, row)]
     short = [[(ids[:context], mask[:context]) for ids, mask in example] for example in whole]
     long = [a != b for a, b in zip(short, whole)]
     fitting = [example for example, cuts in zip(short, long) if cut or not cuts]
     kept = [example for example in fitting if all(any(mask) for _, mask in example) and example[1:] != example[:1]]
-    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are "
-          + ("cut" if cut else "left out (--too_long cut keeps their beginnings)")
-          + f"; {len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out")
+    what_then = "cut" if cut else "left out (--too_long cut keeps their beginnings)"
+    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are {what_then}; "
+          f"{len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out")
     if not kept:
         raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
     return kept
@@ -370,9 +334,8 @@ def answers(run, asked, samples, temperature, seed, stop=None):
 
 def logprobs(run, model, sequences, temperature=1.0):
     """Log-probabilities of the trained tokens, of the policy that samples at a temperature, and their mask, [B, T] in
-    fp32; both 0 for the other tokens. A row holds one sequence, padded on the right: attention is causal, so padding
-    changes nothing. A compiled model compiles again for each new shape, so it gets as many rows, and a multiple of 64
-    tokens."""
+    fp32; both 0 for other tokens. Padding stands on the right, where causal attention does not see it. A compiled model
+    compiles again for each new shape, so it gets as many rows, and a multiple of 64 tokens."""
     both = pad_sequence([torch.tensor(sequence).T for sequence in sequences], batch_first=True)  # [B, T, 2]
     if run.machine.compile:
         both = F.pad(both, (0, 0, 0, (1 - both.shape[1]) % 64, 0, max(0, run.rows[0] - len(sequences))))
@@ -410,6 +373,38 @@ def add_found(run, **values):
         run.found[name] = run.found.get(name, 0) + value.detach()
 
 
+def evaluate_answers(run, last):
+    """Prints and returns how the model does on what is held out: for each example the reward of a greedy answer and of
+    one drawn at --temperature, which is what RL rewards; a conversation's loss; whether a pair is ranked right."""
+    if run.step == 1 and not last:
+        return {}  # the loop asks after the first update, and the start was just scored
+    recipe, means = run.recipe, {}
+    train.say(f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
+              "one; that of a change is paired: the same questions before and after):")
+    def score(name, values, about=None):
+        before = run.before.setdefault(name, values)
+        change = np.subtract(values, before, dtype=float)
+        now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
+        means[name] = now.mean
+        train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "
+                  f"{change.stderr:.3f}" * (run.step > 0))
+
+    for kind, tests in run.tests.items():
+        about = [json.dumps(row.get("about", row["prompt"])) for row, _ in tests]
+        if run.step == 0 and recipe.method == "sft":  # a base model has seen no chat: in the form of its training data
+            tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
+        for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
+            score(name, [reward for ((_, reward),) in answers(run, tests, 1, temperature, 1)], about)
+    if recipe.method == "sft":
+        sums = all_sums(run, run.held)[0].tolist()
+        score("nats per token", [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, run.held)])
+    elif run.held:
+        pairs, reference = zip(*run.held)
+        _, rewards = preference_loss(recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
+        score("pairs right", (rewards[0] > rewards[1]).tolist())  # at the start they are equal
+    return {"val": means}
+
+
 # ---- SFT ------------------------------------------------------------------------------------------------------
 
 def conversation(run, row):
@@ -429,8 +424,7 @@ def packed(conversations):
 
 def prepare_sft(run, rows):
     """Packs conversations into rows for `train.pretraining_losses`."""
-    recipe = run.recipe
-    context = recipe.model.max_position_embeddings
+    recipe, context = run.recipe, run.recipe.model.max_position_embeddings
     for kind in () if rows else KINDS:
         rows = rows + problems(kind, recipe.problems // (1 if kind == "arithmetic" else 5), 2)
     rows, held = held_out_rows(rows)
@@ -448,8 +442,8 @@ def prepare_sft(run, rows):
 # ---- DPO and APO ----------------------------------------------------------------------------------------------
 
 def prepare_preferences(run, rows):
-    """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept; a
-    resumed run has what was drawn and computed in its folder."""
+    """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept: a
+    resumed run finds what was drawn and computed in its folder."""
     reference, file = None, run.folder / "reference.pt"
     if file.exists():
         with reading(file):
@@ -466,8 +460,7 @@ def prepare_preferences(run, rows):
 
 
 def draw_pairs(run):
-    """Problems of which the start answers some right and some wrong: its own answers, judged by the checker. Every
-    process draws all of them: FSDP needs all."""
+    """The start's own right and wrong answers, by the checker. Every process draws all: FSDP needs that."""
     recipe, found = run.recipe, []
     asked = askable(run, fresh_problems(recipe.problems))
     print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems")
@@ -495,7 +488,6 @@ def preference_losses(run, step):
     than the likely ones of the chosen answer, so that both can fall and the model with them (Ren & Sutherland 2024);
     --nll also trains the chosen one as SFT does."""
     recipe, share = run.recipe, 1 / run.recipe.pairs
-
     def loss_of(piece):
         pairs, reference = zip(*piece)
         policy = sums_of(run, run.parallel, pairs)
@@ -529,8 +521,7 @@ def prepare_grpo(run, rows):
 
 
 def roll_out(run, step):
-    """[(sequence, advantage)] of this process's samples of a step, drawn with a generator of (seed, step); the tokens
-    of each update's samples over all processes; what to log."""
+    """[(sequence, advantage)] of this process's samples of a step; the tokens of each update, of all; what to log."""
     recipe, world = run.recipe, run.world
     asked = batch_of(run, step, recipe.prompts)
     drawn = answers(run, asked, recipe.samples, recipe.temperature,
@@ -556,7 +547,6 @@ def grpo_losses(run, step):
     returns the losses of the last one, which make good answers likelier and bad ones less likely."""
     recipe, (sampled, tokens, drawn) = run.recipe, roll_out(run, step)
     samples = recipe.prompts * recipe.samples // recipe.updates  # of an update
-
     def policy(model, piece):
         return logprobs(run, model, [sequence for sequence, _ in piece], recipe.temperature)
 
@@ -583,43 +573,6 @@ def grpo_losses(run, step):
         if pieces is not shares[-1]:
             train.update(run, losses, run.rate(step))
     return losses
-
-
-# ---- scores before and after ----------------------------------------------------------------------------------
-
-def evaluate_answers(run, last):
-    """Prints how the model does on what is held out, and what has changed; returns means for the log. For each example
-    the reward of a greedy answer and of one drawn at --temperature, which is what RL rewards; the loss of a
-    conversation; whether a pair is ranked right."""
-    if run.step == 1 and not last:
-        return {}  # the loop asks after the first update, and the start was just scored
-    recipe, means = run.recipe, {}
-    train.say(f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
-              "one; that of a change is paired: the same questions before and after):")
-
-    def score(name, values, about=None):
-        before = run.before.setdefault(name, values)
-        change = np.subtract(values, before, dtype=float)
-        now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
-        means[name] = now.mean
-        train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "
-                  f"{change.stderr:.3f}" * (run.step > 0))
-
-    for kind, tests in run.tests.items():
-        about = [json.dumps(row.get("about", row["prompt"])) for row, _ in tests]
-        if run.step == 0 and recipe.method == "sft":  # a base model has seen no chat: in the form of its training data
-            tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
-        for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
-            score(name, [reward for ((_, reward),) in answers(run, tests, 1, temperature, 1)], about)
-    if recipe.method == "sft":
-        sums = all_sums(run, run.held)[0].tolist()
-        score("nats per token", [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, run.held)])
-    elif run.held:
-        pairs, reference = zip(*run.held)
-        _, (chosen, rejected) = preference_loss(
-            recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
-        score("pairs right", (chosen > rejected).tolist())  # at the start they are equal
-    return {"val": means}
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -656,8 +609,7 @@ def set_up(recipe, folder, world, resume):
     run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
         (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
     for kind in () if rows else KINDS if recipe.method == "sft" else ["arithmetic"]:
-        run.tests[kind] = askable(
-            run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, held_out=True))
+        run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))
     sequences, length = prepare(run, rows)
     if not run.curriculum:
         run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / count)
@@ -688,6 +640,27 @@ def post_train(recipe, folder, resume=False, world=train.World()):
     else:
         print(f'Done: {folder}. Ask it with: python sample.py {folder} --chat --prompt "What is 12 + 30?"')
     return scores
+
+
+@torch.no_grad()
+def merge(folders, weights, out):
+    """Writes the weighted mean of models (a soup with equal weights; Wortsman et al. 2022). SmolLM3: a soup of APO
+    checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall in long context."""
+    weights = weights or [1 / len(folders) for _ in folders]
+    fair = len(folders) == len(weights) > 1 and abs(sum(weights) - 1) < 1e-6
+    if not fair or not out or Path(out).exists():
+        raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
+                        "python posttrain.py merge A B --weights .9 .1 --out DIR")
+    model, tokenizer, state = from_pretrained(folders[0]), Tokenizer.load(folders[0]), Counter()
+    for folder, weight in zip(folders, weights):
+        other = from_pretrained(folder)
+        if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
+            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one")
+        for name, tensor in other.state_dict().items():
+            state[name] += weight * tensor
+    model.load_state_dict(state)
+    save_weights(model, tokenizer, out, chat_from=folders[0])
+    print(f"{out} is written; ask it with: python sample.py {out} --chat")
 
 
 def parse(argv):
@@ -726,8 +699,7 @@ def begin(world):
     args, recipe = parse(sys.argv[1:])
     if recipe is None:
         return merge(args.runs, args.weights, args.out)
-    folder = args.resume or world.agree(new_run_folder(args.name))
-    post_train(recipe, Path(folder), args.resume, world)
+    post_train(recipe, Path(args.resume or world.agree(new_run_folder(args.name))), args.resume, world)
 
 
 def main():
