@@ -52,7 +52,7 @@ import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, newest_checkpoint, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, Tokens, permute, uniform
+from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform
 from evals import Score
 from model import count_parameters
 from sample import continue_all
@@ -81,8 +81,8 @@ def lookups(seed):
 
 
 def orders(seed):
-    """Short orders about the functions of the embedded code."""
-    rng, code = random.Random(seed), "".join(text for _, text in data_.embedded_code())
+    """Short orders about the functions of the standard library."""
+    rng, code = random.Random(seed), "".join(path.read_text("utf-8") for path in Path(os.__file__).parent.glob("*.py"))
     functions = sorted(set(re.findall(r"^ *def ([a-z]\w*)\(([a-z_]\w*(?:, [a-z_]\w*){0,2})\):", code, re.MULTILINE)))
     while True:
         name, arguments = rng.choice(functions)
@@ -419,7 +419,7 @@ def packed(conversations):
     """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
     ids, mask = map(np.concatenate, zip(*(talk for talk, in conversations)))
     starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
-    return Split("conversations", Tokens([ids]), starts, 0, "", Tokens([np.where(mask, ids, -100)]))
+    return Split("conversations", ids, starts, 0, "", np.where(mask, ids, -100))
 
 
 def prepare_sft(run, rows):

@@ -492,12 +492,12 @@ for words in {[[method, "base", *FLAGS[method], *COMMON, "--steps", "3"] for met
 
 
 def test_an_epoch_sees_every_conversation_once(here):
-    """Rows carry padding, so an epoch has more rows than tokens over the context; of two sources too."""
+    """Rows carry padding, so an epoch has more rows than tokens over the context; of two files too."""
     talks = [json.dumps({"messages": p.turns("x" * (i % 37)) + p.turns(f"{i}", "assistant")}) for i in range(370)]
     for name, part in (("a", talks[:300]), ("b", talks[300:])):
         (here / f"{name}.jsonl").write_text("\n".join(part))
     run = p.set_up(recipe("sft", "--data", "a.jsonl,b.jsonl"), here / "runs/x", train.World(), False)
-    seen, (packing,) = [], run.curriculum.packings[64]
+    seen, packing = [], d.Packing(run.curriculum.sources[0], 64, "best-fit")
     for step in range(run.steps):
         seen += run.curriculum.locate(step, 0, run.curriculum.rows(step))[1].tolist()
     assert set(seen) == set(range(packing.count)) and 0 <= len(seen) - packing.count < 2
