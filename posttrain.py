@@ -378,14 +378,14 @@ def evaluate_answers(run, last):
     one drawn at --temperature, which is what RL rewards; a conversation's loss; whether a pair is ranked right."""
     if run.step == 1 and not last:
         return {}  # the loop asks after the first update, and the start was just scored
-    recipe, means = run.recipe, {}
+    recipe, entry = run.recipe, {"val": {}, "stderr": {}}
     train.say(f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
               "one; that of a change is paired: the same questions before and after):")
     def score(name, values, about=None):
         before = run.before.setdefault(name, values)
         change = np.subtract(values, before, dtype=float)
         now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
-        means[name] = now.mean
+        entry["val"][name], entry["stderr"][name] = now[:2]
         train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "
                   f"{change.stderr:.3f}" * (run.step > 0))
 
@@ -402,7 +402,7 @@ def evaluate_answers(run, last):
         pairs, reference = zip(*run.held)
         _, rewards = preference_loss(recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
         score("pairs right", (rewards[0] > rewards[1]).tolist())  # at the start they are equal
-    return {"val": means}
+    return entry
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------------

@@ -432,6 +432,10 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
     stopped, run = Path("runs/stopped"), Path("runs/straight")
     assert logged(stopped, "loss") == logged(run, "loss")
     assert all(torch.equal(a, b) for a, b in zip(state(stopped), state(run), strict=True))
+    if method == "sft":
+        (here / "sft.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
+        with pytest.raises(UserError, match="the data is not what runs/stopped began with"):
+            p.post_train(p.parse(["--resume", "runs/stopped"])[1], stopped, True)
     if method == "apo":
         assert once == [60, 10, 10] and calls == [10]  # only the held-out pairs, not the reference
         assert logged(run, "accuracy")[-1] > 0.8 > 0.2 > logged(run, "accuracy")[0]
