@@ -303,8 +303,8 @@ def fit(run, rows, encode, what):
     long = [a != b for a, b in zip(short, whole)]
     fitting = [example for example, cuts in zip(short, long) if cut or not cuts]
     kept = [example for example in fitting if all(any(mask) for _, mask in example) and example[1:] != example[:1]]
-    what_then = "cut" if cut else "left out (--too_long cut keeps their beginnings)"
-    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are {what_then}; "
+    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are "
+          f"{'cut' if cut else 'left out (--too_long cut keeps their beginnings)'}; "
           f"{len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out")
     if not kept:
         raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")

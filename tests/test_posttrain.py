@@ -259,6 +259,7 @@ def test_held_out_problems_are_in_no_training_data():
             right = problem["reply"]
             assert p.correct(problem, right + "\nQuestion: 4?") and not p.correct(problem, right + " 707")
             assert not p.correct(problem, "") and not p.correct(problem, "a word")
+    assert not p.correct({"reply": "def log2(x):"}, "def exp2(x):")  # a name's digit is no number
     held = {q["prompt"] for q in p.problems("arithmetic", 300, 1, held_out=True)}
     assert len(held) == 300
     trained = {text.split("\n")[0].removeprefix("Question: ") for key, text in d.generated_math(20_000)
@@ -353,6 +354,8 @@ def test_only_the_answer_counts_and_an_empty_one_is_left_out(template, capsys):
     row = {"prompt": TALK[:3], "chosen": "seven", "rejected": ""}
     pair = p.answer_pair(run, p.parse_row(row, "dpo"))[0]
     assert said(pair) == ["seven", ""]  # not the "5." before
+    ours = SimpleNamespace(chat_format=ChatFormat("absent", TOKENIZER))
+    assert said(p.answer_pair(ours, p.parse_row(row, "dpo"))[0]) == ["seven<|im_end|>", "<|im_end|>"]
     other = p.answer_pair(run, p.parse_row(row | {"rejected": "the"}, "dpo"))[0]
     run.recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=99), too_long="skip")
     assert p.fit(run, [pair, other], lambda run, pair: [pair], "pairs") == [other]
@@ -519,7 +522,8 @@ def test_grpo_learns_what_is_rewarded(here, capsys):
 
 def test_grpo_whose_groups_never_differ_says_so(here, capsys):
     (here / "flat.py").write_text("def score(problem, answer):\n    return 0.1\n")
-    post_train("flat", "grpo", "--reward", "flat.py:score", "--overlong", "0", "--steps", "2", "--kl", "0")
+    post_train("flat", "grpo", "--reward", "flat.py:score", "--overlong", "0", "--steps", "2", "--kl", "0", "--samples",
+               "7")  # whose mean is not 0.1 in float32
     said = capsys.readouterr().out
     assert "Nothing was learned" in said and "on average 0.1" in said and "Done" not in said
     assert logged(Path("runs/flat"), "loss") == [0, 0]
