@@ -15,36 +15,35 @@ Data is jsonl (.gz too), one object a line, a conversation a list of {"role", "c
     grpo  {"prompt": text or conversation, ...}; the whole object goes to the reward: score(problem, answer) -> number
 All may have "tools", and messages "tool_calls", for models whose chat template shows them.
 
-What the playbook found. SmolLM3 is SFT, then APO-zero, then a merge of checkpoints; GRPO came later. SFT: a rate of
-3e-6 to 1e-5 was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4 to 5 epochs of some 8B tokens, loss on
-the assistant's turns only (a small gain, mostly in following instructions), sources balanced by tokens. Packing is 3.8
-to 5.3 times as fast, but on small data 128 packed rows are few updates: IFEval lost 12 points, so lower --batch_tokens
+The playbook: SmolLM3 is SFT, then APO-zero, then a merge of checkpoints; GRPO came later. SFT: a rate of 3e-6 to 1e-5
+was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4 to 5 epochs of some 8B tokens, loss on the
+assistant's turns only (a small gain, mostly in following instructions), sources balanced by tokens. Packing is 3.8 to
+5.3 times as fast, but on small data 128 packed rows are few updates: IFEval lost 12 points, so lower --batch_tokens
 there. Preferences: APO-zero did best; a rate 5 to 20 times below SFT's, beta 0.1 (0.01 to 0.5; SmolLM3 0.05), one
 epoch; a high beta stays close to the start (the playbook's text once says the opposite). RL: without an overlong
 penalty the answers' length exploded.
 
-Each method prepares its data (`prepare_sft` and so on) and hands its losses to the loop in train.py.
+Each method prepares its data and hands its losses to the loop in train.py. Below, a sequence is (ids, mask), with 1 on
+the tokens to train on; an example is a list of sequences, a conversation alone or a chosen and a rejected answer.
 """
 
 import argparse
-import functools
 import gzip
-import hashlib
-import importlib.util
 import json
 import math
 import os
+import random
 import re
+import runpy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -52,122 +51,128 @@ import cost
 import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
-                        new_run_folder, newest_checkpoint, save_pretrained, save_weights)
+                        new_run_folder, newest_checkpoint, save_weights)
 from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform
 from evals import Score
-from model import GPT, count_parameters
+from model import count_parameters
 from sample import continue_all
 from schedule import rate_share
 from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, given_options, option, parse_options,
-                       reading)
-from tokenizer import run as run_command
-
-Ids = list[int]
-Sequence = tuple[Ids, Ids]  # ids and, as long, a mask: 1 on the tokens to train on
-Example = list[Sequence]  # a conversation, or a chosen and a rejected answer
-Rows = list[dict]  # lines of jsonl, or built-in problems
+                       reading, run as run_command)
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
 
-SFT_PROBLEMS = 16_000
-
-
-def problems(count: int, seed: int, held_out: bool = False, without: Iterable[str] = ()) -> Rows:
-    """`count` of the math source's worked problems on numbers below 100, none of the prompts `without`; held-out ones
-    are all different. "about" is what a problem asks without its story: its hash decides whether it is held out, as in
-    the pre-training data, so no held-out sum was ever trained on, in any stage."""
-    made, seen = [], set(without)
+def arithmetic(seed):
+    """The math source's worked problems on numbers below 100, as (what is asked without its story, prompt, reply)."""
     for about, text in data_.generated_math(10**9, seed):
         prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
-        small = max(map(int, re.findall(r"\d+", prompt))) < 100
-        if small and prompt not in seen and (uniform(about) < HELD_OUT) == held_out:
-            made.append({"about": about, "prompt": prompt, "reply": reply})
-            seen |= {prompt} if held_out else set()
+        if max(map(int, re.findall(r"\d+", prompt))) < 100:
+            yield about, prompt, reply
+
+
+def lookups(seed):
+    """A passage, and a question whose answer is in it."""
+    rng = random.Random(seed)
+    while True:
+        people, things = rng.sample(data_.PEOPLE, 3), rng.sample(data_.THINGS, 3)
+        facts = [f"{who} has {rng.randrange(2, 100)} {what}." for who, what in zip(people, things)]
+        passage, i = " ".join(facts), rng.randrange(3)
+        yield passage, f"{passage} How many {things[i]} does {people[i]} have?", facts[i]
+
+
+def orders(seed):
+    """Short orders about the functions of the standard library."""
+    rng, code = random.Random(seed), "".join(path.read_text("utf-8") for path in Path(os.__file__).parent.glob("*.py"))
+    functions = sorted(set(re.findall(r"^ *def ([a-z]\w*)\(([a-z_]\w*(?:, [a-z_]\w*){0,2})\):", code, re.MULTILINE)))
+    while True:
+        name, arguments = rng.choice(functions)
+        line, listed = f"def {name}({arguments}):", arguments.replace(", ", " and ")
+        yield name, *rng.choice([
+            (f"Write the first line of a Python function {name} with the arguments {listed}.", line),
+            (f"Which arguments does this function take? {line}", listed),
+            (f"What is the name of this function? {line}", name)])
+
+
+SFT_PROBLEMS = 16_000
+KINDS = {"arithmetic": arithmetic, "lookups": lookups, "orders": orders}
+
+
+def problems(kind, count, seed, held_out=False, without=()):
+    """`count` problems, none of the prompts `without`; held-out ones are all different. The hash of what is asked
+    decides what is held out, as in the pre-training data: no held-out sum was ever trained on, in any stage."""
+    made, seen = [], set(without)
+    for about, prompt, reply in KINDS[kind](seed):
+        if prompt not in seen and (uniform(about) < HELD_OUT) == held_out:
+            made.append({"about": about, "prompt": prompt, "reply": reply,
+                         "messages": turns(prompt) + turns(reply, "assistant")})
+            seen.update([prompt] * held_out)
         if len(made) == count:
             return made
 
 
-def fresh_problems(count: int) -> Rows:
-    """Problems that SFT has not trained on, for preferences and RL: the model knows half of those by heart, and
-    learning from them changes nothing on other problems."""
-    return problems(count, 3, without={row["prompt"] for row in problems(SFT_PROBLEMS, 2)})
+def fresh_problems(count):
+    """Arithmetic that SFT has not trained on, for preferences and RL: what it has, a model knows half by heart."""
+    return problems("arithmetic", count, 3, without={row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)})
 
 
-def correct(problem: dict, answer: str) -> float:
-    """The reward of the built-in problems: 1 if the last number of the answer's first line is the reply's."""
-    said, right = (re.findall(r"\d+", text.strip().split("\n")[0])[-1:] for text in (answer, problem["reply"]))
+def correct(problem, answer):
+    """The built-in reward: 1 if the first line's last number, or all of a line without one, is the reply's."""
+    lines = [text.strip().split("\n")[0] for text in (answer, problem["reply"])]
+    said, right = (re.findall(r"\b\d+\b", line)[-1:] or line for line in lines)
     return float(said == right)
 
 
 # ---- data -----------------------------------------------------------------------------------------------------
 
-FORMS = {  # what a line of --data must hold, in words
-    "sft": '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
-    "dpo": '{"prompt": "...", "chosen": "...", "rejected": "..."}, each a text or a list of {"role", "content"}',
-    "grpo": '{"prompt": "...", ...}, the prompt a text or a list of {"role", "content"}',
-}
-FORMS["apo_zero"] = FORMS["dpo"]
-
-
-def turns(said: str | Rows, role: str = "user") -> Rows:
+def turns(said, role="user"):
     """A text as a conversation of one turn; a conversation as it is; an exception if it is neither."""
     said = [{"role": role, "content": said}] if isinstance(said, str) else said
     said = [m | {"content": m.get("content") or ""} if m.get("tool_calls") else m for m in said]
-    if not said or not all(isinstance(m[name], str) for m in said for name in ("role", "content")):
-        raise ValueError
+    if not "".join(m["role"] + m["content"] for m in said):  # an exception where one is not text
+        raise ValueError("it is empty")
     return said
 
 
-def parse_row(row: dict, form: str) -> dict:
-    """A line's object with its conversations checked and written out; an exception if it is not of the form.
-
-    A preference may repeat the prompt in front of both answers, and then needs no "prompt" (Hugging Face's two forms).
-    """
+def parse_row(row, form):
+    """A line's object with its conversations checked and written out; an exception if it is not of the form. Hugging
+    Face has two forms of preferences: the prompt may stand in front of both answers instead of in "prompt"."""
     if form == "sft":
-        talk = turns(row["messages"])
-        [m["role"] for m in talk].index("assistant")  # an exception if there is none
-        return row | {"messages": talk}
+        return row | {"messages": turns(list(row["messages"]))}
     if form == "grpo":
         turns(row["prompt"])  # checked; the reward sees the line as it is
         return row
-    pair = [turns(row[side], "assistant") for side in ("chosen", "rejected")]
-    prompt = turns(row.get("prompt", pair[0][:-1]))
-    (chosen,), (rejected,) = (said[len(prompt):] if said[:len(prompt)] == prompt else said for said in pair)
-    if chosen["role"] != "assistant" or rejected["role"] != "assistant":
-        raise ValueError
-    return row | {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    prompt = turns(row.get("prompt", row["chosen"][:-1]))
+    for side in ("chosen", "rejected"):
+        *before, answer = turns(row[side], "assistant")
+        if before not in ([], prompt) or answer["role"] != "assistant":
+            raise ValueError(f"{side} is not the assistant's answer to the prompt")
+        row = row | {side: answer}
+    return row | {"prompt": prompt}
 
 
-def read_rows(name: str, form: str) -> Rows:
+def read_rows(name, form):
     """The lines of a jsonl file; UserError with file and line for one that is not of the form."""
     rows = []
     with reading(name), (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                rows += [parse_row(json.loads(line), form)] if line.strip() else []
-            except Exception:
-                raise UserError(f"{name} line {number} is not {FORMS[form]}; correct or remove it") from None
+            with reading(f"{name} line {number}", f"`posttrain.py --help` shows data for {form}; correct or remove it"):
+                if line.strip():
+                    rows.append(parse_row(json.loads(line), form))
     return rows
 
 
-def held_out_rows(rows: Rows, where: str) -> tuple[Rows, Rows]:
+def held_out_rows(rows):
     """(train, held out): about HELD_OUT of the rows, of few up to 10, by the hash of what is asked, so that no question
     is on both sides; by the hash of the whole row where there are fewer than 30 questions."""
-    def asked(row: dict) -> str:  # a conversation's, up to its first question: the assistant may greet before
-        talk = row.get("messages", [])
-        roles = [m["role"] for m in talk] + ["user"]
-        return json.dumps(row.get("prompt", talk[:roles.index("user") + 1]))
-
-    for key in (asked, json.dumps):
-        counts = Counter(map(key, rows))
-        if len(counts) >= 30:
-            break
+    def asked(row):
+        return json.dumps(row.get("prompt", [m for m in row.get("messages", ()) if m["role"] == "user"][:1]))
+    key = asked if len(set(map(asked, rows))) >= 30 else json.dumps
+    counts, held = Counter(map(key, rows)), set()
     if len(counts) < 2:
-        raise UserError(f"{where} has fewer than 2 different lines, and one must be held out; give more")
-    most, held = max(HELD_OUT * len(rows), min(10, len(rows) / 5)), set()
-    room = most
-    for question in sorted(counts, key=lambda question: (counts[question] > most, uniform(question))):
-        if not held or counts[question] <= room:
+        raise UserError("fewer than 2 different lines, and one must be held out; give more data, or begin with SFT")
+    room = max(HELD_OUT * len(rows), min(10, len(rows) / 5), min(counts.values()))
+    for question in sorted(counts, key=uniform):
+        if counts[question] <= room:
             held.add(question)
             room -= counts[question]
     return [row for row in rows if key(row) not in held], [row for row in rows if key(row) in held]
@@ -175,43 +180,32 @@ def held_out_rows(rows: Rows, where: str) -> tuple[Rows, Rows]:
 
 # ---- losses ---------------------------------------------------------------------------------------------------
 
-NORMALIZATIONS = ("grpo", "dapo", "dr_grpo")
-
-
-def preference_loss(kind: str, policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], implicit rewards [2, B]).
-
-    The implicit reward is r = beta * log(policy / reference). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), in
-    which only the difference counts: both may fall. APO-zero (D'Oosterlinck et al. 2024): 1 - sigmoid(r_c) +
-    sigmoid(r_r): the chosen one shall rise above the reference and the rejected one fall below it.
-    """
-    rewards = beta * (policy - reference)
+def preference_loss(kind, policy, reference, beta):
+    """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], rewards [2, B] = beta * log(policy
+    / reference)). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), where both may fall. APO-zero (D'Oosterlinck et
+    al. 2024): 1 - sigmoid(r_c) + sigmoid(r_r): the chosen one shall rise above the reference, the rejected one fall."""
+    chosen, rejected = rewards = beta * (policy - reference)
     if kind == "dpo":
-        return -F.logsigmoid(rewards[0] - rewards[1]), rewards.detach()
-    return 1 - rewards[0].sigmoid() + rewards[1].sigmoid(), rewards.detach()
+        return -F.logsigmoid(chosen - rejected), rewards.detach()
+    return 1 - chosen.sigmoid() + rejected.sigmoid(), rewards.detach()
 
 
-def advantages(rewards: Tensor, normalization: str) -> Tensor:
-    """Rewards [groups, samples] to how much better each sample is than its group.
-
-    GRPO (Shao et al. 2024) and DAPO divide by the group's standard deviation, which gives more weight to questions that
-    are nearly always or nearly never answered; Dr. GRPO (Liu et al. 2025) does not.
-    """
+def advantages(rewards, normalization):
+    """Rewards [groups, samples] minus their group's mean. GRPO (Shao et al. 2024) and DAPO divide by its deviation, so
+    that questions nearly always or nearly never answered count more; Dr. GRPO (Liu et al. 2025) does not."""
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred if normalization == "dr_grpo" else centred / (rewards.std(1, keepdim=True) + 1e-4)
 
 
-def token_weights(mask: Tensor, normalization: str, samples: int, tokens: float, longest: int) -> Tensor:
-    """What each sampled token counts in the loss: mask [B, T] of the tokens, of `samples` with `tokens` in all.
-
-    grpo: the mean of the samples' means, in which a token of a long answer counts less: long wrong answers are cheap;
-    dapo: the mean over all tokens; dr_grpo: the sum over a constant, the only one without a bias by length.
-    """
+def token_weights(mask, normalization, samples, tokens, longest):
+    """What each token counts in the loss: mask [B, T] of `tokens` in `samples`. grpo: the mean of the samples' means,
+    in which a token of a long answer counts less: long wrong answers are cheap; dapo: the mean over all tokens;
+    dr_grpo: the sum over a constant, the only one without a bias by length."""
     share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
 
-def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, clip_low: float, clip_high: float) -> Tensor:
+def policy_loss(new, old, advantage, clip_low, clip_high):
     """The clipped loss (PPO, Schulman et al. 2017) of each token: log-probabilities [B, T] now and when it was sampled,
     advantage [B, 1]. -min(ratio A, clip(ratio, 1 - low, 1 + high) A), ratio = new / old: the gradient ends where a
     token is already that much likelier or less likely. A higher clip_high leaves rare tokens room to rise (DAPO)."""
@@ -219,85 +213,44 @@ def policy_loss(new: Tensor, old: Tensor, advantage: Tensor, clip_low: float, cl
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
-def kl_k3(new: Tensor, reference: Tensor) -> Tensor:
+def kl_k3(new, reference):
     """Schulman's estimator of KL(policy || reference) from a sampled token: d = reference - new, e^d - d - 1 >= 0."""
     difference = reference - new
     return difference.exp() - difference - 1
 
 
-def kl_loss(new: Tensor, old: Tensor, reference: Tensor) -> Tensor:
+def kl_loss(new, old, reference):
     """`kl_k3` times the ratio new / old: its mean gradient is that of KL(policy || reference) (DeepSeek-V3.2, TRL). k3
     alone has that of KL(reference || policy): it ignores that the policy draws other tokens as it moves."""
     return (new - old).exp() * kl_k3(new, reference)
 
 
-def overlong_penalty(length: int, longest: int, margin: int) -> float:
+def overlong_penalty(length, longest, margin):
     """0 up to longest - margin tokens, then falling to -1 at `longest` and beyond (DAPO, and the playbook)."""
     return min(0.0, max(-1.0, (longest - margin - length) / max(margin, 1e-9)))
 
 
-def load_reward(where: str) -> Callable[[dict, str], float]:
-    """FILE.py:FUNCTION as a function of (problem, answer)."""
-    file, _, name = where.rpartition(":")
-    try:
-        spec = importlib.util.spec_from_file_location("reward", file)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:  # whatever a user's file may do
-        raise UserError(f"--reward {where} cannot be loaded ({type(error).__name__}: {error}); give FILE.py:FUNCTION, "
-                        "such as my_reward.py:score with def score(problem, answer)") from None
-
-
-def reward_of(reward: Callable[[dict, str], float], problem: dict, answer: str) -> float:
+def reward_of(reward, problem, answer):
     """The reward of an answer; UserError with the sample if the function raises or returns no finite number."""
-    try:
-        value = float(reward(problem, answer))
-        if not math.isfinite(value):
-            raise ValueError(f"it returned {value}")
-        return value
-    except Exception as error:
-        raise UserError(f"the reward function failed ({type(error).__name__}: {error}) on the answer {answer!r} to "
-                        f"{problem!r}; correct it and start again, or --resume a run with a checkpoint") from None
-
-
-# ---- merging --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def merge(folders: list[str], weights: list[float]) -> GPT:
-    """The weighted mean of models (a soup with equal weights; Wortsman et al. 2022), parameter by parameter, in fp32.
-
-    SmolLM3: a soup of APO checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall
-    in long context. One model is in memory besides the sum.
-    """
-    model, tokenizer, state = from_pretrained(folders[0]), Tokenizer.load(folders[0]), {}
-    for folder, weight in zip(folders, weights):
-        other = from_pretrained(folder)
-        if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
-            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one "
-                            "model")
-        for name, tensor in other.state_dict().items():
-            state[name] = state.get(name, 0) + weight * tensor
-    model.load_state_dict(state)
-    return model
+    with reading(f"the reward of {answer!r} to {problem!r}", "correct the function, then start again or --resume"):
+        if math.isfinite(value := float(reward(problem, answer))):
+            return value
+        raise ValueError(f"it is {value}")
 
 
 # ---- recipes --------------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class PostRecipe(train.Recipe):
     """A training run that starts from a model. Tokens, pairs and prompts of an update are those of all processes."""
-
-    method: str = option("sft", "what to train for", choices=("sft", "dpo", "apo_zero", "grpo"))
+    method: str = "sft"  # dpo, apo_zero or grpo
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
     steps: int = option(0, "updates, of grpo steps of sampling and training; 0: as --epochs says", 0)
     epochs: float = option(1.0, "how often to go through the data", 1e-9, 1e6)
-    context: int = option(0, "tokens of a sequence; 0: as many as the model was trained on, at most 8192", 0)
+    context: int = option(0, "tokens of a sequence, at most as many as the model was trained on; 0: 8192", 0)
     too_long: str = option("skip", "what to do with conversations of more tokens", choices=("skip", "cut"))
     assistant_only: bool = option(True, "sft: loss on what the assistant says only")
-    problems: int = option(SFT_PROBLEMS, "built-in problems to train on", 100)
+    problems: int = option(SFT_PROBLEMS, "built-in sums to train on; sft adds a fifth as many of other kinds", 100)
     eval_problems: int = option(1000, "held-out problems, or conversations, of an evaluation", 2, 5000)
     pairs: int = option(32, "dpo: preferences of an update", 1)
     beta: float = option(0.1, "dpo: how close to stay to the start; high is close", 1e-9)
@@ -307,7 +260,7 @@ class PostRecipe(train.Recipe):
     updates: int = option(1, "grpo: how many updates a step's samples are divided into", 1)
     max_tokens: int = option(56, "of a sampled answer", 1)
     temperature: float = option(1.0, "of the sampling", 1e-6)
-    normalization: str = option("dapo", "grpo: of advantages and lengths", choices=NORMALIZATIONS)
+    normalization: str = option("dapo", "grpo: advantages and lengths", choices=("grpo", "dapo", "dr_grpo"))
     clip_low: float = option(0.2, "grpo: how far a token's probability may fall in a step", 0, 1)
     clip_high: float = option(0.28, "grpo: and rise", 0)
     kl: float = option(0.0, "grpo: weight of the divergence from the start; 0: no second model in memory", 0)
@@ -316,216 +269,210 @@ class PostRecipe(train.Recipe):
 
 
 # For the laptop's 1.8M parameters, by measuring; AT_SCALE is what changes above 50M: SmolLM3's values, GRPO's from TRL.
-SFT_RECIPE = PostRecipe(optimizer="muon", learning_rate=4e-3, batch_tokens=2048, packing="best-fit", schedule="cosine",
-                        warmup_steps=20, final_share=0.1, weight_decay=0.0, eval_every=10**9)
-DPO_RECIPE = replace(SFT_RECIPE, method="dpo", optimizer="adamw", learning_rate=1e-5, nll=2.0, samples=6, problems=2500,
-                     epochs=4, eval_problems=3000)
+BASE = PostRecipe(batch_tokens=2048, packing="best-fit", schedule="cosine", warmup_steps=20, final_share=0.1,
+                  weight_decay=0.0, eval_every=10**9)
+DPO = replace(BASE, method="dpo", learning_rate=1e-5, nll=2.0, samples=6, problems=2500, epochs=4, eval_problems=3000)
 POST_RECIPES = {
-    "sft": SFT_RECIPE, "dpo": DPO_RECIPE, "apo": replace(DPO_RECIPE, method="apo_zero"),
-    "grpo": replace(SFT_RECIPE, method="grpo", optimizer="adamw", learning_rate=1.5e-4, warmup_steps=5, steps=40,
-                    prompts=64, problems=4000, eval_problems=3000),
+    "sft": replace(BASE, optimizer="muon", learning_rate=4e-3), "dpo": DPO, "apo": replace(DPO, method="apo_zero"),
+    "grpo": replace(BASE, method="grpo", learning_rate=1.5e-4, warmup_steps=5, steps=40, prompts=64, problems=4000,
+                    eval_problems=3000),
 }
 AT_SCALE = {
     "sft": dict(optimizer="adamw", learning_rate=2e-5, batch_tokens=2**20, clip=0.2, epochs=4),
-    "dpo": dict(learning_rate=1e-6, nll=0.0, epochs=1), "apo": dict(learning_rate=1e-6, beta=0.05, nll=0.0, epochs=1),
+    "dpo": dict(learning_rate=1e-6, nll=0.0, epochs=1), "apo": dict(learning_rate=1e-6, nll=0.0, epochs=1, beta=0.05),
     "grpo": dict(learning_rate=1e-6, steps=500, max_tokens=2500, overlong=500),
 }
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------
 
+# set_up gives a train.Run more: chat_format; end, the token that ends the assistant's turn; tests, {kind: [(problem,
+# prompt's ids)]}; held, held-out conversations or pairs; before, {score: the start's, a number for each example};
+# examples, of dpo (pair, the start's log-probabilities), of grpo (problem, prompt's ids); reward; reference, for --kl.
 
-@dataclass
-class PostRun(train.Run):
-    """A training run that starts from a model and asks it questions."""
-
-    chat_format: ChatFormat | None = None
-    end: int = 0  # the token that ends the assistant's turn
-    tests: dict = field(default_factory=dict)  # {kind: held-out problems with their prompts' ids}
-    held: dict = field(default_factory=dict)  # {file: conversations} or {"pairs": as `examples`}, held out
-    before: dict = field(default_factory=dict)  # {score: the start's, one number for each held-out example}
-    reward: Callable[[dict, str], float] = correct
-    examples: list = field(default_factory=list)  # dpo: (pair, the start's log-probabilities); grpo: (problem, ids)
-    reference: GPT | None = None  # grpo: the start, for --kl
-
-
-def batches(items, size: int) -> list:
+def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def fit(run: PostRun, rows: Rows, encode: Callable, what: str) -> list[Example]:
-    """The examples that `encode(run, row)` makes of rows, in at most --context tokens: longer ones are left out or cut,
-    as --too_long says. A sequence without a token to train on and a pair of equal answers, which may be what a cut
-    leaves, are left out too. Prints how many."""
-    kept, long, same, context = [], 0, 0, run.recipe.model.max_position_embeddings
-    cut = run.recipe.too_long == "cut"
-    for whole in (example for row in tqdm(rows, what, leave=False, delay=1) for example in encode(run, row)):
-        example = [(ids[:context], mask[:context]) for ids, mask in whole]
-        long += example != whole
-        if cut or example == whole:
-            teaches = all(any(mask) for _, mask in example) and example[1:] != example[:1]
-            kept += [example] * teaches
-            same += not teaches
-    if long:
-        print(f"long      {long:,} of {what} have more than {context} tokens and are "
-              + ("cut" if cut else "left out; --too_long cut keeps their beginnings"))
-    if same:
-        print(f"left out  {same:,} of {what} have no token to train on, or the same tokens chosen and rejected")
+def fit(run, rows, encode, what):
+    """The examples that `encode(run, row)` makes of rows, in at most --context tokens, as --too_long says; without
+    sequences that have no token to train on and pairs of equal answers, which may be what a cut leaves."""
+    context, cut = run.recipe.model.max_position_embeddings, run.recipe.too_long == "cut"
+    whole = [example for row in tqdm(rows, what, leave=False, delay=1) for example in encode(run, row)]
+    short = [[(ids[:context], mask[:context]) for ids, mask in example] for example in whole]
+    long = [a != b for a, b in zip(short, whole)]
+    fitting = [example for example, cuts in zip(short, long) if cut or not cuts]
+    kept = [example for example in fitting if all(any(mask) for _, mask in example) and example[1:] != example[:1]]
+    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are "
+          f"{'cut' if cut else 'left out (--too_long cut keeps their beginnings)'}; "
+          f"{len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out")
     if not kept:
         raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
     return kept
 
 
-def askable(run: PostRun, rows: Rows) -> list[tuple[dict, Ids]]:
+def askable(run, rows):
     """The problems whose prompts leave room for --max_tokens, with the prompts' ids."""
     room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
     found = [(row, run.chat_format.prompt(turns(row["prompt"]), row.get("tools"))) for row in rows]
     kept = [pair for pair in found if len(pair[1]) <= room]
-    if len(kept) < len(found):
-        print(f"long      {len(found) - len(kept):,} of {len(found):,} prompts have more than {room:,} tokens, which "
-              "leaves fewer than --max_tokens to answer, and are left out")
+    print(f"data      {len(kept):,} prompts; {len(found) - len(kept):,} have more than {room:,} tokens, which leaves "
+          "fewer than --max_tokens to answer, and are left out")
     if not kept:
         raise UserError("no prompt is left; take a smaller --max_tokens")
     return kept
 
 
-def answers(run: PostRun, asked: list[tuple[dict, Ids]], samples: int = 1, **options) -> list[list[tuple[Ids, float]]]:
+def answers(run, asked, samples, temperature, seed, stop=None):
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
-    rows, prompts = zip(*asked)
-    options = {"stop": run.chat_format.stop | {run.end}, "vocab_size": run.tokenizer.vocab_size} | options
-    made = continue_all(run.model, prompts, run.recipe.max_tokens, samples, at_once=256, **options)
+    made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
+                        seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
+                        vocab_size=run.tokenizer.vocab_size)
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
-            for row, group in zip(rows, made)]
+            for (row, _), group in zip(asked, made)]
 
 
-def logprobs(run: PostRun, model, sequences: list[Sequence], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logprobs(run, model, sequences, temperature=1.0):
     """Log-probabilities of the trained tokens, of the policy that samples at a temperature, and their mask, [B, T] in
-    fp32; both 0 for the other tokens.
-
-    A row holds one sequence, padded on the right: attention is causal, so padding behind a sequence changes nothing in
-    it. A compiled model compiles again for each new shape, so it always gets as many rows, and a multiple of 64 tokens.
-    """
-    both = torch.stack([pad_sequence([torch.tensor(part) for part in parts], batch_first=True)
-                        for parts in zip(*sequences)])  # ids and mask, [2, B, T]
+    fp32; both 0 for other tokens. Padding stands on the right, where causal attention does not see it. A compiled model
+    compiles again for each new shape, so it gets as many rows, and a multiple of 64 tokens."""
+    both = pad_sequence([torch.tensor(sequence).T for sequence in sequences], batch_first=True)  # [B, T, 2]
     if run.machine.compile:
-        both = F.pad(both, (0, (1 - both.shape[2]) % 64, 0, max(0, run.rows[0] - len(sequences))))
-    ids, mask = both.to(run.machine.device)
+        both = F.pad(both, (0, 0, 0, (1 - both.shape[1]) % 64, 0, max(0, run.rows[0] - len(sequences))))
+    ids, mask = both.to(run.machine.device).unbind(2)
     targets = torch.where(mask > 0, ids, -100)[:, 1:]
-    found = torch.stack([F.cross_entropy(row.float() / temperature, target, reduction="none")
-                         for row, target in zip(model(ids[:, :-1]), targets)])  # row by row: a batch in fp32 is large
-    return -found[:len(sequences)], mask[:len(sequences), 1:].float()
+    found = torch.stack([F.cross_entropy(row.float() / temperature, target, reduction="none")  # a batch would be large
+                         for row, target, _ in zip(model(ids[:, :-1]), targets, sequences)])
+    return -found, mask[:len(found), 1:].float()
 
 
-def sums_of(run: PostRun, model, examples: list[Example]) -> Tensor:
+def sums_of(run, model, examples):
     """Log-probabilities of whole answers, [sides, examples]."""
-    return logprobs(run, model, [side for half in zip(*examples) for side in half])[0].sum(1).view(-1, len(examples))
+    return logprobs(run, model, sum(zip(*examples), ()))[0].sum(1).view(-1, len(examples))
 
 
 @torch.no_grad()
-def all_sums(run: PostRun, examples: list[Example]) -> Tensor:
+def all_sums(run, examples):
     """`sums_of` any number of examples, on the CPU; the processes share the work."""
     size, total = run.world.size, len(examples)
     mine = (examples * size)[run.world.rank:-(-total // size) * size:size]  # as many in each process: FSDP needs that
-    pieces = tqdm(batches(mine, max(1, run.rows[0] // 2)), "scoring", leave=False, delay=1)
-    sums = run.world.gather(torch.cat([sums_of(run, run.model, piece).cpu() for piece in pieces], 1))
-    return torch.stack(sums, 2).flatten(1)[:, :total]
+    pieces = [sums_of(run, run.model, piece).cpu() for piece in batches(mine, run.rows[0] // 2 or 1)]
+    return torch.stack(run.world.gather(torch.cat(pieces, 1)), 2).flatten(1)[:, :total]
 
 
-def batch_of(run: PostRun, step: int, count: int) -> list:
-    """The `count` examples of a step, of all processes: an endless stream of shuffled epochs."""
-    n, seed = len(run.examples), run.recipe.seed
-    order = (int(permute(np.array([i % n]), n, [seed, i // n])[0]) for i in range(step * count, (step + 1) * count))
-    return [run.examples[i] for i in order]
+def batch_of(run, step, count):
+    """This process's share of the `count` examples of a step: an endless stream of shuffled epochs."""
+    n, first = len(run.examples), step * count
+    return [run.examples[permute(np.array([i % n]), n, [run.recipe.seed, i // n]).item()]
+            for i in range(first + run.world.rank, first + count, run.world.size)]
 
 
-def add_found(run: PostRun, **values: Tensor) -> None:
+def add_found(run, **values):
     """Adds to what the log says of an update; summed over pieces and processes."""
     for name, value in values.items():
         run.found[name] = run.found.get(name, 0) + value.detach()
 
 
+def evaluate_answers(run, last):
+    """Prints and returns how the model does on what is held out: for each example the reward of a greedy answer and of
+    one drawn at --temperature, which is what RL rewards; a conversation's loss; whether a pair is ranked right."""
+    if run.step == 1 and not last:
+        return {}  # the loop asks after the first update, and the start was just scored
+    recipe, entry = run.recipe, {"val": {}, "stderr": {}}
+    train.say(f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
+              "one; that of a change is paired: the same questions before and after):")
+    def score(name, values, about=None):
+        before = run.before.setdefault(name, values)
+        change = np.subtract(values, before, dtype=float)
+        now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
+        entry["val"][name], entry["stderr"][name] = now[:2]
+        train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "
+                  f"{change.stderr:.3f}" * (run.step > 0))
+
+    for kind, tests in run.tests.items():
+        about = [json.dumps(row.get("about", row["prompt"])) for row, _ in tests]
+        if run.step == 0 and recipe.method == "sft":  # a base model has seen no chat: in the form of its training data
+            tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
+        for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
+            score(name, [reward for ((_, reward),) in answers(run, tests, 1, temperature, 1)], about)
+    if recipe.method == "sft":
+        sums = all_sums(run, run.held)[0].tolist()
+        score("nats per token", [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, run.held)])
+    elif run.held:
+        pairs, reference = zip(*run.held)
+        _, rewards = preference_loss(recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
+        score("pairs right", (rewards[0] > rewards[1]).tolist())  # at the start they are equal
+    return entry
+
+
 # ---- SFT ------------------------------------------------------------------------------------------------------
 
-
-def conversation(run: PostRun, row: dict) -> list[Example]:
-    """The samples of a jsonl row, or of a built-in problem with its reply."""
-    talk = row.get("messages") or turns(row["prompt"]) + turns(row["reply"], "assistant")
-    samples = run.chat_format.samples(talk, row.get("tools"))
+def conversation(run, row):
+    """The samples of a row, one or, with some templates, one per turn of the assistant."""
+    samples = run.chat_format.samples(row["messages"], row.get("tools"))
     if not run.recipe.assistant_only:
         samples = [(ids, [0] + [1] * (len(ids) - 1)) for ids, _ in samples[-1:]]
-    return batches(samples, 1)
+    return [[sample] for sample in samples]
 
 
-def conversation_split(name: str, conversations: list[Example]) -> Split:
+def packed(conversations):
     """Conversations as a split of documents whose targets are the masked tokens only; data.py packs them."""
-    ids, mask = (np.concatenate([talk[i] for talk, in conversations]) for i in range(2))
+    ids, mask = map(np.concatenate, zip(*(talk for talk, in conversations)))
     starts = np.cumsum([0, *(len(ids) for (ids, _), in conversations)])
-    return Split(name, ids, starts, 0, "", np.where(mask, ids, -100))
+    return Split("conversations", ids, starts, 0, "", np.where(mask, ids, -100))
 
 
-def prepare_sft(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
+def prepare_sft(run, rows):
     """Packs conversations into rows for `train.pretraining_losses`."""
-    recipe, context, splits = run.recipe, run.recipe.model.max_position_embeddings, []
-    for file, rows in (given or {"arithmetic": problems(recipe.problems, 2)}).items():
-        rows, held = held_out_rows(rows, file)
-        name = Path(file).stem
-        splits.append(conversation_split(name, fit(run, rows, conversation, name)))
-        run.held[name] = fit(run, held[:recipe.eval_problems], conversation, f"held-out {name}")
-    rows = sum(Packing(split, context, recipe.packing).count for split in splits)
-    run.steps = recipe.steps or math.ceil(recipe.epochs * rows * context / recipe.batch_tokens - 1e-9)
+    recipe, context = run.recipe, run.recipe.model.max_position_embeddings
+    for kind in () if rows else KINDS:
+        rows = rows + problems(kind, recipe.problems // (1 if kind == "arithmetic" else 5), 2)
+    rows, held = held_out_rows(rows)
+    split = packed(fit(run, rows, conversation, "conversations"))
+    run.held = fit(run, held[:recipe.eval_problems], conversation, "held-out conversations")
+    count = Packing(split, context, recipe.packing).count
+    run.steps = recipe.steps or math.ceil(recipe.epochs * count * context / recipe.batch_tokens)
     run.recipe = replace(recipe, stages=(Stage("sft", run.steps * recipe.batch_tokens, {}),))
     run.rows = run.world.agree(cost.stage_rows(run.recipe, run.world.size, run.machine.device))
-    run.curriculum = Curriculum(splits, run.recipe.stages, context, recipe.batch_tokens, recipe.seed, recipe.packing)
+    run.curriculum = Curriculum([split], run.recipe.stages, context, recipe.batch_tokens, recipe.seed, recipe.packing)
     run.loader = train.Loader(run.curriculum, run.machine.device)
-    talks = {split.name: len(split.starts) - 1 for split in splits}
-    print(f"data      {talks} conversations in {rows:,} rows of {context} tokens, {run.steps:,} steps")
-    return 0, sum(len(split.tokens) for split in splits) / sum(talks.values())
+    return 0, len(split.tokens) / (len(split.starts) - 1)
 
 
 # ---- DPO and APO ----------------------------------------------------------------------------------------------
 
-
-def prepare_preferences(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
-    """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept; a
-    resumed run has what was drawn and computed in its folder."""
-    recipe, file = run.recipe, run.folder / "reference.pt"
-    if resume:
+def prepare_preferences(run, rows):
+    """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept: a
+    resumed run finds what was drawn and computed in its folder."""
+    reference, file = None, run.folder / "reference.pt"
+    if file.exists():
         with reading(file):
-            own, reference = torch.load(file, weights_only=True)
-    else:
-        own = [] if given else draw_pairs(run)
-    rows = sum(given.values(), own)
-    sides = zip(held_out_rows(rows, recipe.data or "what the start drew"), ("pairs", "held-out pairs"))
-    pairs, held = (fit(run, side, answer_pair, what) for side, what in sides)
-    if not resume:
+            rows, reference = torch.load(file, weights_only=True)
+    rows = rows or draw_pairs(run)
+    pairs, held = (fit(run, side, answer_pair, "pairs") for side in held_out_rows(rows))
+    if reference is None:
         reference = all_sums(run, pairs + held)
         if run.world.leader:
             run.folder.mkdir(parents=True, exist_ok=True)
-            torch.save((own, reference), file)
-    both = list(zip(pairs + held, reference.T))
-    run.examples, run.held["pairs"] = both[:len(pairs)], both[len(pairs):]
-    run.steps = recipe.steps or math.ceil(recipe.epochs * len(pairs) / recipe.pairs)
-    print(f"data      {len(pairs):,} pairs, {len(held):,} held out, {run.steps:,} steps of {recipe.pairs}")
-    return 2 * recipe.pairs, np.mean([len(ids) for pair in pairs for ids, _ in pair])
+            torch.save((rows, reference), file)
+    run.examples, run.held = list(zip(pairs, reference.T)), list(zip(held, reference.T[len(pairs):]))
+    return 2, np.mean([len(ids) for pair in pairs for ids, _ in pair])
 
 
-def draw_pairs(run: PostRun) -> Rows:
-    """Problems of which the start answers some right and some wrong: its own answers, judged by the checker. Every
-    process draws all of them: FSDP needs all."""
-    recipe, found, asked = run.recipe, [], askable(run, fresh_problems(run.recipe.problems))
-    print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems", flush=True)
-    drawn = answers(run, asked, recipe.samples, temperature=recipe.temperature, seed=recipe.seed)
+def draw_pairs(run):
+    """The start's own right and wrong answers, by the checker. Every process draws all: FSDP needs that."""
+    recipe, found = run.recipe, []
+    asked = askable(run, fresh_problems(recipe.problems))
+    print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems")
+    drawn = answers(run, asked, recipe.samples, recipe.temperature, recipe.seed)
     for (row, _), group in zip(asked, drawn):
         texts = {run.tokenizer.decode(ids): reward for ids, reward in group if 0 < len(ids) < recipe.max_tokens}
         right, wrong = ([text for text in texts if texts[text] == value] for value in (1, 0))
-        found += [parse_row({"prompt": row["prompt"], "chosen": a, "rejected": b}, "dpo") for a, b in zip(right, wrong)]
-    if len(found) < 2:
-        raise UserError("the start answers no two problems both rightly and wrongly, so there are no pairs to prefer; "
-                        "begin with a model that has seen SFT: python posttrain.py sft RUN")
+        found += [parse_row(row | {"chosen": a, "rejected": b}, "dpo") for a, b in zip(right, wrong)]
     return found
 
 
-def answer_pair(run: PostRun, row: dict) -> list[Example]:
+def answer_pair(run, row):
     """The chosen and the rejected answer behind the prompt; only what follows the prompt counts."""
     pair, tools = [], row.get("tools")
     prompt = run.chat_format.prompt(row["prompt"], tools)
@@ -536,14 +483,11 @@ def answer_pair(run: PostRun, row: dict) -> list[Example]:
     return [pair]
 
 
-def preference_losses(run: PostRun, step: int) -> list[Callable]:
-    """The losses of this process's pairs of a step.
-
-    An unlikely token of a rejected answer has a far larger gradient than the likely ones of the chosen answer, so that
-    both can fall and the model with them (Ren & Sutherland 2024); --nll also trains the chosen one as SFT does.
-    """
-    recipe, world, share = run.recipe, run.world, 1 / run.recipe.pairs
-
+def preference_losses(run, step):
+    """The losses of this process's pairs of a step. An unlikely token of a rejected answer has a far larger gradient
+    than the likely ones of the chosen answer, so that both can fall and the model with them (Ren & Sutherland 2024);
+    --nll also trains the chosen one as SFT does."""
+    recipe, share = run.recipe, 1 / run.recipe.pairs
     def loss_of(piece):
         pairs, reference = zip(*piece)
         policy = sums_of(run, run.parallel, pairs)
@@ -551,43 +495,37 @@ def preference_losses(run: PostRun, step: int) -> list[Callable]:
         loss, rewards = preference_loss(recipe.method, policy, reference, recipe.beta)
         loss = loss - recipe.nll * policy[0] / torch.tensor([sum(mask) for (_, mask), _ in pairs], device=loss.device)
         chosen, rejected = rewards * share
-        add_found(run, accuracy=(chosen > rejected).sum() * share, margin=(chosen - rejected).sum(),
-                  chosen_reward=chosen.sum(), rejected_reward=rejected.sum())
+        add_found(run, accuracy=(chosen > rejected).sum() * share, chosen=chosen.sum(), rejected=rejected.sum())
         return loss.sum() * share, run.model.routing_loss() * (len(pairs) * share)
 
-    mine = batch_of(run, step, recipe.pairs)[world.rank::world.size]
-    return [functools.partial(loss_of, piece) for piece in batches(mine, max(1, run.rows[0] // 2))]
+    return [partial(loss_of, piece) for piece in batches(batch_of(run, step, recipe.pairs), run.rows[0] // 2 or 1)]
 
 
 # ---- GRPO -----------------------------------------------------------------------------------------------------
 
-
-def prepare_grpo(run: PostRun, given: dict[str, Rows], resume: bool) -> tuple[int, float]:
+def prepare_grpo(run, rows):
     """Problems to draw answers to."""
     recipe = run.recipe
-    if given or recipe.reward:
-        run.reward = load_reward(recipe.reward)
-    if given:
-        rows, held = held_out_rows(sum(given.values(), []), recipe.data)
+    if rows or recipe.reward:
+        file, _, name = recipe.reward.rpartition(":")
+        with reading(f"--reward {recipe.reward}", "give FILE.py:FUNCTION with def FUNCTION(problem, answer)"):
+            run.reward = runpy.run_path(file)[name]
+    if rows:
+        rows, held = held_out_rows(rows)
         run.tests["reward"] = askable(run, held[:recipe.eval_problems])
-    run.examples = askable(run, rows if given else fresh_problems(recipe.problems))
-    run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / recipe.prompts)
+    run.examples = askable(run, rows or fresh_problems(recipe.problems))
     if recipe.kl:
         run.reference = from_pretrained(recipe.start).to(run.machine.device)
         run.reference.compute_dtype = run.machine.dtype
-    print(f"data      {len(run.examples):,} problems, {run.steps:,} steps of {recipe.prompts} prompts with "
-          f"{recipe.samples} answers each")
-    return recipe.prompts * recipe.samples, np.mean([len(ids) for _, ids in run.examples]) + recipe.max_tokens / 2
+    return recipe.samples, np.mean([len(ids) for _, ids in run.examples]) + recipe.max_tokens / 2
 
 
-def roll_out(run: PostRun, step: int) -> tuple[list, list[float], dict[str, Tensor]]:
-    """[(sequence, advantage)] of this process's samples of a step, drawn with a generator of (seed, step); the tokens
-    of each update's samples over all processes; what to log."""
+def roll_out(run, step):
+    """[(sequence, advantage)] of this process's samples of a step; the tokens of each update, of all; what to log."""
     recipe, world = run.recipe, run.world
-    shares = batches(batch_of(run, step, recipe.prompts), recipe.prompts // recipe.updates)
-    asked = [one for share in shares for one in share[world.rank::world.size]]  # of each update, this process's share
-    seed = int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}"))
-    drawn = answers(run, asked, recipe.samples, temperature=recipe.temperature, seed=seed, stop=run.end)
+    asked = batch_of(run, step, recipe.prompts)
+    drawn = answers(run, asked, recipe.samples, recipe.temperature,
+                    int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}")), run.end)
     sequences, table = [], []
     for (_, prompt), group in zip(asked, drawn):
         for ids, reward in group:
@@ -595,98 +533,46 @@ def roll_out(run: PostRun, step: int) -> tuple[list, list[float], dict[str, Tens
             ids = ids + [run.end] * ended  # one that was cut off did not end itself
             sequences.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
             table.append((reward, overlong_penalty(len(ids), recipe.max_tokens, recipe.overlong), len(ids), not ended))
-    table = torch.tensor(table, dtype=torch.float32).T
+    table = torch.tensor(table).T
     total = (table[0] + table[1]).view(-1, recipe.samples)
-    mixed = (total.amax(1) > total.amin(1)).float()  # a group that agrees teaches nothing, not even by rounding
-    advantage = advantages(total, recipe.normalization) * mixed[:, None]
+    advantage = advantages(total - total[:, :1], recipe.normalization)  # exactly 0 in a group that agrees
     tokens = world.sum(table[2].view(recipe.updates, -1).sum(1))
-    found = zip(("reward", "penalty", "length", "cut_off", "mixed_groups"), [*table, mixed])
-    return list(zip(sequences, advantage.flatten().tolist())), tokens.tolist(), {
-        name: values.mean() / world.size for name, values in found}
+    found = zip(("reward", "penalty", "length", "cut_off", "mixed_groups"), [*table, advantage.any(1).float()])
+    return (list(zip(sequences, advantage.flatten().tolist())), tokens.tolist(),
+            {name: values.mean() for name, values in found})
 
 
-def grpo_losses(run: PostRun, step: int) -> list[Callable]:
+def grpo_losses(run, step):
     """Draws and rewards answers, compares them within their group, and makes all updates of the step but the last;
     returns the losses of the last one, which make good answers likelier and bad ones less likely."""
-    recipe, samples = run.recipe, run.recipe.prompts * run.recipe.samples // run.recipe.updates
-    sampled, tokens, drawn = roll_out(run, step)
-
+    recipe, (sampled, tokens, drawn) = run.recipe, roll_out(run, step)
+    samples = recipe.prompts * recipe.samples // recipe.updates  # of an update
     def policy(model, piece):
         return logprobs(run, model, [sequence for sequence, _ in piece], recipe.temperature)
 
-    def loss_of(piece, old, total, part):
+    def loss_of(piece, old, total):
         new, mask = policy(run.parallel, piece)
-        old = new.detach() if old is None else old
         advantage = torch.tensor([value for _, value in piece], device=new.device)[:, None]
-        loss = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high)
+        loss, share = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high), len(piece) / samples
         clipped = mask * (loss != -(new - old).exp() * advantage)
-        add_found(run, clipped=clipped.sum() / total, **{name: value * part for name, value in drawn.items()})
+        add_found(run, clipped=clipped.sum() / total, **{name: value * share for name, value in drawn.items()})
         if run.reference:
             reference, _ = frozen(run.reference, piece)
             add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
             loss = loss + recipe.kl * kl_loss(new, old, reference)
         weights = token_weights(mask, recipe.normalization, samples, total, recipe.max_tokens)
-        return (weights * loss).sum(), run.model.routing_loss() * (len(piece) / samples)
+        return (weights * loss).sum(), run.model.routing_loss() * share
 
     frozen = torch.no_grad()(policy)
-    everything = recipe.kl or run.world.size > 1  # else what agrees with its group, and teaches nothing, is left out
-    shares = [batches([one for one in share if one[1] or everything] or share[:1], run.rows[0])
-              for share in batches(sampled, len(sampled) // recipe.updates)]
-    olds = [[frozen(run.model, piece)[0] if recipe.updates > 1 else None  # with one update it is the policy that drew
-             for piece in pieces] for pieces in shares]
-    for pieces, old, total in zip(shares, olds, tokens):
-        losses = [functools.partial(loss_of, piece, before, total, 1 / len(pieces))
-                  for piece, before in zip(pieces, old)]
+    shares = []  # of each update: pieces of samples of similar length, with log-probabilities by the policy that drew
+    for share in batches(sampled, len(sampled) // recipe.updates):
+        pieces = batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])
+        shares.append([(piece, frozen(run.model, piece)[0]) for piece in pieces])
+    for pieces, total in zip(shares, tokens):
+        losses = [partial(loss_of, *piece, total) for piece in pieces]
         if pieces is not shares[-1]:
             train.update(run, losses, run.rate(step))
     return losses
-
-
-# ---- scores before and after ----------------------------------------------------------------------------------
-
-
-def scores_now(run: PostRun) -> dict[str, list[float]]:
-    """One number for each held-out example: the reward of a greedy answer and of one drawn at --temperature, which is
-    what RL rewards; the loss of conversations; the margin of pairs, once there is a difference from the start."""
-    found, recipe = {}, run.recipe
-    for kind, tests in run.tests.items():
-        if run.step == 0 and recipe.method == "sft":  # a base model has seen no chat: in the form of its training data
-            tests = [(row, run.chat_format.text(f"Question: {row['prompt']}\nAnswer:")) for row, _ in tests]
-        for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
-            drawn = answers(run, tests, temperature=temperature, seed=1)
-            found[name] = [reward for ((_, reward),) in drawn]
-    for name, examples in run.held.items():
-        if recipe.method == "sft":
-            sums = all_sums(run, examples)[0].tolist()
-            found[f"{name}, nats per token"] = [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, examples)]
-        elif run.step:
-            pairs, reference = zip(*examples)
-            _, (chosen, rejected) = preference_loss(
-                recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
-            found |= {"held-out pairs right": (chosen > rejected).tolist(),
-                      "held-out margin": (chosen - rejected).tolist()}
-    return found
-
-
-def evaluate_answers(run: PostRun, last: bool) -> dict:
-    """Prints how the model does on what is held out, and what has changed; returns means and errors for the log."""
-    if run.step == 1 and not last:
-        return {}  # the loop asks after the first update, and the start was just scored
-    found, lines, entry = scores_now(run), [f"step {run.step:,}, held out:"], {"val": {}, "stderr": {}}
-    for name, values in found.items():
-        tests = run.tests.get(name.removesuffix(", sampled"), ())
-        about = [row.get("about") or json.dumps(row["prompt"]) for row, _ in tests]
-        then = run.before.get(name, values)
-        parts = values, then, np.subtract(values, then, dtype=float)
-        now, before, change = (Score.of(part, groups=about) for part in parts)
-        entry["val"][name], entry["stderr"][name] = now.mean, now.stderr
-        more = f"   before {before.mean:.3f} ± {before.stderr:.3f}   change {change.mean:+.3f} ± {change.stderr:.3f}"
-        lines.append(f"  {name:20} {now}" + more * (name in run.before))
-    lines += ["  (± is one standard error, in which questions about the same thing count as one; that of a change is "
-              "paired: the same questions before and after)"] * bool(run.before)
-    run.before = run.before or found
-    train.say("\n".join(lines) + "\n")
-    return entry
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
@@ -696,126 +582,127 @@ METHODS = {"sft": (prepare_sft, train.pretraining_losses, "batch_tokens"),  # th
 METHODS["apo_zero"] = METHODS["dpo"]
 
 
-def set_up(recipe: PostRecipe, folder: Path, world: train.World, resume: bool) -> PostRun:
+def set_up(recipe, folder, world, resume):
     """Reads the data, loads the start or the checkpoint to resume, and prepares what the method trains on."""
     prepare, _, size = METHODS[recipe.method]
-    if getattr(recipe, size) % (unit := world.size * recipe.updates):
-        raise UserError(f"--{size} {getattr(recipe, size)} does not divide by {unit}, the number of processes times "
-                        "--updates; take a multiple")
-    given = {file: read_rows(file, recipe.method) for file in recipe.data.split(",") if file}
-    fingerprint = {Path(file).name: hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-                   for file, rows in given.items()}
+    count, unit = getattr(recipe, size), world.size * recipe.updates
+    if count % unit:
+        raise UserError(f"--{size} {count} is no multiple of {unit}, the number of processes times --updates")
+    rows = [row for file in recipe.data.split(",") if file for row in read_rows(file, recipe.method)]
+    fingerprint = {"data": uniform(json.dumps(rows))}
     if resume and train.read_recipe(folder, PostRecipe)[1] != fingerprint:
         raise UserError(f"the data is not what {folder} began with; put that back or start a new run")
-    begun, machine = newest_checkpoint(folder) if resume else None, world.agree(cost.choose_machine(recipe))
-    context, source = recipe.model.max_position_embeddings, begun or recipe.start
+    source, machine = newest_checkpoint(folder) if resume else recipe.start, world.agree(cost.choose_machine(recipe))
+    context = recipe.model.max_position_embeddings
     recipe = cost.settle(recipe, machine, world.size, context)
     if recipe.method == "grpo" and recipe.parallel == "fsdp":
         raise UserError("grpo draws answers from whole weights, which FSDP does not keep; take --parallel ddp")
-    torch.manual_seed(recipe.seed)
     tokenizer, model = Tokenizer.load(source), from_pretrained(source)
     model.config = recipe.model
-    run = train.make_run(recipe, folder, world, machine, tokenizer, model, 0, None, begun, resume,
+    run = train.make_run(recipe, folder, world, machine, tokenizer, model, 0, None, resume and source, resume,
                          fingerprint=fingerprint, command="python posttrain.py")
-    run = PostRun(**vars(run), chat_format=ChatFormat(source, tokenizer))
+    run.chat_format, run.tests, run.before, run.held = ChatFormat(source, tokenizer), {}, {}, []
+    run.reward, run.reference = correct, None
     ids, mask = run.chat_format.samples(turns("?") + turns("!", "assistant"))[-1]
     said = [i for i, trained in zip(ids, mask) if trained and i in tokenizer.special.values()]
     run.end = (said or sorted(run.chat_format.stop))[-1]
-    fitting = (2**i for i in range(8, 0, -1) if cost.fits(recipe, 2**i, context, world.size, machine.device))
-    run.rows = world.agree([recipe.micro_batch or next(fitting, 1)])  # sequences computed at once
-    if not given:
-        run.tests["arithmetic"] = askable(run, problems(recipe.eval_problems, 1, held_out=True))
-    sequences, length = prepare(run, given, resume)
-    run.tokens_per_step, run.flops = round(sequences * length), cost.flops_per_token(recipe.model, length)
+    run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
+        (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
+    for kind in () if rows else KINDS if recipe.method == "sft" else ["arithmetic"]:
+        run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))
+    sequences, length = prepare(run, rows)
+    if not run.curriculum:
+        run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / count)
+    run.tokens_per_step, run.flops = round(count * sequences * length), cost.flops_per_token(recipe.model, length)
     run.rate = lambda step: recipe.learning_rate * rate_share(
-        recipe.schedule, step, run.steps, recipe.warmup_steps, round(max(0.0, recipe.decay_share) * run.steps),
+        recipe.schedule, step, run.steps, recipe.warmup_steps, round(abs(recipe.decay_share) * run.steps),
         recipe.decay_shape, recipe.final_share)
-    print(f"start     {recipe.start}: {count_parameters(recipe.model)['total']:,} parameters, sequences of up to "
-          f"{context:,} tokens; {recipe.optimizer} at {recipe.learning_rate:g}, {recipe.method}; {machine.reason}")
+    print(f"start     {recipe.start}: {count_parameters(recipe.model)['total']:,} parameters, context {context:,}; "
+          f"{recipe.method}, {run.steps:,} steps of {count:,} {size} at {recipe.learning_rate:g}; {machine.reason}")
     return run
 
 
-def post_train(recipe: PostRecipe, folder: Path, resume: bool = False, world: train.World | None = None) -> dict:
+def post_train(recipe, folder, resume=False, world=train.World()):
     """Runs or resumes a recipe in a run folder; returns the last evaluation."""
-    run = train.connect(set_up(recipe, folder, world or train.World(), resume))
-    if resume:
-        run.before = next((entry["before"] for entry in run.log.entries() if "before" in entry), {}) if run.log else {}
-    else:
+    run = train.connect(set_up(recipe, folder, world, resume))
+    for entry in run.log.entries() if resume and run.log else ():
+        run.before = entry.get("before", run.before)
+    if not resume:
         scores = evaluate_answers(run, False)
         if run.log:
             copy_chat_format(recipe.start, folder, run.tokenizer)
             run.log.write(step=0, tokens=0, **scores, before=run.before)
     scores = train.train(run, METHODS[recipe.method][1], evaluate_answers)
-    drawn = [entry for entry in run.log.entries() if "mixed_groups" in entry] if run.log else []
-    if drawn and not any(entry["mixed_groups"] for entry in drawn):
-        print(f"Nothing was learned: in all {len(drawn):,} steps every answer to a prompt had the same reward (on "
-              f"average {np.mean([entry['reward'] for entry in drawn]):g}); take prompts that the start answers "
-              "sometimes well and sometimes badly, a finer --reward or more --samples")
+    flat = [entry["reward"] for entry in run.log.entries() if entry.get("mixed_groups") == 0] if run.log else ()
+    if len(flat) == run.steps:
+        print(f"Nothing was learned: in all {run.steps:,} steps every answer to a prompt had the same reward (on "
+              f"average {np.mean(flat):g}); take prompts with good and bad answers, a finer --reward or more --samples")
     else:
         print(f'Done: {folder}. Ask it with: python sample.py {folder} --chat --prompt "What is 12 + 30?"')
     return scores
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, PostRecipe | None]:
+@torch.no_grad()
+def merge(folders, weights, out):
+    """Writes the weighted mean of models (a soup with equal weights; Wortsman et al. 2022). SmolLM3: a soup of APO
+    checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall in long context."""
+    weights = weights or [1 / len(folders) for _ in folders]
+    fair = len(folders) == len(weights) > 1 and abs(sum(weights) - 1) < 1e-6
+    if not fair or not out or Path(out).exists():
+        raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
+                        "python posttrain.py merge A B --weights .9 .1 --out DIR")
+    model, tokenizer, state = from_pretrained(folders[0]), Tokenizer.load(folders[0]), Counter()
+    for folder, weight in zip(folders, weights):
+        other = from_pretrained(folder)
+        if other.config != model.config or Tokenizer.load(folder).hash != tokenizer.hash:
+            raise UserError(f"{folder} has another config or tokenizer than {folders[0]}; merge checkpoints of one")
+        for name, tensor in other.state_dict().items():
+            state[name] += weight * tensor
+    model.load_state_dict(state)
+    save_weights(model, tokenizer, out, chat_from=folders[0])
+    print(f"{out} is written; ask it with: python sample.py {out} --chat")
+
+
+def parse(argv):
     """The command line, and the recipe that it names with the flags applied; None for a merge."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", help=", ".join([*POST_RECIPES, "merge"]))
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run, a checkpoint or a Hugging Face folder")
-    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="merge: one a RUN (default: equal)")
+    parser.add_argument("task", nargs="?", help="sft, dpo, apo, grpo or merge")
+    parser.add_argument("runs", nargs="*", help="a run, a checkpoint or a Hugging Face folder")
+    parser.add_argument("--weights", type=float, nargs="+", help="merge: one a RUN (default: equal)")
     parser.add_argument("--out", help="merge: the new folder")
     parser.add_argument("--name", help="of the folder in runs/ (default: the start's and the task)")
     parser.add_argument("--resume", help="continue this run folder from its newest checkpoint")
-    add_options(parser, PostRecipe, without="""tokens method packing start sample_prompt eval_tokens eval_tasks z_loss
+    add_options(parser, PostRecipe, without="""tokens packing start sample_prompt eval_tokens eval_tasks z_loss
         document_mask""".split())
     args = parse_options(parser, argv)
     given = given_options(args, PostRecipe)
     for name in {"data", "reward"} & set(given):  # mean the same in every folder: a run may be resumed from another
-        given[name] = ",".join(str(Path(path).resolve()) for path in given[name].split(","))
+        given[name] = ",".join(map(os.path.abspath, given[name].split(",")))
     if args.resume:
-        others, allowed = ["a task"] * bool(args.task), train.RESUMABLE | {"reward"}
-        return args, train.resumed(args, given, others, PostRecipe, allowed)
+        return args, train.resumed(args, given, ["a task"] * bool(args.task), PostRecipe, train.RESUMABLE | {"reward"})
     if args.task == "merge":
         return args, None
     if args.task not in POST_RECIPES or len(args.runs) != 1:
-        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop (or dpo, apo, grpo, "
-                        "merge)")
-    start = Path(args.runs[0]).resolve()
+        raise UserError("give a method and a model, such as: python posttrain.py sft runs/laptop")
+    start = os.path.abspath(args.runs[0])
+    args.name = args.name or f"{Path(start).name.removesuffix('-sft')}-{args.task}"
     if not is_hugging_face(start):
-        start = find_checkpoint(start)  # a checkpoint: what the run does later changes nothing here
+        start = str(find_checkpoint(start))  # a checkpoint: what the run does later changes nothing here
     config = load_config(start)
-    context = given.get("context") or min(config.max_position_embeddings, 8192)
-    if context > config.max_position_embeddings:
-        raise UserError(f"--context {context} is more than the {config.max_position_embeddings} that {start} was "
-                        "trained on; stretch it first by a stage of train.py")
+    context = min(given.get("context") or 8192, config.max_position_embeddings)  # more: first a stage of train.py
     scale = AT_SCALE[args.task] if count_parameters(config)["total"] > 5e7 else {}
-    return args, replace(POST_RECIPES[args.task], **scale | given, start=str(start),
+    return args, replace(POST_RECIPES[args.task], **scale | given, start=start,
                          model=config.change(max_position_embeddings=context))
 
 
-def merge_command(runs: list[str], weights: list[float], out: str) -> None:
-    if len(runs) < 2 or not out or len(weights) != len(runs) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise UserError("merge takes two models or more, a weight for each that sum to 1, and a new folder: "
-                        "python posttrain.py merge A B --weights .9 .1 --out DIR")
-    if Path(out).exists():
-        raise UserError(f"{out} is already there; give a new folder with --out")
-    model, first = merge(runs, weights), runs[0]
-    if is_hugging_face(first):
-        print(save_pretrained(model, out, tokenizer_from=first))
-    else:
-        save_weights(model, Tokenizer.load(first), out, chat_from=first)
-    print(f"{out} is written; ask it with: python sample.py {out} --chat")
-
-
-def begin(world: train.World) -> None:
+def begin(world):
     args, recipe = parse(sys.argv[1:])
     if recipe is None:
-        return merge_command(args.runs, args.weights or [1 / max(1, len(args.runs))] * len(args.runs), args.out)
-    stem = re.sub(r"-(sft|dpo|apo|grpo)(-\d+)?$", "", Path((args.runs or ["."])[0]).name)
-    folder = args.resume or world.agree(new_run_folder(args.name or f"{stem}-{args.task}"))
-    post_train(recipe, Path(folder), bool(args.resume), world)
+        return merge(args.runs, args.weights, args.out)
+    post_train(recipe, Path(args.resume or world.agree(new_run_folder(args.name))), args.resume, world)
 
 
-def main() -> None:
+def main():
     train.command_line(begin)
 
 
