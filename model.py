@@ -33,8 +33,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tokenizer import UserError, check_options, option, run
 
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
-POSITIONS = (*ROPE, "none", "learned", "relative", "alibi")
-LAYER_TYPES = ("full", "sliding", "chunked", "linear")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
@@ -68,7 +66,7 @@ class ModelConfig:
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
     # positions
     position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
-                           choices=POSITIONS)
+                           choices=(*ROPE, "none", "learned", "relative", "alibi"))
     rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
     partial_rotary_factor: float = amount(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
     no_rope_layer_interval: int = amount(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never")
@@ -95,7 +93,6 @@ class ModelConfig:
     num_experts_per_tok: int = amount(2, "experts that each token visits", 1)
     moe_intermediate_size: int = amount(0, "width of one expert; 0: intermediate_size / num_experts_per_tok")
     n_shared_experts: int = amount(0, "experts that every token visits")
-    shared_expert_intermediate_size: int = amount(0, "their width together; 0: n_shared_experts of an expert's")
     shared_expert_gate: bool = option(False, "a sigmoid gate on the shared experts (Qwen3-Next)")
     first_k_dense_replace: int = amount(0, "leading layers that stay dense")
     scoring_func: str = option("softmax", "the router's scores (DeepSeek: sigmoid)", choices=("softmax", "sigmoid"))
@@ -117,24 +114,20 @@ class ModelConfig:
         check_options(self)
         kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
         latent, experts, chosen = self.kv_lora_rank, self.num_experts, self.num_experts_per_tok
-        head_dim = (self.qk_nope_head_dim + self.qk_rope_head_dim if latent
-                    else self.head_dim or self.hidden_size // heads)
-        derived = {"head_dim": head_dim}
+        given = 0 if latent else self.head_dim
+        head_dim = given or (self.qk_nope_head_dim + self.qk_rope_head_dim if latent else self.hidden_size // heads)
+        derived = {"moe_intermediate_size": max(1, self.intermediate_size // chosen)}  # together as wide as the MLP
         if "linear" in kinds:
             derived |= {"linear_num_key_heads": groups, "linear_num_value_heads": heads,
                         "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
-        if experts:  # the experts of a token are together as wide as the dense MLP
-            derived["moe_intermediate_size"] = max(1, self.intermediate_size // chosen)
-        derived = {name: value for name, value in derived.items()
-                   if not getattr(self, name) or latent and name == "head_dim"}
-        for name, value in {**derived, "_derived": derived}.items():
-            object.__setattr__(self, name, value)
+        derived = {name: value for name, value in derived.items() if not getattr(self, name)}
+        derived |= {} if given else {"head_dim": head_dim}
+        vars(self).update(derived, _derived=derived)  # a frozen class forbids only to write self.head_dim = ...
         for wrong, sentence in (
-            (heads % groups, f"num_key_value_heads {groups} must divide num_attention_heads {heads}: take one of "
-             f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
+            (heads % groups, "num_key_value_heads must divide num_attention_heads"),
             ("head_dim" in derived and not latent and self.hidden_size % heads,
-             f"hidden_size {self.hidden_size} does not divide by {heads} heads: change one of them or give head_dim"),
-            (kinds - set(LAYER_TYPES), f"layer_types {self.layer_types} may list {', '.join(LAYER_TYPES)}"),
+             "hidden_size does not divide by num_attention_heads: change one of them or give head_dim"),
+            (kinds - {"full", "sliding", "chunked", "linear"}, "layer_types may list full, sliding, chunked, linear"),
             ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
              "sliding layers need --sliding_window and chunked layers --attention_chunk_size, in tokens"),
             (self.position == "dual_chunk" and (self.attention_sinks or kinds & {"sliding", "chunked"}),
@@ -144,17 +137,16 @@ class ModelConfig:
              "kv_lora_rank (MLA) works with full layers and rope, llama3 or yarn, without sinks, gate and qk_norm"),
             (latent and not 0 < self.v_head_dim <= head_dim, "kv_lora_rank (MLA) needs --qk_nope_head_dim, "
              "--qk_rope_head_dim and a --v_head_dim of at most their sum"),
-            ("linear" in kinds and self.linear_num_value_heads % (self.linear_num_key_heads or 1),
+            ("linear" in kinds and self.linear_num_value_heads % self.linear_num_key_heads,
              "linear_num_key_heads must divide linear_num_value_heads"),
             (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2,
-             f"n_group {self.n_group} must be at least topk_group and cut {experts} experts into groups of 2 or more"),
+             "n_group must be at least topk_group and cut num_experts into groups of 2 or more"),
             (experts and chosen > experts // self.n_group * self.topk_group,
-             f"num_experts_per_tok {chosen} is more than a token may choose from; raise num_experts"),
+             "num_experts_per_tok is more than a token may choose from; raise num_experts"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
             (self.swiglu_limit and self.hidden_act != "silu", "swiglu_limit needs --hidden_act silu"),
             (self.position in ROPE and (self.rotary_dim % 2 or not self.rotary_dim),
-             f"RoPE rotates pairs: it cannot rotate {self.rotary_dim} numbers of a head; take an even head_dim "
-             "(or qk_rope_head_dim) and partial_rotary_factor"),
+             "RoPE rotates pairs: take an even head_dim (or qk_rope_head_dim) and partial_rotary_factor"),
         ):
             if wrong:
                 raise UserError(sentence)
@@ -816,8 +808,7 @@ class Experts(nn.Module):
             if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):  # what grouped_mm requires of rows
                 y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
             else:
-                counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-                y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight)])
+                y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.int().tolist()), weight)])
             if bias is not None:  # bias[expert] as a product, whose backward needs no atomics
                 y = y + F.one_hot(expert, len(bias)).to(x.dtype) @ bias.to(x.dtype)
             return y
@@ -838,7 +829,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        width = config.shared_expert_intermediate_size or config.n_shared_experts * config.moe_intermediate_size
+        width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config, width) if width else None
         self.shared_expert_gate = Linear(config.hidden_size, 1, False) if width and config.shared_expert_gate else None
         self.routing, self.load = None, None

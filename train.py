@@ -51,7 +51,7 @@ from data import Curriculum, Split, Stage
 from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
                    z_loss)
 from sample import complete
-from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_log, learning_rate
+from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
                        parse_options, reading)
 from tokenizer import run as run_command
@@ -352,7 +352,7 @@ def train(run: Run, losses_of=pretraining_losses, evaluate=None) -> dict:
             if (saves or stop) and not rewind:
                 started = time.perf_counter()
                 meter.warn(saver.save(run.step, run.model, run.optimizer, guard.state(run.step), must=last or stop,
-                                      protect=guard.spike and guard.spike["step"]))
+                                      protect=guard.began))
                 meter.write(save_seconds=time.perf_counter() - started)
             if stop and not last and not rewind:
                 raise Interrupted(f"Stopped after step {run.step:,} of {run.steps:,} and saved; resume with: "
@@ -451,7 +451,7 @@ class Meter:
                 self.count(report.step, values)
             if event and event["event"] != "rewind" and self.run.log:
                 self.run.log.write(**event)
-                say(f"step {report.step + 1:,}: {self.run.guard.describe(event)}")
+                say(f"step {report.step + 1:,}: {event['text']}")
         return stop, event if event and event["event"] == "rewind" else None
 
     def count(self, at: int, values: dict[str, float]) -> None:
@@ -724,9 +724,11 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | 
         print(f"finished  all {run.steps:,} steps are done; a new run can begin with these weights: "
               f"python train.py --start {folder}")
     scores = train(run)
-    count, guessing = count_parameters(run.recipe.model), run.guard.guessing
-    if run.log and (verdict := judge_log(list(run.log.entries()), guessing, count["active"])):
-        print(f"verdict   {verdict}")
+    if run.log and scores:
+        held_out = sum(share * scores["val"][source["val"].name] * math.log(2) * source["val"].bytes
+                       / len(source["val"].tokens) for source, share in zip(run.sources, run.curriculum.shares[-1]))
+        if verdict := run.guard.verdict([e["loss"] for e in run.log.entries() if "loss" in e], held_out):
+            print(f"verdict   {verdict}")
     if held := cost.peak_memory(run.machine.device):
         print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {run.memory / 2**20:,.0f}")
     if run.world.leader and draw_log(folder):

@@ -203,7 +203,6 @@ def test_larger_batches_want_higher_rates():
     assert schedule.scale_rate(1e-3, 4) == 2e-3 and schedule.scale_rate(1e-3, 0.25) == 5e-4
     rate, beta1, beta2, eps = schedule.scale_adam(4, 1e-3)
     assert (rate, eps) == (2e-3, 5e-9) and (beta1, beta2) == pytest.approx((0.6, 0.8))
-    assert schedule.decay_timescale(1e-3, 0.1) == pytest.approx(10_000)
     assert schedule.suggest_warmup(4_720_000) == 2000 and schedule.suggest_warmup(1000) == 40
 
 
