@@ -282,7 +282,7 @@ def _spans(cu_seqlens, window):
             mask = None
             if window and last - oldest > window:
                 distance = distances(last - first, last - oldest, "cpu")
-                mask = torch.where(visible_keys(distance, distance[None, :, 0], window)[0, 0], 0.0, -torch.inf)
+                mask = torch.where((distance >= 0) & (distance < window), 0.0, -torch.inf)
             yield slice(first, last), slice(oldest, last), mask
 
 
@@ -484,30 +484,19 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
 
 
 class KVCache:
-    """What a model remembers of the tokens before, layer by layer, for `length` of at most `capacity` tokens.
+    """What a model remembers of the `length` tokens before, by layer. Full attention: keys and values [B, length, G,
+    D]; MLA: the latent and the shared key's RoPE part; sliding and chunked layers: only what a later token can see;
+    linear layers: a state of fixed size."""
 
-    Full attention: keys and values [B, capacity, G, D]; MLA: the latent [B, capacity, kv_lora_rank] and the shared
-    key's RoPE part; sliding and chunked layers: only what a later token can see; linear layers: a state of fixed size.
-    """
-
-    def __init__(self, capacity):
-        self.capacity, self.length = capacity, 0
-        self.layers = {}  # by number
+    def __init__(self):
+        self.length, self.layers = 0, {}  # length moves after the last layer, in `GPT.forward`
 
     def append(self, layer, *new, sees=0):
-        """Stores new [B, T, ...] at the end and returns everything stored so far. `sees`: how many tokens a query sees;
-        what no later one sees is forgotten. `length` moves after the last layer, in `GPT.forward`."""
-        old = self.layers.get(layer)
-        if sees:
-            seen = [torch.cat(pair, 1) for pair in zip(old, new)] if old else new
-            self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen]
-            return seen
-        if not old:
-            old = self.layers[layer] = [x.new_empty(len(x), self.capacity, *x.shape[2:]) for x in new]
-        end = self.length + new[0].shape[1]
-        for stored, x in zip(old, new):
-            stored[:, self.length:end] = x
-        return [stored[:, :end] for stored in old]
+        """Stores new [B, T, ...] and returns everything stored so far. `sees`: how many tokens a query sees (0: all);
+        what no later one sees is forgotten."""
+        seen = [torch.cat(pair, 1) for pair in zip(self.layers[layer], new)] if layer in self.layers else new
+        self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen] if sees else seen
+        return seen
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------
@@ -595,19 +584,20 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small latent.
 
-    The cache holds that latent and the one key part with position, kv_lora_rank + qk_rope_head_dim numbers a token.
-    When reading it, kv_b_proj is not applied to every old token but moved to the other side: into the query,
-    (q_nope W_k) . latent, and behind the weighted sum. All heads then share one key, as in MQA."""
+    The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to every
+    old one but moved to the other side: into the query, (q_nope W_k) . latent, and behind the weighted sum. All heads
+    then share one key, so they are its queries."""
 
     def __init__(self, config, layer):
         super().__init__()
         C, H, R, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
         self.config, self.layer = config, layer
-        self.q_proj = Linear(C, H * config.head_dim, False) if not rank else None
         if rank:
             self.q_a_proj = Linear(C, rank, config.attention_bias)
             self.q_a_layernorm = RMSNorm(config, rank, 1e-6)  # 1e-6 whatever rms_norm_eps is, as published
             self.q_b_proj = Linear(rank, H * config.head_dim, False)
+        else:
+            self.q_proj = Linear(C, H * config.head_dim, False)
         self.kv_a_proj_with_mqa = Linear(C, R + config.qk_rope_head_dim, config.attention_bias)
         self.kv_a_layernorm = RMSNorm(config, R, 1e-6)
         self.kv_b_proj = Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), False)
@@ -623,25 +613,21 @@ class LatentAttention(nn.Module):
         c, H, R = self.config, self.config.num_attention_heads, self.config.kv_lora_rank
         value_parts = [c.qk_nope_head_dim, c.v_head_dim]
         temperature = yarn_temperature(c) ** 2 if c.yarn_mscale_all_dim else 1.0
-        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
         q_nope, q_rope = q.view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
         q_rope, k_rope = self.rotate(q_rope, layout), self.rotate(k_rope[:, :, None], layout)  # [B, T, H or 1, Dr]
         latent = self.kv_a_layernorm(latent)  # [B, T, R]
         if cache:
             latent, k_rope = cache.append(self.layer, latent, k_rope)
-        if layout.end > T:
+        if T == 1 < layout.end:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
-            q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)
-            k, v = torch.cat((latent[:, :, None], k_rope), -1), latent[:, :, None]  # [B, S, 1, R + Dr], [B, S, 1, R]
-            q = q * (temperature * (q.shape[-1] / c.head_dim) ** 0.5)  # scores are still of heads of head_dim numbers
-            if T == 1:  # all heads share one key, so they are its queries
-                y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
-            else:
-                y = attention(q, k, v, layout)  # [B, T, H, R]
+            q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)  # [B, 1, H, R + Dr]
+            k, v = torch.cat((latent, k_rope[:, :, 0]), -1)[:, None], latent[:, None]  # [B, 1, S, R + Dr or R]
+            y = F.scaled_dot_product_attention(q, k, v, scale=temperature / c.head_dim ** 0.5)
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
-            k_nope, v = self.kv_b_proj(latent).view(B, T, H, -1).split(value_parts, -1)
+            k_nope, v = self.kv_b_proj(latent).view(B, -1, H, sum(value_parts)).split(value_parts, -1)
             q = torch.cat((q_nope, q_rope), -1) * temperature
             k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1)
             v = F.pad(v, (0, c.head_dim - c.v_head_dim))  # flash kernels want values as wide as keys
@@ -685,10 +671,9 @@ class GatedDeltaNet(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, C, V = layer, config.hidden_size, config.linear_value_head_dim
-        self.sizes = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim
-        G, H, D = self.sizes
-        self.widths, channels = (G * D, G * D, H * V), 2 * G * D + H * V
+        C, G, H = config.hidden_size, config.linear_num_key_heads, config.linear_num_value_heads
+        D, V = config.linear_key_head_dim, config.linear_value_head_dim
+        self.layer, self.sizes, channels = layer, (G, H, D, V), 2 * G * D + H * V
         self.in_proj_qkvz = Linear(C, channels + H * V, False)
         self.in_proj_ba = Linear(C, 2 * H, False)
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
@@ -698,30 +683,26 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = Linear(H * V, C, False)
 
     def forward(self, x, layout, cache):
-        B, T, _ = x.shape
-        (G, H, D), values = self.sizes, self.widths[2] // self.sizes[0]  # values of one key head
-        *qkv, z = self.in_proj_qkvz(x).view(B, T, G, -1).split([D, D, values, values], -1)
+        (B, T, _), (G, H, D, V) = x.shape, self.sizes
+        *qkv, z = self.in_proj_qkvz(x).view(B, T, G, -1).split([D, D, H // G * V, H // G * V], -1)  # by key head
         b, a = (y.reshape(B, T, H).float() for y in self.in_proj_ba(x).view(B, T, G, -1).chunk(2, -1))
         mixed = torch.cat([y.flatten(2) for y in qkv], -1)  # [B, T, channels]
         kernel, y = self.conv1d.weight[:, 0].t().to(x.dtype), 0  # [kernel, channels]
         tail, state = cache and cache.layers.get(self.layer) or (
-            mixed.new_zeros(B, len(kernel) - 1, mixed.shape[-1]),
-            torch.zeros(B, H, D, values * G // H, device=x.device))
+            mixed.new_zeros(B, len(kernel) - 1, mixed.shape[-1]), torch.zeros(B, H, D, V, device=x.device))
         mixed = torch.cat((tail, mixed), 1)
         for start, weight in enumerate(kernel):  # a causal convolution inside documents
-            back, shifted = len(kernel) - 1 - start, mixed[:, start:start + T]
-            if back and layout.cu_seqlens is not None:
-                shifted = shifted * (layout.positions >= back)[..., None]
-            y = y + shifted * weight
-        q, k, v = F.silu(y).split(self.widths, -1)
+            inside = layout.positions >= len(kernel) - 1 - start  # [B or 1, T]
+            y = y + mixed[:, start:start + T] * inside[..., None] * weight
+        q, k, v = F.silu(y).split([G * D, G * D, H * V], -1)
         q, k = (y.float().view(B, T, G, D).repeat_interleave(H // G, 2) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
-        y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, -1), decay, b.sigmoid(), state)
+        y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
         if cache:
             cache.layers[self.layer] = mixed[:, T:], state
-        y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, -1))
+        y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, V))
         return self.out_proj(y.flatten(2))
 
 
@@ -949,8 +930,6 @@ class GPT(nn.Module):
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
         `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V]."""
-        if cache and cu_seqlens is not None:
-            raise UserError("a cache holds one document a row; leave cu_seqlens out")
         layout = self.layout(tokens, cu_seqlens, cache.length if cache else 0)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":

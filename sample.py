@@ -81,7 +81,7 @@ def generate(model: GPT, prompt: list[int] | list[list[int]], max_tokens: int, s
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     prompts = torch.atleast_2d(torch.tensor(prompt, device=device))  # [prompts, T]
-    cache = KVCache(prompts.shape[1] + max_tokens)
+    cache = KVCache()
     tokens = prompts.repeat_interleave(samples, 0)  # [rows, T], then [rows, 1]; rows = prompts * samples
     running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):

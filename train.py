@@ -51,7 +51,7 @@ from data import Curriculum, Split, Stage
 from model import (GPT, PRESETS, GatedDeltaNet, ModelConfig, Router, count_parameters, cross_entropy, watch_attention,
                    z_loss)
 from sample import complete
-from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, learning_rate
+from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
                        parse_options, reading)
 from tokenizer import run as run_command
@@ -727,7 +727,9 @@ def pretrain(recipe: Recipe, folder: Path, resume: bool = False, world: World | 
     if run.log and scores:
         held_out = sum(share * scores["val"][source["val"].name] * math.log(2) * source["val"].bytes
                        / len(source["val"].tokens) for source, share in zip(run.sources, run.curriculum.shares[-1]))
-        if verdict := run.guard.verdict([e["loss"] for e in run.log.entries() if "loss" in e], held_out):
+        excess = laptop_excess(scores["val"], count_parameters(run.recipe.model)["active"],
+                               tokens_before(run, run.steps), run.steps)
+        if verdict := run.guard.verdict([e["loss"] for e in run.log.entries() if "loss" in e], held_out, excess):
             print(f"verdict   {verdict}")
     if held := cost.peak_memory(run.machine.device):
         print(f"Memory: {held / 2**20:,.0f} MiB at the peak; predicted were {run.memory / 2**20:,.0f}")
