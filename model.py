@@ -11,12 +11,12 @@ is no limit and a hybrid for very long context; everything in this file beyond t
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
 Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
-and GPT; skip the rest.
+and GPT.
 
-Modules and parameters have Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so that loading a
-published checkpoint (`checkpoint.py`) is a strict `load_state_dict`. Parameters are fp32; `GPT.compute_dtype` is the
-dtype of activations and matrix products. Shapes: B batch, T sequence, S keys, N = B*T, C hidden_size, H query heads,
-G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M width of an MLP.
+Modules and parameters have Hugging Face's names, so that a published checkpoint loads by a strict `load_state_dict`
+(`checkpoint.py`). Parameters are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B
+batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E
+experts, K experts per token, M width of an MLP.
 """
 
 import contextlib
@@ -125,24 +125,20 @@ class ModelConfig:
         vars(self).update(derived, _derived=derived)  # a frozen class forbids only to write self.head_dim = ...
         for wrong, sentence in (
             (heads % groups, "num_key_value_heads must divide num_attention_heads"),
-            ("head_dim" in derived and not latent and self.hidden_size % heads,
-             "hidden_size does not divide by num_attention_heads: change one of them or give head_dim"),
             (kinds - {"full", "sliding", "chunked", "linear"}, "layer_types may list full, sliding, chunked, linear"),
             ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
              "sliding layers need --sliding_window and chunked layers --attention_chunk_size, in tokens"),
             (self.position == "dual_chunk" and (self.attention_sinks or kinds & {"sliding", "chunked"}),
              "position dual_chunk works with neither sliding nor chunked layers nor sinks; take yarn"),
-            (latent and (kinds != {"full"} or self.position in ("alibi", "relative", "dual_chunk")
-                         or self.attention_sinks or self.attn_output_gate or self.qk_norm),
-             "kv_lora_rank (MLA) works with full layers and rope, llama3 or yarn, without sinks, gate and qk_norm"),
-            (latent and not 0 < self.v_head_dim <= head_dim, "kv_lora_rank (MLA) needs --qk_nope_head_dim, "
-             "--qk_rope_head_dim and a --v_head_dim of at most their sum"),
+            (latent and (kinds != {"full"} or self.position in ("alibi", "relative", "dual_chunk") or self.qk_norm
+                         or self.attention_sinks or self.attn_output_gate or not 0 < self.v_head_dim <= head_dim),
+             "kv_lora_rank (MLA) works with full layers and rope, llama3 or yarn, without sinks, gate and qk_norm, and "
+             "needs --qk_nope_head_dim, --qk_rope_head_dim and a --v_head_dim of at most their sum"),
             ("linear" in kinds and self.linear_num_value_heads % self.linear_num_key_heads,
              "linear_num_key_heads must divide linear_num_value_heads"),
-            (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2,
-             "n_group must be at least topk_group and cut num_experts into groups of 2 or more"),
-            (experts and chosen > experts // self.n_group * self.topk_group,
-             "num_experts_per_tok is more than a token may choose from; raise num_experts"),
+            (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2
+             or experts and chosen > experts // self.n_group * self.topk_group,
+             "n_group must cut num_experts into groups of 2 or more, of which a token has topk_group to choose from"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
             (self.swiglu_limit and self.hidden_act != "silu", "swiglu_limit needs --hidden_act silu"),
             (self.position in ROPE and (self.rotary_dim % 2 or not self.rotary_dim),
@@ -176,8 +172,7 @@ _DEEPSEEK = {"rope_theta": 5e4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "q
              "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
              "router_bias_update_rate": 0.001}
 
-# Published dimensions, after the preset that a laptop trains in minutes; tests check the published counts. In order:
-# vocabulary, width, MLP, layers, query heads, KV heads, head_dim (0: derived), context, tied embeddings (default: yes).
+# In order: vocabulary, width, MLP, layers, query heads, KV heads, head_dim (0: derived), context, tied embeddings.
 PRESETS = {
     "laptop": ModelConfig(8192, 128, 384, 4, 2, 1, 0, 128, initializer_range=0.05),
     "llama-2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 0, 4096, False, 1e-5),
@@ -287,8 +282,7 @@ def _spans(cu_seqlens, window):
 
 
 def _grouped(x, q, k):
-    """One document's [L, H or G, D] as the CPU kernel's [G, H/G, L, D]: each KV head under its query heads, without
-    a copy; in fp32, where that kernel is faster."""
+    """One document's [L, H or G, D] as the CPU kernel's [G, H/G, L, D], without a copy; fp32, where it is faster."""
     return x.float().unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).expand(-1, q.shape[1] // k.shape[1], -1, -1)
 
 
@@ -389,7 +383,7 @@ _watched = None
 
 @contextlib.contextmanager
 def watch_attention():
-    """Inside, forward passes run eagerly and every softmax attention appends its `attention_extremes` to the list."""
+    """Inside, forward passes are eager and every softmax attention appends its `attention_extremes` to the list."""
     global _watched
     _watched = []
     try:
@@ -414,11 +408,11 @@ def attention_extremes(q, k, positions, window, chunk):
 
 
 def rope_frequencies(config, device="cpu"):
-    """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2]
+    """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
 
-    `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`, keep those
-    that rotate often, and blend between. Llama 3.1 blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the
-    number of the pair, from yarn_beta_slow to yarn_beta_fast rotations, rounded to whole pairs if yarn_truncate."""
+    `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`. Llama 3.1
+    blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the number of the pair, from yarn_beta_slow to
+    yarn_beta_fast rotations."""
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
     pairs, keep = torch.arange(R // 2, device=device).float(), 1.0
     frequencies = theta ** (-2 * pairs / R)
@@ -435,16 +429,14 @@ def rope_frequencies(config, device="cpu"):
 
 
 def yarn_temperature(config):
-    """YaRN's factor on queries and keys, 0.1 ln(rope_factor) + 1: as published and in gpt-oss on the part that RoPE
-    rotates; with yarn_mscale_all_dim (DeepSeek, Kimi) on whole heads."""
+    """YaRN's factor on the part of queries and keys that RoPE rotates; with yarn_mscale_all_dim on whole heads."""
     if config.position != "yarn":
         return 1.0
     return 0.1 * (config.yarn_mscale_all_dim or 1) * math.log(config.rope_factor) + 1
 
 
 def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by the angles whose cos and sin are [T, 1, R/2]; numbers
-    from R on stay."""
+    """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
@@ -521,7 +513,6 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), or * (1 + weight); the mean in fp32."""
-
     def __init__(self, config, size, eps=None):
         super().__init__(size, eps or config.rms_norm_eps)
         self.zero_centered = config.norm_zero_centered  # so that weight decay pulls the gain to 1 instead of 0
@@ -536,14 +527,13 @@ class RMSNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023), with MHA and MQA as its ends; full, sliding or chunked."""
-
     def __init__(self, config, layer):
         super().__init__()
         C, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kind, bias = config.layer_type(layer), config.attention_bias
         self.config, self.layer, self.uses_rope = config, layer, config.uses_rope(layer)
-        self.window = config.sliding_window if kind == "sliding" else 0
-        self.chunk = config.attention_chunk_size if kind == "chunked" else 0
+        self.window = config.sliding_window * (kind == "sliding")
+        self.chunk = config.attention_chunk_size * (kind == "chunked")
         self.q_proj = Linear(C, H * D * (1 + config.attn_output_gate), bias)
         self.k_proj, self.v_proj = Linear(C, G * D, bias), Linear(C, G * D, bias)
         self.o_proj = Linear(H * D, C, bias)
@@ -668,7 +658,6 @@ def gated_delta_rule(q, k, v, decay, beta, state):
 
 class GatedDeltaNet(nn.Module):
     """Linear attention with a gated delta rule (Qwen3-Next's linear layers); its memory does not grow with the text."""
-
     def __init__(self, config, layer):
         super().__init__()
         C, G, H = config.hidden_size, config.linear_num_key_heads, config.linear_num_value_heads
@@ -716,7 +705,6 @@ def gated(gate, up, config):
 
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
-
     def __init__(self, config, width):
         super().__init__()
         self.config = config
@@ -730,7 +718,6 @@ class MLP(nn.Module):
 
 class Router(Linear):
     """Scores every expert and picks K of them for each token."""
-
     def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts, config.mlp_bias)
         self.config = config
@@ -755,7 +742,6 @@ class Router(Linear):
 
 class _Reorder(torch.autograd.Function):
     """x[order], whose backward is grad[inverse]: a gather both ways, no atomics, so it is fast and deterministic."""
-
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
@@ -768,7 +754,6 @@ class _Reorder(torch.autograd.Function):
 
 class Experts(nn.Module):
     """The routed MLPs of a layer, dropless: each token visits all of its experts, however uneven that makes them."""
-
     def __init__(self, config):
         super().__init__()
         C, E, M = config.hidden_size, config.num_experts, config.moe_intermediate_size
@@ -830,7 +815,6 @@ class MoE(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). A linear layer has `linear_attn` instead of `self_attn`."""
-
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config, config.hidden_size)
@@ -876,11 +860,10 @@ def z_loss(logits, targets):
 
 class GPT(nn.Module):
     """tokens [B, T] int64 -> logits [B, T, V]."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compute_dtype, self.compiled = torch.float32, False
+        self.compute_dtype, self.compiled = torch.float32, False  # compiled: False later makes blocks eager again
         self.recompute = False  # computes blocks again in the backward pass instead of keeping what they computed
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -901,11 +884,6 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             if hasattr(layer, "self_attn"):
                 layer.compile(fullgraph=True, dynamic=False, backend=backend)
-
-    def forget_compilation(self):
-        """Back to eager blocks, where a machine turns out to have no compiler; returns whether they were compiled."""
-        compiled, self.compiled = self.compiled, False
-        return compiled
 
     def layout(self, tokens, cu_seqlens, start):
         """The Layout of tokens [B, T] that follow `start` others."""
@@ -994,17 +972,18 @@ def count_parameters(config):
     `embedding`: input embedding and output head (once if tied). `active`: what one token uses, all but the experts it
     does not visit, embeddings included. `matmul`: weights that a token is multiplied with, the head included and the
     look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
-    look_up = config.vocab_size * config.hidden_size
-    embedding = look_up if config.tie_word_embeddings else 2 * look_up
-    total, active, added = 0, 0, embedding - look_up  # added: active, but not multiplied with: gains, biases, positions
+    total = active = matmul = 0
     with torch.device("meta"):
         for name, p in GPT(config).named_parameters():
             used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
             total, active = total + p.numel(), active + used
-            if p.ndim == 1 or name.endswith(("_proj_bias", "embed_positions.weight", "relative_bias.weight")):
-                added += used
+            if p.ndim > 1 and not name.endswith(("_proj_bias", "embed_tokens.weight", "embed_positions.weight",
+                                                 "relative_bias.weight")):
+                matmul += used
+    tied, look_up = config.tie_word_embeddings, config.vocab_size * config.hidden_size
+    embedding = look_up * (2 - tied)
     return {"total": total, "active": active, "embedding": embedding, "non_embedding": total - embedding,
-            "matmul": active - added}
+            "matmul": matmul + look_up * tied}
 
 
 def main():

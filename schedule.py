@@ -97,7 +97,6 @@ def parameter_groups(model, weight_decay):
 
 class Optimizers:
     """torch optimizers that step as one; `torch.distributed.checkpoint.state_dict` takes `.optimizers`."""
-
     def __init__(self, *optimizers):
         self.optimizers = list(optimizers)
         self.found_inf = None  # a float tensor of one element; 1 makes `step` leave weights and moments unchanged
@@ -138,7 +137,6 @@ class NoBfloat16(TorchFunctionMode):  # inside it, `tensor.bfloat16()` copies in
 class Float32Muon(torch.optim.Muon):
     """torch's Muon takes its Newton-Schulz steps in bfloat16. A CPU without bfloat16 emulates it 20 times slower than
     fp32 (laptop model, 2 cores: 0.56 against 0.03 s a step), so this one stays in fp32."""
-
     def step(self, closure=None):
         with NoBfloat16():
             return super().step(closure)
@@ -149,12 +147,10 @@ OPTIMIZERS = {"adamw": (), "muon": ("matrix",)}  # the parameter groups that Muo
 
 def build_optimizer(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, name="adamw",
                     dtype=torch.bfloat16):
-    """torch's fused AdamW (Loshchilov and Hutter 2019) over `parameter_groups`. With "muon", torch's Muon (Jordan et
-    al. 2024) updates the hidden matrices, and AdamW the rest: embedding, head, gains and stacked experts.
-
-    Muon has Moonlight's settings (Liu et al. 2025), as in the playbook: updates times 0.2 sqrt(max(rows, columns)), so
-    that AdamW's rate and decay fit; Nesterov momentum 0.95; 5 Newton-Schulz steps in `dtype`. The playbook found Muon
-    better than AdamW when tuned at 1B, but it diverged more often at 3B, so SmolLM3 stayed with AdamW."""
+    """torch's fused AdamW (Loshchilov and Hutter 2019); with "muon", torch's Muon (Jordan et al. 2024) for OPTIMIZERS'
+    groups. Muon has Moonlight's settings (Liu et al. 2025), as in the playbook: updates times 0.2 sqrt(max(rows,
+    columns)), so that AdamW's rate and decay fit; 5 Newton-Schulz steps in `dtype`. The playbook found Muon better than
+    AdamW when tuned at 1B, but it diverged more often at 3B, so SmolLM3 stayed with AdamW."""
     mine, rest = [], []
     for group in parameter_groups(model, weight_decay):
         (mine if group["name"] in OPTIMIZERS[name] else rest).append(group)
@@ -179,11 +175,9 @@ class Guard:
             around it and clip at half for a while (PaLM: the same batches did no harm with other weights). Each
             further try skips twice as many; after TRIES the run ends.
 
-    A spike is over when three losses in a row are within 2 standard deviations of the mean before it: `fast` in at
-    most FAST updates, `slow` in at most LOST, otherwise `not recovered`. A smoothed loss that stays HIGH above its
-    lowest, or above guessing, for LEAST updates is trouble: `diverged`, or `plateaued higher` below guessing.
-    """
-
+    A spike is over after three losses in a row within 2 standard deviations of the mean before it: `fast` in at most
+    FAST updates, `slow` in at most LOST. A smoothed loss that stays HIGH above its lowest, or above guessing, for LEAST
+    updates is trouble: `diverged`, or `plateaued higher` below guessing."""
     WINDOW, LEAST, SIGMAS, FAST, LOST, HIGH = 128, 63, 6.0, 10, 256, 0.5
     TRIES, MARGIN = 3, 16  # rewinds for one spike; batches skipped on either side of it
 
@@ -213,8 +207,7 @@ class Guard:
         return {"spike": spike, "dropped": dropped, "stopped": self.stopped, "usual": mean[0], "spread": deviation[0]}
 
     def follow(self, step, values):
-        """On the host, after `judge`: the event to log, if any. Its "event" is spike, over, trouble (these have a
-        "text" to print) or rewind."""
+        """On the host, after `judge`: the event to log, if any: spike, over, trouble (with "text"), rewind."""
         loss = values["loss"]
         self.smooth = 0.95 * (self.smooth or loss) + 0.05 * loss
         self.lowest = min(self.lowest, self.smooth)
@@ -244,8 +237,7 @@ class Guard:
 
     def verdict(self, losses, held_out, excess):
         """How a run ended, in words; "" if nothing is unusual. losses: nats a token of each update; held_out: of
-        held-out text, mixed like the last batches, which does not cost less than they do in a healthy run; excess: see
-        `laptop_excess`."""
+        held-out text, mixed like the last batches, which costs no less in a healthy run; excess: `laptop_excess`."""
         tenth = max(1, len(losses) // 10)
         first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
         ends = f"the loss ends at {last:.2f} nats a token"
@@ -263,7 +255,7 @@ class Guard:
         return ""
 
     def after_gap(self, step):
-        """The next step at or after this one whose batch is not skipped."""
+        """The first step from this one on whose batch is not skipped."""
         while gap := next((end for begin, end in self.skipped if begin <= step < end), None):
             step = gap
         return step
@@ -351,7 +343,6 @@ def suggest_warmup(steps):
 @dataclass(frozen=True)
 class LossLaw:
     """loss(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022), nats a token or bits a byte."""
-
     source: str
     E: float
     A: float
@@ -421,8 +412,8 @@ def overtrain(law, compute, k):
 
 
 def fit_law(points, source="fit"):
-    """The law with the least squared error on (parameters, tokens, loss) points of several sizes and lengths: for each
-    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
+    """The law with the least squared error on points (parameters, tokens, loss): for each pair of exponents on a grid,
+    the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
     N, D, L = np.array(points, dtype=float).T
     fits = []
     for alpha in np.arange(0.05, 1.21, 0.025):

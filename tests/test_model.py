@@ -584,7 +584,7 @@ def test_compiled_blocks_are_one_graph_for_every_document_layout(name):
         (out.float().square().mean() + model.routing_loss()).backward()
     assert counter.frame_count == kinds  # one for each kind of layer
     assert not config.num_experts or model.balance_experts()
-    assert model.forget_compilation() and not model.forget_compilation()
+    model.compiled = False
     model(tokens[:, :11]).sum().backward()
     assert counter.frame_count == kinds
 
@@ -613,7 +613,6 @@ def eager(model, tokens, cu):
     "wrong, word",
     [
         ({"num_key_value_heads": 3}, "num_key_value_heads must divide"),
-        ({"hidden_size": 130}, "heads"),
         ({"head_dim": 7}, "pairs"),
         ({"num_attention_heads": 0}, "between 1"),
         ({"rope_theta": 0.0}, "between 2"),
@@ -624,7 +623,7 @@ def eager(model, tokens, cu):
         ({"position": "rotary"}, "alibi"),
         ({"kv_lora_rank": 8}, "qk_nope_head_dim"),
         ({"kv_lora_rank": 8, "qk_norm": True}, "without sinks"),
-        ({"num_experts": 2, "num_experts_per_tok": 3}, "choose"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "choose from"),
         ({"scoring_func": "tanh"}, "sigmoid"),
         ({"num_experts": 6, "n_group": 4}, "n_group"),
         ({"hidden_act": "swish"}, "relu2"),
@@ -658,8 +657,6 @@ def test_changed_width_changes_the_heads_unless_they_were_given():
     assert (
         ModelConfig(num_experts=8, moe_intermediate_size=30).change(intermediate_size=400).moe_intermediate_size == 30
     )
-    with pytest.raises(UserError, match="divide"):
-        ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=258)
 
 
 @pytest.mark.cuda
