@@ -124,7 +124,10 @@ class ModelConfig:
         derived |= {} if given else {"head_dim": head_dim}
         vars(self).update(derived, _derived=derived)  # a frozen class forbids only to write self.head_dim = ...
         for wrong, sentence in (
-            (heads % groups, "num_key_value_heads must divide num_attention_heads"),
+            (heads % groups, "num_key_value_heads must divide num_attention_heads: take one of "
+             f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
+            (not latent and not given and self.hidden_size % heads,
+             "hidden_size does not divide by num_attention_heads: change one of them or give head_dim"),
             (kinds - {"full", "sliding", "chunked", "linear"}, "layer_types may list full, sliding, chunked, linear"),
             ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
              "sliding layers need --sliding_window and chunked layers --attention_chunk_size, in tokens"),
@@ -506,7 +509,6 @@ def linear(x, weight, bias=None):
 
 class Linear(nn.Linear):
     """fp32 weights, any compute dtype: see `linear`."""
-
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -577,7 +579,6 @@ class LatentAttention(nn.Module):
     The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to every
     old one but moved to the other side: into the query, (q_nope W_k) . latent, and behind the weighted sum. All heads
     then share one key, so they are its queries."""
-
     def __init__(self, config, layer):
         super().__init__()
         C, H, R, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank

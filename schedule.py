@@ -267,9 +267,8 @@ class Guard:
 
     def restore(self, state):
         """Takes over a `state`; what a value that is not finite stopped may continue."""
-        vars(self).update({name: state[name] for name in self.state(0) if name != "step"},
-                          seen=torch.tensor(state["seen"], device=self.seen.device),
-                          stopped=torch.zeros_like(self.stopped))
+        vars(self).update({name: state[name] for name in self.state(0) if name != "step"})
+        self.seen, self.stopped = torch.tensor(state["seen"], device=self.stopped.device), self.stopped * 0
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------

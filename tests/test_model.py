@@ -612,7 +612,8 @@ def eager(model, tokens, cu):
 @pytest.mark.parametrize(
     "wrong, word",
     [
-        ({"num_key_value_heads": 3}, "num_key_value_heads must divide"),
+        ({"num_key_value_heads": 3}, "1, 2, 4"),
+        ({"hidden_size": 130}, "heads"),
         ({"head_dim": 7}, "pairs"),
         ({"num_attention_heads": 0}, "between 1"),
         ({"rope_theta": 0.0}, "between 2"),
@@ -657,6 +658,8 @@ def test_changed_width_changes_the_heads_unless_they_were_given():
     assert (
         ModelConfig(num_experts=8, moe_intermediate_size=30).change(intermediate_size=400).moe_intermediate_size == 30
     )
+    with pytest.raises(UserError, match="divide"):
+        ModelConfig(hidden_size=256, num_attention_heads=4).change(hidden_size=258)
 
 
 @pytest.mark.cuda
