@@ -11,12 +11,12 @@ is no limit and a hybrid for very long context; everything in this file beyond t
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
 Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
-and GPT; skip the rest.
+and GPT.
 
-Modules and parameters have Hugging Face's names (`model.layers.0.self_attn.q_proj.weight`), so that loading a
-published checkpoint (`checkpoint.py`) is a strict `load_state_dict`. Parameters are fp32; `GPT.compute_dtype` is the
-dtype of activations and matrix products. Shapes: B batch, T sequence, S keys, N = B*T, C hidden_size, H query heads,
-G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M width of an MLP.
+Modules and parameters have Hugging Face's names, so that a published checkpoint loads by a strict `load_state_dict`
+(`checkpoint.py`). Parameters are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B
+batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E
+experts, K experts per token, M width of an MLP.
 """
 
 import contextlib
@@ -34,8 +34,6 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tokenizer import UserError, check_options, option, run
 
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
-POSITIONS = (*ROPE, "none", "learned", "relative", "alibi")
-LAYER_TYPES = ("full", "sliding", "chunked", "linear")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
@@ -69,7 +67,7 @@ class ModelConfig:
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
     # positions
     position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
-                           choices=POSITIONS)
+                           choices=(*ROPE, "none", "learned", "relative", "alibi"))
     rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
     partial_rotary_factor: float = amount(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
     no_rope_layer_interval: int = amount(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never")
@@ -96,7 +94,6 @@ class ModelConfig:
     num_experts_per_tok: int = amount(2, "experts that each token visits", 1)
     moe_intermediate_size: int = amount(0, "width of one expert; 0: intermediate_size / num_experts_per_tok")
     n_shared_experts: int = amount(0, "experts that every token visits")
-    shared_expert_intermediate_size: int = amount(0, "their width together; 0: n_shared_experts of an expert's")
     shared_expert_gate: bool = option(False, "a sigmoid gate on the shared experts (Qwen3-Next)")
     first_k_dense_replace: int = amount(0, "leading layers that stay dense")
     scoring_func: str = option("softmax", "the router's scores (DeepSeek: sigmoid)", choices=("softmax", "sigmoid"))
@@ -118,44 +115,38 @@ class ModelConfig:
         check_options(self)
         kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
         latent, experts, chosen = self.kv_lora_rank, self.num_experts, self.num_experts_per_tok
-        head_dim = (self.qk_nope_head_dim + self.qk_rope_head_dim if latent
-                    else self.head_dim or self.hidden_size // heads)
-        derived = {"head_dim": head_dim}
+        given = 0 if latent else self.head_dim
+        head_dim = given or (self.qk_nope_head_dim + self.qk_rope_head_dim if latent else self.hidden_size // heads)
+        derived = {"moe_intermediate_size": max(1, self.intermediate_size // chosen)}  # together as wide as the MLP
         if "linear" in kinds:
             derived |= {"linear_num_key_heads": groups, "linear_num_value_heads": heads,
                         "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
-        if experts:  # the experts of a token are together as wide as the dense MLP
-            derived["moe_intermediate_size"] = max(1, self.intermediate_size // chosen)
-        derived = {name: value for name, value in derived.items()
-                   if not getattr(self, name) or latent and name == "head_dim"}
-        for name, value in {**derived, "_derived": derived}.items():
-            object.__setattr__(self, name, value)
+        derived = {name: value for name, value in derived.items() if not getattr(self, name)}
+        derived |= {} if given else {"head_dim": head_dim}
+        vars(self).update(derived, _derived=derived)  # a frozen class forbids only to write self.head_dim = ...
         for wrong, sentence in (
-            (heads % groups, f"num_key_value_heads {groups} must divide num_attention_heads {heads}: take one of "
+            (heads % groups, "num_key_value_heads must divide num_attention_heads: take one of "
              f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
-            ("head_dim" in derived and not latent and self.hidden_size % heads,
-             f"hidden_size {self.hidden_size} does not divide by {heads} heads: change one of them or give head_dim"),
-            (kinds - set(LAYER_TYPES), f"layer_types {self.layer_types} may list {', '.join(LAYER_TYPES)}"),
+            (not latent and not given and self.hidden_size % heads,
+             "hidden_size does not divide by num_attention_heads: change one of them or give head_dim"),
+            (kinds - {"full", "sliding", "chunked", "linear"}, "layer_types may list full, sliding, chunked, linear"),
             ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
              "sliding layers need --sliding_window and chunked layers --attention_chunk_size, in tokens"),
             (self.position == "dual_chunk" and (self.attention_sinks or kinds & {"sliding", "chunked"}),
              "position dual_chunk works with neither sliding nor chunked layers nor sinks; take yarn"),
-            (latent and (kinds != {"full"} or self.position in ("alibi", "relative", "dual_chunk")
-                         or self.attention_sinks or self.attn_output_gate or self.qk_norm),
-             "kv_lora_rank (MLA) works with full layers and rope, llama3 or yarn, without sinks, gate and qk_norm"),
-            (latent and not 0 < self.v_head_dim <= head_dim, "kv_lora_rank (MLA) needs --qk_nope_head_dim, "
-             "--qk_rope_head_dim and a --v_head_dim of at most their sum"),
-            ("linear" in kinds and self.linear_num_value_heads % (self.linear_num_key_heads or 1),
+            (latent and (kinds != {"full"} or self.position in ("alibi", "relative", "dual_chunk") or self.qk_norm
+                         or self.attention_sinks or self.attn_output_gate or not 0 < self.v_head_dim <= head_dim),
+             "kv_lora_rank (MLA) works with full layers and rope, llama3 or yarn, without sinks, gate and qk_norm, and "
+             "needs --qk_nope_head_dim, --qk_rope_head_dim and a --v_head_dim of at most their sum"),
+            ("linear" in kinds and self.linear_num_value_heads % self.linear_num_key_heads,
              "linear_num_key_heads must divide linear_num_value_heads"),
-            (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2,
-             f"n_group {self.n_group} must be at least topk_group and cut {experts} experts into groups of 2 or more"),
-            (experts and chosen > experts // self.n_group * self.topk_group,
-             f"num_experts_per_tok {chosen} is more than a token may choose from; raise num_experts"),
+            (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2
+             or experts and chosen > experts // self.n_group * self.topk_group,
+             "n_group must cut num_experts into groups of 2 or more, of which a token has topk_group to choose from"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
             (self.swiglu_limit and self.hidden_act != "silu", "swiglu_limit needs --hidden_act silu"),
             (self.position in ROPE and (self.rotary_dim % 2 or not self.rotary_dim),
-             f"RoPE rotates pairs: it cannot rotate {self.rotary_dim} numbers of a head; take an even head_dim "
-             "(or qk_rope_head_dim) and partial_rotary_factor"),
+             "RoPE rotates pairs: take an even head_dim (or qk_rope_head_dim) and partial_rotary_factor"),
         ):
             if wrong:
                 raise UserError(sentence)
@@ -185,8 +176,7 @@ _DEEPSEEK = {"rope_theta": 5e4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "q
              "first_k_dense_replace": 1, "scoring_func": "sigmoid", "router_aux_loss_coef": 0.0,
              "router_bias_update_rate": 0.001}
 
-# Published dimensions, after the preset that a laptop trains in minutes; tests check the published counts. In order:
-# vocabulary, width, MLP, layers, query heads, KV heads, head_dim (0: derived), context, tied embeddings (default: yes).
+# In order: vocabulary, width, MLP, layers, query heads, KV heads, head_dim (0: derived), context, tied embeddings.
 PRESETS = {
     "laptop": ModelConfig(8192, 128, 384, 4, 2, 1, 0, 128, initializer_range=0.05),
     "llama-2-7b": ModelConfig(32000, 4096, 11008, 32, 32, 32, 0, 4096, False, 1e-5),
@@ -291,13 +281,12 @@ def _spans(cu_seqlens, window):
             mask = None
             if window and last - oldest > window:
                 distance = distances(last - first, last - oldest, "cpu")
-                mask = torch.where(visible_keys(distance, distance[None, :, 0], window)[0, 0], 0.0, -torch.inf)
+                mask = torch.where((distance >= 0) & (distance < window), 0.0, -torch.inf)
             yield slice(first, last), slice(oldest, last), mask
 
 
 def _grouped(x, q, k):
-    """One document's [L, H or G, D] as the CPU kernel's [G, H/G, L, D]: each KV head under its query heads, without
-    a copy; in fp32, where that kernel is faster."""
+    """One document's [L, H or G, D] as the CPU kernel's [G, H/G, L, D], without a copy; fp32, where it is faster."""
     return x.float().unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).expand(-1, q.shape[1] // k.shape[1], -1, -1)
 
 
@@ -398,7 +387,7 @@ _watched = None
 
 @contextlib.contextmanager
 def watch_attention():
-    """Inside, forward passes run eagerly and every softmax attention appends its `attention_extremes` to the list."""
+    """Inside, forward passes are eager and every softmax attention appends its `attention_extremes` to the list."""
     global _watched
     _watched = []
     try:
@@ -423,11 +412,11 @@ def attention_extremes(q, k, positions, window, chunk):
 
 
 def rope_frequencies(config, device="cpu"):
-    """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token; pair 0 is the fastest. [R/2]
+    """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
 
-    `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`, keep those
-    that rotate often, and blend between. Llama 3.1 blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the
-    number of the pair, from yarn_beta_slow to yarn_beta_fast rotations, rounded to whole pairs if yarn_truncate."""
+    `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`. Llama 3.1
+    blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the number of the pair, from yarn_beta_slow to
+    yarn_beta_fast rotations."""
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
     pairs, keep = torch.arange(R // 2, device=device).float(), 1.0
     frequencies = theta ** (-2 * pairs / R)
@@ -444,16 +433,14 @@ def rope_frequencies(config, device="cpu"):
 
 
 def yarn_temperature(config):
-    """YaRN's factor on queries and keys, 0.1 ln(rope_factor) + 1: as published and in gpt-oss on the part that RoPE
-    rotates; with yarn_mscale_all_dim (DeepSeek, Kimi) on whole heads."""
+    """YaRN's factor on the part of queries and keys that RoPE rotates; with yarn_mscale_all_dim on whole heads."""
     if config.position != "yarn":
         return 1.0
     return 0.1 * (config.yarn_mscale_all_dim or 1) * math.log(config.rope_factor) + 1
 
 
 def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by the angles whose cos and sin are [T, 1, R/2]; numbers
-    from R on stay."""
+    """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
     half = cos.shape[-1]
     a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
@@ -493,30 +480,19 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
 
 
 class KVCache:
-    """What a model remembers of the tokens before, layer by layer, for `length` of at most `capacity` tokens.
+    """What a model remembers of the `length` tokens before, by layer. Full attention: keys and values [B, length, G,
+    D]; MLA: the latent and the shared key's RoPE part; sliding and chunked layers: only what a later token can see;
+    linear layers: a state of fixed size."""
 
-    Full attention: keys and values [B, capacity, G, D]; MLA: the latent [B, capacity, kv_lora_rank] and the shared
-    key's RoPE part; sliding and chunked layers: only what a later token can see; linear layers: a state of fixed size.
-    """
-
-    def __init__(self, capacity):
-        self.capacity, self.length = capacity, 0
-        self.layers = {}  # by number
+    def __init__(self):
+        self.length, self.layers = 0, {}  # length moves after the last layer, in `GPT.forward`
 
     def append(self, layer, *new, sees=0):
-        """Stores new [B, T, ...] at the end and returns everything stored so far. `sees`: how many tokens a query sees;
-        what no later one sees is forgotten. `length` moves after the last layer, in `GPT.forward`."""
-        old = self.layers.get(layer)
-        if sees:
-            seen = [torch.cat(pair, 1) for pair in zip(old, new)] if old else new
-            self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen]
-            return seen
-        if not old:
-            old = self.layers[layer] = [x.new_empty(len(x), self.capacity, *x.shape[2:]) for x in new]
-        end = self.length + new[0].shape[1]
-        for stored, x in zip(old, new):
-            stored[:, self.length:end] = x
-        return [stored[:, :end] for stored in old]
+        """Stores new [B, T, ...] and returns everything stored so far. `sees`: how many tokens a query sees (0: all);
+        what no later one sees is forgotten."""
+        seen = [torch.cat(pair, 1) for pair in zip(self.layers[layer], new)] if layer in self.layers else new
+        self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen] if sees else seen
+        return seen
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------
@@ -534,14 +510,12 @@ def linear(x, weight, bias=None):
 
 class Linear(nn.Linear):
     """fp32 weights, any compute dtype: see `linear`."""
-
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019), or * (1 + weight); the mean in fp32."""
-
     def __init__(self, config, size, eps=None):
         super().__init__(size, eps or config.rms_norm_eps)
         self.zero_centered = config.norm_zero_centered  # so that weight decay pulls the gain to 1 instead of 0
@@ -556,14 +530,13 @@ class RMSNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023), with MHA and MQA as its ends; full, sliding or chunked."""
-
     def __init__(self, config, layer):
         super().__init__()
         C, H, G, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
         kind, bias = config.layer_type(layer), config.attention_bias
         self.config, self.layer, self.uses_rope = config, layer, config.uses_rope(layer)
-        self.window = config.sliding_window if kind == "sliding" else 0
-        self.chunk = config.attention_chunk_size if kind == "chunked" else 0
+        self.window = config.sliding_window * (kind == "sliding")
+        self.chunk = config.attention_chunk_size * (kind == "chunked")
         self.q_proj = Linear(C, H * D * (1 + config.attn_output_gate), bias)
         self.k_proj, self.v_proj = Linear(C, G * D, bias), Linear(C, G * D, bias)
         self.o_proj = Linear(H * D, C, bias)
@@ -604,19 +577,19 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small latent.
 
-    The cache holds that latent and the one key part with position, kv_lora_rank + qk_rope_head_dim numbers a token.
-    When reading it, kv_b_proj is not applied to every old token but moved to the other side: into the query,
-    (q_nope W_k) . latent, and behind the weighted sum. All heads then share one key, as in MQA."""
-
+    The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to every
+    old one but moved to the other side: into the query, (q_nope W_k) . latent, and behind the weighted sum. All heads
+    then share one key, so they are its queries."""
     def __init__(self, config, layer):
         super().__init__()
         C, H, R, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
         self.config, self.layer = config, layer
-        self.q_proj = Linear(C, H * config.head_dim, False) if not rank else None
         if rank:
             self.q_a_proj = Linear(C, rank, config.attention_bias)
             self.q_a_layernorm = RMSNorm(config, rank, 1e-6)  # 1e-6 whatever rms_norm_eps is, as published
             self.q_b_proj = Linear(rank, H * config.head_dim, False)
+        else:
+            self.q_proj = Linear(C, H * config.head_dim, False)
         self.kv_a_proj_with_mqa = Linear(C, R + config.qk_rope_head_dim, config.attention_bias)
         self.kv_a_layernorm = RMSNorm(config, R, 1e-6)
         self.kv_b_proj = Linear(R, H * (config.qk_nope_head_dim + config.v_head_dim), False)
@@ -632,25 +605,21 @@ class LatentAttention(nn.Module):
         c, H, R = self.config, self.config.num_attention_heads, self.config.kv_lora_rank
         value_parts = [c.qk_nope_head_dim, c.v_head_dim]
         temperature = yarn_temperature(c) ** 2 if c.yarn_mscale_all_dim else 1.0
-        q = self.q_proj(x) if self.q_proj else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
         q_nope, q_rope = q.view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
         q_rope, k_rope = self.rotate(q_rope, layout), self.rotate(k_rope[:, :, None], layout)  # [B, T, H or 1, Dr]
         latent = self.kv_a_layernorm(latent)  # [B, T, R]
         if cache:
             latent, k_rope = cache.append(self.layer, latent, k_rope)
-        if layout.end > T:
+        if T == 1 < layout.end:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
-            q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)
-            k, v = torch.cat((latent[:, :, None], k_rope), -1), latent[:, :, None]  # [B, S, 1, R + Dr], [B, S, 1, R]
-            q = q * (temperature * (q.shape[-1] / c.head_dim) ** 0.5)  # scores are still of heads of head_dim numbers
-            if T == 1:  # all heads share one key, so they are its queries
-                y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
-            else:
-                y = attention(q, k, v, layout)  # [B, T, H, R]
+            q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)  # [B, 1, H, R + Dr]
+            k, v = torch.cat((latent, k_rope[:, :, 0]), -1)[:, None], latent[:, None]  # [B, 1, S, R + Dr or R]
+            y = F.scaled_dot_product_attention(q, k, v, scale=temperature / c.head_dim ** 0.5)
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
-            k_nope, v = self.kv_b_proj(latent).view(B, T, H, -1).split(value_parts, -1)
+            k_nope, v = self.kv_b_proj(latent).view(B, -1, H, sum(value_parts)).split(value_parts, -1)
             q = torch.cat((q_nope, q_rope), -1) * temperature
             k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1)
             v = F.pad(v, (0, c.head_dim - c.v_head_dim))  # flash kernels want values as wide as keys
@@ -691,13 +660,11 @@ def gated_delta_rule(q, k, v, decay, beta, state):
 
 class GatedDeltaNet(nn.Module):
     """Linear attention with a gated delta rule (Qwen3-Next's linear layers); its memory does not grow with the text."""
-
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, C, V = layer, config.hidden_size, config.linear_value_head_dim
-        self.sizes = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim
-        G, H, D = self.sizes
-        self.widths, channels = (G * D, G * D, H * V), 2 * G * D + H * V
+        C, G, H = config.hidden_size, config.linear_num_key_heads, config.linear_num_value_heads
+        D, V = config.linear_key_head_dim, config.linear_value_head_dim
+        self.layer, self.sizes, channels = layer, (G, H, D, V), 2 * G * D + H * V
         self.in_proj_qkvz = Linear(C, channels + H * V, False)
         self.in_proj_ba = Linear(C, 2 * H, False)
         self.conv1d = nn.Conv1d(channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False)
@@ -707,30 +674,26 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = Linear(H * V, C, False)
 
     def forward(self, x, layout, cache):
-        B, T, _ = x.shape
-        (G, H, D), values = self.sizes, self.widths[2] // self.sizes[0]  # values of one key head
-        *qkv, z = self.in_proj_qkvz(x).view(B, T, G, -1).split([D, D, values, values], -1)
+        (B, T, _), (G, H, D, V) = x.shape, self.sizes
+        *qkv, z = self.in_proj_qkvz(x).view(B, T, G, -1).split([D, D, H // G * V, H // G * V], -1)  # by key head
         b, a = (y.reshape(B, T, H).float() for y in self.in_proj_ba(x).view(B, T, G, -1).chunk(2, -1))
         mixed = torch.cat([y.flatten(2) for y in qkv], -1)  # [B, T, channels]
         kernel, y = self.conv1d.weight[:, 0].t().to(x.dtype), 0  # [kernel, channels]
         tail, state = cache and cache.layers.get(self.layer) or (
-            mixed.new_zeros(B, len(kernel) - 1, mixed.shape[-1]),
-            torch.zeros(B, H, D, values * G // H, device=x.device))
+            mixed.new_zeros(B, len(kernel) - 1, mixed.shape[-1]), torch.zeros(B, H, D, V, device=x.device))
         mixed = torch.cat((tail, mixed), 1)
         for start, weight in enumerate(kernel):  # a causal convolution inside documents
-            back, shifted = len(kernel) - 1 - start, mixed[:, start:start + T]
-            if back and layout.cu_seqlens is not None:
-                shifted = shifted * (layout.positions >= back)[..., None]
-            y = y + shifted * weight
-        q, k, v = F.silu(y).split(self.widths, -1)
+            inside = layout.positions >= len(kernel) - 1 - start  # [B or 1, T]
+            y = y + mixed[:, start:start + T] * inside[..., None] * weight
+        q, k, v = F.silu(y).split([G * D, G * D, H * V], -1)
         q, k = (y.float().view(B, T, G, D).repeat_interleave(H // G, 2) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
-        y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, -1), decay, b.sigmoid(), state)
+        y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
         if cache:
             cache.layers[self.layer] = mixed[:, T:], state
-        y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, -1))
+        y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, V))
         return self.out_proj(y.flatten(2))
 
 
@@ -744,7 +707,6 @@ def gated(gate, up, config):
 
 class MLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
-
     def __init__(self, config, width):
         super().__init__()
         self.config = config
@@ -758,7 +720,6 @@ class MLP(nn.Module):
 
 class Router(Linear):
     """Scores every expert and picks K of them for each token."""
-
     def __init__(self, config):
         super().__init__(config.hidden_size, config.num_experts, config.mlp_bias)
         self.config = config
@@ -783,7 +744,6 @@ class Router(Linear):
 
 class _Reorder(torch.autograd.Function):
     """x[order], whose backward is grad[inverse]: a gather both ways, no atomics, so it is fast and deterministic."""
-
     @staticmethod
     def forward(ctx, x, order, inverse):
         ctx.save_for_backward(inverse)
@@ -796,7 +756,6 @@ class _Reorder(torch.autograd.Function):
 
 class Experts(nn.Module):
     """The routed MLPs of a layer, dropless: each token visits all of its experts, however uneven that makes them."""
-
     def __init__(self, config):
         super().__init__()
         C, E, M = config.hidden_size, config.num_experts, config.moe_intermediate_size
@@ -817,8 +776,7 @@ class Experts(nn.Module):
             if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):  # what grouped_mm requires of rows
                 y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
             else:
-                counts = ends.diff(prepend=ends.new_zeros(1)).tolist()
-                y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts), weight)])
+                y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.int().tolist()), weight)])
             if bias is not None:  # bias[expert] as a product, whose backward needs no atomics
                 y = y + F.one_hot(expert, len(bias)).to(x.dtype) @ bias.to(x.dtype)
             return y
@@ -839,7 +797,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        width = config.shared_expert_intermediate_size or config.n_shared_experts * config.moe_intermediate_size
+        width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config, width) if width else None
         self.shared_expert_gate = Linear(config.hidden_size, 1, False) if width and config.shared_expert_gate else None
         self.routing, self.load = None, None
@@ -859,7 +817,6 @@ class MoE(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). A linear layer has `linear_attn` instead of `self_attn`."""
-
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config, config.hidden_size)
@@ -905,11 +862,10 @@ def z_loss(logits, targets):
 
 class GPT(nn.Module):
     """tokens [B, T] int64 -> logits [B, T, V]."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compute_dtype, self.compiled = torch.float32, False
+        self.compute_dtype, self.compiled = torch.float32, False  # compiled: False later makes blocks eager again
         self.recompute = False  # computes blocks again in the backward pass instead of keeping what they computed
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -930,11 +886,6 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             if hasattr(layer, "self_attn"):
                 layer.compile(fullgraph=True, dynamic=False, backend=backend)
-
-    def forget_compilation(self):
-        """Back to eager blocks, where a machine turns out to have no compiler; returns whether they were compiled."""
-        compiled, self.compiled = self.compiled, False
-        return compiled
 
     def layout(self, tokens, cu_seqlens, start):
         """The Layout of tokens [B, T] that follow `start` others."""
@@ -959,8 +910,6 @@ class GPT(nn.Module):
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
         `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V]."""
-        if cache and cu_seqlens is not None:
-            raise UserError("a cache holds one document a row; leave cu_seqlens out")
         layout = self.layout(tokens, cu_seqlens, cache.length if cache else 0)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
@@ -1026,17 +975,18 @@ def count_parameters(config):
     `embedding`: input embedding and output head (once if tied). `active`: what one token uses, all but the experts it
     does not visit, embeddings included. `matmul`: weights that a token is multiplied with, the head included and the
     look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
-    look_up = config.vocab_size * config.hidden_size
-    embedding = look_up if config.tie_word_embeddings else 2 * look_up
-    total, active, added = 0, 0, embedding - look_up  # added: active, but not multiplied with: gains, biases, positions
+    total = active = matmul = 0
     with torch.device("meta"):
         for name, p in GPT(config).named_parameters():
             used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
             total, active = total + p.numel(), active + used
-            if p.ndim == 1 or name.endswith(("_proj_bias", "embed_positions.weight", "relative_bias.weight")):
-                added += used
+            if p.ndim > 1 and not name.endswith(("_proj_bias", "embed_tokens.weight", "embed_positions.weight",
+                                                 "relative_bias.weight")):
+                matmul += used
+    tied, look_up = config.tie_word_embeddings, config.vocab_size * config.hidden_size
+    embedding = look_up * (2 - tied)
     return {"total": total, "active": active, "embedding": embedding, "non_embedding": total - embedding,
-            "matmul": active - added}
+            "matmul": matmul + look_up * tied}
 
 
 def main():

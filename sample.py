@@ -61,7 +61,7 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
-    cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
+    cache = KVCache()  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
     running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
     for _ in range(max_tokens):
         logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]

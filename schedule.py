@@ -1,16 +1,12 @@
-"""Hyperparameters: the optimizer, learning-rate schedules, and laws of rate, batch size and loss.
+"""Hyperparameters: the optimizer, learning-rate schedules, loss spikes, and laws of rate, batch size and loss.
 
-The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (its ablation:
-2.189 with decay on the embedding, 2.202 without, which is noise), gradients clipped at norm 1. Warmup-stable-decay
-(WSD) ends as low as cosine (2.204 both with a 10 % decay; 2.184 with 20 %), and the length of the run may change
-later: a longer run resumes from the checkpoint before the decay. SmolLM3: 2e-4, 2000 steps of warmup, linear to zero
-over the last 11 % of the steps.
+The playbook's choices: AdamW with betas 0.9 / 0.95, weight decay 0.1 on everything but the embedding (2.189 with decay
+on it, 2.202 without: noise), gradients clipped at norm 1. Warmup-stable-decay (WSD) ends as low as cosine (2.204 both
+with a 10 % decay; 2.184 with 20 %), and a longer run can resume from the checkpoint before the decay. SmolLM3: 2e-4,
+2000 steps of warmup, linear to zero over the last 11 % of the steps.
 
     python schedule.py               # the schedules side by side; the laws for 1B parameters and 45B tokens
     python schedule.py 3.08B 11.1T   # the laws for another size and length
-
-The last step, `total - 1`, has exactly the final rate. A law that is asked outside the range of its fit still answers,
-with a warning (`Extrapolation`): start a search there.
 """
 
 import argparse
@@ -20,13 +16,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from tokenizer import Parser, UserError, number, run
 
 # ---- learning-rate schedules ----------------------------------------------------------------------------------
+# The last step, `total - 1`, has exactly the final rate.
 
 # The shape of a decay: 1 at its start (progress 0), 0 at its end (progress 1). Add yours here.
 DECAYS = {
@@ -36,24 +32,24 @@ DECAYS = {
 }
 
 
-def warmup(step: int, warmup_steps: int) -> float:
-    """Share of the peak rate: (step + 1) / warmup_steps, which is never 0, and 1 from step warmup_steps - 1 on."""
+def warmup(step, warmup_steps):
+    """Share of the peak rate: never 0, and 1 from step warmup_steps - 1 on."""
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 
-def wsd(step: int, total: int, warmup_steps: int, decay_steps: int, decay: str = "linear", final: float = 0.0) -> float:
+def wsd(step, total, warmup_steps, decay_steps, decay="linear", final=0.0):
     """Warmup-stable-decay (Hu et al. 2024), as a share of the peak: rises, stays at 1, falls to `final` at the end."""
     progress = (step + 1 - (total - decay_steps)) / max(1, decay_steps)  # of the decay: 1 at step total - 1
     falling = DECAYS[decay](min(1.0, max(0.0, progress)))
     return warmup(step, warmup_steps) * (final + (1 - final) * falling)
 
 
-def cosine(step: int, total: int, warmup_steps: int, final: float = 0.1, **_) -> float:
+def cosine(step, total, warmup_steps, final=0.1, **_):
     """Warmup, then half a cosine down to `final` at step total - 1 (Loshchilov and Hutter 2017)."""
     return wsd(step, total, warmup_steps, total - warmup_steps, "cosine", final)
 
 
-def multistep(step: int, total: int, warmup_steps: int, **_) -> float:
+def multistep(step, total, warmup_steps, **_):
     """DeepSeek LLM: 1 for 80 % of the steps, then sqrt(0.1) = 0.316 for 10 %, then 0.1 for the last 10 %."""
     drops = (step >= round(0.8 * total)) + (step >= round(0.9 * total))
     return warmup(step, warmup_steps) * 0.1 ** (drops / 2)
@@ -63,13 +59,12 @@ def multistep(step: int, total: int, warmup_steps: int, **_) -> float:
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "multistep": multistep}
 
 
-def rate_share(schedule: str, step: int, total: int, warmup_steps: int, decay_steps: int, decay: str,
-               final: float) -> float:
+def rate_share(schedule, step, total, warmup_steps, decay_steps, decay, final):
     """Share of the peak learning rate at a step under one of SCHEDULES."""
     return SCHEDULES[schedule](step, total, warmup_steps, decay_steps=decay_steps, decay=decay, final=final)
 
 
-def learning_rate(recipe, curriculum, step: int) -> float:
+def learning_rate(recipe, curriculum, step):
     """The rate of the update that begins at a step, for a train.Recipe and its data.Curriculum.
 
     A stage with a rate of its own warms up and follows a cosine to 0 (SmolLM3's long-context stages). The others share
@@ -88,12 +83,11 @@ def learning_rate(recipe, curriculum, step: int) -> float:
 
 # ---- the optimizer --------------------------------------------------------------------------------------------
 
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Named groups that hold every parameter once. All but `embedding` have weight decay, as in SmolLM3: `head`
-    (untied), `gain` (norms, other vectors), `matrix` (hidden ones), `stacked` (3 dimensions: experts, convolutions)."""
+def parameter_groups(model, weight_decay):
+    """Named groups of parameters, all with weight decay but `embedding`, as in SmolLM3: `head` (untied), `gain` (norms,
+    other vectors), `matrix` (hidden ones), `stacked` (3 dimensions: experts, convolutions)."""
     groups = {}
-    for name, parameter in model.named_parameters():  # names a shared parameter once
+    for name, parameter in model.named_parameters():
         kind = ("gain" if parameter.ndim < 2 or "bias" in name else "embedding" if "embed_" in name
                 else "head" if "lm_head" in name else "matrix" if parameter.ndim == 2 else "stacked")
         groups.setdefault(kind, []).append(parameter)
@@ -103,16 +97,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 class Optimizers:
     """torch optimizers that step as one; `torch.distributed.checkpoint.state_dict` takes `.optimizers`."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer):
+    def __init__(self, *optimizers):
         self.optimizers = list(optimizers)
         self.found_inf = None  # a float tensor of one element; 1 makes `step` leave weights and moments unchanged
 
     @property
-    def param_groups(self) -> list[dict]:
+    def param_groups(self):
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self) -> None:
+    def step(self):
         for optimizer in self.optimizers:
             if optimizer.defaults.get("fused"):
                 optimizer.found_inf = self.found_inf  # read on the device, so that the host need not wait
@@ -120,21 +113,19 @@ class Optimizers:
             elif not self.found_inf:
                 optimizer.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none=True):
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none)
 
-    def update_to_weight(self) -> float:
+    def update_to_weight(self):
         """The largest norm of AdamW's last step over the norm of the matrix that it moved; 0 before the first step."""
-        largest = 0.0
-        for part in self.optimizers:
-            for group in part.param_groups:
-                for weight, state in ((w, part.state.get(w)) for w in group["params"] if w.ndim == 2):
-                    if state and "exp_avg" in state:
-                        (beta1, beta2), step = group["betas"], state["step"]
-                        scale = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt() + group["eps"]
-                        change = group["lr"] * (state["exp_avg"] / (1 - beta1**step) / scale).norm() / weight.norm()
-                        largest = max(largest, float(change.full_tensor() if isinstance(change, DTensor) else change))
+        adamw, largest = self.optimizers[0], 0.0
+        for group in adamw.param_groups:
+            (beta1, beta2), eps = group["betas"], group["eps"]
+            for weight, state in ((w, adamw.state[w]) for w in group["params"] if w.ndim == 2 and w in adamw.state):
+                scale = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt() + eps
+                change = group["lr"] * (state["exp_avg"] / (1 - beta1 ** state["step"]) / scale).norm() / weight.norm()
+                largest = max(largest, float(change.full_tensor() if isinstance(change, DTensor) else change))
         return largest
 
 
@@ -146,7 +137,6 @@ class NoBfloat16(TorchFunctionMode):  # inside it, `tensor.bfloat16()` copies in
 class Float32Muon(torch.optim.Muon):
     """torch's Muon takes its Newton-Schulz steps in bfloat16. A CPU without bfloat16 emulates it 20 times slower than
     fp32 (laptop model, 2 cores: 0.56 against 0.03 s a step), so this one stays in fp32."""
-
     def step(self, closure=None):
         with NoBfloat16():
             return super().step(closure)
@@ -155,15 +145,12 @@ class Float32Muon(torch.optim.Muon):
 OPTIMIZERS = {"adamw": (), "muon": ("matrix",)}  # the parameter groups that Muon updates; AdamW updates the others
 
 
-def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float = 0.1,
-                    betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-                    name: str = "adamw", dtype: torch.dtype = torch.bfloat16) -> Optimizers:
-    """torch's fused AdamW (Loshchilov and Hutter 2019) over `parameter_groups`. With "muon", torch's Muon (Jordan et
-    al. 2024) updates the hidden matrices, and AdamW the rest: embedding, head, gains and stacked experts.
-
-    Muon has Moonlight's settings (Liu et al. 2025), as in the playbook: updates times 0.2 sqrt(max(rows, columns)), so
-    that AdamW's rate and decay fit; Nesterov momentum 0.95; 5 Newton-Schulz steps in `dtype`. The playbook found Muon
-    better than AdamW when tuned at 1B, but it diverged more often at 3B, so SmolLM3 stayed with AdamW."""
+def build_optimizer(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, name="adamw",
+                    dtype=torch.bfloat16):
+    """torch's fused AdamW (Loshchilov and Hutter 2019); with "muon", torch's Muon (Jordan et al. 2024) for OPTIMIZERS'
+    groups. Muon has Moonlight's settings (Liu et al. 2025), as in the playbook: updates times 0.2 sqrt(max(rows,
+    columns)), so that AdamW's rate and decay fit; 5 Newton-Schulz steps in `dtype`. The playbook found Muon better than
+    AdamW when tuned at 1B, but it diverged more often at 3B, so SmolLM3 stayed with AdamW."""
     mine, rest = [], []
     for group in parameter_groups(model, weight_decay):
         (mine if group["name"] in OPTIMIZERS[name] else rest).append(group)
@@ -178,7 +165,6 @@ def build_optimizer(model: nn.Module, learning_rate: float, weight_decay: float 
 
 # ---- loss spikes ----------------------------------------------------------------------------------------------
 
-
 class Guard:
     """Watches loss and gradient norm for spikes (OLMo-core's rule: more than 6 standard deviations above the mean of
     the last 128 values; silent until there are 63) and does what `--guard` says:
@@ -186,32 +172,27 @@ class Guard:
     warn    log it: the playbook lets a run continue through spikes that it recovers from
     skip    also leave this update out (OLMo-core's SkipStepAdamW)
     rewind  also, if the loss is not back after FAST updates, load a checkpoint from before the spike, skip the batches
-            around it and clip at half for a while. PaLM went about 100 steps back and skipped 200 to 500 batches: the
-            same batches did no harm with other weights, so data and weights cause a spike together. Each further try
-            skips twice as many; after TRIES the run ends and says so.
+            around it and clip at half for a while (PaLM: the same batches did no harm with other weights). Each
+            further try skips twice as many; after TRIES the run ends.
 
-    A spike is over when three losses in a row are within 2 standard deviations of where it began: `fast` in at most
-    FAST updates, `slow` in at most LOST, otherwise `not recovered`. A smoothed loss that stays HIGH above its lowest,
-    or above that of guessing, for LEAST updates is trouble: `diverged`, or `plateaued higher` below guessing.
-    """
-
+    A spike is over after three losses in a row within 2 standard deviations of the mean before it: `fast` in at most
+    FAST updates, `slow` in at most LOST. A smoothed loss that stays HIGH above its lowest, or above guessing, for LEAST
+    updates is trouble: `diverged`, or `plateaued higher` below guessing."""
     WINDOW, LEAST, SIGMAS, FAST, LOST, HIGH = 128, 63, 6.0, 10, 256, 0.5
     TRIES, MARGIN = 3, 16  # rewinds for one spike; batches skipped on either side of it
-    PLAIN = ("count", "spike", "calm", "since", "skipped", "tight_until", "rewinds", "smooth", "lowest", "high")
 
-    def __init__(self, policy: str, device: str, guessing: float = math.inf):
+    def __init__(self, policy, device, guessing=math.inf):
         """guessing: the loss of a model that knows nothing, ln(vocab_size) nats."""
         self.policy, self.guessing = policy, guessing
-        self.smooth, self.lowest, self.high = 0.0, 1e9, 0  # averaged loss, its lowest, updates far above that
         self.seen = torch.zeros(2, self.WINDOW, device=device)  # losses and norms, a ring
         self.stopped = torch.zeros((), device=device)  # 1 after a value that is not finite: no update follows
-        self.count = 0  # values seen
-        self.spike: dict | None = None  # the one that is not over: where it began, and what was usual there
-        self.calm, self.since = 0, 0  # losses in a row that are back to usual; updates since the spike began
-        self.skipped: list[list[int]] = []  # [begin, end) of steps without an update
-        self.tight_until, self.rewinds = 0, 0
+        # All the rest is plain numbers, which a checkpoint keeps.
+        self.count, self.spikes = 0, 0  # updates and spikes of the loss so far
+        self.began, self.back, self.calm = None, 0.0, 0  # the spike's step; the loss to come back to; losses below it
+        self.smooth, self.lowest, self.high = 0.0, 1e9, 0  # averaged loss, its lowest, updates far above that
+        self.skipped, self.tight_until, self.rewinds = [], 0, 0  # [begin, end) of steps without an update
 
-    def judge(self, loss: Tensor, norm: Tensor) -> dict[str, Tensor]:
+    def judge(self, loss, norm):
         """On the device: whether this update is a spike, whether to drop it, and the window's mean and deviation."""
         new = torch.stack((loss, norm))  # [2]
         seen = self.seen[:, :min(self.count, self.WINDOW)]
@@ -225,156 +206,132 @@ class Guard:
         dropped = torch.maximum(self.stopped, spike) if self.policy == "skip" else self.stopped
         return {"spike": spike, "dropped": dropped, "stopped": self.stopped, "usual": mean[0], "spread": deviation[0]}
 
-    def follow(self, step: int, values: dict[str, float]) -> dict | None:
-        """On the host, after `judge`: the event to log, if any; its "event" is spike, over, rewind, or trouble."""
-        self.smooth = 0.95 * (self.smooth or values["loss"]) + 0.05 * values["loss"]
+    def follow(self, step, values):
+        """On the host, after `judge`: the event to log, if any: spike, over, trouble (with "text"), rewind."""
+        loss = values["loss"]
+        self.smooth = 0.95 * (self.smooth or loss) + 0.05 * loss
         self.lowest = min(self.lowest, self.smooth)
         self.high = self.high + 1 if self.smooth > min(self.lowest, self.guessing) + self.HIGH else 0
         if self.high == self.LEAST:
             kind = "diverged" if self.smooth > self.guessing else "plateaued higher"
-            return {"event": "trouble", "step": step, "kind": kind, "loss": self.smooth, "lowest": self.lowest}
-        if values["spike"] and self.spike is None:
-            self.spike = {"step": step, **{name: values[name] for name in ("loss", "grad_norm", "usual", "spread")}}
-            self.calm, self.since = 0, 0
-            return {"event": "spike", "step": step, "spike": dict(self.spike)}
-        if self.spike is None:
-            return None
-        began, back = self.spike["step"], self.spike["usual"] + 2 * self.spike["spread"]
-        self.since += 1
-        self.calm = self.calm + 1 if values["loss"] <= back else 0
-        if self.calm == 3 or self.since >= self.LOST:
-            lasted, self.spike = self.since - self.calm + 1, None
-            kind = ("fast" if lasted <= self.FAST else "slow") if self.calm == 3 else "not recovered"
-            return {"event": "over", "step": step, "kind": kind, "began": began, "lasted": lasted}
-        if self.policy == "rewind" and self.since >= self.FAST and not self.calm:
+            return {"event": "trouble", "step": step, "kind": kind, "text": f"{kind}: the loss has stayed near "
+                    f"{self.smooth:.2f} for {self.LEAST} updates; its lowest was {self.lowest:.2f}; lower "
+                    "--learning_rate, rewind, or look at the data"}
+        if self.began is None:
+            if not values["spike"]:
+                return None
+            self.began, self.back, self.calm = step, values["usual"] + 2 * values["spread"], 0
+            self.spikes += loss > self.back  # others are of the gradient only
+            return {"event": "spike", "step": step, "text": f"a spike: loss {loss:.3f} where {values['usual']:.3f} is "
+                    f"usual, gradient norm {values['grad_norm']:.2f}" + ", update left out" * (self.policy == "skip")}
+        began, lasted = self.began, step - self.began
+        self.calm = self.calm + 1 if loss <= self.back else 0
+        if self.calm == 3 or lasted >= self.LOST:
+            lasted, self.began = lasted - self.calm + 1, None
+            kind = "not recovered" if self.calm < 3 else "fast" if lasted <= self.FAST else "slow"
+            return {"event": "over", "step": step, "kind": kind, "began": began, "lasted": lasted,
+                    "text": f"the spike at step {began:,}: {kind}, {lasted} updates"}
+        if self.policy == "rewind" and lasted >= self.FAST and not self.calm:
             return {"event": "rewind", "step": step, "began": began}
         return None
 
-    def describe(self, event: dict) -> str:
-        """An event of `follow` in words."""
-        if event["event"] == "spike":
-            done = {"skip": "this update is left out", "warn": "training continues",
-                    "rewind": "training continues for now"}[self.policy]
-            return ("a spike: loss {loss:.3f} where {usual:.3f} is usual, gradient norm {grad_norm:.2f}; {done}"
-                    .format(**event["spike"], done=done))
-        if event["event"] == "trouble":
-            return (f"{event['kind']}: the loss has stayed near {event['loss']:.2f} for {self.LEAST} updates, far "
-                    f"above its lowest, {event['lowest']:.2f}; lower --learning_rate, rewind, or look at the data")
-        advice = "; try a lower --learning_rate, a lower --clip or --guard rewind"
-        return (f"the spike at step {event['began']:,}: {event['kind']}, {event['lasted']} updates"
-                + advice * (event["kind"] == "not recovered"))
+    def verdict(self, losses, held_out, excess):
+        """How a run ended, in words; "" if nothing is unusual. losses: nats a token of each update; held_out: of
+        held-out text, mixed like the last batches, which costs no less in a healthy run; excess: `laptop_excess`."""
+        tenth = max(1, len(losses) // 10)
+        first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+        ends = f"the loss ends at {last:.2f} nats a token"
+        if last > 1.1 * self.guessing or last > max(first, self.guessing) + 0.1:
+            return (f"diverged: {ends}, where guessing costs {self.guessing:.2f}; lower --learning_rate, then look at "
+                    "the data, the initialisation and the precision")
+        if len(losses) >= 10 and last > 0.9 * self.guessing and first - last < 0.01 * len(losses):
+            return f"flat: {ends} and began at {first:.2f}; raise --learning_rate or train longer"
+        if self.high >= self.LEAST or last > 1.1 * held_out or excess > 1.1:
+            return (f"plateaued higher than expected: {ends} (lowest average {self.lowest:.2f}, held-out text "
+                    f"{held_out:.2f}) and held-out bits per byte are {excess:.2f} times what a run of this size and "
+                    "length reaches; look at the batches and the labels, then try another --learning_rate")
+        if self.spikes or max(losses) > 1.1 * self.guessing:
+            return f"spike and {'not ' * (self.began is not None)}recovered: from up to {max(losses):.2f}, {ends}"
+        return ""
 
-    def after_gap(self, step: int) -> int:
-        """The next step at or after this one whose batch is not skipped."""
+    def after_gap(self, step):
+        """The first step from this one on whose batch is not skipped."""
         while gap := next((end for begin, end in self.skipped if begin <= step < end), None):
             step = gap
         return step
 
-    def state(self, step: int) -> dict:
+    def state(self, step):
         """As plain numbers, for a checkpoint."""
-        return {"step": step, "seen": self.seen.tolist(), **{name: getattr(self, name) for name in self.PLAIN}}
+        kept = {name: value for name, value in vars(self).items() if name not in ("policy", "guessing", "stopped")}
+        return kept | {"step": step, "seen": self.seen.tolist()}
 
-    def restore(self, state: dict) -> None:
-        self.seen = torch.tensor(state["seen"], device=self.seen.device)
-        self.stopped = torch.zeros_like(self.stopped)
-        for name in self.PLAIN:
-            setattr(self, name, state[name])
-
-
-def judge_losses(losses: list[float], guessing: float, score: float, expected: float) -> str:
-    """How a run ended, in words, from its training losses and that of guessing in nats, and its held-out score beside
-    what a law predicts; "" if nothing is unusual."""
-    tenth = max(1, len(losses) // 10)
-    first, last = (sum(part) / len(part) for part in (losses[:10], losses[-tenth:]))
-    if last > guessing + 0.1:
-        return (f"diverged: the loss ends at {last:.2f} nats, above the {guessing:.2f} of guessing; lower "
-                "--learning_rate, then look at the data, the initialisation and the precision")
-    if first - last < 0.1 * guessing:
-        return f"flat: the loss fell only from {first:.2f} to {last:.2f} nats; raise --learning_rate or train longer"
-    if score > 1.15 * expected:
-        return (f"plateaued higher than expected: {score:.3f} bits per byte, where runs of this size and length reach "
-                f"about {expected:.3f}; look at the data and the labels, then try another --learning_rate")
-    return ""
-
-
-def judge_log(entries: list[dict], guessing: float, parameters: float) -> str:
-    """`judge_losses` of a run's log; the law is that of the embedded corpus."""
-    losses, scores = [e["loss"] for e in entries if "loss" in e], [e["val"] for e in entries if "val" in e]
-    text = [score for name, score in scores[-1].items() if name in ("prose", "code")] if scores else []
-    law = LAPTOP_LAW.predict(parameters, max((e.get("tokens", 1) for e in entries), default=1))
-    known = law["fitted"] and len(text) == 2
-    return judge_losses(losses, guessing, sum(text) / 2, law["loss"] if known else math.inf) if losses else ""
+    def restore(self, state):
+        """Takes over a `state`; what a value that is not finite stopped may continue."""
+        vars(self).update({name: state[name] for name in self.state(0) if name != "step"})
+        self.seen, self.stopped = torch.tensor(state["seen"], device=self.stopped.device), self.stopped * 0
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------
-
 
 class Extrapolation(UserWarning):
     """A law was asked outside the range of its fit."""
 
 
-def check_range(law: str, value: float, low: float, high: float, unit: str) -> None:
+def check_range(law, value, low, high, unit):
     """Warns unless low <= value <= high."""
     if not low <= value <= high:
         warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}", Extrapolation, stacklevel=3)
 
 
-def deepseek_rate(compute: float) -> float:
-    """Peak rate 0.3118 C^-0.1250 (DeepSeek LLM 2024), C in non-embedding FLOPs, fitted on 1e17 to 2e19."""
+def deepseek_rate(compute):
+    """Peak rate 0.3118 C^-0.1250 (DeepSeek LLM 2024), C in non-embedding FLOPs."""
     check_range("DeepSeek's rate", compute, 1e17, 2e19, "FLOPs")
     return 0.3118 * compute**-0.1250
 
 
-def deepseek_batch(compute: float) -> float:
-    """Batch in tokens, 0.2920 C^0.3271 (DeepSeek LLM 2024), C in non-embedding FLOPs, fitted on 1e17 to 2e19."""
+def deepseek_batch(compute):
+    """Batch in tokens, 0.2920 C^0.3271 (DeepSeek LLM 2024), C in non-embedding FLOPs."""
     check_range("DeepSeek's batch", compute, 1e17, 2e19, "FLOPs")
     return 0.2920 * compute**0.3271
 
 
-def step_law_rate(parameters: float, tokens: float) -> float:
+def step_law_rate(parameters, tokens):
     """Peak rate 1.79 N^-0.713 D^0.307 (Step Law, Li et al. 2025), N without embeddings."""
     check_range("Step Law's rate", parameters, 0.06e9, 1.1e9, "parameters")
     check_range("Step Law's rate", tokens, 2e9, 100e9, "tokens")
     return 1.79 * parameters**-0.713 * tokens**0.307
 
 
-def step_law_batch(tokens: float) -> float:
+def step_law_batch(tokens):
     """Batch in tokens, 0.58 D^0.571, whatever the size (Step Law, Li et al. 2025)."""
     check_range("Step Law's batch", tokens, 2e9, 100e9, "tokens")
     return 0.58 * tokens**0.571
 
 
-def scale_rate(rate: float, k: float) -> float:
-    """The rate for a batch k times as large: sqrt(k) times as HIGH (playbook; many summaries invert it).
-
-    The variance of an update is proportional to rate^2 / batch, so sqrt(k) keeps it. Holds while both batches are below
-    the critical size, which is unlikely if one is more than 16 times the other."""
+def scale_rate(rate, k):
+    """The rate for a batch k times as large: sqrt(k) times as HIGH (playbook; many summaries invert it). The variance
+    of an update, rate^2 / batch, then stays. Holds while both batches are below the critical size."""
     check_range("square-root scaling", k, 1 / 16, 16, "times the batch")
     return rate * math.sqrt(k)
 
 
-def scale_adam(k: float, rate: float, beta1: float = 0.9, beta2: float = 0.95,
-               eps: float = 1e-8) -> tuple[float, float, float, float]:
-    """(rate, beta1, beta2, eps) of Adam for a batch k times as large (Malladi et al. 2022): the rate times sqrt(k),
-    1 - beta times k, eps divided by sqrt(k). The moments then average over as many tokens as before. The rule ends
-    where a beta would become negative."""
+def scale_adam(k, rate, beta1=0.9, beta2=0.95, eps=1e-8):
+    """(rate, beta1, beta2, eps) of Adam for a batch k times as large (Malladi et al. 2022): the moments then average
+    over as many tokens as before. The rule ends where a beta would become negative."""
     check_range("Adam's scaling", k * (1 - min(beta1, beta2)), 0, 0.5, "as k (1 - beta)")
-    return rate * math.sqrt(k), max(0.0, 1 - k * (1 - beta1)), max(0.0, 1 - k * (1 - beta2)), eps / math.sqrt(k)
+    beta1, beta2 = (max(0.0, 1 - k * (1 - beta)) for beta in (beta1, beta2))
+    return rate * math.sqrt(k), beta1, beta2, eps / math.sqrt(k)
 
 
-def decay_timescale(rate: float, weight_decay: float) -> float:
-    """Steps in which AdamW's decay shrinks a weight by a factor e: 1 / (rate * decay) (Wang and Aitchison 2024)."""
-    return 1 / (rate * weight_decay) if weight_decay else math.inf
-
-
-def suggest_weight_decay(rate: float, steps: float) -> float:
-    """0.1, as in nearly all labs (playbook). The weights average the updates of the last `decay_timescale` steps: warns
-    below 1 % of the run, where they forget most of the data, and above the whole run, where decay has no effect."""
-    check_range("weight decay 0.1", decay_timescale(rate, 0.1) / steps, 0.01, 1, "runs of timescale")
+def suggest_weight_decay(rate, steps):
+    """0.1, as in nearly all labs (playbook). AdamW's decay shrinks a weight by a factor e in 1 / (rate * decay) steps
+    (Wang and Aitchison 2024). Warns where this is below 1 % of the run, so that the weights forget most of the data, or
+    above the whole run, where decay has no effect."""
+    check_range("weight decay 0.1", 1 / (0.1 * rate * steps), 0.01, 1, "runs of timescale")
     return 0.1
 
 
-def suggest_warmup(steps: int) -> int:
+def suggest_warmup(steps):
     """Steps of warmup: 2000, or 4 % of a shorter run (playbook: 2000, or 1 to 5 % of short runs)."""
     check_range("the warmup", steps, 100, math.inf, "steps")
     return max(1, min(2000, round(0.04 * steps)))
@@ -382,11 +339,9 @@ def suggest_warmup(steps: int) -> int:
 
 # ---- laws of loss ---------------------------------------------------------------------------------------------
 
-
 @dataclass(frozen=True)
 class LossLaw:
     """loss(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022), nats a token or bits a byte."""
-
     source: str
     E: float
     A: float
@@ -396,34 +351,34 @@ class LossLaw:
     parameters: tuple[float, float] = (70e6, 16e9)  # the range of the fit
     tokens: tuple[float, float] = (5e9, 500e9)
 
-    def loss(self, parameters: float, tokens: float) -> float:
+    def loss(self, parameters, tokens):
         """Predicted loss; warns outside the range of the fit."""
         check_range(self.source, parameters, *self.parameters, "parameters")
         check_range(self.source, tokens, *self.tokens, "tokens")
         return self.predict(parameters, tokens)["loss"]
 
-    def predict(self, parameters: float, tokens: float) -> dict:
+    def predict(self, parameters, tokens):
         """A row for tables: the predicted loss, without a warning; `fitted`: inside the range of the fit."""
         (least, most), (fewest, longest) = self.parameters, self.tokens
         return {"parameters": parameters, "tokens": tokens,
                 "loss": self.E + self.A * parameters**-self.alpha + self.B * tokens**-self.beta,
                 "fitted": least <= parameters <= most and fewest <= tokens <= longest}
 
-    def optimum(self, compute: float) -> tuple[float, float]:
+    def optimum(self, compute):
         """(parameters, tokens) of the lowest loss for C = 6ND FLOPs: one more FLOP gains as much in either."""
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         parameters = G * (compute / 6) ** (self.beta / (self.alpha + self.beta))
         return parameters, compute / 6 / parameters
 
-    def tokens_for(self, parameters: float) -> float:
+    def tokens_for(self, parameters):
         """The tokens for which this size is compute-optimal."""
         return (self.beta * self.B / (self.alpha * self.A) * parameters**self.alpha) ** (1 / self.beta)
 
-    def parameters_for(self, tokens: float) -> float:
+    def parameters_for(self, tokens):
         """The compute-optimal size for so many tokens."""
         return (self.alpha * self.A / (self.beta * self.B) * tokens**self.beta) ** (1 / self.alpha)
 
-    def tokens_to_reach(self, loss: float, parameters: float) -> float:
+    def tokens_to_reach(self, loss, parameters):
         """Tokens that a model of this size needs to reach a loss; inf if it never does."""
         gap = loss - self.E - self.A * parameters**-self.alpha
         return (self.B / gap) ** (1 / self.beta) if gap > 0 else math.inf
@@ -437,33 +392,39 @@ CHINCHILLA = LossLaw("Besiroglu et al. 2024", 1.8172, 482.01, 2085.43, 0.3478, 0
 LAPTOP_LAW = LossLaw("fitted to the laptop's runs", 0.745, 8368, 19.69, 0.825, 0.2, (0.15e6, 7e6), (0.1e6, 10e6))
 
 
-def overtrain(law: LossLaw, compute: float, k: float) -> dict[str, float]:
-    """A model k times smaller than the compute-optimal one, trained on k times the tokens at equal compute (SmolLM3:
-    about 3,600 tokens a parameter). `loss_penalty`: how much higher its loss is. `inference_saving`: share of the FLOPs
-    of a generated token (2N) that it saves. `compute_to_match`: times the compute to reach the same loss (inf: never).
-    The rest as `LossLaw.predict`."""
+def laptop_excess(bits_per_byte, parameters, tokens, steps):
+    """How many times what LAPTOP_LAW predicts the held-out prose and code cost ({source: bits per byte}); 1 where the
+    law says nothing."""
+    law = LAPTOP_LAW.predict(parameters, tokens)
+    known = law["fitted"] and steps >= 100 and {"prose", "code"} <= bits_per_byte.keys()
+    return (bits_per_byte["prose"] + bits_per_byte["code"]) / 2 / law["loss"] if known else 1.0
+
+
+def overtrain(law, compute, k):
+    """`LossLaw.predict` of a model k times smaller than the compute-optimal one, on k times the tokens. `loss_penalty`:
+    how much higher its loss is. `inference_saving`: share of a generated token's FLOPs that it saves.
+    `compute_to_match`: times the compute to reach the same loss (inf: never)."""
     parameters, tokens = law.optimum(compute)
     best, row = law.predict(parameters, tokens)["loss"], law.predict(parameters / k, tokens * k)
     return row | {"loss_penalty": row["loss"] - best, "inference_saving": 1 - 1 / k,
                   "compute_to_match": law.tokens_to_reach(best, parameters / k) / (tokens * k)}
 
 
-def fit_law(points: list[tuple[float, float, float]], source: str = "fit") -> LossLaw:
-    """The law with the least squared error on (parameters, tokens, loss) points of several sizes and lengths: for each
-    pair of exponents on a grid, the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
-    N, D, L = (np.array(x, dtype=float) for x in zip(*points))
-    best = None
+def fit_law(points, source="fit"):
+    """The law with the least squared error on points (parameters, tokens, loss): for each pair of exponents on a grid,
+    the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
+    N, D, L = np.array(points, dtype=float).T
+    fits = []
     for alpha in np.arange(0.05, 1.21, 0.025):
         for beta in np.arange(0.05, 1.21, 0.025):
             columns = np.stack([np.ones(len(N)), N**-alpha, D**-beta], 1)
             scale = columns.max(0)
             solution = np.linalg.lstsq(columns / scale, L, rcond=None)[0] / scale
-            error = float(((columns @ solution - L) ** 2).sum())
-            if solution.min() >= 0 and (best is None or error < best[0]):
-                best = (error, alpha, beta, *solution)
-    if best is None:
+            if solution.min() >= 0:
+                fits.append((((columns @ solution - L) ** 2).sum(), alpha, beta, *solution))
+    if not fits:
         raise UserError("no law whose loss falls with size and tokens fits these runs; train longer ones")
-    _, alpha, beta, E, A, B = (float(x) for x in best)
+    _, alpha, beta, E, A, B = map(float, min(fits))
     return LossLaw(source, E, A, B, alpha, beta, (N.min() / 2, N.max() * 2), (D.min() / 2, D.max() * 2))
 
 
@@ -479,18 +440,18 @@ def gradient_noise(single, mean, n):
     return mean - noise / n, noise
 
 
-def critical_multiple(losses: dict[int, float], epsilon: float) -> int:
-    """The largest k whose loss is within epsilon of the loss of every smaller k (Merrill et al. 2025). `losses`: for
-    each k, the loss of a branch with k times the batch and sqrt(k) times the rate."""
+def critical_multiple(losses, epsilon):
+    """The largest k whose loss is within epsilon of the loss of every smaller k (Merrill et al. 2025). `losses`: {k: of
+    a branch with k times the batch and sqrt(k) times the rate}."""
     return max(k for k in losses if all(losses[k] <= loss + epsilon for smaller, loss in losses.items() if smaller < k))
 
 
-def range_test_rate(step: int, total: int, low: float, high: float) -> float:
+def range_test_rate(step, total, low, high):
     """From `low` at step 0 to `high` at step total - 1 by equal factors (Smith 2017)."""
     return low * (high / low) ** (step / max(1, total - 1))
 
 
-def smoothed(losses: list[float], memory: float = 0.9) -> list[float]:
+def smoothed(losses, memory=0.9):
     """Exponential average of the losses so far, corrected for its start at 0."""
     out, mean = [], 0.0
     for i, loss in enumerate(losses):
@@ -499,7 +460,7 @@ def smoothed(losses: list[float], memory: float = 0.9) -> list[float]:
     return out
 
 
-def suggest_rates(rates: list[float], losses: list[float], width: int = 10) -> tuple[float, float]:
+def suggest_rates(rates, losses, width=10):
     """(rate where the smoothed loss falls fastest over `width` steps, a tenth of the rate where it is lowest). A good
     peak rate lies between the two: a run stays at its peak far longer than the test did (rule of thumb)."""
     smooth = smoothed(losses)
@@ -510,30 +471,28 @@ def suggest_rates(rates: list[float], losses: list[float], width: int = 10) -> t
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-
-def main() -> None:
+def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parameters", nargs="?", type=number, default=1e9, help="without embeddings")
     parser.add_argument("tokens", nargs="?", type=number, default=45e9)
     args = parser.parse_args()
     if not (1 <= args.parameters <= 1e15 and 1 <= args.tokens <= 1e18):
         raise UserError("give between 1 and 1e15 parameters and between 1 and 1e18 tokens")
-    columns = [("wsd", decay) for decay in DECAYS] + [(name, "linear") for name in SCHEDULES if name != "wsd"]
-    print("step  " + "".join(f"{f'wsd {decay}' if name == 'wsd' else name:>14}" for name, decay in columns))
+    shapes = {f"wsd {decay}": ("wsd", decay) for decay in DECAYS}
+    shapes |= {name: (name, "linear") for name in SCHEDULES if name != "wsd"}
+    print("step  " + "".join(f"{name:>14}" for name in shapes))
     for step in range(0, 40, 3):
-        shares = (rate_share(name, step, 40, 4, 8, decay, 0.0) for name, decay in columns)
+        shares = (rate_share(name, step, 40, 4, 8, decay, 0.0) for name, decay in shapes.values())
         print(f"{step:4}  " + "".join(f"{share:14.3f}" for share in shares))
     compute = 6 * args.parameters * args.tokens  # DeepSeek's laws would also count attention's FLOPs
     print(f"\n{args.parameters:.3g} parameters without embeddings, {args.tokens:.3g} tokens, 6ND = {compute:.3g} FLOPs")
-    for name, law, arguments in (("DeepSeek's rate", deepseek_rate, (compute,)),
-                                 ("Step Law's rate", step_law_rate, (args.parameters, args.tokens)),
-                                 ("DeepSeek's batch", deepseek_batch, (compute,)),
-                                 ("Step Law's batch", step_law_batch, (args.tokens,))):
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            value = law(*arguments)
-        print(f"{name:18}" + (f"{value:20.2g}" if value < 1 else f"{value:13,.0f} tokens")
-              + "".join(f"\n    outside its range: {warning.message}" for warning in caught))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        laws = {"DeepSeek's rate": deepseek_rate(compute), "DeepSeek's batch, tokens": deepseek_batch(compute),
+                "Step Law's rate": step_law_rate(args.parameters, args.tokens),
+                "Step Law's batch, tokens": step_law_batch(args.tokens)}
+    print(*(f"{name:25}{value:12.3g}" for name, value in laws.items()), sep="\n")
+    print(*(f"outside its range: {warning.message}" for warning in caught), sep="\n")
     print("4 times the batch: rate x {:g}, betas .9 -> {:.2g}, .95 -> {:.2g}, eps {:.0e}".format(*scale_adam(4, 1.0)))
     print("\nA smaller model trained longer, at this compute, beside the compute-optimal one (Besiroglu et al. 2024):")
     for k in (1, 1.5, 2, 3, 4, 8):

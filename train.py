@@ -44,7 +44,7 @@ from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
 from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
                    cross_entropy, watch_attention, z_loss)
 from sample import complete
-from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, judge_log, learning_rate
+from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
                        parse_options, reading)
 from tokenizer import run as run_command
@@ -317,7 +317,7 @@ def train(run, losses_of=pretraining_losses, evaluate=None):
             if saves or stop:
                 started = time.perf_counter()
                 meter.warn(saver.save(run.step, run.model, run.optimizer, guard.state(run.step), must=last or stop,
-                                      protect=guard.spike and guard.spike["step"]))
+                                      protect=guard.began))
                 meter.write(save_seconds=time.perf_counter() - started)
             if stop:
                 raise Interrupted(f"Stopped after step {run.step:,} of {run.steps:,} and saved; resume with: "
@@ -406,7 +406,7 @@ class Meter:
                 return stop, event
             if event and run.log:
                 run.log.write(**event)
-                say(f"step {report.step + 1:,}: {run.guard.describe(event)}")
+                say(f"step {report.step + 1:,}: {event['text']}")
         return stop, None
 
     def count(self, at, values):
@@ -645,12 +645,15 @@ def pretrain(recipe, folder, resume=False, world=None):
     """Runs or resumes a recipe in a run folder; returns held-out bits per byte of each source at the end."""
     run = connect(set_up(recipe, folder, world, resume))
     scores = train(run)
-    if run.world.leader:
-        active = count_parameters(run.recipe.model)["active"]
-        if verdict := judge_log(list(run.log.entries()), run.guard.guessing, active):
+    if run.world.leader and scores:
+        held_out = sum(share * scores["val"][source["val"].name] * math.log(2) * source["val"].bytes
+                       / len(source["val"].tokens) for source, share in zip(run.sources, run.curriculum.shares[-1]))
+        excess = laptop_excess(scores["val"], count_parameters(run.recipe.model)["active"],
+                               run.tokens_before(run.steps), run.steps)
+        if verdict := run.guard.verdict([e["loss"] for e in run.log.entries() if "loss" in e], held_out, excess):
             print(f"verdict   {verdict}")
-        if draw_log(folder):
-            print(f"The curves are in {folder}/loss.png")
+    if run.world.leader and draw_log(folder):
+        print(f"The curves are in {folder}/loss.png")
     print(f'Done: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
     return scores.get("val", {})
 

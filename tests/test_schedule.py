@@ -203,7 +203,6 @@ def test_larger_batches_want_higher_rates():
     assert schedule.scale_rate(1e-3, 4) == 2e-3 and schedule.scale_rate(1e-3, 0.25) == 5e-4
     rate, beta1, beta2, eps = schedule.scale_adam(4, 1e-3)
     assert (rate, eps) == (2e-3, 5e-9) and (beta1, beta2) == pytest.approx((0.6, 0.8))
-    assert schedule.decay_timescale(1e-3, 0.1) == pytest.approx(10_000)
     assert schedule.suggest_warmup(4_720_000) == 2000 and schedule.suggest_warmup(1000) == 40
 
 
@@ -277,6 +276,60 @@ def test_fit_finds_a_known_law():
     assert (found.alpha, found.beta) == pytest.approx((0.5, 0.4)) and found.E == pytest.approx(1.5, rel=1e-3)
     with pytest.raises(UserError, match="no law"):  # losses that grow with size
         schedule.fit_law([(n, d, 5 - loss) for n, d, loss in points])
+
+
+# What `python tests/broken_runs.py` printed: {run: (verdict, updates to a number, their mean losses, held-out nats a
+# token, times what the law predicts)}.
+RUNS = {
+    "rate": ("diverged", 5, [17.78, 70.08, 63.39, 67.57, 58.46, 46.76, 48.37, 41.07, 44.26, 41.36, 41.28, 44.42,
+        44.69, 44.51, 43.68, 45.22, 49.47, 50.65, 43.93, 43.26, 42.54, 43.09, 38.14, 44.38, 47.67, 45.86, 40.12,
+        31.69, 21.64, 11.66], 10.08, 1.0),
+    "init": ("diverged", 5, [213.7, 216.58, 213.87, 212.7, 209.57, 210.12, 209.18, 203.33, 203.74, 200.55, 198.7,
+        194.83, 191.01, 191.58, 188.88, 187.97, 187.01, 178.17, 178.9, 176.21, 173.7, 171.96, 168.97, 165.98,
+        164.62, 163.22, 159.51, 159.23, 157.01, 158.33], 155.25, 1.0),
+    "random": ("plateaued higher than expected", 5, [9.17, 9.14, 9.05, 9.01, 8.83, 8.8, 8.58, 8.65, 8.05, 8.59,
+        8.07, 8.23, 7.92, 8.32, 7.78, 8.32, 8.07, 8.22, 7.71, 8.32, 8.02, 8.24, 7.63, 8.09, 7.78, 8.19, 7.62, 7.97,
+        7.63, 8.22], 6.43, 1.0),
+    "labels": ("plateaued higher than expected", 4, [9.09, 8.94, 8.68, 8.34, 8.0, 7.64, 7.33, 6.96, 6.77, 6.77,
+        6.83, 6.46, 6.44, 6.21, 6.44, 6.57, 6.31, 6.62, 6.47, 6.33, 6.45, 6.55, 6.36, 6.2, 6.1, 6.06, 5.67, 6.22,
+        5.87, 5.62, 5.49, 5.58, 5.58, 5.3, 5.5, 5.53, 5.43], 6.47, 1.15),
+    "slow": ("flat", 5, [9.19, 9.19, 9.17, 9.17, 9.16, 9.16, 9.18, 9.16, 9.19, 9.18, 9.14, 9.12, 9.13, 9.16, 9.17,
+        9.14, 9.17, 9.16, 9.16, 9.15, 9.15, 9.19, 9.15, 9.12, 9.17, 9.16, 9.11, 9.11, 9.17, 9.17], 8.98, 1.0),
+    "warmup": ("spike and recovered", 1, [9.19, 8.83, 8.3, 8.47, 11.9, 10.88, 10.81, 10.14, 10.27, 9.98, 8.67, 8.36,
+        8.02, 8.46, 8.27, 8.04, 7.63, 9.31, 8.72, 9.83, 10.05, 7.9, 9.17, 8.92, 7.77, 9.45, 9.23, 8.93, 7.85, 8.34,
+        8.85, 7.71, 7.56, 7.42, 7.03, 7.9, 7.48, 7.2], 7.25, 1.0),
+    "ordinary": ("", 5, [9.18, 9.08, 8.79, 8.37, 7.98, 7.57, 7.48, 7.14, 6.84, 7.06, 7.23, 6.51, 6.37, 6.7, 6.7,
+        6.55, 6.77, 6.06, 6.59, 6.51, 6.21, 5.98, 6.22, 5.9, 6.11, 5.82, 5.6, 5.29, 5.71, 5.82], 5.74, 1.0),
+    "seed": ("", 4, [9.13, 8.96, 8.72, 8.39, 8.0, 7.6, 7.32, 6.96, 6.87, 6.91, 6.43, 6.73, 6.31, 6.57, 6.18, 6.44,
+        5.99, 6.2, 6.04, 6.15, 5.5, 5.82, 5.66, 5.36, 5.48, 5.23, 5.25, 5.32, 4.93, 4.81, 4.99, 4.69, 4.45, 4.81,
+        4.77, 4.83, 4.97], 5.07, 1.0),
+    "20k": ("", 1, [9.14, 9.14, 9.11, 9.05, 9.04, 8.92, 8.86, 8.77, 8.72, 8.67], 8.54, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_broken_runs_end_with_the_right_word_and_ordinary_ones_with_none(name):
+    word, k, means, held_out, excess = RUNS[name]
+    guard, losses = schedule.Guard("warn", "cpu", math.log(8192)), [loss for loss in means for _ in range(k)]
+    for step, loss in enumerate(losses):
+        judged = guard.judge(torch.tensor(loss), torch.tensor(1.0))
+        guard.follow(step, {name: value.item() for name, value in judged.items()} | {"loss": loss, "grad_norm": 1.0})
+    verdict = guard.verdict(losses, held_out, excess)
+    assert verdict.startswith(word) and bool(verdict) == bool(word)
+
+
+def test_a_loss_that_leaves_its_best_for_good_is_no_recovery():
+    """A spike that passes is told; one that stays is a plateau, named while the run goes on."""
+    for away, word in ((3, "spike and recovered"), (80, "plateaued higher than expected")):
+        guard, events = schedule.Guard("warn", "cpu", math.log(8192)), []
+        losses = [4.0 + 0.1 * (i % 3) for i in range(120)] + [6.0] * away + [4.0, 4.1, 4.2] * (away < 9) * 9
+        for step, loss in enumerate(losses):
+            judged = guard.judge(torch.tensor(loss), torch.tensor(1.0))
+            event = guard.follow(step, {name: value.item() for name, value in judged.items()}
+                                 | {"loss": loss, "grad_norm": 1.0})
+            events += [event.get("kind", event["event"])] if event else []
+        assert guard.verdict(losses, losses[-1], 1.0).startswith(word)
+        assert events == (["spike", "fast"] if away == 3 else ["spike", "plateaued higher"])
 
 
 def test_noise_scale_of_a_linear_regression():
