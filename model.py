@@ -94,6 +94,7 @@ class ModelConfig:
     num_experts_per_tok: int = amount(2, "experts that each token visits", 1)
     moe_intermediate_size: int = amount(0, "width of one expert; 0: intermediate_size / num_experts_per_tok")
     n_shared_experts: int = amount(0, "experts that every token visits")
+    shared_expert_intermediate_size: int = amount(0, "their width together; 0: n_shared_experts of an expert's")
     shared_expert_gate: bool = option(False, "a sigmoid gate on the shared experts (Qwen3-Next)")
     first_k_dense_replace: int = amount(0, "leading layers that stay dense")
     scoring_func: str = option("softmax", "the router's scores (DeepSeek: sigmoid)", choices=("softmax", "sigmoid"))
@@ -797,7 +798,7 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        width = config.n_shared_experts * config.moe_intermediate_size
+        width = config.shared_expert_intermediate_size or config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = MLP(config, width) if width else None
         self.shared_expert_gate = Linear(config.hidden_size, 1, False) if width and config.shared_expert_gate else None
         self.routing, self.load = None, None
