@@ -42,7 +42,7 @@ from tokenizer import Parser, UserError, add_options, check_options, draw, optio
 
 
 @dataclass
-class Options:
+class AblationOptions:
     """The flags that are not train.py's, each with the command that takes it."""
 
     seeds: int = option(3, "change: trainings of each", 2)
@@ -94,7 +94,7 @@ def held_out_loss(run):
     train.enter_stage(run)
     splits = [source["val"] for source in run.sources]
     splits = [split for split in splits if split.name != "math"] or splits
-    return float(np.mean([train.bits_per_byte(run, split, run.recipe.eval_tokens) for split in splits]))
+    return float(np.mean([train.held_out_bits(run, split, run.recipe.eval_tokens) for split in splits]))
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ LADDER = [(32, 0.25), (64, 0.25), (32, 0.5), (64, 0.5), (32, 1), (48, 1), (64, 1
 PREDICTED = 192  # the width whose loss the law must predict
 
 
-def fit(words, o):
+def fit_ladder(words, o):
     """Trains LADDER, fits the law, predicts PREDICTED, trains it, and compares; all is in runs/ladder/law.json.
     `--tokens` is the length of a full rung (400k without it). Returns (predicted, measured)."""
     base, points = recipe_from(words), []
@@ -356,7 +356,7 @@ def noise(words, o):
 # ---- command line ---------------------------------------------------------------------------------------------
 
 COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low high steps"), "spikes": (spikes, ""),
-            "fit": (fit, ""), "branch": (branch, "doublings epsilon read"), "noise": (noise, "read")}
+            "fit": (fit_ladder, ""), "branch": (branch, "doublings epsilon read"), "noise": (noise, "read")}
 
 
 def main():
@@ -366,13 +366,13 @@ def main():
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--try", dest="tries", action="append", metavar="NAME=VALUE",
                         help="change: a flag of train.py; several that belong together in quotes; once for each change")
-    add_options(parser, Options)
+    add_options(parser, AblationOptions)
     args, words = parser.parse_known_args()  # what is left is for train.py, or a run
     given = {name: value for name, value in vars(args).items() if value is not None}
     work, flags = COMMANDS[name := given.pop("command")]
     if wrong := set(given) - set(flags.split()):
         raise UserError(f"{name} takes no --{wrong.pop()}; see `python ablate.py --help`")
-    check_options(options := Options(**given))
+    check_options(options := AblationOptions(**given))
     work(words, options)
 
 

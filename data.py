@@ -991,7 +991,7 @@ def named_sources(words, text_key):
 
 
 @dataclass
-class Options:
+class DataOptions:
     out: str = option("", "prepare, tokenizer: folder to make; empty: data/NAME or tokenizers/NAME of the first source")
     tokenizer: str = option("", "prepare: as for `tokenizer.py fertility`; empty: one is trained on the sources")
     max_tokens: float = option(0.0, "prepare: per source, about; 0: all", 0, 1e15)
@@ -1008,9 +1008,10 @@ def main():
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] or "
                         "nothing: the embedded corpus. NAME=SOURCE names one; multilingual... is not English. "
                         "For show: folders of prepared data")
-    add_options(parser, Options)
+    add_options(parser, DataOptions)
     args = parser.parse_intermixed_args()  # flags may stand before sources
-    options = Options(**({"sample_bytes": 2e8} if args.command == "tokenizer" else {}) | given_options(args, Options))
+    given = given_options(args, DataOptions)
+    options = DataOptions(**({"sample_bytes": 2e8} if args.command == "tokenizer" else {}) | given)
     check_options(options)
     if args.command == "show":
         return show(",".join(args.sources) or "data/laptop", options.context)

@@ -160,7 +160,7 @@ def as_letters(example):
     return example._replace(context=f"{stem}{shown}\nAnswer:", choices=tuple(letters))
 
 
-KINDS = {"cloze": lambda example: example, "letters": as_letters,
+FORMS = {"cloze": lambda example: example, "letters": as_letters,
          "exact": lambda example: example._replace(choices=(example.choices[example.answer],), answer=0)}
 
 
@@ -261,7 +261,7 @@ def held_out_texts(data):
             for split in (source["val"] for source in sources) if not split.name.startswith("recall")}
 
 
-def encoded(name, texts, tokenizer):
+def encode_documents(name, texts, tokenizer):
     """Documents as a Split, for a tokenizer that the data was not prepared with."""
     ids = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in texts]
     return Split(name, np.concatenate(ids), np.cumsum([0, *map(len, ids)]), 0, "")
@@ -275,13 +275,13 @@ def tasks_of(names, data, count=200):
     tasks = []
     for full in filter(None, names.split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
-        if kind not in KINDS or name not in BUILT_IN and not Path(name).exists():
+        if kind not in FORMS or name not in BUILT_IN and not Path(name).exists():
             raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
                             "with :letters or :exact behind it")
         examples = BUILT_IN[name](data, count) if name in BUILT_IN else read_task(name)
         if not examples:  # in a file, or of 360 characters in the data
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
-        tasks.append((full, list(map(KINDS[kind], examples))))
+        tasks.append((full, list(map(FORMS[kind], examples))))
     return tasks
 
 
@@ -407,7 +407,7 @@ class EvalOptions(ContextOptions):
     harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
 
 
-def measure(folder, asked):
+def measure_run(folder, asked):
     """Yields (name, Score) of what EvalOptions ask of one model; prints recall by depth."""
     model, tokenizer = load(folder)
     model, opening = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer).opening
@@ -419,7 +419,7 @@ def measure(folder, asked):
         theirs, sources = load_data(data, verify=False)
         splits = [source["val"] for source in sources]
         if theirs.hash != tokenizer.hash:
-            splits = [encoded(name, documents, tokenizer) for name, documents in texts.items() if documents]
+            splits = [encode_documents(name, documents, tokenizer) for name, documents in texts.items() if documents]
         for split in splits:
             yield f"bits per byte/{split.name}", bits_per_byte(model, tokenizer, split, asked.tokens)
     for name, examples in tasks:
@@ -447,7 +447,7 @@ def main():
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:
             scores = (harness(folders[0], asked.harness, limit=asked.limit, apply_chat_template=asked.chat)
-                      if asked.harness else measure(folders[0], asked))
+                      if asked.harness else measure_run(folders[0], asked))
             for name, score in scores:
                 print(f"{name:28} {score}", flush=True)
                 found[name] = score._asdict()

@@ -62,7 +62,7 @@ from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, gi
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
 
-def arithmetic(seed):
+def sums(seed):
     """The math source's worked problems on numbers below 100, as (what is asked without its story, prompt, reply)."""
     for about, text in data_.generated_math(10**9, seed):
         prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
@@ -94,14 +94,14 @@ def orders(seed):
 
 
 SFT_PROBLEMS = 16_000
-KINDS = {"arithmetic": arithmetic, "lookups": lookups, "orders": orders}
+PROBLEMS = {"arithmetic": sums, "lookups": lookups, "orders": orders}
 
 
 def problems(kind, count, seed, held_out=False, without=()):
     """`count` problems, none of the prompts `without`; held-out ones are all different. The hash of what is asked
     decides what is held out, as in the pre-training data: no held-out sum was ever trained on, in any stage."""
     made, seen = [], set(without)
-    for about, prompt, reply in KINDS[kind](seed):
+    for about, prompt, reply in PROBLEMS[kind](seed):
         if prompt not in seen and (uniform(about) < HELD_OUT) == held_out:
             made.append({"about": about, "prompt": prompt, "reply": reply,
                          "messages": turns(prompt) + turns(reply, "assistant")})
@@ -268,7 +268,7 @@ class PostRecipe(train.Recipe):
     reward: str = option("", "grpo: FILE.py:FUNCTION; none: whether the built-in answer is right")
 
 
-# For the laptop's 1.8M parameters, by measuring; AT_SCALE is what changes above 50M: SmolLM3's values, GRPO's from TRL.
+# For the laptop's 1.8M parameters, by measuring; LARGER is what changes above 50M: SmolLM3's values, GRPO's from TRL.
 BASE = PostRecipe(batch_tokens=2048, packing="best-fit", schedule="cosine", warmup_steps=20, final_share=0.1,
                   weight_decay=0.0, eval_every=10**9)
 DPO = replace(BASE, method="dpo", learning_rate=1e-5, nll=2.0, samples=6, problems=2500, epochs=4, eval_problems=3000)
@@ -277,7 +277,7 @@ POST_RECIPES = {
     "grpo": replace(BASE, method="grpo", learning_rate=1.5e-4, warmup_steps=5, steps=40, prompts=64, problems=4000,
                     eval_problems=3000),
 }
-AT_SCALE = {
+LARGER = {
     "sft": dict(optimizer="adamw", learning_rate=2e-5, batch_tokens=2**20, clip=0.2, epochs=4),
     "dpo": dict(learning_rate=1e-6, nll=0.0, epochs=1), "apo": dict(learning_rate=1e-6, nll=0.0, epochs=1, beta=0.05),
     "grpo": dict(learning_rate=1e-6, steps=500, max_tokens=2500, overlong=500),
@@ -294,7 +294,7 @@ def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def fit(run, rows, encode, what):
+def encode_rows(run, rows, encode, what):
     """The examples that `encode(run, row)` makes of rows, in at most --context tokens, as --too_long says; without
     sequences that have no token to train on and pairs of equal answers, which may be what a cut leaves."""
     context, cut = run.recipe.model.max_position_embeddings, run.recipe.too_long == "cut"
@@ -396,8 +396,8 @@ def evaluate_answers(run, last):
         for name, temperature in ((kind, 0.0), (f"{kind}, sampled", recipe.temperature)):
             score(name, [reward for ((_, reward),) in answers(run, tests, 1, temperature, 1)], about)
     if recipe.method == "sft":
-        sums = all_sums(run, run.held)[0].tolist()
-        score("nats per token", [-nats / sum(mask) for nats, ((_, mask),) in zip(sums, run.held)])
+        totals = all_sums(run, run.held)[0].tolist()
+        score("nats per token", [-nats / sum(mask) for nats, ((_, mask),) in zip(totals, run.held)])
     elif run.held:
         pairs, reference = zip(*run.held)
         _, rewards = preference_loss(recipe.method, all_sums(run, pairs), torch.stack(reference, 1), recipe.beta)
@@ -425,11 +425,11 @@ def packed(conversations):
 def prepare_sft(run, rows):
     """Packs conversations into rows for `train.pretraining_losses`."""
     recipe, context = run.recipe, run.recipe.model.max_position_embeddings
-    for kind in () if rows else KINDS:
+    for kind in () if rows else PROBLEMS:
         rows = rows + problems(kind, recipe.problems // (1 if kind == "arithmetic" else 5), 2)
     rows, held = held_out_rows(rows)
-    split = packed(fit(run, rows, conversation, "conversations"))
-    run.held = fit(run, held[:recipe.eval_problems], conversation, "held-out conversations")
+    split = packed(encode_rows(run, rows, conversation, "conversations"))
+    run.held = encode_rows(run, held[:recipe.eval_problems], conversation, "held-out conversations")
     count = Packing(split, context, recipe.packing).count
     run.steps = recipe.steps or math.ceil(recipe.epochs * count * context / recipe.batch_tokens)
     run.recipe = replace(recipe, stages=(Stage("sft", run.steps * recipe.batch_tokens, {}),))
@@ -449,7 +449,7 @@ def prepare_preferences(run, rows):
         with reading(file):
             rows, reference = torch.load(file, weights_only=True)
     rows = rows or draw_pairs(run)
-    pairs, held = (fit(run, side, answer_pair, "pairs") for side in held_out_rows(rows))
+    pairs, held = (encode_rows(run, side, answer_pair, "pairs") for side in held_out_rows(rows))
     if reference is None:
         reference = all_sums(run, pairs + held)
         if run.world.leader:
@@ -582,7 +582,7 @@ METHODS = {"sft": (prepare_sft, train.pretraining_losses, "batch_tokens"),  # th
 METHODS["apo_zero"] = METHODS["dpo"]
 
 
-def set_up(recipe, folder, world, resume):
+def prepare_run(recipe, folder, world, resume):
     """Reads the data, loads the start or the checkpoint to resume, and prepares what the method trains on."""
     prepare, _, size = METHODS[recipe.method]
     count, unit = getattr(recipe, size), world.size * recipe.updates
@@ -608,7 +608,7 @@ def set_up(recipe, folder, world, resume):
     run.end = (said or sorted(run.chat_format.stop))[-1]
     run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
         (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
-    for kind in () if rows else KINDS if recipe.method == "sft" else ["arithmetic"]:
+    for kind in () if rows else PROBLEMS if recipe.method == "sft" else ["arithmetic"]:
         run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))
     sequences, length = prepare(run, rows)
     if not run.curriculum:
@@ -624,7 +624,7 @@ def set_up(recipe, folder, world, resume):
 
 def post_train(recipe, folder, resume=False, world=train.World()):
     """Runs or resumes a recipe in a run folder; returns the last evaluation."""
-    run = train.connect(set_up(recipe, folder, world, resume))
+    run = train.connect(prepare_run(recipe, folder, world, resume))
     for entry in run.log.entries() if resume and run.log else ():
         run.before = entry.get("before", run.before)
     if not resume:
@@ -663,7 +663,7 @@ def merge(folders, weights, out):
     print(f"{out} is written; ask it with: python sample.py {out} --chat")
 
 
-def parse(argv):
+def read_words(argv):
     """The command line, and the recipe that it names with the flags applied; None for a merge."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", help="sft, dpo, apo, grpo or merge")
@@ -690,13 +690,13 @@ def parse(argv):
         start = str(find_checkpoint(start))  # a checkpoint: what the run does later changes nothing here
     config = load_config(start)
     context = min(given.get("context") or 8192, config.max_position_embeddings)  # more: first a stage of train.py
-    scale = AT_SCALE[args.task] if count_parameters(config)["total"] > 5e7 else {}
+    scale = LARGER[args.task] if count_parameters(config)["total"] > 5e7 else {}
     return args, replace(POST_RECIPES[args.task], **scale | given, start=start,
                          model=config.change(max_position_embeddings=context))
 
 
 def begin(world):
-    args, recipe = parse(sys.argv[1:])
+    args, recipe = read_words(sys.argv[1:])
     if recipe is None:
         return merge(args.runs, args.weights, args.out)
     post_train(recipe, Path(args.resume or world.agree(new_run_folder(args.name))), args.resume, world)

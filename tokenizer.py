@@ -689,7 +689,7 @@ def read_text(file, share=1):
 
 
 @dataclass
-class Options:
+class TokenizerOptions:
     vocab_size: int = option(4096, "train: 4 control tokens, 256 bytes, the rest merges")
     out: str = option("tokenizer", "train: folder for tokenizer.json")
     pretokenizer: str = option("qwen", "train: how text is cut before merging", choices=tuple(PATTERNS))
@@ -702,10 +702,10 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "fertility"))
     parser.add_argument("names", nargs="+", metavar="PATH or TOKENIZER")
-    add_options(parser, Options)
+    add_options(parser, TokenizerOptions)
     args = parse_options(parser, words[:cut])
     command, names, paths = args.command, args.names, words[cut + 1:]
-    options = Options(**given_options(args, Options))
+    options = TokenizerOptions(**given_options(args, TokenizerOptions))
     check_options(options)
     if command == "train":
         files = sum(map(text_files, names), [])

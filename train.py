@@ -475,7 +475,7 @@ class Loader:
         return tuple(x.to(self.device, non_blocking=self.pool is not None) for x in tensors)
 
 
-def bits_per_byte(run, split, tokens):
+def held_out_bits(run, split, tokens):
     """`evals.bits_per_byte` with the shapes and masks of training; the processes take turns."""
     rows = run.rows[run.curriculum.stage(min(run.step, run.steps - 1))]
     return evals.bits_per_byte(run.model, run.tokenizer, split, tokens, rows, run.recipe.document_mask, run.world).mean
@@ -485,7 +485,7 @@ def evaluate_text(run, last):
     """Held-out bits per byte of each source, scores of eval_tasks, what `watch` finds, and a sample: how the model
     continues the first words of a held-out document, of one source in turn, of each at the end."""
     recipe, tokenizer, samples = run.recipe, run.tokenizer, []
-    scores = {source["val"].name: bits_per_byte(run, source["val"], recipe.eval_tokens) for source in run.sources}
+    scores = {source["val"].name: held_out_bits(run, source["val"], recipe.eval_tokens) for source in run.sources}
     tasks = evals.evaluate(run.model, tokenizer, evals.tasks_of(recipe.eval_tasks, recipe.data))
     listed = [f"{name} {score:.3f}" for name, score in scores.items()]
     listed += [f"{name} {score}" for name, score in tasks.items()]
@@ -617,11 +617,11 @@ def set_up(recipe, folder, world=None, resume=False):
     speed = world.size * cost.measure_speed(run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
     attended = curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
     run.flops = cost.flops_per_token(recipe.model, attended)
-    print_plan(run, speed, memory)
+    print_run(run, speed, memory)
     return run
 
 
-def print_plan(run, speed, memory):
+def print_run(run, speed, memory):
     """`speed` in tokens per second, all processes together; `memory` in bytes of one."""
     recipe, plan, config, size = run.recipe, run.curriculum, run.recipe.model, run.world.size
     count, tokens, epochs = count_parameters(config), plan.tokens(plan.steps), plan.epochs()

@@ -68,7 +68,7 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
         return train_arm(recipe, folder)
 
     monkeypatch.setattr(ablate, "train_arm", counted)
-    options = ablate.Options(tries=tries)
+    options = ablate.AblationOptions(tries=tries)
     with pytest.raises(KeyboardInterrupt):
         ablate.change(SHORT, options)
     with open("runs/changes/log.jsonl", "a") as file:
@@ -90,7 +90,7 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     again = ablate.change(SHORT, replace(options, tries=tries[:3]))
     assert again == {name: found[name] for name in tries[:3]} and len(begun) == 16
     monkeypatch.setattr(ablate, "load_data", lambda *words: (SimpleNamespace(hash="other"), []))
-    ablate.change(SHORT, ablate.Options(seeds=2))
+    ablate.change(SHORT, ablate.AblationOptions(seeds=2))
     assert len(begun) == 18  # all anew
 
 
@@ -128,7 +128,7 @@ def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
 
     monkeypatch.setattr(cost, "find_machine", wavering)
     monkeypatch.setattr(ablate, "train_arm", lambda recipe, folder: recipes.append(recipe) or finished(recipe, folder))
-    ablate.change([*SHORT, "--dtype", "auto"], ablate.Options(seeds=2, tries=["clip=2", "dtype=float32"]))
+    ablate.change([*SHORT, "--dtype", "auto"], ablate.AblationOptions(seeds=2, tries=["clip=2", "dtype=float32"]))
     assert [recipe.dtype for recipe in recipes] == ["bfloat16", "bfloat16", "float32"] * 2
     assert looked.count("auto") == 1
 
@@ -151,7 +151,7 @@ def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
 
 
 def test_lr_range_test_stops_where_training_diverges(here, capsys):
-    steepest, tenth = ablate.lr_range(TINY, ablate.Options(low=1e-4, high=1e3, steps=60))
+    steepest, tenth = ablate.lr_range(TINY, ablate.AblationOptions(low=1e-4, high=1e3, steps=60))
     assert 0.01 < steepest < 0.05 and 0.03 < tenth < 0.1
     out = capsys.readouterr().out
     assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
@@ -171,7 +171,7 @@ def test_random_tokens_in_poisoned_batches_alone(here):
 def test_rewinding_past_poisoned_batches(here):
     """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
-                          ablate.Options())
+                          ablate.AblationOptions())
     assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
     log = log_of(Path("runs/spikes/rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
@@ -221,7 +221,7 @@ def test_branches_read_the_same_text_and_large_ones_fall_behind(run, capsys, mon
 
     first = []
     monkeypatch.setattr(train, "update", spy)
-    found = ablate.branch([str(run)], ablate.Options(doublings=4, read=64 * 256))
+    found = ablate.branch([str(run)], ablate.AblationOptions(doublings=4, read=64 * 256))
     text = {batch: [row for _, rows in parts for row in rows] for batch, parts in seen.items()}
     assert len(text) == 5 and all(rows == text[256] for rows in text.values()) and len(text[256]) == 64 * 8
     peaks = [max(rate for rate, _ in parts) for parts in seen.values()]
@@ -231,7 +231,7 @@ def test_branches_read_the_same_text_and_large_ones_fall_behind(run, capsys, mon
     best = max(k for k in found if all(found[k] <= found[j] + 0.01 for j in found if j < k))
     assert best < 16 and f"critical batch size at step 20: {best * 256:,} tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="give 8192"):
-        ablate.branch([str(run)], ablate.Options(read=1000))
+        ablate.branch([str(run)], ablate.AblationOptions(read=1000))
 
 
 def test_a_branch_begins_where_its_checkpoint_ends(run, monkeypatch):
@@ -244,7 +244,7 @@ def test_a_branch_begins_where_its_checkpoint_ends(run, monkeypatch):
         return update(run, losses, rate)
 
     monkeypatch.setattr(train, "update", spy)
-    ablate.branch([str(run / "checkpoints/step-00000008")], ablate.Options(doublings=1, read=8 * 256))
+    ablate.branch([str(run / "checkpoints/step-00000008")], ablate.AblationOptions(doublings=1, read=8 * 256))
     whole = train.set_up(train.read_recipe(run)[0], Path("runs/none")).curriculum
     kinds = [sorted(row for row in rows if row[0] == 0) for rows in (seen, read_rows(whole, range(8, 16)))]
     assert len(seen) == 64 and len(set(kinds[0]) & set(kinds[1])) >= 0.9 * len(kinds[0])
@@ -254,7 +254,7 @@ def test_a_branch_begins_where_its_checkpoint_ends(run, monkeypatch):
 def test_noise_scale_by_hand(run, capsys):
     """The gradient of each of 24 sequences one by one, from the checkpoint's weights; nothing is changed on disk."""
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    scale = ablate.noise([str(run)], ablate.Options(read=24 * 32))
+    scale = ablate.noise([str(run)], ablate.AblationOptions(read=24 * 32))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     fresh = train.set_up(replace(train.read_recipe(run)[0], start=str(run)), Path("runs/none"))
     rows = []
@@ -285,7 +285,7 @@ def test_the_ladder_predicts_its_largest(here, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "LADDER", [(16, 0.25), (16, 0.5), (32, 0.5), (16, 1), (24, 1), (32, 1)])
     monkeypatch.setattr(ablate, "PREDICTED", 48)
     words = [*TINY, "--tokens", "10240", "--learning-rate", "0.003", "--eval-tokens", "4096"]
-    predicted, measured = ablate.fit(words, ablate.Options())
+    predicted, measured = ablate.fit_ladder(words, ablate.AblationOptions())
     found = json.loads(Path("runs/ladder/law.json").read_text())
     sizes, tokens, scores = zip(*found["parameters, tokens, loss"])
     assert tokens == (2560, 5120, 5120, 10240, 10240, 10240, 10240)

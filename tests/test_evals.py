@@ -171,7 +171,7 @@ def test_bits_per_byte_and_its_error_by_hand_whatever_the_batch():
                 nats[row] -= logits[i, target].item()
                 size[row] += TOKENIZER.token_bytes[target]
     scores = [evals.bits_per_byte(model, TOKENIZER, split, 64 * count, rows) for rows in (1, 5, 12)]
-    again = evals.encoded("it", [TOKENIZER.decode(split.tokens[a + 1:b].tolist())
+    again = evals.encode_documents("it", [TOKENIZER.decode(split.tokens[a + 1:b].tolist())
                                  for a, b in zip(split.starts, split.starts[1:])], TOKENIZER)  # as another tokenizer's
     sums = []
     _, shared = (evals.bits_per_byte(model, TOKENIZER, split, 64 * count, 5, world=Process(rank, 2, sums))

@@ -86,9 +86,9 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
 
 
 def fit(examples, too_long):
-    """`p.fit` of examples as they are, in 10 tokens."""
+    """`p.encode_rows` of examples as they are, in 10 tokens."""
     recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=10), too_long=too_long)
-    return p.fit(SimpleNamespace(recipe=recipe), examples, lambda run, example: [example], "file")
+    return p.encode_rows(SimpleNamespace(recipe=recipe), examples, lambda run, example: [example], "file")
 
 
 def test_too_long_is_skipped_or_cut_and_counted(capsys):
@@ -252,7 +252,7 @@ def test_a_reward_that_raises_shows_the_sample():
 
 def test_held_out_problems_are_in_no_training_data():
     """In neither the problems nor the pre-training corpus; an answer counts by its first line's last number."""
-    for kind in p.KINDS:
+    for kind in p.PROBLEMS:
         held = {q["about"] for q in p.problems(kind, 100, 1, held_out=True)}
         assert not held & {q["about"] for q in p.problems(kind, 3000, 2)}
         for problem in p.problems(kind, 50, 3):
@@ -358,7 +358,7 @@ def test_only_the_answer_counts_and_an_empty_one_is_left_out(template, capsys):
     assert said(p.answer_pair(ours, p.parse_row(row, "dpo"))[0]) == ["seven<|im_end|>", "<|im_end|>"]
     other = p.answer_pair(run, p.parse_row(row | {"rejected": "the"}, "dpo"))[0]
     run.recipe = SimpleNamespace(model=SimpleNamespace(max_position_embeddings=99), too_long="skip")
-    assert p.fit(run, [pair, other], lambda run, pair: [pair], "pairs") == [other]
+    assert p.encode_rows(run, [pair, other], lambda run, pair: [pair], "pairs") == [other]
     assert "1 have no token" in capsys.readouterr().out
 
 
@@ -390,7 +390,7 @@ COMMON = ["--learning-rate", "1e-3", "--warmup-steps", "1", "--device", "cpu", "
 
 
 def recipe(method: str, *more: str) -> p.PostRecipe:
-    return p.parse([method, "base", *FLAGS[method], *COMMON, "--micro-batch", "2", *more])[1]
+    return p.read_words([method, "base", *FLAGS[method], *COMMON, "--micro-batch", "2", *more])[1]
 
 
 def state(folder: Path) -> list[torch.Tensor]:
@@ -429,7 +429,7 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
     calls.clear()
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")
-    resumed = p.post_train(p.parse(["--resume", "../runs/stopped"])[1], Path("../runs/stopped"), True)
+    resumed = p.post_train(p.read_words(["--resume", "../runs/stopped"])[1], Path("../runs/stopped"), True)
     assert resumed == straight
     monkeypatch.chdir(here)
     stopped, run = Path("runs/stopped"), Path("runs/straight")
@@ -438,7 +438,7 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
     if method == "sft":
         (here / "sft.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
         with pytest.raises(UserError, match="the data is not what runs/stopped began with"):
-            p.post_train(p.parse(["--resume", "runs/stopped"])[1], stopped, True)
+            p.post_train(p.read_words(["--resume", "runs/stopped"])[1], stopped, True)
     if method == "apo":
         assert once == [60, 10, 10] and calls == [10]  # only the held-out pairs, not the reference
         assert logged(run, "accuracy")[-1] > 0.8 > 0.2 > logged(run, "accuracy")[0]
@@ -453,20 +453,20 @@ def test_built_in_problems_need_no_data(here):
     save_weights(tiny(TOKENIZER.vocab_size, 256), TOKENIZER, here / "base", here)
     small = ["--problems", "100", "--eval-problems", "4", "--steps", "1", "--device", "cpu", "--dtype", "float32"]
     for method in ("sft", "grpo"):
-        scores = p.post_train(p.parse([method, "base", *small, "--max-tokens", "8"])[1], Path(f"runs/{method}"))
-        for kind in p.KINDS if method == "sft" else ["arithmetic"]:  # scored before and after
+        scores = p.post_train(p.read_words([method, "base", *small, "--max-tokens", "8"])[1], Path(f"runs/{method}"))
+        for kind in p.PROBLEMS if method == "sft" else ["arithmetic"]:  # scored before and after
             assert len(logged(Path(f"runs/{method}"), "before")[0][kind]) == (4 if kind == "arithmetic" else 100)
             assert {kind, f"{kind}, sampled"} <= set(scores["val"])
     with pytest.raises(UserError, match="fewer than 2 .* begin with SFT"):  # it has not learned anything
-        p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+        p.post_train(p.read_words(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
     p.answers, original = (lambda run, asked, samples, *_: [
         [(run.tokenizer.encode(f"So {n}")[:7], float(n)) for n in range(2)][:samples] for _ in asked]), p.answers
     try:  # a start that is right in every second answer
-        scores = p.post_train(p.parse(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
+        scores = p.post_train(p.read_words(["apo", "base", *small, "--max-tokens", "8"])[1], Path("runs/apo"))
     finally:
         p.answers = original
     assert "pairs right" in scores["val"]
-    assert p.post_train(p.parse(["--resume", "runs/apo"])[1], Path("runs/apo"), True) == {}
+    assert p.post_train(p.read_words(["--resume", "runs/apo"])[1], Path("runs/apo"), True) == {}
 
 
 def test_pieces_and_one_big_batch_train_the_same(here):
@@ -486,7 +486,7 @@ import posttrain as p
 world = p.train.World.join()
 for words in {[[method, "base", *FLAGS[method], *COMMON, "--steps", "3"] for method in ("sft", "apo")]}:
     for kind in ("ddp", "fsdp"):
-        p.post_train(p.parse([*words, "--parallel", kind])[1], p.Path(f"runs/{{words[0]}}-{{kind}}"), False, world)
+        p.post_train(p.read_words([*words, "--parallel", kind])[1], p.Path(f"runs/{{words[0]}}-{{kind}}"), False, world)
 """)
     done = torchrun(str(script))
     assert done.returncode == 0, done.stderr
@@ -503,7 +503,7 @@ def test_an_epoch_sees_every_conversation_once(here):
     talks = [json.dumps({"messages": p.turns("x" * (i % 37)) + p.turns(f"{i}", "assistant")}) for i in range(370)]
     for name, part in (("a", talks[:300]), ("b", talks[300:])):
         (here / f"{name}.jsonl").write_text("\n".join(part))
-    run = p.set_up(recipe("sft", "--data", "a.jsonl,b.jsonl"), here / "runs/x", train.World(), False)
+    run = p.prepare_run(recipe("sft", "--data", "a.jsonl,b.jsonl"), here / "runs/x", train.World(), False)
     seen, packing = [], d.Packing(run.curriculum.sources[0], 64, "best-fit")
     for step in range(run.steps):
         seen += run.curriculum.locate(step, 0, run.curriculum.rows(step))[1].tolist()
@@ -532,7 +532,7 @@ def test_grpo_whose_groups_never_differ_says_so(here, capsys):
 def grpo_run(here, size=1, rank=0, *more):
     world = train.World(rank, size)
     world.sum, world.agree = (lambda value=None: value), (lambda value=None: value)
-    return p.set_up(recipe("grpo", "--prompts", "8", *more), here / "runs/grpo", world, False)
+    return p.prepare_run(recipe("grpo", "--prompts", "8", *more), here / "runs/grpo", world, False)
 
 
 def test_grpo_draws_every_problem_and_the_same_ones_in_any_number_of_processes(here, monkeypatch):
@@ -600,7 +600,8 @@ def test_merge_loads_and_refuses_other_configs(here):
     torch.testing.assert_close(soup.model.norm.weight, (base.model.norm.weight + other.model.norm.weight) / 2)
     said = call(sample.main, "merged", "--chat", "--prompt", "hi", "--max-tokens", "3")
     assert said.returncode == 0, said.stderr
-    p.post_train(p.parse(["sft", "merged", *FLAGS["sft"], "--device", "cpu", "--steps", "1"])[1], Path("runs/more"))
+    more = p.read_words(["sft", "merged", *FLAGS["sft"], "--device", "cpu", "--steps", "1"])[1]
+    p.post_train(more, Path("runs/more"))
     assert call(p.main, "merge", "runs/more", "merged", "--out", "of-runs").returncode == 0  # of a run folder, too
     again = call(p.main, "merge", "runs/more", "merged", "--out", "of-runs")
     assert again.returncode == 2 and "a new folder" in again.stderr
@@ -615,12 +616,12 @@ def test_a_run_from_a_hugging_face_folder_keeps_its_template(here):
     template = ("{% for m in messages %}[{{ m.role }}]{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}"
                 "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}")
     (here / "hf/chat_template.jinja").write_text(template)
-    p.post_train(p.parse(["sft", "hf", *FLAGS["sft"], *COMMON, "--steps", "1"])[1], Path("runs/hf-sft"))
+    p.post_train(p.read_words(["sft", "hf", *FLAGS["sft"], *COMMON, "--steps", "1"])[1], Path("runs/hf-sft"))
     prompter = ChatFormat("runs/hf-sft", Tokenizer.load("runs/hf-sft"))
     assert prompter.template == template and TOKENIZER.control("<|im_end|>") in prompter.stop
     assert prompter.prompt(TALK[:1])[:3] == TOKENIZER.encode("[user]2 +")[:3]
     assert call(sample.main, "runs/hf-sft", "--chat", "--prompt", "hi", "--max-tokens", "3").returncode == 0
-    start = p.parse(["grpo", "runs/hf-sft"])[1].start  # the next stage's prompts are the template's too
+    start = p.read_words(["grpo", "runs/hf-sft"])[1].start  # the next stage's prompts are the template's too
     assert ChatFormat(start, TOKENIZER).template == template and ChatFormat(start, TOKENIZER).stop == prompter.stop
 
 

@@ -204,7 +204,7 @@ def test_bits_per_byte_by_hand(here):
     split = d.load_source("data/tiny/left", tokenizer)["val"]
     run = prepared()
     run.model.model.norm.weight.data.zero_()
-    score = train.bits_per_byte(run, split, 5 * 32)
+    score = train.held_out_bits(run, split, 5 * 32)
     targets = split.tokens[1:5 * 32 + 1].tolist()
     size = sum(len(tokenizer.decode_bytes([t])) for t in targets if t != tokenizer.eos_id)
     assert score == pytest.approx(len(targets) * np.log2(tokenizer.vocab_size) / size)
