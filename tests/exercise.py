@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # name: (file, function, what it is, tests that need it). In the order of the workshop, easy ones first in each part.
 EXERCISES = {
     "bpe": ("tokenizer.py", "bpe_merges", "train a byte-pair encoding", ["test_tokenizer.py::test_merges_by_hand"]),
-    "best-fit": ("data.py", "best_fit", "pack documents into rows, longest first",
+    "best-fit": ("data.py", "pack_best_fit", "pack documents into rows, longest first",
                  ["test_data.py::test_best_fit_by_hand", "test_data.py::test_packings_by_brute_force"]),
     "mixture": ("data.py", "dealt", "deal sequences to sources so that every stretch has the mixture",
                 ["test_data.py::test_interleave_deals_each_sequence_once_in_exact_shares",
