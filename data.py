@@ -31,6 +31,7 @@ import random
 import re
 import shutil
 import sys
+from array import array
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -319,15 +320,15 @@ def generated_math(problems=40_000, seed=0):
         high, low, relation = max(a, b), min(a, b), ">" if a > b else "<" if a < b else "="
         x, y, ones = a % 90 + 10, b % 8 + 2, a % 10  # of a product
         sign, question, answer = [
-            ("+", f"What is {a} + {b}?", added(a, b)),
-            ("-", f"What is {high} - {low}?", subtracted(high, low)),
-            ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
-             f"{(x - ones) * y} + {ones * y} = {x * y}. So {x} * {y} = {x * y}."),
-            ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
-            ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
-             f"{who} has {a} + {b} {what}. {added(a, b)}"),
-            ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
-             f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]
+            lambda: ("+", f"What is {a} + {b}?", added(a, b)),
+            lambda: ("-", f"What is {high} - {low}?", subtracted(high, low)),
+            lambda: ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
+                     f"{(x - ones) * y} + {ones * y} = {x * y}. So {x} * {y} = {x * y}."),
+            lambda: ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
+            lambda: ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
+                     f"{who} has {a} + {b} {what}. {added(a, b)}"),
+            lambda: ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
+                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]()
         yield f"{x}*{y}" if sign == "*" else f"{low}{sign}{high}", f"Question: {question}\nAnswer: {answer}\n"
 
 
@@ -412,7 +413,10 @@ def repeats_spans(documents):
     filter (after OLMo 2). A span of n tokens stands k times in a row where n * (k - 1) tokens equal the one n later."""
     ids, ends, bad = np.concatenate(documents), np.cumsum(list(map(len, documents))), np.zeros(len(documents), bool)
     for n in range(1, 14):
-        edges = np.flatnonzero(np.diff(ids[n:] == ids[:-n], prepend=False, append=False))  # where equal runs begin, end
+        same = ids[n:] == ids[:-n]
+        if not (same[:len(same) // 8 * 8].view(np.uint64) == 0x0101010101010101).any():
+            continue  # a run of 31 covers eight places from a multiple of eight on
+        edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # where runs of equal ones begin and end
         begins = edges[::2][edges[1::2] - edges[::2] >= n * 31]
         bad[np.searchsorted(ends, begins, side="right")] = True
     return bad
@@ -431,8 +435,8 @@ def token_dtype(tokenizer):
 
 def encode_job(documents, tokenizer):
     """[Document] -> [Encoded]"""
-    ids = [np.insert(tokenizer.encode_array(document.text), 0, tokenizer.eos_id).astype(token_dtype(tokenizer))
-           for document in documents]
+    ids = [np.frombuffer(array("I", [tokenizer.eos_id, *tokenizer.encode(document.text)]), np.uint32).astype(
+        token_dtype(tokenizer)) for document in documents]  # twice as fast as np.array of a list
     # of tokens that are hardly longer than bytes, a ruled line would be a repeated span
     bad, found = repeats_spans(ids) if ids and tokenizer.vocab_size > 512 else itertools.repeat(False), []
     for (text, held, _), tokens, repeats in zip(documents, ids, bad):

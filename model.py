@@ -443,8 +443,8 @@ def yarn_temperature(config):
 def apply_rope(x, cos, sin):
     """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
     half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+    a, b, *rest = x.split(half, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), -1)
 
 
 def alibi(heads, distance):
@@ -485,15 +485,22 @@ class KVCache:
     D]; MLA: the latent and the shared key's RoPE part; sliding and chunked layers: only what a later token can see;
     linear layers: a state of fixed size."""
 
-    def __init__(self):
-        self.length, self.layers = 0, {}  # length moves after the last layer, in `GPT.forward`
+    def __init__(self, capacity):
+        self.capacity, self.length, self.layers = capacity, 0, {}  # in tokens; `GPT.forward` moves length
 
     def append(self, layer, *new, sees=0):
         """Stores new [B, T, ...] and returns everything stored so far. `sees`: how many tokens a query sees (0: all);
         what no later one sees is forgotten."""
-        seen = [torch.cat(pair, 1) for pair in zip(self.layers[layer], new)] if layer in self.layers else new
-        self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen] if sees else seen
-        return seen
+        if sees:
+            seen = [torch.cat(pair, 1) for pair in zip(self.layers[layer], new)] if layer in self.layers else new
+            self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen]
+            return seen
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_empty(len(x), self.capacity, *x.shape[2:]) for x in new]
+        end = self.length + new[0].shape[1]
+        for stored, x in zip(self.layers[layer], new):
+            stored[:, self.length:end] = x
+        return [stored[:, :end] for stored in self.layers[layer]]
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------
@@ -501,12 +508,7 @@ class KVCache:
 
 def linear(x, weight, bias=None):
     """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides, in one place."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    if x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.is_cpu and weight.numel() < 2**22:
-        # One token on a CPU: BLAS' matrix-vector product runs on one thread; this is 2.3 times as fast.
-        y = (weight * x).sum(-1)[..., None, :]
-        return y if bias is None else y + bias
-    return F.linear(x, weight, bias)
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -555,7 +557,8 @@ class Attention(nn.Module):
     def forward(self, x, layout, cache):
         B, T, _ = x.shape
         c, D = self.config, self.config.head_dim
-        q, *gate = self.q_proj(x).view(B, T, c.num_attention_heads, -1).split(D, -1)  # [B, T, H, D]
+        q = self.q_proj(x).view(B, T, c.num_attention_heads, -1)  # [B, T, H, D]
+        q, *gate = q.split(D, -1) if c.attn_output_gate else [q]
         k, v = self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)  # [B, T, G, D]
         if c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)

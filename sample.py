@@ -52,7 +52,7 @@ def draw_tokens(probabilities, generator):
     return torch.minimum(torch.searchsorted(sums, height, right=True), last)
 
 
-@torch.no_grad()  # not inference_mode: this may be the first forward pass of a model that FSDP then trains
+@torch.no_grad()
 def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=(),
              vocab_size=None, first=None):
     """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
@@ -61,10 +61,13 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
-    cache = KVCache()  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
+    cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
     running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
+    # Faster than no_grad, but not for the first forward pass of a model that FSDP then trains.
+    mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
     for _ in range(max_tokens):
-        logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
+        with mode():
+            logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
         if first:
             allowed = torch.full_like(logits, -torch.inf)
             allowed[:, first] = logits[:, first]

@@ -31,7 +31,6 @@ import os
 import sys
 import time
 import unicodedata
-from array import array
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
@@ -243,11 +242,6 @@ class Tokenizer:
             for piece in pieces:
                 ids += self._bpe.encode_ordinary(piece)
         return [i for i in ids if i < self.vocab_size] if self._drops else ids
-
-    def encode_array(self, text):
-        """The same ids as a numpy array (uint32)."""
-        import numpy as np
-        return np.frombuffer(array("I", self.encode(text)), np.uint32)  # twice as fast as np.array of a list
 
     def decode_bytes(self, ids):
         """The bytes of the ids, control tokens as their names; UserError for an id outside the vocabulary."""

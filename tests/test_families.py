@@ -551,7 +551,7 @@ def test_loading_in_bf16_keeps_what_chooses_experts(pair):
 
 def test_the_latent_cache_is_small():
     config = ModelConfig(61, 32, 24, 1, 4, 4, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8)
-    cache = KVCache()
+    cache = KVCache(64)
     GPT(config).eval()(torch.randint(61, (2, 5)), cache=cache)
     assert sum(x[0, 0].numel() for x in cache.layers[0]) == 12 + 4  # MHA would hold 4 heads x (12 + 8)
 

@@ -278,12 +278,12 @@ def test_document_alone_gives_the_same_logits_as_packed(name):
 def test_cached_logits_equal_uncached(name):
     model, tokens = build(VARIANTS[name]), torch.randint(61, (2, 40))
     with torch.inference_mode():
-        full, cache = model(tokens), KVCache()
+        full, cache = model(tokens), KVCache(64)
         parts = [model(tokens[:, :9], cache=cache), model(tokens[:, 9:14], cache=cache)]  # a prompt, and more of it
         parts += [model(tokens[:, i : i + 1], cache=cache) for i in range(14, 40)]
         assert cache.length == 40
         torch.testing.assert_close(torch.cat(parts, 1), full, atol=1e-4, rtol=1e-4)
-        one = KVCache()  # a single row takes the matrix-vector route
+        one = KVCache(64)
         rows = [model(tokens[:1, i : i + 1], cache=one) for i in range(40)]
     torch.testing.assert_close(torch.cat(rows, 1), full[:1], atol=1e-4, rtol=1e-4)
 
@@ -301,7 +301,7 @@ def test_how_far_a_layer_sees(name, seen):
         moved.append(not torch.allclose(model(other)[0, -1], before, atol=1e-6))
     first = 20 - seen if "sliding" in name else 14
     assert moved == [i >= first for i in range(20)]
-    cache = KVCache()
+    cache = KVCache(64)
     model(tokens, cache=cache)
     assert cache.layers[0][0].shape[1] == seen - 1  # no more is kept than a later token can see
 
@@ -572,8 +572,8 @@ def test_compiled_blocks_are_one_graph_for_every_document_layout(name):
     tokens = torch.randint(61, (2, 32))
     with torch.no_grad():
         for length in (5, 6, 7):
-            model(tokens[:, :length]), model(tokens[:, :length], cache=KVCache())
-    model(tokens[:, :3], cache=KVCache())
+            model(tokens[:, :length]), model(tokens[:, :length], cache=KVCache(64))
+    model(tokens[:, :3], cache=KVCache(64))
     with watch_attention():
         model(tokens)
     assert counter.frame_count == 0
