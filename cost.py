@@ -544,7 +544,7 @@ def measure(o):
     memory = training_memory(config, o.rows, context, machine.dtype.itemsize, machine.device, accumulates=False)
     predicted, held = process_memory(memory, machine.device, before), peak_memory(machine.device)
     if held:
-        print(f"memory       predicted {predicted / held:.0%} of the {held / 2**20:,.0f} MiB that it held at its peak")
+        print(f"memory       predicted {predicted / 2**20:,.0f} MiB, measured {held / 2**20:,.0f} MiB at the peak")
 
 
 def plan(o):

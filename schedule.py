@@ -247,9 +247,9 @@ class Guard:
         if len(losses) >= 10 and last > 0.9 * self.guessing and first - last < 0.01 * len(losses):
             return f"flat: {ends} and began at {first:.2f}; raise --learning_rate or train longer"
         if self.high >= self.LEAST or last > 1.1 * held_out or excess > 1.1:
+            law = f"; held-out bits per byte are {excess:.2f} times what this size and length reach" * (excess > 1.1)
             return (f"plateaued higher than expected: {ends} (lowest average {self.lowest:.2f}, held-out text "
-                    f"{held_out:.2f}) and held-out bits per byte are {excess:.2f} times what a run of this size and "
-                    "length reaches; look at the batches and the labels, then try another --learning_rate")
+                    f"{held_out:.2f}){law}; look at the batches and the labels, then try another --learning_rate")
         if self.spikes or max(losses) > 1.1 * self.guessing:
             return f"spike and {'not ' * (self.began is not None)}recovered: from up to {max(losses):.2f}, {ends}"
         return ""

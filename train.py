@@ -309,6 +309,7 @@ def train(run, losses_of=pretraining_losses, evaluate=None):
                 meter.warn(saver.finish())
                 meter.waiting.clear()
                 go_back(run, spike)
+                meter.mark = time.perf_counter()
                 continue
             stop = stop and not last
             if judges and not stop:  # before the save: a checkpoint's log is complete
@@ -376,7 +377,8 @@ class Meter:
         self.seconds = max((e.get("train_seconds", 0.0) for e in entries), default=0.0)  # spent in updates so far
         self.bar = tqdm(total=run.steps, initial=run.step, disable=not run.world.leader, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 10,
-                        bar_format="{n_fmt}/{total_fmt} steps [{elapsed}, {remaining} left]{postfix}")
+                        bar_format="{n_fmt}/{total_fmt} steps [{elapsed}]{postfix}")
+        self.pace = 0.0  # tokens per second, averaged; evaluations would spoil tqdm's own estimate of the time left
         self.mark = time.perf_counter()  # when the last update was read, or something else than training ended
 
     def write(self, **entry):
@@ -416,6 +418,7 @@ class Meter:
         self.seconds += seconds
         begin, end = run.tokens_before(at), run.tokens_before(at + 1)
         speed = (end - begin) / seconds
+        self.pace = 0.95 * (self.pace or speed) + 0.05 * speed
         stage = run.curriculum.stages[run.curriculum.stage(at)].name if run.curriculum else run.recipe.method
         entry = {"stage": stage, "loss": values["loss"], "lr": run.rate(at), "grad_norm": values["grad_norm"],
                  "tokens_per_second": speed,
@@ -424,7 +427,10 @@ class Meter:
         entry |= {"dropped": True} if values["dropped"] else {}
         run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, **entry, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0)
-        self.bar.set_postfix(entry | {"tokens_per_second": round(speed)}, refresh=False)
+        left = tqdm.format_interval((run.tokens_before(run.steps) - end) / self.pace)
+        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in ("loss", "lr", "grad_norm", *run.found)
+                          if name in entry)
+        self.bar.set_postfix_str(f"{left} left; {stage}: {shown}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(at + 1 - self.bar.n)
 
     def close(self):
@@ -644,6 +650,8 @@ def print_run(run, speed, memory):
 def pretrain(recipe, folder, resume=False, world=None):
     """Runs or resumes a recipe in a run folder; returns held-out bits per byte of each source at the end."""
     run = connect(set_up(recipe, folder, world, resume))
+    if run.step == run.steps:
+        print(f"finished  all {run.steps:,} steps are done; {train_longer(folder)}")
     scores = train(run)
     if run.world.leader and scores:
         held_out = sum(share * scores["val"][source["val"].name] * math.log(2) * source["val"].bytes
@@ -718,12 +726,22 @@ def annealing(start, candidate, given):
     return replace(recipe, stages=(Stage("anneal", tokens, mixture),), **changes)
 
 
+def train_longer(folder, tokens=None):
+    """In words: the command that continues a run from its last checkpoint before the rate falls, or its last one."""
+    recipe, rates = read_recipe(folder)[0], {e["step"]: e["lr"] for e in Log(folder).entries() if "lr" in e}
+    peak = max((step for step, rate in rates.items() if rate == max(rates.values())), default=0)
+    early = [path for path in sorted(folder.glob("checkpoints/step-*[0-9]")) if 0 < int(path.name[5:]) <= peak]
+    return (f"to train longer, start a new run: python train.py --data {recipe.data} --start {(early or [folder])[-1]} "
+            f"--tokens {tokens or recipe.tokens:g} --seed {recipe.seed + 1}, and the flags of this model if any")
+
+
 def resumed(args, given, others, kind, allowed):
     """The recipe of --resume, a `kind`, with what is given; UserError for what is not `allowed`, and for `others`."""
+    saved = read_recipe(Path(args.resume), kind)[0]
     if wrong := [f"--{name}" for name in given if name not in allowed] + others:
-        raise UserError(f"a resumed run cannot change {' or '.join(wrong)}; leave it out, or start a new run from a "
-                        f"checkpoint before the rate decays: --start {args.resume}/checkpoints/step-...")
-    return replace(read_recipe(Path(args.resume), kind)[0], **given)
+        raise UserError(f"a resumed run cannot change {' or '.join(wrong)}; " + (
+            train_longer(Path(args.resume), given["tokens"]) if "tokens" in given else "leave it out"))
+    return replace(saved, **given)
 
 
 def parse(argv):

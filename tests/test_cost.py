@@ -406,6 +406,7 @@ def test_plan_is_a_table():
 def test_measure_prints_speed_and_shares_of_peak():
     status, out, error = command("measure", "laptop", "--seconds", "0.1", "--rows", "2")
     assert status == 0 and "tokens/s" in out and "counting causal" in out, error
+    assert sys.platform != "linux" or re.search(r"predicted [\d,]+ MiB, measured [\d,]+ MiB", out)
 
 
 def test_unknown_preset_is_one_sentence():

@@ -316,6 +316,7 @@ def test_broken_runs_end_with_the_right_word_and_ordinary_ones_with_none(name):
         guard.follow(step, {name: value.item() for name, value in judged.items()} | {"loss": loss, "grad_norm": 1.0})
     verdict = guard.verdict(losses, held_out, excess)
     assert verdict.startswith(word) and bool(verdict) == bool(word)
+    assert ("times what" in verdict) == (excess > 1.1)  # nothing is said of a law that does not hold here
 
 
 def test_a_loss_that_leaves_its_best_for_good_is_no_recovery():

@@ -396,15 +396,21 @@ def test_annealing_is_one_command(here):
 
 
 def test_a_finished_run_says_so_and_another_begins_with_its_weights(here, capsys):
-    folder = pretrain("a", "--tokens", "512")
+    folder = pretrain("a", "--tokens", "5120", "--save-every", "3", "--keep", "9")
     resume(folder)
-    assert "runs/a, step 2 of 2" in capsys.readouterr().out and len(losses(folder)) == 2
+    out = capsys.readouterr().out
+    assert "runs/a, step 20 of 20" in out and len(losses(folder)) == 20
+    told = "python train.py --data data/tiny --start runs/a/checkpoints/step-00000015 --tokens {} --seed 1"
+    assert told.format(5120) in out  # the rate falls from step 17 on
+    longer = call(train.main, "--resume", "runs/a", "--tokens", "1M")
+    assert longer.returncode == 2 and told.format("1e+06") in longer.stderr
     done = call(train.main, *TINY, "--start", "runs/a", "--tokens", "512", "--hidden-size", "64")
     assert done.returncode == 2 and "a model of other sizes" in done.stderr and "Traceback" not in done.stderr
-    pretrain("b", "--tokens", "512", "--start", "runs/a")
-    begun = torch.load("runs/b/checkpoints/step-00000000/model.pt", weights_only=True)
-    assert all(torch.equal(weight, begun[name]) for name, weight in state(folder)[0].items())
-    assert {float(kinds["step"]) for kinds in state(Path("runs/b"))[1].values()} == {4.0}  # and with its moments
+    pretrain("b", *told.format(512).split()[2:])
+    begun, early = (torch.load(f"runs/{name}/model.pt", weights_only=True)
+                    for name in ("b/checkpoints/step-00000000", "a/checkpoints/step-00000015"))
+    assert all(torch.equal(weight, begun[name]) for name, weight in early.items())
+    assert {float(kinds["step"]) for kinds in state(Path("runs/b"))[1].values()} == {17.0}  # and with its moments
 
 
 def test_which_checkpoints_stay(here):
@@ -435,8 +441,6 @@ def test_resume_refuses_other_data_and_other_sizes(here):
     folder = pretrain("a", "--tokens", "256")
     done = call(train.main, "--resume", "runs/a", "--hidden-size", "64", "--seed", "3")
     assert done.returncode == 2 and "--hidden_size" in done.stderr and "--seed" in done.stderr
-    done = call(train.main, "--resume", "runs/a", "--tokens", "1M")
-    assert done.returncode == 2 and "--start" in done.stderr
     text = {name: [(f"{i}", f"other text {i} of {name}") for i in range(200)] for name in ("left", "right")}
     tokenizer = Tokenizer.load("data/tiny")
     shutil.rmtree("data/tiny")
