@@ -196,7 +196,7 @@ def lr_range(words, o):
     if o.low >= o.high:
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
     run, losses = prepared(replace(recipe, tokens=o.steps * recipe.batch_tokens)), []
-    rates = [schedule.range_test_rate(step, run.steps, o.low, o.high) for step in range(run.steps)]
+    rates = np.geomspace(o.low, o.high, run.steps).tolist()  # Smith 2017
     for loss in updates(run, rates, "rate grows"):
         if not math.isfinite(loss):
             break

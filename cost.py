@@ -415,8 +415,9 @@ def plan_rented(o):
     steps, rate = max(1, round(tokens / batch)), schedule.deepseek_rate(fitted) * min(1.0, math.sqrt(batch / wanted))
     return {
         "config": config, "parameters": count["total"], "active": active, "tokens": tokens, "flops": flops,
-        "batch_tokens": batch, "learning_rate": rate, "steps": steps, "warmup_steps": schedule.suggest_warmup(steps),
-        "weight_decay": schedule.suggest_weight_decay(rate, steps), "device": o.device, "gpus": gpus,
+        "batch_tokens": batch, "learning_rate": rate, "steps": steps, "weight_decay": 0.1,
+        "warmup_steps": max(1, min(2000, round(0.04 * steps))),  # playbook: 2000, or 1 to 5 % of a short run
+        "device": o.device, "gpus": gpus,
         "loss": CHINCHILLA.loss(active, tokens), "unit": "nats a token", "law": CHINCHILLA.source, "sharding": fit[0],
         "memory_per_gpu": fit[1], "mfu": mfu, "gpu_hours": hours, "gpu_hours_range": (least, most),
         "days": hours / gpus / 24, "overhead": o.overhead, "gpu_hours_with_overhead": bill, "price": price,

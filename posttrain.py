@@ -56,7 +56,7 @@ from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform
 from evals import Score
 from model import count_parameters
 from sample import continue_all
-from schedule import rate_share
+from schedule import SCHEDULES
 from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, given_options, option, parse_options,
                        reading, run as run_command)
 
@@ -614,8 +614,8 @@ def prepare_run(recipe, folder, world, resume):
     if not run.curriculum:
         run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / count)
     run.tokens_per_step, run.flops = round(count * sequences * length), cost.flops_per_token(recipe.model, length)
-    run.rate = lambda step: recipe.learning_rate * rate_share(
-        recipe.schedule, step, run.steps, recipe.warmup_steps, round(abs(recipe.decay_share) * run.steps),
+    run.rate = lambda step: recipe.learning_rate * SCHEDULES[recipe.schedule](
+        step, run.steps, recipe.warmup_steps, round(abs(recipe.decay_share) * run.steps),
         recipe.decay_shape, recipe.final_share)
     print(f"start     {recipe.start}: {count_parameters(recipe.model)['total']:,} parameters, context {context:,}; "
           f"{recipe.method}, {run.steps:,} steps of {count:,} {size} at {recipe.learning_rate:g}; {machine.reason}")

@@ -44,32 +44,25 @@ def wsd(step, total, warmup_steps, decay_steps, decay="linear", final=0.0):
     return warmup(step, warmup_steps) * (final + (1 - final) * falling)
 
 
-def cosine(step, total, warmup_steps, final=0.1, **_):
+def cosine(step, total, warmup_steps, decay_steps=0, decay="", final=0.1):
     """Warmup, then half a cosine down to `final` at step total - 1 (Loshchilov and Hutter 2017)."""
     return wsd(step, total, warmup_steps, total - warmup_steps, "cosine", final)
 
 
-def multistep(step, total, warmup_steps, **_):
+def multistep(step, total, warmup_steps, *_):
     """DeepSeek LLM: 1 for 80 % of the steps, then sqrt(0.1) = 0.316 for 10 %, then 0.1 for the last 10 %."""
     drops = (step >= round(0.8 * total)) + (step >= round(0.9 * total))
     return warmup(step, warmup_steps) * 0.1 ** (drops / 2)
 
 
-# Add yours here: (step, total, warmup_steps, *, decay_steps, decay, final) -> share of the peak rate
+# Add yours here: (step, total, warmup_steps, decay_steps, decay, final) -> share of the peak rate
 SCHEDULES = {"wsd": wsd, "cosine": cosine, "multistep": multistep}
 
 
-def rate_share(schedule, step, total, warmup_steps, decay_steps, decay, final):
-    """Share of the peak learning rate at a step under one of SCHEDULES."""
-    return SCHEDULES[schedule](step, total, warmup_steps, decay_steps=decay_steps, decay=decay, final=final)
-
-
 def learning_rate(recipe, curriculum, step):
-    """The rate of the update that begins at a step, for a train.Recipe and its data.Curriculum.
-
-    A stage with a rate of its own warms up and follows a cosine to 0 (SmolLM3's long-context stages). The others share
-    the run's schedule, times the square root of how much larger the stage's batch is than the recipe's.
-    """
+    """The rate of the update that begins at a step, for a train.Recipe and its data.Curriculum. A stage with a rate of
+    its own warms up and follows a cosine to 0 (SmolLM3's long-context stages). The others share the run's schedule,
+    times the square root of how much larger the stage's batch is than the recipe's."""
     ends, number = curriculum.ends, curriculum.stage(step)
     stage, begin = curriculum.stages[number], ends[number - 1] if number else 0
     if stage.learning_rate:
@@ -77,7 +70,8 @@ def learning_rate(recipe, curriculum, step):
     last = max(i for i, stage in enumerate(curriculum.stages) if not stage.learning_rate)
     total, before = ends[last], ends[last - 1] if last else 0
     decay = total - before if recipe.decay_share == -1 else round(recipe.decay_share * total)
-    share = rate_share(recipe.schedule, step, total, recipe.warmup_steps, decay, recipe.decay_shape, recipe.final_share)
+    shape = SCHEDULES[recipe.schedule]
+    share = shape(step, total, recipe.warmup_steps, decay, recipe.decay_shape, recipe.final_share)
     return recipe.learning_rate * share * math.sqrt(curriculum.batches[number] / recipe.batch_tokens)
 
 
@@ -112,10 +106,6 @@ class Optimizers:
                 optimizer.step()
             elif not self.found_inf:
                 optimizer.step()
-
-    def zero_grad(self, set_to_none=True):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none)
 
     def update_to_weight(self):
         """The largest norm of AdamW's last step over the norm of the matrix that it moved; 0 before the first step."""
@@ -273,14 +263,10 @@ class Guard:
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------
 
-class Extrapolation(UserWarning):
-    """A law was asked outside the range of its fit."""
-
-
 def check_range(law, value, low, high, unit):
     """Warns unless low <= value <= high."""
     if not low <= value <= high:
-        warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}", Extrapolation, stacklevel=3)
+        warnings.warn(f"{law} holds for {low:g} to {high:g} {unit}, not for {value:.3g}", stacklevel=3)
 
 
 def deepseek_rate(compute):
@@ -313,28 +299,6 @@ def scale_rate(rate, k):
     of an update, rate^2 / batch, then stays. Holds while both batches are below the critical size."""
     check_range("square-root scaling", k, 1 / 16, 16, "times the batch")
     return rate * math.sqrt(k)
-
-
-def scale_adam(k, rate, beta1=0.9, beta2=0.95, eps=1e-8):
-    """(rate, beta1, beta2, eps) of Adam for a batch k times as large (Malladi et al. 2022): the moments then average
-    over as many tokens as before. The rule ends where a beta would become negative."""
-    check_range("Adam's scaling", k * (1 - min(beta1, beta2)), 0, 0.5, "as k (1 - beta)")
-    beta1, beta2 = (max(0.0, 1 - k * (1 - beta)) for beta in (beta1, beta2))
-    return rate * math.sqrt(k), beta1, beta2, eps / math.sqrt(k)
-
-
-def suggest_weight_decay(rate, steps):
-    """0.1, as in nearly all labs (playbook). AdamW's decay shrinks a weight by a factor e in 1 / (rate * decay) steps
-    (Wang and Aitchison 2024). Warns where this is below 1 % of the run, so that the weights forget most of the data, or
-    above the whole run, where decay has no effect."""
-    check_range("weight decay 0.1", 1 / (0.1 * rate * steps), 0.01, 1, "runs of timescale")
-    return 0.1
-
-
-def suggest_warmup(steps):
-    """Steps of warmup: 2000, or 4 % of a shorter run (playbook: 2000, or 1 to 5 % of short runs)."""
-    check_range("the warmup", steps, 100, math.inf, "steps")
-    return max(1, min(2000, round(0.04 * steps)))
 
 
 # ---- laws of loss ---------------------------------------------------------------------------------------------
@@ -446,11 +410,6 @@ def critical_multiple(losses, epsilon):
     return max(k for k in losses if all(losses[k] <= loss + epsilon for smaller, loss in losses.items() if smaller < k))
 
 
-def range_test_rate(step, total, low, high):
-    """From `low` at step 0 to `high` at step total - 1 by equal factors (Smith 2017)."""
-    return low * (high / low) ** (step / max(1, total - 1))
-
-
 def smoothed(losses, memory=0.9):
     """Exponential average of the losses so far, corrected for its start at 0."""
     out, mean = [], 0.0
@@ -482,18 +441,15 @@ def main():
     shapes |= {name: (name, "linear") for name in SCHEDULES if name != "wsd"}
     print("step  " + "".join(f"{name:>14}" for name in shapes))
     for step in range(0, 40, 3):
-        shares = (rate_share(name, step, 40, 4, 8, decay, 0.0) for name, decay in shapes.values())
+        shares = (SCHEDULES[name](step, 40, 4, 8, decay, 0.0) for name, decay in shapes.values())
         print(f"{step:4}  " + "".join(f"{share:14.3f}" for share in shares))
     compute = 6 * args.parameters * args.tokens  # DeepSeek's laws would also count attention's FLOPs
     print(f"\n{args.parameters:.3g} parameters without embeddings, {args.tokens:.3g} tokens, 6ND = {compute:.3g} FLOPs")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        laws = {"DeepSeek's rate": deepseek_rate(compute), "DeepSeek's batch, tokens": deepseek_batch(compute),
-                "Step Law's rate": step_law_rate(args.parameters, args.tokens),
-                "Step Law's batch, tokens": step_law_batch(args.tokens)}
+    warnings.showwarning = lambda message, *_, **__: print(f"outside its range: {message}")
+    laws = {"DeepSeek's rate": deepseek_rate(compute), "DeepSeek's batch, tokens": deepseek_batch(compute),
+            "Step Law's rate": step_law_rate(args.parameters, args.tokens),
+            "Step Law's batch, tokens": step_law_batch(args.tokens)}
     print(*(f"{name:25}{value:12.3g}" for name, value in laws.items()), sep="\n")
-    print(*(f"outside its range: {warning.message}" for warning in caught), sep="\n")
-    print("4 times the batch: rate x {:g}, betas .9 -> {:.2g}, .95 -> {:.2g}, eps {:.0e}".format(*scale_adam(4, 1.0)))
     print("\nA smaller model trained longer, at this compute, beside the compute-optimal one (Besiroglu et al. 2024):")
     for k in (1, 1.5, 2, 3, 4, 8):
         print("{:3g}x smaller, {tokens:.3g} tokens: loss {loss_penalty:.3f} higher, inference {inference_saving:.0%} "

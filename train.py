@@ -237,7 +237,7 @@ def update(run, losses, rate):
     values |= run.guard.judge(values["loss"], norm)
     run.optimizer.found_inf = values["dropped"]  # stays on the device; 1 leaves weights and moments as they are
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=run.parallel is run.model)  # DDP's gradients are views of its buckets
+    run.model.zero_grad(set_to_none=run.parallel is run.model)  # DDP's gradients are views of its buckets
     if loads := run.model.balance_experts(1 - values["dropped"]):
         values["expert_load"] = torch.stack(loads).max()  # of the layers: the fullest expert's load over the mean
     return Report(run.step, values, parts)

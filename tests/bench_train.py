@@ -27,7 +27,7 @@ def bare_update(run: train.Run) -> None:
         (loss + auxiliary).backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
 
 
 def monitoring(pairs: int) -> None:

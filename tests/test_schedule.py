@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import schedule
 from conftest import call
 from model import GPT, ModelConfig
-from schedule import (CHINCHILLA, HOFFMANN, Extrapolation, build_optimizer, cosine, multistep,
-                      parameter_groups, rate_share, warmup, wsd)
+from schedule import (CHINCHILLA, HOFFMANN, build_optimizer, cosine, multistep,
+                      SCHEDULES, parameter_groups, warmup, wsd)
 from tokenizer import UserError
 
 
@@ -48,23 +48,23 @@ def test_multistep_drops_at_80_and_90_percent():
     assert shares[80:90] == pytest.approx([0.31623] * 10, abs=1e-5) and shares[90:] == pytest.approx([0.1] * 10)
 
 
-def test_rate_share_is_the_named_schedule():
-    assert rate_share("wsd", 9, 10, 2, 4, "linear", 0.0) == 0
-    assert rate_share("wsd", 7, 10, 2, 4, "sqrt", 0.0) == 1 - math.sqrt(0.5)
-    assert rate_share("cosine", 9, 10, 2, 4, "linear", 0.2) == pytest.approx(0.2)
-    assert rate_share("multistep", 9, 10, 2, 4, "linear", 0.0) == pytest.approx(0.1)
+def test_every_schedule_takes_the_same_arguments():
+    assert SCHEDULES["wsd"](9, 10, 2, 4, "linear", 0.0) == 0
+    assert SCHEDULES["wsd"](7, 10, 2, 4, "sqrt", 0.0) == 1 - math.sqrt(0.5)
+    assert SCHEDULES["cosine"](9, 10, 2, 4, "linear", 0.2) == pytest.approx(0.2)
+    assert SCHEDULES["multistep"](9, 10, 2, 4, "linear", 0.0) == pytest.approx(0.1)
 
 
 def test_a_schedule_and_a_decay_are_added_in_one_place(monkeypatch):
     """A new entry of the table trains as itself and shows in the table of shapes; an unknown name is an error."""
-    monkeypatch.setitem(schedule.SCHEDULES, "inverse", lambda step, total, warmup_steps, **_: 1 / (step + 1))
+    monkeypatch.setitem(schedule.SCHEDULES, "inverse", lambda step, total, warmup_steps, *_: 1 / (step + 1))
     monkeypatch.setitem(schedule.DECAYS, "square", lambda progress: (1 - progress) ** 2)
-    assert rate_share("inverse", 3, 10, 2, 4, "linear", 0.0) == 0.25
-    assert rate_share("wsd", 7, 10, 2, 4, "square", 0.0) == 0.25
+    assert SCHEDULES["inverse"](3, 10, 2, 4, "linear", 0.0) == 0.25
+    assert SCHEDULES["wsd"](7, 10, 2, 4, "square", 0.0) == 0.25
     out = call(schedule.main).stdout
     assert "inverse" in out and "wsd square" in out
     with pytest.raises(KeyError):
-        rate_share("cosin", 3, 10, 2, 4, "linear", 0.0)
+        SCHEDULES["cosin"](3, 10, 2, 4, "linear", 0.0)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -136,7 +136,7 @@ def test_found_inf_leaves_weights_and_moments_unchanged(name, count, dtype):
             (factor * model(torch.full((1, 8), 7)).square().sum()).backward()
             optimizer.found_inf = torch.tensor(value)
             optimizer.step()
-            optimizer.zero_grad()
+            model.zero_grad()
         runs.append((model.state_dict(), [o.state_dict()["state"] for o in optimizer.optimizers]))
     torch.testing.assert_close(*runs, rtol=0, atol=0)
 
@@ -193,17 +193,14 @@ def test_deepseek_trained_by_its_law(layers, width, rate, batch):
     """DeepSeek LLM 7B and 67B, 2T tokens of 4096: their rates and batches, from C = (72 L d^2 + 12 L d T) D (section
     3). Their batches are rounded to hundreds of sequences."""
     compute = (72 * layers * width**2 + 12 * layers * width * 4096) * 2e12
-    with pytest.warns(Extrapolation):
+    with pytest.warns(UserWarning):
         assert schedule.deepseek_rate(compute) == pytest.approx(rate, rel=0.03)
         assert schedule.deepseek_batch(compute) == pytest.approx(batch, rel=0.10)
 
 
 def test_larger_batches_want_higher_rates():
-    """Upwards; and the variance of an update, rate^2 / batch, stays. Adam's betas forget per token as before."""
+    """Upwards; and the variance of an update, rate^2 / batch, stays."""
     assert schedule.scale_rate(1e-3, 4) == 2e-3 and schedule.scale_rate(1e-3, 0.25) == 5e-4
-    rate, beta1, beta2, eps = schedule.scale_adam(4, 1e-3)
-    assert (rate, eps) == (2e-3, 5e-9) and (beta1, beta2) == pytest.approx((0.6, 0.8))
-    assert schedule.suggest_warmup(4_720_000) == 2000 and schedule.suggest_warmup(1000) == 40
 
 
 @pytest.mark.parametrize("inside, outside", [
@@ -213,20 +210,17 @@ def test_larger_batches_want_higher_rates():
     (lambda: schedule.step_law_rate(5e8, 1e10), lambda: schedule.step_law_rate(5e9, 1e10)),
     (lambda: schedule.step_law_batch(1e10), lambda: schedule.step_law_batch(1e6)),
     (lambda: schedule.scale_rate(1e-3, 2), lambda: schedule.scale_rate(1e-3, 100)),
-    (lambda: schedule.scale_adam(4, 1e-3), lambda: schedule.scale_adam(20, 1e-3)),
-    (lambda: schedule.suggest_weight_decay(1e-3, 1e5), lambda: schedule.suggest_weight_decay(1e-3, 100)),
-    (lambda: schedule.suggest_warmup(1000), lambda: schedule.suggest_warmup(20)),
     (lambda: CHINCHILLA.loss(1e9, 2e10), lambda: CHINCHILLA.loss(1e9, 1e13)),
 ])
 def test_laws_warn_outside_their_range_only(inside, outside):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inside()
-    with pytest.warns(Extrapolation, match="holds for"):
+    with pytest.warns(UserWarning, match="holds for"):
         outside()
 
 
-@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+@pytest.mark.filterwarnings("ignore:.*holds for")
 def test_loss_laws_optima_against_a_brute_force_search():
     for law in (CHINCHILLA, HOFFMANN):
         for compute in (1e20, 5.76e23):
@@ -240,7 +234,7 @@ def test_loss_laws_optima_against_a_brute_force_search():
             assert law.loss(parameters / 2, reached) == pytest.approx(law.loss(parameters, tokens))
 
 
-@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+@pytest.mark.filterwarnings("ignore:.*holds for")
 def test_losses_of_chinchilla_itself():
     """70B parameters, 1.4T tokens, worked out by hand: 1.69 + 0.0835 + 0.1632 by Hoffmann, 1.8172 + 0.0815 + 0.0752 by
     Besiroglu."""
@@ -257,7 +251,7 @@ def test_twenty_tokens_a_parameter_follow_from_besiroglu_alone():
     assert (ratio(HOFFMANN, 1e20), ratio(HOFFMANN, 5.76e23)) == pytest.approx((40, 93), rel=0.02)
 
 
-@pytest.mark.filterwarnings("ignore::schedule.Extrapolation")
+@pytest.mark.filterwarnings("ignore:.*holds for")
 def test_overtraining_costs_loss_and_saves_inference():
     rows = [schedule.overtrain(CHINCHILLA, 1e21, k) for k in (1, 2, 4)]
     assert rows[0]["loss_penalty"] == 0 and rows[0]["compute_to_match"] == pytest.approx(1)
@@ -358,7 +352,7 @@ def test_critical_multiple_by_hand():
 
 def test_range_test_finds_the_valley():
     """A loss that falls fastest at 1e-3 and turns at 1e-1."""
-    rates = [schedule.range_test_rate(i, 200, 1e-5, 1.0) for i in range(200)]
+    rates = np.geomspace(1e-5, 1.0, 200).tolist()
     assert rates[0] == 1e-5 and rates[-1] == pytest.approx(1.0)
     x = np.log10(rates)
     losses = (8 - 4 / (1 + np.exp(-4 * (x + 3))) + 3 * np.maximum(0, x + 1)).tolist()
