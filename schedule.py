@@ -351,8 +351,7 @@ class LossLaw:
 # Besiroglu et al. (2024) corrected the fit of Hoffmann et al. (2022): only theirs gives about 20 tokens a parameter.
 HOFFMANN = LossLaw("Hoffmann et al. 2022", 1.69, 406.4, 410.7, 0.34, 0.28)
 CHINCHILLA = LossLaw("Besiroglu et al. 2024", 1.8172, 482.01, 2085.43, 0.3478, 0.3658)
-# `fit_law` on nine runs of 0.3 to 1.8M parameters from 0.2M tokens on, the laptop recipe, `train.py --minutes 5` and
-# width 64 at 2.7M tokens; within 1.7 % of each. In bits per byte of held-out prose and code.
+# `fit_law` on twelve runs of the laptop's kind, within 1.7 % of each; bits per byte of held-out prose and code.
 LAPTOP_LAW = LossLaw("fitted to the laptop's runs", 0.745, 8368, 19.69, 0.825, 0.2, (0.15e6, 7e6), (0.1e6, 10e6))
 
 

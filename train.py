@@ -336,8 +336,8 @@ def enter_stage(run):
     """Sets what changes with a stage besides the data: the context and RoPE's base."""
     if curriculum := run.curriculum:
         number, base = curriculum.stage(run.step), run.recipe.model
-        if run.step in curriculum.ends:  # other data, another loss
-            run.guard.lowest = run.guard.guessing
+        if run.step in curriculum.ends:
+            run.guard.lowest = run.guard.guessing  # other data may have a higher loss
         run.model.config = base.change(max_position_embeddings=curriculum.contexts[number],
                                        rope_theta=curriculum.stages[number].rope_theta or base.rope_theta)
 
@@ -428,8 +428,8 @@ class Meter:
         run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, **entry, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0)
         left = tqdm.format_interval((run.tokens_before(run.steps) - end) / self.pace)
-        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in ("loss", "lr", "grad_norm", *run.found)
-                          if name in entry)
+        names = [name for name in ("loss", "lr", "grad_norm", *run.found) if name in entry]
+        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in names)
         self.bar.set_postfix_str(f"{left} left; {stage}: {shown}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(at + 1 - self.bar.n)
 
@@ -635,7 +635,7 @@ def print_run(run, speed, memory):
     print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
           f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}; "
           f"{memory / 2**20:,.0f} MiB at the peak; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp"))
-    for i, (stage, begin, end) in enumerate(zip(plan.stages, [0, *plan.ends], plan.ends)):
+    for i, (stage, begin, end) in enumerate(zip(plan.stages, plan.begins, plan.ends)):
         context, rows, base = plan.contexts[i], run.rows[i], stage.rope_theta or config.rope_theta
         mixture = ", ".join(f"{share:.0%} {split.name}" for split, share in zip(plan.sources, plan.shares[i]) if share)
         pieces = plan.batches[i] // context // rows // size
