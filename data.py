@@ -395,9 +395,8 @@ def embedded():
 # EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
 # one: the attention of a document begins at its own EOS.
 #
-# All of it is made in OUT.partial and renamed at the end, so a folder that exists is complete. The files grow shard by
-# shard; after each, meta.json is replaced, which says how long they are and which document of the source was last.
-# Whatever stops the work, kill -9 too, the same command cuts the files to these lengths and resumes there.
+# All of it is made in OUT.partial and renamed at the end. After each shard meta.json is replaced; it says how long the
+# files are and which document was last, so that the same command cuts them to these lengths and resumes.
 
 def add_new(seen, key):
     """Adds a hash to a set; False if it was there. A full set is emptied first: memory stays bounded."""
@@ -945,7 +944,7 @@ def summary(data):
 
 
 def show(data, context):
-    """Prints the sources, the packings side by side, document lengths, and where the first two documents begin."""
+    """Prints the sources, and of each the packings, the lengths of documents and the beginnings of the first two."""
     tokenizer, splits = summary(data)
     for split in splits:
         print(f"\n{split.name}: packed into sequences of {context:,}\n"
