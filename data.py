@@ -42,8 +42,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, draw, given_options, option, reading,
-                       run, train_bpe, utf8)
+from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, given_options, option,
+                       parse_options, reading, run, train_bpe, utf8)
 
 FORMAT = 3  # of the token files
 SPLITS = "train", "val"
@@ -395,9 +395,8 @@ def embedded():
 # EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
 # one: the attention of a document begins at its own EOS.
 #
-# All of it is made in OUT.partial and renamed at the end, so a folder that exists is complete. The files grow shard by
-# shard; after each, meta.json is replaced, which says how long they are and which document of the source was last.
-# Whatever stops the work, kill -9 too, the same command cuts the files to these lengths and resumes there.
+# All of it is made in OUT.partial and renamed at the end. After each shard meta.json is replaced; it says how long the
+# files are and which document was last, so that the same command cuts them to these lengths and resumes.
 
 def add_new(seen, key):
     """Adds a hash to a set; False if it was there. A full set is emptied first: memory stays bounded."""
@@ -596,12 +595,6 @@ def source_folders(data):
     return folders
 
 
-def find_tokenizer(data):
-    """Where the tokenizer of prepared data is: in its first folder, or beside it."""
-    first = source_folders(data.split(",")[0])[0]
-    return first if (first / "tokenizer.json").exists() else first.parent
-
-
 def sample(sources, max_bytes, held_out=0.0):
     """Texts to train a tokenizer on, equally much of each of {name: Source}."""
     return (text for source in sources.values() for text in source.sample(max_bytes / len(sources), held_out))
@@ -733,8 +726,9 @@ class Packing:
 # ---- order: which sequence comes when -------------------------------------------------------------------------
 
 def permute(index, n, key):
-    """Where a shuffle of range(n), named by the integers `key`, puts each index [..] int64, without an array of n. A
-    Feistel network (Luby and Rackoff 1988) permutes the even power of two that holds n; an index outside goes again."""
+    """Where the shuffle of range(n) seeded by the integers `key` puts each index [..] int64, without an array of n. A
+    Feistel network (Luby and Rackoff 1988) permutes a power of four that holds n; results from n on are permuted again.
+    """
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask, keys = (1 << half) - 1, np.random.PCG64(key).random_raw(6)
 
@@ -786,7 +780,7 @@ class Stage:
 class Batch(NamedTuple):
     tokens: np.ndarray  # [B, T] int64
     targets: np.ndarray  # [B, T] int64: the next token; -100 if there is none
-    cu_seqlens: np.ndarray  # [M] int32: document starts in the flattened batch, padded with B*T
+    cu_seqlens: np.ndarray  # [M] int32: document starts in the flattened batch, then B*T up to a power of two
 
 
 def cut_batch(packings, sources, sequences):
@@ -804,14 +798,10 @@ def cut_batch(packings, sources, sequences):
             inside = split.starts[slice(*np.searchsorted(split.starts, [begin + 1, begin + len(ids) - 1]))]
             starts += [[row * packings[0].context + at], inside - begin + row * packings[0].context + at]
             at += length
-    return Batch(tokens, targets, pad_cu_seqlens(np.concatenate(starts), tokens.size))
-
-
-def pad_cu_seqlens(starts, end):
-    """Starts -> int32, padded with the end of the batch to a power of two, at least 16: few lengths to compile for."""
-    out = np.full(max(16, 1 << len(starts).bit_length()), end, np.int32)
-    out[:len(starts)] = starts
-    return out
+    starts = np.concatenate(starts)
+    cu_seqlens = np.full(max(16, 1 << len(starts).bit_length()), tokens.size, np.int32)  # few lengths to compile for
+    cu_seqlens[:len(starts)] = starts
+    return Batch(tokens, targets, cu_seqlens)
 
 
 class Curriculum:
@@ -866,20 +856,15 @@ class Curriculum:
                 for s, split in enumerate(self.sources)}
 
     def report(self):
-        """Lines: what the playbook would say of epochs and of the share of other languages, and what was adjusted."""
+        """Lines that warn of text read too often and of stages left out, and say which weights were divided."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
-        lengths, foreign = np.diff(self.passed), [split.name.startswith("multilingual") for split in self.sources]
-        for stage, tokens in zip(self.stages, lengths):
+        for stage, tokens in zip(self.stages, np.diff(self.passed)):
             total = sum(stage.mixture.values()) or 1
             if not tokens:
                 lines.append(f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step")
             if abs(total - 1) > 1e-6:
                 lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
-        if any(foreign):
-            share = lengths @ np.array(self.shares) @ foreign / self.passed[-1]
-            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the "
-                         f"limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
 
     def locate(self, step, first, count):
@@ -923,7 +908,9 @@ def load_data(data, vocab_size=8192, verify=True):
     if "data/laptop" in missing:
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
         prepare(embedded(), "data/laptop", vocab_size=vocab_size)
-    tokenizer = Tokenizer.load(place := find_tokenizer(data))
+    first = source_folders(data.split(",")[0])[0]
+    place = first if (first / "tokenizer.json").exists() else first.parent  # in a source alone, or beside sources
+    tokenizer = Tokenizer.load(place)
     if "data/recall" in missing:
         print("data      data/recall is not there yet: writing documents with notes to look up, encoding")
         sizes = {128: (430, 6000), 512: (1600, 2000), 2048: (6500, 1000)}  # context: bytes, at about 4 a token; count
@@ -957,9 +944,8 @@ def summary(data):
 
 
 def show(data, context):
-    """Prints the sources, the packings side by side, document lengths, and where the first two documents begin."""
+    """Prints the sources, and of each the packings, the lengths of documents and the beginnings of the first two."""
     tokenizer, splits = summary(data)
-    lengths = {split.name: np.diff(split.starts) for split in splits}
     for split in splits:
         print(f"\n{split.name}: packed into sequences of {context:,}\n"
               "             sequences  utilisation   dropped       cut   mean square of lengths")
@@ -967,19 +953,10 @@ def show(data, context):
             print("{:10}{:>12,}{:>13.1%}{:>10.1%}{:>10.1%}{:>25,.0f}".format(
                 strategy, *Packing(split, context, strategy).report()))
         print("tokens per document: a tenth up to {:,.0f}, half up to {:,.0f}, nine tenths up to {:,.0f}, all up to "
-              "{:,.0f}".format(*np.quantile(lengths[split.name], (0.1, 0.5, 0.9, 1))))
+              "{:,.0f}".format(*np.quantile(np.diff(split.starts), (0.1, 0.5, 0.9, 1))))
         for start, end in zip(split.starts[:2], split.starts[1:]):
             text = tokenizer.decode(split.tokens[start + 1:min(end, start + 60)].tolist())
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
-
-    def paint(axes):
-        for name, n in lengths.items():
-            axes.ecdf(n, label=name)
-        axes.set(xscale="log", xlabel="tokens per document", ylabel="share of the documents up to this length")
-        axes.legend()
-
-    if draw(path := Path(data.split(",")[0]) / "document-lengths.png", paint):
-        print(f"\nThe lengths of all documents are drawn in {path}")
 
 
 def named_sources(words, text_key):
@@ -997,11 +974,11 @@ def named_sources(words, text_key):
 @dataclass
 class DataOptions:
     out: str = option("", "prepare, tokenizer: folder to make; empty: data/NAME or tokenizers/NAME of the first source")
-    tokenizer: str = option("", "prepare: as for `tokenizer.py fertility`; empty: one is trained on the sources")
+    tokenizer: str = option("", "prepare: folder, file or hf:ORG/NAME of one to use; empty: train one on the sources")
     max_tokens: float = option(0.0, "prepare: per source, about; 0: all", 0, 1e15)
     vocab_size: int = option(4096, "of a tokenizer that is trained")
     sample_bytes: float = option(2e7, "of text to train a tokenizer on; for `tokenizer` ten times this", 1, 1e15)
-    pretokenizer: str = option("qwen", "tokenizer: as for `tokenizer.py train`")
+    pretokenizer: str = option("qwen", "tokenizer: how text is cut before merging", choices=tuple(PATTERNS))
     text_key: str = option("text", "the field of a data set that holds the text")
     context: int = option(2048, "show: tokens of a sequence", 1)
 
@@ -1010,10 +987,9 @@ def main():
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("prepare", "show", "tokenizer"))
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] or "
-                        "nothing: the embedded corpus. NAME=SOURCE names one; multilingual... is not English. "
-                        "For show: folders of prepared data")
+                        "nothing: the embedded corpus. NAME=SOURCE names one. For show: folders of prepared data")
     add_options(parser, DataOptions)
-    args = parser.parse_intermixed_args()  # flags may stand before sources
+    args = parse_options(parser, sys.argv[1:], intermixed=True)
     given = given_options(args, DataOptions)
     options = DataOptions(**({"sample_bytes": 2e8} if args.command == "tokenizer" else {}) | given)
     check_options(options)

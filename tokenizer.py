@@ -64,7 +64,7 @@ CONTROL = ["<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"]
 EOS_NAMES = ["<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "<｜end▁of▁sentence｜>", "<|im_end|>",
              "<|eot_id|>", "<|return|>", "<end_of_turn>"]  # the first present wins
 PAD_NAMES = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
-BLOCK = 1 << 20  # characters read and pre-tokenized at a time: bounds memory on a file that is one huge line
+BLOCK = 1 << 20  # training: characters pre-tokenized at a time, which bounds the list of chunks in memory
 MAX_CHUNK = 128  # training: longer chunks (base64, DNA) are cut here, or every merge would rescan them
 MAX_SPACE = 100_000  # encoding: tiktoken's regex engine overflows its stack at 1,000,000 white spaces
 MAX_ID = 1 << 22  # loading: a damaged id must not ask for terabytes
@@ -610,9 +610,9 @@ def add_options(parser, *classes, without=()):
                                    metavar="|".join(rule["choices"]) or kind.__name__)
 
 
-def parse_options(parser, argv):
-    """The command line; UserError names the flag nearest to an unknown one."""
-    args, unknown = parser.parse_known_args(argv)
+def parse_options(parser, argv, intermixed=False):
+    """The command line, `intermixed`: flags may stand between names; UserError names the flag nearest to an unknown."""
+    args, unknown = (parser.parse_known_intermixed_args if intermixed else parser.parse_known_args)(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), vars(args), 1)
         hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"

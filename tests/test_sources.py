@@ -436,7 +436,7 @@ def test_a_sample_takes_a_share_of_every_file(tmp_path):
     assert set(taken) == set("01234") and taken["0"] == pytest.approx(4 * taken["1"], rel=0.2)
 
 
-def test_show_draws_lengths_and_marks_boundaries(tmp_path):
+def test_show_prints_lengths_and_marks_boundaries(tmp_path):
     tokenizer = train_bpe(DOCUMENTS, 300)
     d.prepare({"words": [(text, text) for text in DOCUMENTS]}, tmp_path / "set", tokenizer)
     shown = call(d.main, "show", str(tmp_path / "set"), "--context", "64")
@@ -447,9 +447,14 @@ def test_show_draws_lengths_and_marks_boundaries(tmp_path):
     assert f"--- tokens {second:,} to {third:,}" in shown.stdout
     lengths = sorted(b - a for a, b in zip(split.starts.tolist(), split.starts.tolist()[1:]))
     assert f"half up to {np.median(lengths):,.0f}, " in shown.stdout and f"all up to {lengths[-1]:,}\n" in shown.stdout
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "set/document-lengths.png"
-    assert str(picture) in shown.stdout and picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("flags, words", [(["--pretokenizer", "bert"], "is not one of gpt2, llama3"),
+                                          (["--vocab-siz", "300"], "did you mean --vocab_size?")])
+def test_wrong_flags_are_a_sentence(tmp_path, flags, words):
+    (tmp_path / "b.txt").write_text("plain text " * 50)
+    done = call(d.main, "tokenizer", *flags, tmp_path / "b.txt", "--out", tmp_path / "t")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
 
 
 @pytest.mark.parametrize("flags", [["--sample-bytes", "nan"], ["--max-tokens", "-1"], ["--sample-bytes", "0"]])
