@@ -856,7 +856,8 @@ class Curriculum:
                 for s, split in enumerate(self.sources)}
 
     def report(self):
-        """Lines that warn of text read too often and of stages left out, and say which weights were divided."""
+        """Lines that warn of text read too often and of stages left out, and say which weights were divided and what
+        share other languages than English have."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
         for stage, tokens in zip(self.stages, np.diff(self.passed)):
@@ -865,6 +866,10 @@ class Curriculum:
                 lines.append(f"warning   stage {stage.name} is left out: its {stage.tokens:,.0f} tokens are no step")
             if abs(total - 1) > 1e-6:
                 lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
+        foreign = [split.name.startswith("multilingual") for split in self.sources]
+        if share := np.diff(self.passed) @ self.shares @ foreign / self.passed[-1]:
+            lines.append(f"languages {share:.1%} of the run is multilingual; the playbook settled on 12 %, and the "
+                         f"limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
 
     def locate(self, step, first, count):

@@ -834,6 +834,15 @@ def test_many_epochs_are_reported(prepared, tokenizer):
     assert len(many) == 2 and all("past about 4 epochs" in line for line in many)
 
 
+def test_epochs_and_languages_are_reported(tmp_path, tokenizer):
+    d.prepare({"english": some_documents(200), "multilingual-web": some_documents(100, 1)}, tmp_path / "set", tokenizer)
+    splits = [s["train"] for s in load(tmp_path / "set", tokenizer)]
+    few = d.Curriculum(splits, [d.Stage("a", 9600, {"english": 0.88, "multilingual-web": 0.12})], 16, 96).report()
+    assert len(few) == 1 and "12.0% of the run is multilingual" in few[0] and "kept" in few[0]
+    many = d.Curriculum(splits, [d.Stage("a", 200_000, {"english": 0.7, "multilingual-web": 0.3})], 16, 96).report()
+    assert sum("past about 4 epochs" in line for line in many) == 2 and "exceeded" in many[-1]
+
+
 def test_cu_seqlens_are_padded_to_a_power_of_two():
     for documents, length in ((1, 16), (14, 16), (15, 16), (16, 32), (31, 32), (32, 64), (100, 128)):
         starts = np.append(np.arange(documents), 401)
