@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -277,7 +278,7 @@ class Saver:
 def check_manifest(checkpoint):
     """The same folder; UserError unless every file has the sha256 that manifest.json names."""
     if (checkpoint / "guard.json").exists():
-        raise UserError(f"{checkpoint} is of this project's first version; export it there and start from the export")
+        raise UserError(f"{checkpoint} is of this project's first version; export it with that and train the export")
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
@@ -300,7 +301,6 @@ def find_checkpoint(run, before=10**9):
                 raise
             print(f"{error}; trying the one before", file=sys.stderr)
     raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
-newest_checkpoint = find_checkpoint  # of a run
 
 
 def _shapes(tensors):
@@ -309,7 +309,10 @@ def _shapes(tensors):
 
 def _load_tensors(path, like):
     """The tensors of a file; UserError unless names, shapes and kinds are those of `like`."""
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # its message advises to load the file without this protection
+        raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
     if _shapes(tensors) != _shapes(like):
         raise UserError(f"{path} is of a model of other sizes or of another optimizer; take back the flags that say so")
     return tensors
