@@ -951,7 +951,7 @@ class GPT(nn.Module):
         total, c = 0.0, self.config
         if self.mixtures:
             counts = torch.stack([moe.routing[1] for moe in self.mixtures])
-            if dist.is_available() and dist.is_initialized():
+            if dist.is_initialized():
                 dist.all_reduce(counts)
             for moe, count in zip(self.mixtures, counts):
                 moe.load = count if moe.load is None else moe.load + count
