@@ -300,7 +300,7 @@ def find_checkpoint(run, before=10**9):
         except UserError as error:
             if (checkpoint / "guard.json").exists():
                 raise
-            print(f"{error}; trying the one before", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
 
 
