@@ -35,7 +35,7 @@ from tqdm import tqdm
 import cost
 import schedule
 import train
-from checkpoint import Log, find_checkpoint, new_run_folder, newest_checkpoint, write_json
+from checkpoint import Log, find_checkpoint, new_run_folder, write_json
 from data import load_data
 from model import count_parameters
 from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command
@@ -245,7 +245,7 @@ def spikes(words, o):
     for name, guard, bad in (("clean", "warn", range(0)), ("poisoned", "warn", poison), ("rewind", "rewind", poison)):
         train.say(f"training  {name}")
         if bad:
-            early = newest_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
+            early = find_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
         run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))

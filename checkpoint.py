@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -98,7 +99,8 @@ class Log:
         entry = json.loads(json.dumps(entry), parse_constant=lambda name: None)  # JSON has neither NaN nor infinity
         if entry in self.events:
             return  # a resumed run meets again what it met before
-        self.events += [entry] * ("event" in entry)
+        if "event" in entry:
+            self.events.append(entry)
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n" * self.failed + json.dumps(entry) + "\n")  # ends a line that a full disk tore
@@ -181,17 +183,17 @@ def _new_folder(place):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def copy_chat_format(source, folder, tokenizer, settings=None):
-    """Keeps a Hugging Face model's chat format, or else `settings`, beside what is trained from it. The token that ends
-    a turn in training joins the stops: a base model's files often name only the end of a text."""
+def copy_chat_format(source, folder, tokenizer, defaults={}):
+    """Keeps a Hugging Face model's chat format beside what is trained from it; `defaults` fill what it lacks. The token
+    that ends a turn in training joins the stops: a base model's files often name only the end of a text."""
     chat, last = ChatFormat(source, tokenizer), []
-    if not (settings := chat.content("tokenizer_config.json") or settings):
+    if not (settings := defaults | chat.content("tokenizer_config.json")):
         return
     with contextlib.suppress(UserError):  # a template that refuses this conversation
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
         last = [id for id, trained in zip(ids, mask) if trained][-1:]
     write_json(folder / "tokenizer_config.json", settings | {
-        "add_bos_token": bool(chat.opening), "chat_template": chat.template or settings.get("chat_template"),
+        "add_bos_token": bool(chat.opening), "chat_template": chat.template or defaults.get("chat_template"),
         "tokenizer_class": "PreTrainedTokenizerFast"})  # reads tokenizer.json as it is
     write_json(folder / "generation_config.json", {"pad_token_id": tokenizer.pad_id} | chat.content(
         "generation_config.json") | {"eos_token_id": sorted(chat.stop | set(last) & set(tokenizer.special.values()))})
@@ -277,7 +279,7 @@ class Saver:
 def check_manifest(checkpoint):
     """The same folder; UserError unless every file has the sha256 that manifest.json names."""
     if (checkpoint / "guard.json").exists():
-        raise UserError(f"{checkpoint} is of this project's first version; export it there and start from the export")
+        raise UserError(f"{checkpoint} is of this project's first version; export it with that and train the export")
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
@@ -298,9 +300,8 @@ def find_checkpoint(run, before=10**9):
         except UserError as error:
             if (checkpoint / "guard.json").exists():
                 raise
-            print(f"{error}; trying the one before", file=sys.stderr)
+            print(f"skipped: {error}", file=sys.stderr)
     raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
-newest_checkpoint = find_checkpoint  # of a run
 
 
 def _shapes(tensors):
@@ -309,7 +310,10 @@ def _shapes(tensors):
 
 def _load_tensors(path, like):
     """The tensors of a file; UserError unless names, shapes and kinds are those of `like`."""
-    tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # its message advises to load the file without this protection
+        raise UserError(f"{path} holds something other than tensors; it is not loaded") from None
     if _shapes(tensors) != _shapes(like):
         raise UserError(f"{path} is of a model of other sizes or of another optimizer; take back the flags that say so")
     return tensors
@@ -605,7 +609,8 @@ def _write_tokenizer(chat, folder):
     tokenizer, bos_id = chat.tokenizer, chat.opening[0] if chat.opening else None
     ids = {"eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id, "bos_token": bos_id}
     names = {role: tokenizer.decode([id]) for role, id in ids.items() if id is not None}
-    copy_chat_format(chat.folder, folder, tokenizer, names | {"chat_template": CHAT_TEMPLATE})
+    template = CHAT_TEMPLATE if "<|im_start|>" in tokenizer.special else None
+    copy_chat_format(chat.folder, folder, tokenizer, names | {"chat_template": template})
     path = tokenizer.save(folder)
     if bos := names.get("bos_token"):  # transformers ignores add_bos_token and obeys this
         parts = [{"SpecialToken": {"id": bos, "type_id": 0}}, *({"Sequence": {"id": s, "type_id": 0}} for s in "AB")]
@@ -635,7 +640,7 @@ def _compare_with_transformers(model, folder, chat):
     if chat:
         hf, messages = transformers.AutoTokenizer.from_pretrained(folder), [{"role": "user", "content": "12 + 30?"}]
         wanted, found = [chat.text("a b")], [hf("a b")["input_ids"]]
-        if hf.chat_template and (chat.template or "<|im_start|>" in chat.tokenizer.special):
+        if hf.chat_template:
             wanted.append(chat.prompt(messages))
             found.append(hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         if wanted != found:

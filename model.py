@@ -481,26 +481,27 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
 
 
 class KVCache:
-    """What a model remembers of the `length` tokens before, by layer. Full attention: keys and values [B, length, G,
-    D]; MLA: the latent and the shared key's RoPE part; sliding and chunked layers: only what a later token can see;
-    linear layers: a state of fixed size."""
+    """What each layer remembers of the `length` tokens before. Full attention: keys and values [B, capacity, G, D];
+    MLA: the latent and the shared key's RoPE part; sliding and chunked layers: only what a later token can see; linear
+    layers: a state of fixed size."""
 
     def __init__(self, capacity):
-        self.capacity, self.length, self.layers = capacity, 0, {}  # in tokens; `GPT.forward` moves length
+        self.capacity, self.length, self.layers = capacity, 0, {}  # in tokens; `GPT.forward` increases length
 
     def append(self, layer, *new, sees=0):
         """Stores new [B, T, ...] and returns everything stored so far. `sees`: how many tokens a query sees (0: all);
         what no later one sees is forgotten."""
+        if layer not in self.layers:
+            self.layers[layer] = [x.new_empty(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
+        old = self.layers[layer]
         if sees:
-            seen = [torch.cat(pair, 1) for pair in zip(self.layers[layer], new)] if layer in self.layers else new
+            seen = [torch.cat(pair, 1) for pair in zip(old, new)]
             self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen]
             return seen
-        if layer not in self.layers:
-            self.layers[layer] = [x.new_empty(len(x), self.capacity, *x.shape[2:]) for x in new]
         end = self.length + new[0].shape[1]
-        for stored, x in zip(self.layers[layer], new):
+        for stored, x in zip(old, new):
             stored[:, self.length:end] = x
-        return [stored[:, :end] for stored in self.layers[layer]]
+        return [stored[:, :end] for stored in old]
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------
@@ -780,7 +781,7 @@ class Experts(nn.Module):
             if all(size * x.element_size() % 16 == 0 for size in weight.shape[1:]):  # what grouped_mm requires of rows
                 y = F.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
             else:
-                y = torch.cat([F.linear(rows, w) for rows, w in zip(x.split(counts.int().tolist()), weight)])
+                y = torch.cat([F.linear(part, w) for part, w in zip(x.split(counts.int().tolist()), weight)])
             if bias is not None:  # bias[expert] as a product, whose backward needs no atomics
                 y = y + F.one_hot(expert, len(bias)).to(x.dtype) @ bias.to(x.dtype)
             return y
@@ -950,7 +951,7 @@ class GPT(nn.Module):
         total, c = 0.0, self.config
         if self.mixtures:
             counts = torch.stack([moe.routing[1] for moe in self.mixtures])
-            if dist.is_available() and dist.is_initialized():
+            if dist.is_initialized():
                 dist.all_reduce(counts)
             for moe, count in zip(self.mixtures, counts):
                 moe.load = count if moe.load is None else moe.load + count

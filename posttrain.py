@@ -51,7 +51,7 @@ import cost
 import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
-                        new_run_folder, newest_checkpoint, save_weights)
+                        new_run_folder, save_weights)
 from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform
 from evals import Score
 from model import count_parameters
@@ -592,7 +592,7 @@ def prepare_run(recipe, folder, world, resume):
     fingerprint = {"data": uniform(json.dumps(rows))}
     if resume and train.read_recipe(folder, PostRecipe)[1] != fingerprint:
         raise UserError(f"the data is not what {folder} began with; put that back or start a new run")
-    source, machine = newest_checkpoint(folder) if resume else recipe.start, world.agree(cost.choose_machine(recipe))
+    source, machine = find_checkpoint(folder) if resume else recipe.start, world.agree(cost.choose_machine(recipe))
     context = recipe.model.max_position_embeddings
     recipe = cost.settle(recipe, machine, world.size, context)
     if recipe.method == "grpo" and recipe.parallel == "fsdp":

@@ -63,7 +63,7 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
     cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
     running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
-    # Faster than no_grad, but not for the first forward pass of a model that FSDP then trains.
+    # inference_mode is faster, but must not run the first forward pass of a model that FSDP then trains.
     mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
     for _ in range(max_tokens):
         with mode():

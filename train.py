@@ -39,7 +39,7 @@ from tqdm import tqdm
 import cost
 import evals
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
-                        newest_checkpoint, write_json)
+                        write_json)
 from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
 from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
                    cross_entropy, watch_attention, z_loss)
@@ -354,7 +354,7 @@ def go_back(run, event):
     gap = [began - 1 - margin, min(at + margin, run.steps - 1)]
     saved = {int(path.name[5:]): path for path in (run.folder / "checkpoints").glob("step-????????")}
     before = began - Guard.MARGIN * (min(saved, default=0) < began - Guard.MARGIN)  # or what is left
-    whole = run.world.agree(newest_checkpoint(run.folder, before) if run.world.leader else None)
+    whole = run.world.agree(find_checkpoint(run.folder, before) if run.world.leader else None)
     state = load_checkpoint(whole, run.model, run.optimizer)
     guard.restore(state | {"skipped": [*guard.skipped, gap], "rewinds": rewinds, "tight_until": gap[1] + Guard.WINDOW})
     run.step = guard.after_gap(state["step"])
@@ -534,7 +534,7 @@ def watch(run):
 
 def read_recipe(folder, kind=Recipe):
     """The recipe of a run, a `kind`, and {source: sha256 of the tokens} that it trains on."""
-    with reading(folder / "recipe.json", "it is damaged, or this is not a run; give a folder such as runs/laptop"):
+    with reading(folder / "recipe.json", "it is damaged, of an older version or no run; give one such as runs/laptop"):
         saved = json.loads((folder / "recipe.json").read_text("utf-8"))
         sources = saved.pop("sources")
         saved["model"], saved["stages"] = ModelConfig(**saved["model"]), tuple(Stage(**s) for s in saved["stages"])
@@ -595,7 +595,7 @@ def set_up(recipe, folder, world=None, resume=False):
     if recipe.model.position == "learned" and longest > context:
         raise UserError(f"--position learned ends at {context} tokens, but a stage has {longest}; take rope")
     cost.stage_rows(recipe, world.size, "cpu")  # reject an impossible batch size first
-    begun = newest_checkpoint(folder) if resume else find_checkpoint(recipe.start) if recipe.start else None
+    begun = find_checkpoint(folder if resume else recipe.start) if resume or recipe.start else None
     machine = world.agree(cost.choose_machine(recipe))
     print(f"machine   {machine.reason}")
     loaded = load_data(recipe.data, recipe.model.vocab_size) if world.leader else None
@@ -712,7 +712,7 @@ def annealing(start, candidate, given):
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
-        begun = newest_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
+        begun = find_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
     data = given.get("data", recipe.data)
     sizes = {source["train"].name: len(source["train"].tokens) for source in load_data(data)[1]}
     base = recipe.stages[0].mixture or sizes

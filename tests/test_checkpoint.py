@@ -15,7 +15,7 @@ import torch
 
 import checkpoint
 from checkpoint import (Saver, check_manifest, find_checkpoint, from_pretrained, load_checkpoint, load_config,
-                        newest_checkpoint, save_weights)
+                        save_weights)
 from conftest import ROOT, torchrun
 from model import GPT, ModelConfig
 from tokenizer import UserError, train_bpe
@@ -142,9 +142,9 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_taken(run, capsys):
     raw[len(raw) // 2] ^= 1
     (altered / "optimizer.pt").write_bytes(raw)
     (torn / "manifest.json").unlink()
-    assert newest_checkpoint(folder) == find_checkpoint(folder) == good
+    assert find_checkpoint(folder) == good
     said = capsys.readouterr().err
-    assert str(torn) in said and f"{altered / 'optimizer.pt'} is not what was saved" in said and "before" in said
+    assert str(torn) in said and f"{altered / 'optimizer.pt'} is not what was saved" in said and "skipped" in said
     assert isinstance(from_pretrained(folder), GPT)
     with pytest.raises(UserError, match="sha256"):
         from_pretrained(altered)
@@ -158,7 +158,7 @@ def test_a_checkpoint_of_the_first_shape_is_one_sentence(run, capsys):
     for step in steps(folder):
         (folder / f"checkpoints/step-{step:08d}/guard.json").write_text("{}")
     for what in (folder, folder / "checkpoints/step-00000002"):
-        with pytest.raises(UserError, match="first version; export it there"):
+        with pytest.raises(UserError, match="first version; export it with that"):
             from_pretrained(what)
     assert not capsys.readouterr().err
 
@@ -168,9 +168,9 @@ def test_other_sizes_and_other_optimizers_are_refused(run):
     model, optimizer = made(0)
     wide = GPT(TINY.change(intermediate_size=25))
     with pytest.raises(UserError, match="model.pt is of a model of other sizes"):
-        load_checkpoint(newest_checkpoint(folder), wide, one(wide))
+        load_checkpoint(find_checkpoint(folder), wide, one(wide))
     with pytest.raises(UserError, match="optimizer.pt is of .* another optimizer"):
-        load_checkpoint(newest_checkpoint(folder), model, Two(model))
+        load_checkpoint(find_checkpoint(folder), model, Two(model))
 
 
 def test_weights_alone_are_a_checkpoint_that_training_can_start_from(tmp_path, tokenizer):
@@ -185,7 +185,7 @@ def test_weights_alone_are_a_checkpoint_that_training_can_start_from(tmp_path, t
 
 def test_damage_under_a_matching_manifest_is_one_sentence(run):
     """Contents of other types and sizes, missing parts, archives of code."""
-    folder = newest_checkpoint(run[0])
+    folder = find_checkpoint(run[0])
     model, optimizer = made(0)
     weights, moments = (torch.load(folder / name, weights_only=True) for name in ("model.pt", "optimizer.pt"))
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), script := folder.parent.parent / "script.pt")
@@ -278,7 +278,7 @@ def test_a_kill_at_any_moment_loses_nothing_saved(tmp_path, tokenizer):
         os.waitpid(child, 0)
         with open(here) as pipe:
             done = max([done, *map(int, pipe.read().split())])
-        newest = newest_checkpoint(tmp_path)
+        newest = find_checkpoint(tmp_path)
         assert newest.name >= f"step-{done:08d}"
         for path in tmp_path.glob("checkpoints/step-????????"):
             check_manifest(path)
@@ -335,14 +335,14 @@ dist.destroy_process_group()
             for name in a:
                 assert_same(a[name], b[name])
             other, again = made(1, build)
-            assert load_checkpoint(newest_checkpoint(f"{kind}-{build.__name__}"), other, again)["step"] == 4
+            assert load_checkpoint(find_checkpoint(f"{kind}-{build.__name__}"), other, again)["step"] == 4
             loose = 1e-5 if build is one else 2e-3  # Muon computes in bf16
             for name, weight in after[build].items():
                 torch.testing.assert_close(other.state_dict()[name], weight, atol=loose, rtol=loose)
 
 
 def test_a_checkpoint_cannot_run_code(run):
-    folder = newest_checkpoint(run[0])
+    folder = find_checkpoint(run[0])
 
     class Evil:
         def __reduce__(self):
@@ -350,7 +350,7 @@ def test_a_checkpoint_cannot_run_code(run):
 
     torch.save({"a": Evil()}, folder / "model.pt")
     resign(folder)
-    with pytest.raises(UserError, match="model.pt|Unpickling"):
+    with pytest.raises(UserError, match="model.pt holds something other than tensors"):
         from_pretrained(folder)
     assert not Path("owned").exists()
 

@@ -608,6 +608,17 @@ def test_the_trained_end_of_a_turn_joins_the_stops(exported, tmp_path):
     assert ChatFormat(tmp_path / "out", tokenizer).stop == chat.stop
 
 
+def test_a_tuned_base_without_a_template_is_exported_with_the_one_it_was_tuned_in(exported, tmp_path):
+    tokenizer, run, out = exported
+    shutil.copytree(out, tmp_path / "base")
+    settings = json.loads((out / "tokenizer_config.json").read_text()) | {"chat_template": None}
+    (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(settings))
+    save_pretrained(from_pretrained(out), tmp_path / "out", tokenizer_from=tmp_path / "base")
+    theirs, messages = transformers.AutoTokenizer.from_pretrained(tmp_path / "out"), [{"role": "user", "content": "a?"}]
+    chat = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    assert chat == ChatFormat(run, tokenizer).prompt(messages)
+
+
 def test_more_tokens_than_embedding_rows(exported, tmp_path):
     tokenizer, run, _ = exported
     short = TINY.change(vocab_size=tokenizer.vocab_size - 2)

@@ -17,7 +17,7 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import train
-from checkpoint import Log, Saver, from_pretrained, newest_checkpoint
+from checkpoint import Log, Saver, from_pretrained, find_checkpoint
 from conftest import ROOT, call, torchrun
 from model import GPT, ModelConfig, watch_attention
 from schedule import Guard
@@ -158,14 +158,14 @@ def test_nan_in_one_process_stops_both_before_the_update(two):
     runs, done = two
     (said,) = [line for line in done.stdout.splitlines() if line.startswith("diverged")]
     assert "step 5:" in said and "process 1, micro-batch 1 (sequences 2 to 3)" in said and "--resume runs/nan" in said
-    assert newest_checkpoint(runs / "nan").name == "step-00000003" and len(losses(runs / "nan")) == 4
+    assert find_checkpoint(runs / "nan").name == "step-00000003" and len(losses(runs / "nan")) == 4
 
 
 def test_a_signal_to_one_of_two_processes_saves_and_ends_both(two):
     runs, done = two
     assert "exitcode  : 75" in done.stderr
     assert done.stderr.count("python train.py --resume runs/stopped") == 1, done.stderr
-    assert newest_checkpoint(runs / "stopped").name == "step-00000005" and len(losses(runs / "stopped")) == 5
+    assert find_checkpoint(runs / "stopped").name == "step-00000005" and len(losses(runs / "stopped")) == 5
 
 
 def test_one_process_that_dies_takes_the_other_with_it(here):
@@ -297,7 +297,7 @@ def test_a_disk_that_is_full_at_the_end_ends_the_run_in_a_sentence(here, monkeyp
     monkeypatch.setattr(torch, "save", full)
     done = call(train.main, *TINY, "--tokens", "512")
     assert done.returncode == 2 and "No space left" in done.stderr and "Traceback" not in done.stderr
-    assert newest_checkpoint("runs/tiny").name == "step-00000000"
+    assert find_checkpoint("runs/tiny").name == "step-00000000"
 
 
 def test_a_full_disk_costs_lines_of_the_log_and_not_the_run(here, capsys):

@@ -16,7 +16,7 @@ import data as d
 import posttrain as p
 import sample
 import train
-from checkpoint import from_pretrained, newest_checkpoint, save_pretrained, save_weights
+from checkpoint import from_pretrained, find_checkpoint, save_pretrained, save_weights
 from conftest import ROOT, call, torchrun
 from data import HELD_OUT, uniform
 from model import GPT, ModelConfig, cross_entropy
@@ -394,7 +394,7 @@ def recipe(method: str, *more: str) -> p.PostRecipe:
 
 
 def state(folder: Path) -> list[torch.Tensor]:
-    last = newest_checkpoint(folder)
+    last = find_checkpoint(folder)
     trees = [torch.load(last / name, weights_only=True) for name in ("model.pt", "optimizer.pt")]
     return [leaf for leaf in torch.utils._pytree.tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
 

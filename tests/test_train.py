@@ -22,7 +22,7 @@ import data as d
 import evals
 import sample
 import train
-from checkpoint import from_pretrained, newest_checkpoint
+from checkpoint import from_pretrained, find_checkpoint
 from conftest import TRAIN, call
 from data import Stage
 from model import GPT, ModelConfig
@@ -104,7 +104,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def state(folder: Path) -> tuple[dict, dict]:
-    last = newest_checkpoint(folder)
+    last = find_checkpoint(folder)
     return (torch.load(last / "model.pt", weights_only=True), torch.load(last / "optimizer.pt", weights_only=True))
 
 
@@ -176,7 +176,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(here):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75 and "python train.py --resume runs/tiny" in errors and "Traceback" not in errors
-    assert newest_checkpoint(folder).name == f"step-{len(losses(folder)):08d}"
+    assert find_checkpoint(folder).name == f"step-{len(losses(folder)):08d}"
 
 
 def test_tasks_are_scored_during_training(here):
@@ -428,13 +428,13 @@ def test_damaged_checkpoint_is_skipped(here, capsys):
     raw = bytearray((bad / "model.pt").read_bytes())
     raw[len(raw) // 2] ^= 1
     (bad / "model.pt").write_bytes(raw)
-    assert newest_checkpoint(folder) == good and "sha256" in capsys.readouterr().err
+    assert find_checkpoint(folder) == good and "sha256" in capsys.readouterr().err
     assert isinstance(from_pretrained(folder), GPT)
     with pytest.raises(UserError, match="sha256"):
         from_pretrained(bad)
     before = losses(folder)
     resume(folder)
-    assert losses(folder) == before and newest_checkpoint(folder) == bad
+    assert losses(folder) == before and find_checkpoint(folder) == bad
 
 
 def test_resume_refuses_other_data_and_other_sizes(here):
@@ -473,7 +473,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     assert done.returncode == 2 and "--learning_rate" in done.stderr and "Traceback" not in done.stderr
     folder = Path("runs/tiny")
     assert all(p.isfinite().all() for p in from_pretrained(folder).parameters())
-    assert newest_checkpoint(folder).name == f"step-{len(losses(folder)):08d}"
+    assert find_checkpoint(folder).name == f"step-{len(losses(folder)):08d}"
 
 
 @pytest.mark.parametrize("flags, words", [
