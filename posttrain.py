@@ -316,8 +316,9 @@ def askable(run, rows):
     room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
     found = [(row, run.chat_format.prompt(turns(row["prompt"]), row.get("tools"))) for row in rows]
     kept = [pair for pair in found if len(pair[1]) <= room]
-    print(f"data      {len(kept):,} prompts; {len(found) - len(kept):,} have more than {room:,} tokens, which leaves "
-          "fewer than --max_tokens to answer, and are left out")
+    if left := len(found) - len(kept):
+        print(f"data      {left:,} of {len(found):,} prompts are left out: their more than {room:,} tokens leave fewer "
+              "than --max_tokens for an answer")
     if not kept:
         raise UserError("no prompt is left; take a smaller --max_tokens")
     return kept
