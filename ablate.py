@@ -97,6 +97,18 @@ def held_out_loss(run):
     return float(np.mean([train.held_out_bits(run, split, run.recipe.eval_tokens) for split in splits]))
 
 
+def draw_lines(path, lines, **labels):
+    """Draws {label: (x, y)} where matplotlib is installed."""
+    def paint(axes):
+        for label, points in lines.items():
+            axes.plot(*points, label=label)
+        axes.set(**labels)
+        axes.legend()
+
+    if draw(path, paint):
+        print(f"The picture is in {path}")
+
+
 # ---- one change at a time -------------------------------------------------------------------------------------
 
 # Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
@@ -133,9 +145,9 @@ def train_arm(recipe, folder):
 
 
 def change(words, o):
-    """Trains a recipe as it is and with each of the tries alone, with every seed; prints and returns `compare_runs`. A
-    finished training is a line of log.jsonl in the folder: the same command resumes after an interruption, and one with
-    more tries or seeds trains only those."""
+    """Trains a recipe as it is and with each of the tries alone, with every seed; prints, draws and returns
+    `compare_runs`. A finished training is a line of log.jsonl in the folder: the same command resumes after an
+    interruption, and one with more tries or seeds trains only those."""
     base, folder, runs = recipe_from(words), Path(o.out), {}
     recipes = {"baseline": base}
     words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]  # for all arms
@@ -158,8 +170,12 @@ def change(words, o):
             done[key] = train_arm(recipe, folder / key)
             log.write(key=key, change=name, **done[key])
         runs.setdefault(name, []).append(done[key])
+    found = compare_runs(runs)
+    lines = {name: ([x - half, x, x + half], [i] * 3, "o-") for i, (name, (x, half)) in enumerate(found.items())}
+    draw_lines(folder / "changes.png", lines | {"baseline": ([0, 0], [0, len(found)], "k-")}, yticks=[],
+               xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
     print(f"The trainings are in {folder}")
-    return compare_runs(runs)
+    return found
 
 
 def compare_runs(runs):
@@ -213,13 +229,9 @@ def lr_range(words, o):
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
           f"first and a tenth of the second, such as {math.sqrt(steepest * tenth):.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
-    def paint(axes):
-        axes.semilogx(rates[:len(smooth)], smooth)
-        axes.set(xlabel="learning rate", ylabel="loss, nats per token")
-
     Path("runs").mkdir(exist_ok=True)
-    if draw("runs/lr-range.png", paint):
-        print("The picture is in runs/lr-range.png")
+    draw_lines("runs/lr-range.png", {"smoothed": (rates[:len(smooth)], smooth)}, xscale="log", xlabel="learning rate",
+               ylabel="loss, nats per token")
     return steepest, tenth
 
 
@@ -237,7 +249,7 @@ def poisoned_losses(run, step, poison):
 def spikes(words, o):
     """Trains on clean data; then twice from a checkpoint before the poison, 4 % of the batches at 80 % of the run:
     with nothing done about it, and with `--guard rewind`. Prints and returns {name: held-out bits per byte}."""
-    root, recipe, losses = new_run_folder("spikes"), recipe_from(words), {}
+    root, recipe, lines, losses = new_run_folder("spikes"), recipe_from(words), {}, {}
     if (steps := prepared(recipe).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps))
@@ -250,9 +262,12 @@ def spikes(words, o):
                 file for file in names if file.startswith("step-") and file != early])
         run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))
         losses[name] = trained(run, lambda run, step: poisoned_losses(run, step, bad))
+        points = zip(*((entry["step"], entry["loss"]) for entry in run.log.entries() if "loss" in entry))
+        lines[f"{name}: {losses[name]:.3f} bits per byte"] = tuple(points)
         rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
         train.say(f"{name:10}{losses[name]:.4f} bits per byte, {losses[name] / losses['clean'] - 1:+.1%}"
-                  f"; went back to steps {rewinds}")
+                  + f"; rewound to steps {rewinds}" * bool(rewinds))
+    draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token")
     return losses
 
 

@@ -4,8 +4,8 @@ Bits per byte say how well text is predicted, whatever the tokenizer; tasks say 
 asks multiple choice in two ways. Cloze (CF) takes the choice that is most likely per character, without showing the
 others, and gives signal from the start. Letters (MCF) show the choices and compare A, B, C and D; they stay at chance
 until late (MMLU: about 500B tokens at 7B, 6T for SmolLM2 1.7B). Trust a task that passes `criteria` (FineTasks): its
-score rises with training, is 20 times its noise and 3 times its noise off chance, and ranks runs alike from checkpoint
-to checkpoint. 1000 questions per task were enough for SmolLM3's ablations.
+score rises with training, is over 20 times its noise, and over 3 times its noise above chance. 1000 questions per
+task were enough for SmolLM3's ablations.
 
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
@@ -279,7 +279,7 @@ def tasks_of(names, data, count=200):
             raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
                             "with :letters or :exact behind it")
         examples = BUILT_IN[name](data, count) if name in BUILT_IN else read_task(name)
-        if not examples:  # in a file, or of 360 characters in the data
+        if not examples:  # an empty file, or no text that is long enough
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
         tasks.append((full, list(map(FORMS[kind], examples))))
     return tasks
@@ -315,7 +315,7 @@ def recall(model, tokenizer, texts, length, opening):
 def loss_by_position(model, tokenizer, texts, length, opening):
     """Yields ("nats per token/first-last place", Score) over 24 held-out documents of more than `length` tokens, for
     spans that double. Where context helps, the loss falls with the place; beyond what the model can read it rises."""
-    ids = (opening + tokenizer.encode(text) for text in sum(texts.values(), []) if len(text) > length)
+    ids = (opening + tokenizer.encode(text) for text in sum(texts.values(), []))
     rows = [row for row in ids if len(row) > length][:24]
     if not rows:
         raise UserError(f"position needs held-out documents of more than {length} tokens; name other data with --data")

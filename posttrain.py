@@ -105,18 +105,19 @@ def problems(kind, count, seed, held_out=False, without=()):
         if prompt not in seen and (uniform(about) < HELD_OUT) == held_out:
             made.append({"about": about, "prompt": prompt, "reply": reply,
                          "messages": turns(prompt) + turns(reply, "assistant")})
-            seen.update([prompt] * held_out)
+            if held_out:
+                seen.add(prompt)
         if len(made) == count:
             return made
 
 
 def fresh_problems(count):
-    """Arithmetic that SFT has not trained on, for preferences and RL: what it has, a model knows half by heart."""
+    """Arithmetic for preferences and RL that SFT has not trained on, since a model half remembers what it has."""
     return problems("arithmetic", count, 3, without={row["prompt"] for row in problems("arithmetic", SFT_PROBLEMS, 2)})
 
 
 def correct(problem, answer):
-    """The built-in reward: 1 if the first line's last number, or all of a line without one, is the reply's."""
+    """The built-in reward: 1 if the first lines have the same last number, or, without numbers, are the same."""
     lines = [text.strip().split("\n")[0] for text in (answer, problem["reply"])]
     said, right = (re.findall(r"\b\d+\b", line)[-1:] or line for line in lines)
     return float(said == right)
@@ -134,8 +135,7 @@ def turns(said, role="user"):
 
 
 def parse_row(row, form):
-    """A line's object with its conversations checked and written out; an exception if it is not of the form. Hugging
-    Face has two forms of preferences: the prompt may stand in front of both answers instead of in "prompt"."""
+    """A line's object, checked, texts made conversations. Instead of "prompt", both answers may begin with it."""
     if form == "sft":
         return row | {"messages": turns(list(row["messages"]))}
     if form == "grpo":
@@ -162,8 +162,8 @@ def read_rows(name, form):
 
 
 def held_out_rows(rows):
-    """(train, held out): about HELD_OUT of the rows, of few up to 10, by the hash of what is asked, so that no question
-    is on both sides; by the hash of the whole row where there are fewer than 30 questions."""
+    """(train, held out). HELD_OUT of the rows are held out, or of a small file up to 10 rows (a fifth at most), chosen
+    by a hash of the question, so that no question is on both sides; under 30 questions, by a hash of the row."""
     def asked(row):
         return json.dumps(row.get("prompt", [m for m in row.get("messages", ()) if m["role"] == "user"][:1]))
     key = asked if len(set(map(asked, rows))) >= 30 else json.dumps
@@ -198,9 +198,9 @@ def advantages(rewards, normalization):
 
 
 def token_weights(mask, normalization, samples, tokens, longest):
-    """What each token counts in the loss: mask [B, T] of `tokens` in `samples`. grpo: the mean of the samples' means,
-    in which a token of a long answer counts less: long wrong answers are cheap; dapo: the mean over all tokens;
-    dr_grpo: the sum over a constant, the only one without a bias by length."""
+    """Each token's weight in the loss; the mask [B, T] is part of `samples` answers with `tokens` tokens in all. grpo:
+    the mean of the answers' means, so that long wrong answers cost little; dapo: the mean over all tokens; dr_grpo: the
+    sum divided by a constant, the only one without a bias by length."""
     share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
@@ -245,7 +245,7 @@ class PostRecipe(train.Recipe):
     """A training run that starts from a model. Tokens, pairs and prompts of an update are those of all processes."""
     method: str = "sft"  # dpo, apo_zero or grpo
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
-    steps: int = option(0, "updates, of grpo steps of sampling and training; 0: as --epochs says", 0)
+    steps: int = option(0, "updates (grpo: rounds of sampling and training); 0: as many as --epochs needs", 0)
     epochs: float = option(1.0, "how often to go through the data", 1e-9, 1e6)
     context: int = option(0, "tokens of a sequence, at most as many as the model was trained on; 0: 8192", 0)
     too_long: str = option("skip", "what to do with conversations of more tokens", choices=("skip", "cut"))
@@ -262,9 +262,9 @@ class PostRecipe(train.Recipe):
     temperature: float = option(1.0, "of the sampling", 1e-6)
     normalization: str = option("dapo", "grpo: advantages and lengths", choices=("grpo", "dapo", "dr_grpo"))
     clip_low: float = option(0.2, "grpo: how far a token's probability may fall in a step", 0, 1)
-    clip_high: float = option(0.28, "grpo: and rise", 0)
+    clip_high: float = option(0.28, "grpo: how far it may rise", 0)
     kl: float = option(0.0, "grpo: weight of the divergence from the start; 0: no second model in memory", 0)
-    overlong: int = option(0, "grpo: tokens before --max_tokens over which the penalty for length grows to 1", 0)
+    overlong: int = option(0, "grpo: over the last so many of --max_tokens, a penalty for length grows from 0 to 1", 0)
     reward: str = option("", "grpo: FILE.py:FUNCTION; none: whether the built-in answer is right")
 
 
@@ -286,7 +286,7 @@ LARGER = {
 
 # ---- a run ----------------------------------------------------------------------------------------------------
 
-# set_up gives a train.Run more: chat_format; end, the token that ends the assistant's turn; tests, {kind: [(problem,
+# prepare_run adds to a train.Run: chat_format; end, the token that ends the assistant's turn; tests, {kind: [(problem,
 # prompt's ids)]}; held, held-out conversations or pairs; before, {score: the start's, a number for each example};
 # examples, of dpo (pair, the start's log-probabilities), of grpo (problem, prompt's ids); reward; reference, for --kl.
 
@@ -316,8 +316,9 @@ def askable(run, rows):
     room = run.recipe.model.max_position_embeddings - run.recipe.max_tokens
     found = [(row, run.chat_format.prompt(turns(row["prompt"]), row.get("tools"))) for row in rows]
     kept = [pair for pair in found if len(pair[1]) <= room]
-    print(f"data      {len(kept):,} prompts; {len(found) - len(kept):,} have more than {room:,} tokens, which leaves "
-          "fewer than --max_tokens to answer, and are left out")
+    if left := len(found) - len(kept):
+        print(f"data      {left:,} of {len(found):,} prompts are left out: their more than {room:,} tokens leave fewer "
+              "than --max_tokens for an answer")
     if not kept:
         raise UserError("no prompt is left; take a smaller --max_tokens")
     return kept
@@ -521,7 +522,8 @@ def prepare_grpo(run, rows):
 
 
 def roll_out(run, step):
-    """[(sequence, advantage)] of this process's samples of a step; the tokens of each update, of all; what to log."""
+    """Draws this process's answers of a step: ([(sequence, advantage)], sampled tokens of each update over all
+    processes, {name: mean to log})."""
     recipe, world = run.recipe, run.world
     asked = batch_of(run, step, recipe.prompts)
     drawn = answers(run, asked, recipe.samples, recipe.temperature,

@@ -5,6 +5,7 @@ import math
 import shutil
 import signal
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,7 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     assert len(begun) == 16 and len(set(begun)) == 15  # the fifth twice
     out = capsys.readouterr().out
     assert "training 5 of 15: " in out
+    assert ("The picture is in runs/changes/changes.png" in out) == bool(find_spec("matplotlib"))
     table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
     assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
     assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
@@ -179,6 +181,7 @@ def test_rewinding_past_poisoned_batches(here):
     assert rewinds and not skipped & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 300}
     dtypes = {train.read_recipe(Path("runs/spikes") / name)[0].dtype for name in found}
     assert dtypes == {"float32"}
+    assert Path("runs/spikes/spikes.png").exists() == bool(find_spec("matplotlib"))
 
 
 # ---- the batch size at a checkpoint ---------------------------------------------------------------------------

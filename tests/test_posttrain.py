@@ -563,7 +563,7 @@ def test_grpo_leaves_out_prompts_without_room_and_counts_them(here, capsys):
     run = grpo_run(here)
     (row, ids), = p.askable(run, [{"prompt": "short"}, {"prompt": "long " * 30}])
     assert row["prompt"] == "short" and len(ids) + 6 <= 64
-    assert "1 prompts; 1 have more than 58 tokens" in capsys.readouterr().out
+    assert "1 of 2 prompts are left out: their more than 58 tokens" in capsys.readouterr().out
     with pytest.raises(UserError, match="smaller --max_tokens"):
         grpo_run(here, 1, 0, "--max-tokens", "60")
 
