@@ -12,8 +12,8 @@ by fertility (tokens per word) and PCW (proportion of continued words: two token
 Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and .328. Most modern tokenizers
 split numbers into single digits, Llama 3 into groups of up to three.
 
-    python tokenizer.py train PATH... --vocab-size 4096 --out DIR     # PATH: a text file, or a folder of them
-    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each PATH
+    python data.py tokenizer PATH... --vocab-size 4096 --out DIR      # trains one on text of any kind
+    python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each path
 
 What every command line needs (UserError, options, `run`) is at the end of this file, which imports no other.
 """
@@ -32,7 +32,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
@@ -313,7 +313,7 @@ class Tokenizer:
                 file, pattern = model, PATTERNS["kimi"]
         if not file.is_file() or file.suffix in (".tiktoken", ".model") and not pattern:
             raise UserError(f"there is no tokenizer at {file}: give a folder with tokenizer.json, FILE:PRETOKENIZER ("
-                            f"{', '.join(PATTERNS)}), or make one with `python tokenizer.py train PATH --out DIR`.")
+                            f"{', '.join(PATTERNS)}), or make one with `python data.py tokenizer PATH --out DIR`.")
         with reading(file):
             return cls(pattern, *parse_tiktoken(file)) if pattern else cls(*parse_tokenizer_json(file))
 
@@ -671,53 +671,32 @@ def text_files(path):
     inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
     files = sorted(file for file in inside if file.is_file()) or [Path(path)]
     if path.startswith("hf:") or {file.suffix for file in files} & {*".jsonl .parquet .arrow .csv .gz .zst".split()}:
-        raise UserError(f"{path} is a data set, not plain text: train on it with `python data.py tokenizer {path} "
-                        "--vocab-size N --out DIR`")
+        raise UserError(f"{path} is a data set, not plain text: write its texts into a file of their own")
     return files
 
 
-def read_text(file, share=1):
-    """The first `share` of a UTF-8 text file."""
-    with reading(file), open(file, encoding="utf-8-sig", newline="") as stream:
-        return stream.read(math.ceil(share * file.stat().st_size))
-
-
-@dataclass
-class TokenizerOptions:
-    vocab_size: int = option(4096, "train: 4 control tokens, 256 bytes, the rest merges")
-    out: str = option("tokenizer", "train: folder for tokenizer.json")
-    pretokenizer: str = option("qwen", "train: how text is cut before merging", choices=tuple(PATTERNS))
-    sample_bytes: float = option(2e8, "train: read at most this, the same share from the start of each file", 1)
+def read_text(file):
+    with reading(file):
+        return file.read_text("utf-8-sig")
 
 
 def main():
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "fertility"))
-    parser.add_argument("names", nargs="+", metavar="PATH or TOKENIZER")
-    add_options(parser, TokenizerOptions)
-    args = parse_options(parser, words[:cut])
-    command, names, paths = args.command, args.names, words[cut + 1:]
-    options = TokenizerOptions(**given_options(args, TokenizerOptions))
-    check_options(options)
-    if command == "train":
-        files = sum(map(text_files, names), [])
-        share = min(1, options.sample_bytes / max(1, sum(file.stat().st_size for file in files)))
-        texts = (read_text(file, share) for file in files)
-        file = train_bpe(texts, options.vocab_size, options.pretokenizer).save(options.out)
-        print(f"{options.vocab_size} tokens from {share:.0%} of {len(files)} files -> {file}")
-    else:
-        names, paths = (names, paths) if paths else (names[:1], names[1:])
-        if not paths:
-            raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
-        tokenizers = [(name, Tokenizer.load(name)) for name in names]
-        print("    words  fertility     PCW  bytes/token  path, tokenizer")
-        for path in paths:
-            text = "\n".join(map(read_text, text_files(path)))
-            for name, tokenizer in tokenizers:
-                row = fertility(tokenizer, text)
-                print("{words:9}{fertility:11.3f}{pcw:8.3f}{bytes_per_token:13.2f}".format(**row), f" {path}, {name}")
+    parser.add_argument("command", choices=["fertility"])
+    parser.add_argument("names", nargs="+", metavar="TOKENIZER or PATH")
+    names, paths = parser.parse_args(words[:cut]).names, words[cut + 1:]
+    names, paths = (names, paths) if paths else (names[:1], names[1:])
+    if not paths:
+        raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
+    tokenizers = [(name, Tokenizer.load(name)) for name in names]
+    print("    words  fertility     PCW  bytes/token  path, tokenizer")
+    for path in paths:
+        text = "\n".join(map(read_text, text_files(path)))
+        for name, tokenizer in tokenizers:
+            row = fertility(tokenizer, text)
+            print("{words:9}{fertility:11.3f}{pcw:8.3f}{bytes_per_token:13.2f}".format(**row), f" {path}, {name}")
 
 
 if __name__ == "__main__":
