@@ -11,8 +11,6 @@ to load, broadcasts. A folder is written as NAME.partial, synced and renamed, so
 """
 
 import contextlib
-import hashlib
-import importlib
 import json
 import os
 import pickle
@@ -31,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import GPT, ModelConfig
-from tokenizer import ChatFormat, Tokenizer, UserError, draw, reading, run
+from tokenizer import (ChatFormat, Tokenizer, UserError, draw, file_sha256, installed, reading, run,
+                       write_text)
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
@@ -43,13 +42,6 @@ EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf
 def read_json(path):
     with reading(path):
         return dict(json.loads(path.read_text("utf-8")))
-
-
-def installed(module, package):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"this needs the package {package}: pip install {package}") from None
 
 
 # ---- a run's folder and its log -------------------------------------------------------------------------------
@@ -64,7 +56,7 @@ def check_trackers(names):
     for name in filter(None, names.split(",")):
         if name not in TRACKERS:
             raise UserError(f"--log {name} is not one of {', '.join(TRACKERS)}")
-        installed(TRACKERS[name], name)
+        installed(TRACKERS[name], f"--log {name}", name)
 
 
 class Log:
@@ -131,7 +123,7 @@ def open_trackers(recipe, folder):
     if not known.exists():  # unique: another run of this name is another one there
         known.write_text(f"{folder.name}-{os.urandom(4).hex()}", "utf-8")
     for name in recipe.log.split(","):
-        module, run_id = importlib.import_module(TRACKERS[name]), known.read_text("utf-8")
+        module, run_id = installed(TRACKERS[name]), known.read_text("utf-8")
         if name == "tensorboard":
             writer = module.SummaryWriter(str(folder / "tensorboard"))
             opened.append((lambda step, numbers, w=writer: [w.add_scalar(k, v, step) for k, v in numbers.items()],
@@ -160,13 +152,7 @@ def draw_log(folder):
 # ---- our checkpoints ----------------------------------------------------------------------------------------------
 
 def write_json(path, content):
-    """JSON that is on the disk, whole, when it has its name."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1))
 
 
 @contextlib.contextmanager
@@ -208,10 +194,9 @@ def _write_checkpoint(place, config, weights, moments, state, tokenizer, chat_fr
         (folder / "training.json").write_text(state, "utf-8")
         tokenizer.save(folder)
         copy_chat_format(chat_from, folder, tokenizer)
-        hashes = {}
-        for path in sorted(folder.iterdir()):
-            with open(path, "rb+") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+        hashes = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+        for name in hashes:
+            with open(folder / name, "rb+") as file:
                 os.fsync(file.fileno())
         write_json(folder / "manifest.json", {"format": 2, "files": hashes})
 
@@ -283,9 +268,8 @@ def check_manifest(checkpoint):
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
-            with open(checkpoint / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != files[name]:
-                    raise UserError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
+            if file_sha256(checkpoint / name) != files[name]:
+                raise UserError(f"{checkpoint / name} is not what was saved (its sha256 differs)")
     return checkpoint
 
 
@@ -539,7 +523,7 @@ def _mxfp4(blocks, scales):
 
 def _open_weights(folder):
     """{tensor: the open file that holds it}. Adapters and Mistral's own format may lie beside the model's files."""
-    safe_open, index = installed("safetensors", "safetensors").safe_open, folder / "model.safetensors.index.json"
+    safe_open, index = installed("safetensors").safe_open, folder / "model.safetensors.index.json"
     files = {file.name: safe_open(file, framework="pt") for file in folder.glob("*.safetensors")
              if not file.name.startswith(("adapter", "consolidated"))}
     held = [(name, file) for file, opened in files.items() for name in opened.keys()]
@@ -591,7 +575,7 @@ def _read_hugging_face(folder, model, dtype):
 @torch.no_grad()
 def save_pretrained(model, folder, tokenizer_from=None):
     """Writes a new folder for transformers, with the tokenizer of `tokenizer_from`; returns what it checked."""
-    safetensors = installed("safetensors.torch", "safetensors")
+    safetensors = installed("safetensors.torch", package="safetensors")
     if (folder := Path(folder)).exists():
         raise UserError(f"{folder} is already there; give a new folder")
     chat = tokenizer_from and ChatFormat(tokenizer_from, Tokenizer.load(tokenizer_from))

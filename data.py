@@ -42,8 +42,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, given_options, option,
-                       parse_options, reading, run, train_bpe, utf8)
+from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
+                       installed, option, parse_options, reading, run, train_bpe, utf8, write_text)
 
 FORMAT = 3  # of the token files
 SPLITS = "train", "val"
@@ -69,17 +69,9 @@ def uniform(key):
     return int.from_bytes(hashlib.sha256(utf8(key)).digest()[:6], "big") / 2**48
 
 
-def needs(package, what):
-    """An optional package."""
-    try:
-        return importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"{what} needs a package that is missing: pip install {package}") from None
-
-
 def unpacked(file):
     """The bytes of a file, unpacked if it is .gz, .bz2, .xz or .zst."""
-    return needs(PACKED.get(file.suffix.lower(), "builtins"), file).open(file, "rb")
+    return installed(PACKED.get(file.suffix.lower(), "builtins"), file).open(file, "rb")
 
 
 def files_below(path, seen):
@@ -121,9 +113,9 @@ class Source:
         name, config, split = (self.where[3:].split(":") + ["", ""])[:3]
         label = f"{self.where} (check its name, DATASET:CONFIG:SPLIT, and the network)"
         with self.checked(label):
-            datasets = needs("datasets", self.where)
+            datasets = installed("datasets", self.where)
             if not self.revision and not Path(name).exists():
-                self.revision = needs("huggingface_hub", self.where).HfApi().dataset_info(name).sha
+                self.revision = installed("huggingface_hub", self.where).HfApi().dataset_info(name).sha
             self.rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
                                               revision=self.revision)
             self.files = {str(i): label for i in range(self.rows.num_shards)}
@@ -170,7 +162,7 @@ class Source:
                 rows = self.read_rows(self.rows.shard(self.rows.num_shards, int(name)), file, offset)
             elif kind in TABLES:
                 builder, options = TABLES[kind]
-                rows = self.read_rows(needs("datasets", file).load_dataset(
+                rows = self.read_rows(installed("datasets", file).load_dataset(
                     builder, data_files=glob.escape(str(file.absolute())), split="train", streaming=True, **options),
                     file, offset)
             else:
@@ -526,18 +518,6 @@ def append(path, meta, parts):
         file.flush()
         os.fsync(file.fileno())
         meta["sizes"][path.name] = file.tell()
-
-
-def write_text(path, text):
-    """Replaces a small file, the whole of it or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    append(partial, {"sizes": {}}, [text.encode()])
-    partial.replace(path)
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass

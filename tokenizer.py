@@ -25,6 +25,7 @@ import contextlib
 import difflib
 import hashlib
 import heapq
+import importlib
 import json
 import math
 import os
@@ -280,10 +281,8 @@ class Tokenizer:
                       "vocab": names | {visible(token): i for token, i in self.ranks.items()},
                       "merges": [f"{visible(a)} {visible(b)}" for a, b in self.merges or recover_merges(self.ranks)]},
         }
-        path = Path(folder, "tokenizer.json.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(spec, ensure_ascii=False, indent=1) + "\n", encoding="utf-8", newline="\n")
-        return path.replace(path.with_suffix(""))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return write_text(Path(folder, "tokenizer.json"), json.dumps(spec, ensure_ascii=False, indent=1) + "\n")
 
     @classmethod
     def load(cls, path):
@@ -560,6 +559,29 @@ def reading(path, advice="it is damaged, incomplete or in another format; make i
     except Exception as error:
         reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
+
+
+def installed(module, what="this", package=""):
+    """An optional module, which `what` needs; `package`: its name for pip, if it is another."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{what} needs a package that is missing: pip install {package or module}") from None
+
+
+def write_text(path, text):
+    """Replaces a small file: the whole of it, on the disk, or nothing."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return partial.replace(path)
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def number(text):
