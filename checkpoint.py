@@ -79,10 +79,11 @@ class Log:
             self.trackers = open_trackers(recipe, folder)
 
     def entries(self):
-        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError, AttributeError):  # the last line of a killed run may be torn
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as lines:
+            for line in lines:  # the last one of a killed run may be torn
+                with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
                     entry = json.loads(line)
+                    sum(entry.get(name) or 0 for name in ("tokens", "loss", "train_seconds"))  # numbers, if anything
                     if isinstance(entry.get("step"), int):
                         yield entry
 
