@@ -81,7 +81,7 @@ class Log:
     def entries(self):
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as lines:
             for line in lines:  # the last one of a killed run may be torn
-                with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
+                with contextlib.suppress(Exception):
                     entry = json.loads(line)
                     sum(entry.get(name) or 0 for name in ("tokens", "loss", "train_seconds"))  # numbers, if anything
                     if isinstance(entry.get("step"), int):

@@ -267,10 +267,10 @@ class Guard:
 
     def restore(self, state):
         """Takes over a `state`; what a value that is not finite stopped may continue."""
-        seen, kinds = self.seen, {name: type(value) for name, value in self.state(0).items()}
-        if any(type(state[name]) is not kinds[name] for name in kinds.keys() - {"began"}):
+        seen, fresh = self.seen, self.state(0)
+        if any(type(state[name]) is not type(fresh[name]) for name in fresh.keys() - {"began"}):
             raise ValueError("the state of the guard is damaged")
-        vars(self).update({name: state[name] for name in kinds if name != "step"})
+        vars(self).update({name: state[name] for name in fresh if name != "step"})
         [range(begin, end) for begin, end in [*self.skipped, (0, self.began or 0)]]  # fails if one is no step
         self.seen, self.stopped = seen.copy_(torch.tensor(state["seen"])), self.stopped * 0
 
