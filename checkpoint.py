@@ -83,7 +83,7 @@ class Log:
             for line in lines:  # the last one of a killed run may be torn
                 with contextlib.suppress(Exception):
                     entry = json.loads(line)
-                    sum(entry.get(name) or 0 for name in ("tokens", "loss", "train_seconds"))  # numbers, if anything
+                    sum(entry.get(name) or 0 for name in "tokens loss train_seconds".split())  # numbers
                     if isinstance(entry.get("step"), int):
                         yield entry
 

@@ -383,7 +383,8 @@ def evaluate_answers(run, last):
               "one; that of a change is paired: the same questions before and after):")
     def score(name, values, about=None):
         before = run.before.setdefault(name, values)
-        change = np.subtract(values, before, dtype=float)
+        with reading(run.folder):  # its log has the scores before
+            change = np.subtract(values, before, dtype=float)
         now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
         entry["val"][name], entry["stderr"][name] = now[:2]
         train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "

@@ -268,7 +268,7 @@ class Guard:
     def restore(self, state):
         """Takes over a `state`; what a value that is not finite stopped may continue."""
         seen, fresh = self.seen, self.state(0)
-        if any(type(state[name]) is not type(fresh[name]) for name in fresh.keys() - {"began"}):
+        if any(type(state[name]) is not type(fresh[name]) for name in {*fresh} - {"began"}):
             raise ValueError("the state of the guard is damaged")
         vars(self).update({name: state[name] for name in fresh if name != "step"})
         [range(begin, end) for begin, end in [*self.skipped, (0, self.began or 0)]]  # fails if one is no step
