@@ -72,10 +72,11 @@ class Log:
             self.trackers = open_trackers(recipe, folder)
 
     def entries(self):
-        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="utf-8") as lines:
-            for line in lines:
-                with contextlib.suppress(ValueError, AttributeError):  # the last line of a killed run may be torn
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as lines:
+            for line in lines:  # the last one of a killed run may be torn
+                with contextlib.suppress(Exception):
                     entry = json.loads(line)
+                    sum(entry.get(name) or 0 for name in "tokens loss train_seconds".split())  # numbers
                     if isinstance(entry.get("step"), int):
                         yield entry
 

@@ -552,9 +552,11 @@ def load_source(folder, tokenizer, verify=True, place="DIR"):
             if verify and list(map(file_sha256, files)) != about["sha256"]:
                 raise UserError(f"{folder / split} is not as it was written (its sha256 differs): {AGAIN}")
             tokens = np.memmap(files[0], token_dtype(tokenizer), "r", shape=int(about["tokens"]))
-            if verify and tokens.max() >= tokenizer.vocab_size:
+            if (verify or split == "val") and tokens.max() >= tokenizer.vocab_size:
                 raise UserError(f"{files[0]} has ids beyond the vocabulary of {tokenizer.vocab_size:,}: {AGAIN}")
             starts = np.memmap(files[1], "<i8", "r", shape=int(about["documents"]) + 1)
+            if np.diff(starts, prepend=-1).min() < 1 or starts[-1] != len(tokens):
+                raise UserError(f"{files[1]} is damaged: {AGAIN}")
             splits[split] = Split(folder.name, np.asarray(tokens), np.asarray(starts), int(about["bytes"]),
                                   about["sha256"][0])  # arrays, because a memmap's own slices are slow
     return splits

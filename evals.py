@@ -411,7 +411,7 @@ def measure_run(folder, asked):
     """Yields (name, Score) of what EvalOptions ask of one model; prints recall by depth."""
     model, tokenizer = load(folder)
     model, opening = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer).opening
-    data = asked.data or recipe_of(folder).get("data") or "data/laptop"
+    data = asked.data or str(recipe_of(folder).get("data") or "data/laptop")
     names, context = asked.tasks.split(","), model.config.max_position_embeddings
     tasks = tasks_of(",".join(name for name in names if name not in REPORTS), data, asked.limit)
     texts = held_out_texts(data) if {*names} & {*REPORTS} else {}

@@ -243,7 +243,7 @@ def reward_of(reward, problem, answer):
 @dataclass(frozen=True)
 class PostRecipe(train.Recipe):
     """A training run that starts from a model. Tokens, pairs and prompts of an update are those of all processes."""
-    method: str = "sft"  # dpo, apo_zero or grpo
+    method: str = option("sft", "the task decides", choices=("sft", "dpo", "apo_zero", "grpo"))
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
     steps: int = option(0, "updates (grpo: rounds of sampling and training); 0: as many as --epochs needs", 0)
     epochs: float = option(1.0, "how often to go through the data", 1e-9, 1e6)
@@ -384,7 +384,8 @@ def evaluate_answers(run, last):
               "one; that of a change is paired: the same questions before and after):")
     def score(name, values, about=None):
         before = run.before.setdefault(name, values)
-        change = np.subtract(values, before, dtype=float)
+        with reading(run.folder):  # its log has the scores before
+            change = np.subtract(values, before, dtype=float)
         now, then, change = (Score.of(part, groups=about) for part in (values, before, change))
         entry["val"][name], entry["stderr"][name] = now[:2]
         train.say(f"  {name:20} {now}" + f"   before {then.mean:.3f} ± {then.stderr:.3f}   change {change.mean:+.3f} ± "
@@ -674,7 +675,7 @@ def read_words(argv):
     parser.add_argument("--out", help="merge: the new folder")
     parser.add_argument("--name", help="of the folder in runs/ (default: the start's and the task)")
     parser.add_argument("--resume", help="continue this run folder from its newest checkpoint")
-    add_options(parser, PostRecipe, without="""tokens packing start sample_prompt eval_tokens eval_tasks z_loss
+    add_options(parser, PostRecipe, without="""method tokens packing start sample_prompt eval_tokens eval_tasks z_loss
         document_mask""".split())
     args = parse_options(parser, argv)
     given = given_options(args, PostRecipe)

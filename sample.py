@@ -11,7 +11,6 @@ likely that together reach probability p; min-p (Nguyen et al. 2024) those at le
 
 import argparse
 import contextlib
-import json
 import math
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import from_pretrained, is_hugging_face
+from checkpoint import from_pretrained, is_hugging_face, read_json
 from model import GPT, KVCache
 from tokenizer import ChatFormat, Parser, Tokenizer, UserError, add_options, check_options, option, parse_options, run
 
@@ -117,7 +116,7 @@ def complete(model, tokenizer, prompt, max_tokens, samples=1, **options):
 def recipe_of(folder):
     """recipe.json of a run, or of the run that a checkpoint is from; {} for other folders."""
     files = (place / "recipe.json" for place in (Path(folder), Path(folder).parent.parent))
-    return next((json.loads(file.read_bytes()) for file in files if file.exists()), {})
+    return next((read_json(file) for file in files if file.exists()), {})
 
 
 def load(folder, device=None):

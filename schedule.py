@@ -257,8 +257,12 @@ class Guard:
 
     def restore(self, state):
         """Takes over a `state`; what a value that is not finite stopped may continue."""
-        vars(self).update({name: state[name] for name in self.state(0) if name != "step"})
-        self.seen, self.stopped = torch.tensor(state["seen"], device=self.stopped.device), self.stopped * 0
+        seen, fresh = self.seen, self.state(0)
+        if any(type(state[name]) is not type(fresh[name]) for name in {*fresh} - {"began"}):
+            raise ValueError("the state of the guard is damaged")
+        vars(self).update({name: state[name] for name in fresh if name != "step"})
+        [range(begin, end) for begin, end in [*self.skipped, (0, self.began or 0)]]  # fails if one is no step
+        self.seen, self.stopped = seen.copy_(torch.tensor(state["seen"])), self.stopped * 0
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------

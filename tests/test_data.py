@@ -115,6 +115,17 @@ def test_ids_beyond_the_vocabulary_are_refused_although_the_sha256_is_right(prep
         d.load_source(prepared / "words", tokenizer)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_damaged_document_starts_are_refused_although_the_sha256_is_right(prepared, tokenizer, verify):
+    file = prepared / "words/train.starts"
+    starts = np.fromfile(file, np.int64)
+    starts[2] = 2**40
+    starts.tofile(file)
+    change_meta(prepared / "words", lambda meta: meta["train"]["sha256"].__setitem__(1, d.file_sha256(file)))
+    with pytest.raises(UserError, match="train.starts is damaged"):
+        d.load_source(prepared / "words", tokenizer, verify)
+
+
 def test_a_truncated_file_is_seen_without_reading_it(prepared, tokenizer):
     file = prepared / "words/train.bin"
     file.write_bytes(file.read_bytes()[:-8])

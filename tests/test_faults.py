@@ -329,6 +329,22 @@ def test_the_log_forgets_steps_but_not_events(here):
         (1, False), (1, True), (2, False), (2, True), (3, True)]
 
 
+def test_a_log_with_damaged_lines_keeps_the_others(tmp_path):
+    """Bytes that are no UTF-8, other types, nesting without end: such lines are skipped."""
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n{"step": 2, "x": "\xe2"}\n' + b"[" * 100_000
+                                         + b'\n{"step": 3, "tokens": "x"}\n{"step": 4, "loss": [1]}\n{"step": 5}\n')
+    assert [entry["step"] for entry in Log(tmp_path).entries()] == [1, 5]
+
+
+@pytest.mark.parametrize("damage", [{"count": "x"}, {"skipped": [[1, "x"]]}, {"skipped": [3]}, {"began": [1]},
+                                    {"seen": [[1.0], [2.0, 3.0]]}, {"lowest": None}, {"rewinds": 0.5}])
+def test_a_guard_refuses_a_damaged_state(damage):
+    saved = Guard("warn", "cpu").state(3)
+    Guard("warn", "cpu").restore(json.loads(json.dumps(saved)))
+    with pytest.raises((ValueError, TypeError)):
+        Guard("warn", "cpu").restore(saved | damage)
+
+
 def test_a_save_after_damaged_checkpoints_stays(here):
     """Steps 6 and 8 are damaged, 2 is resumed and stopped at 4: the new checkpoint must not be the one that goes."""
     folder = pretrain("a", "--tokens", "2048", "--save-every", "2", "--keep", "2")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -436,6 +437,11 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
     assert logged(stopped, "loss") == logged(run, "loss")
     assert all(torch.equal(a, b) for a, b in zip(state(stopped), state(run), strict=True))
     if method == "sft":
+        log = (stopped / "log.jsonl").read_text()
+        (stopped / "log.jsonl").write_text(log.replace('"before": {', '"before": {"nats per token": "x"}, "was": {', 1))
+        shutil.rmtree(p.newest_checkpoint(stopped))  # so that there is something left to do
+        with pytest.raises(UserError, match="stopped cannot be read"):
+            p.post_train(p.read_words(["--resume", "runs/stopped"])[1], stopped, True)
         (here / "sft.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")
         with pytest.raises(UserError, match="the data is not what runs/stopped began with"):
             p.post_train(p.read_words(["--resume", "runs/stopped"])[1], stopped, True)

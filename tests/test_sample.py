@@ -12,7 +12,7 @@ from checkpoint import save_pretrained
 from conftest import call
 from model import GPT, ModelConfig
 from sample import continue_all, filter_logits, generate
-from tokenizer import train_bpe
+from tokenizer import UserError, train_bpe
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
 
@@ -220,3 +220,9 @@ def test_samples_end_at_every_stop_that_a_folder_names(folder):
             assert done.stdout == (ended if samples == "1" else f"--- 1\n{ended}--- 2\n{ended}")
     finally:
         (folder / "generation_config.json").write_text(before)
+
+
+def test_a_damaged_recipe_is_named(tmp_path):
+    (tmp_path / "recipe.json").write_bytes(b'{"method": "\xe2"')
+    with pytest.raises(UserError, match="recipe.json cannot be read"):
+        sample.recipe_of(tmp_path)
