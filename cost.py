@@ -6,7 +6,7 @@ share of peak (MFU) always says which it counts.
 
     python cost.py plan --budget 100k                        # how large a model, how many tokens, which batch and rate
     python cost.py plan --parameters 3B --days 24 --gpus 384 --json --picture sizes.png
-    python cost.py plan --minutes 5                          # what this machine should train: train.py --minutes 5
+    python cost.py plan --minutes 5                          # what this machine should train, and how
     python cost.py published                                 # predicted beside published GPU-hours; SmolLM3's bill
     python cost.py measure laptop                            # this machine's speed and memory beside the prediction
 """
@@ -446,8 +446,10 @@ batch        {p['batch_tokens']:,} tokens, rate {p['learning_rate']:.2g} at its 
 loss         {p['loss']:.3f} {p['unit']} ({p['law']})""")
     if "minutes" in p:
         print(f"machine      {p['machine']}; {p['tokens_per_second']:,.0f} tokens/s (measured now)")
-        print(f"train it     python train.py --minutes {p['minutes']:g}")
-        return print_rows("The sizes that were measured", p["sizes"])
+        names = """minutes hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+            initializer_range batch_tokens learning_rate"""  # --minutes alone trains the laptop recipe
+        print("train it     python train.py", *(f"--{name} {(vars(c) | p)[name]:.9g}" for name in names.split()))
+        return print_rows("The sizes that were measured, best first", sorted(p["sizes"], key=lambda row: row["loss"]))
     gpu, (planned, low, high), (less, more) = p["device"], p["mfu"], p["gpu_hours_range"]
     memory = ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in p["memory_per_gpu"].items())
     print(f"""\

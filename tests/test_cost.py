@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import cost
+import train
 from conftest import ROOT, call
 from model import GPT, ModelConfig, PRESETS, count_parameters, cross_entropy
 
@@ -325,7 +326,9 @@ def test_a_plan_for_this_machine(monkeypatch, tmp_path):
     assert found["learning_rate"] == pytest.approx(
         3e-3 * growth**-0.125 * (found["batch_tokens"] / (2048 * growth**0.3271)) ** 0.5)
     out = command("plan", "--minutes", "5")[1]
-    assert "train.py --minutes 5" in out and "bits per byte" in out
+    assert "bits per byte" in out and "-" not in out.split("worse by")[1]  # the best size is first
+    recipe = train.parse(out.split("train.py ")[1].split("\n")[0].split())[1]  # trains what is planned
+    assert f"width {recipe.model.hidden_size}," in out and f"batch        {recipe.batch_tokens:,} tokens" in out
     assert "holds for" in command("plan", "--minutes", "0.001")[2]  # 2 seconds are outside the range of the law
 
 
