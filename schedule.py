@@ -208,10 +208,11 @@ class Guard:
                     f"{self.smooth:.2f} for {self.LEAST} updates; its lowest was {self.lowest:.2f}; lower "
                     "--learning_rate, rewind, or look at the data"}
         if self.began is None:
-            if not values["spike"]:
+            back = values["usual"] + 2 * values["spread"]
+            if not values["spike"] or self.policy == "warn" and loss <= back:  # a large gradient alone is no alarm
                 return None
-            self.began, self.back, self.calm = step, values["usual"] + 2 * values["spread"], 0
-            self.spikes += loss > self.back  # others are of the gradient only
+            self.began, self.back, self.calm = step, back, 0
+            self.spikes += loss > back
             return {"event": "spike", "step": step, "text": f"a spike: loss {loss:.3f} where {values['usual']:.3f} is "
                     f"usual, gradient norm {values['grad_norm']:.2f}" + ", update left out" * (self.policy == "skip")}
         began, lasted = self.began, step - self.began

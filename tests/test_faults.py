@@ -466,6 +466,12 @@ def test_guard_by_hand():
     assert not warning.judge(torch.tensor(99.0), torch.tensor(2.0))["dropped"]
 
 
+def test_a_large_gradient_alone_is_no_alarm():
+    values = {"loss": 1.2, "grad_norm": 9.0, "usual": 1.5, "spread": 0.1, "spike": 1.0}
+    assert Guard("warn", "cpu").follow(90, values) is None
+    assert Guard("skip", "cpu").follow(90, values)["event"] == "spike"  # it is left out, so it is said
+
+
 def follow(guard: Guard, losses: list[float]) -> list[dict]:
     """The events of a spike that begins with the first of these losses, at step 90, where 1.5 is usual."""
     events = [guard.follow(step, {"loss": loss, "grad_norm": 1.0, "usual": 1.5, "spread": 0.1, "spike": step == 90})
