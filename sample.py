@@ -46,12 +46,11 @@ def draw_tokens(probabilities, generator):
         waiting = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / waiting).argmax(-1, keepdim=True)
     sums = probabilities.cumsum(-1)
-    height = torch.rand(len(sums), 1, generator=generator, device=sums.device) * sums[:, -1:]
+    height = torch.rand(len(sums), 1, generator=generator) * sums[:, -1:]
     last = sums.argmax(-1, keepdim=True)  # where the whole is reached: rounding must not lead beyond
     return torch.minimum(torch.searchsorted(sums, height, right=True), last)
 
 
-@torch.no_grad()
 def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=(),
              vocab_size=None, first=None):
     """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
@@ -105,10 +104,10 @@ def split_prompt(tokenizer, prompt):
                   if size and text != prompt and tokenizer.decode_bytes([id])[:1] == b" "]
 
 
-def complete(model, tokenizer, prompt, max_tokens, samples=1, **options):
+def complete(model, tokenizer, prompt, max_tokens, **options):
     """Continuations of a prompt as text; EOS, which opens a document, stands before the prompt."""
     text, first = split_prompt(tokenizer, prompt)
-    made, = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(text)]], max_tokens, samples, first=first,
+    made, = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(text)]], max_tokens, first=first,
                          stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
     return [tokenizer.decode(ids).removeprefix(prompt[len(text):]) for ids in made]
 
@@ -241,7 +240,7 @@ def main():
         print(text, end="", flush=True)
         made = [speak(model, tokenizer, prompt, length, **options)]
     else:
-        made, = continue_all(model, [prompt], length, asked.samples, at_once=asked.samples, **options)
+        made, = continue_all(model, [prompt], length, asked.samples, **options)
         for number, ids in enumerate(made, start=1):
             print(f"--- {number}\n{text}{tokenizer.decode(ids)}")
     if max(map(len, made)) == length < asked.max_tokens:
