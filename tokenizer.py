@@ -14,8 +14,6 @@ split numbers into single digits, Llama 3 into groups of up to three.
 
     python data.py tokenizer PATH... --vocab-size 4096 --out DIR      # trains one on text of any kind
     python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each path
-
-What every command line needs (UserError, options, `run`) is at the end of this file, which imports no other.
 """
 
 import argparse
@@ -165,12 +163,10 @@ def bpe_merges(chunk_counts, num_merges):
 def train_bpe(texts, vocab_size, pretokenizer="qwen"):
     """A Tokenizer of 4 control tokens, 256 bytes and vocab_size - 260 merges; UserError if the text has too few."""
     pattern, first = PATTERNS[pretokenizer], len(CONTROL) + 256
-    if vocab_size < first:
-        raise UserError(f"--vocab-size {vocab_size} is too small: the control tokens and bytes are {first} already.")
     merges = bpe_merges(count_chunks(texts, pattern), vocab_size - first)
-    if first + len(merges) < vocab_size:
-        raise UserError(f"the text has pairs for only {first + len(merges)} tokens, not {vocab_size}: "
-                        f"use --vocab-size {first + len(merges)} or give more text.")
+    if (made := first + len(merges)) != vocab_size:
+        raise UserError(f"control tokens, bytes and the text's pairs make {made} tokens, not {vocab_size}: "
+                        f"use --vocab-size {made} or give more text.")
     tokens = SINGLE + [left + right for left, right in merges]
     return Tokenizer(pattern, dict(zip(tokens, range(len(CONTROL), vocab_size))), merges, dict(zip(CONTROL, range(4))))
 
@@ -257,8 +253,7 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self):
-        """A function push(ids, final=False) -> text, to print while generating: the bytes of a character that is not
-        complete are held back; push([], final=True) flushes them."""
+        """A function push(ids, final=False) -> text: half a character is held back; push([], final=True) flushes it."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
@@ -425,7 +420,6 @@ class ChatFormat:
                 self.template = {one["name"]: one["template"] for one in self.template}["default"]
 
     def content(self, name):
-        """A JSON file of the folder, empty if it is missing."""
         file = self.folder / name
         with reading(file):
             return dict(json.loads(file.read_bytes())) if file.exists() else {}
@@ -435,8 +429,7 @@ class ChatFormat:
         return [*self.opening, *self.tokenizer.encode(prompt)] or [self.tokenizer.eos_id]
 
     def prompt(self, messages, tools=None):
-        """ids of a conversation of {"role", "content"} up to where the assistant speaks. Names of control tokens that
-        the user, the system or a tool wrote stay ordinary text; in the assistant's messages they are control tokens."""
+        """ids of a conversation of {"role", "content"} up to where the assistant speaks; only it has control tokens."""
         text, _, outline = self.render(messages, tools, True)
         return self.encode(text, [], outline)[0]
 
@@ -643,7 +636,6 @@ def parse_options(parser, argv, intermixed=False):
 
 
 def given_options(args, cls):
-    """{name: value} of the options of a dataclass that a command line gives."""
     return {name: value for name, value in vars(args).items() if value is not None and name in options_of(cls)}
 
 
@@ -688,18 +680,15 @@ def run(main):
 
 
 # ----- command line ----------------------------------------------------------------------------------------
-def text_files(path):
-    """The files at a path, folders opened, hidden files left out; UserError for what is no plain text."""
+def plain_texts(path):
+    """The texts of the files at a path, folders opened, hidden files left out; UserError for what is a data set."""
     inside = [Path(path, name) for name in glob("**", root_dir=path, recursive=True)]
     files = sorted(file for file in inside if file.is_file()) or [Path(path)]
     if path.startswith("hf:") or {file.suffix for file in files} & {*".jsonl .parquet .arrow .csv .gz .zst".split()}:
         raise UserError(f"{path} is a data set, not plain text: write its texts into a file of their own")
-    return files
-
-
-def read_text(file):
-    with reading(file):
-        return file.read_text("utf-8-sig")
+    for file in files:
+        with reading(file):
+            yield file.read_text("utf-8-sig")
 
 
 def main():
@@ -715,7 +704,7 @@ def main():
     tokenizers = [(name, Tokenizer.load(name)) for name in names]
     print("    words  fertility     PCW  bytes/token  path, tokenizer")
     for path in paths:
-        text = "\n".join(map(read_text, text_files(path)))
+        text = "\n".join(plain_texts(path))
         for name, tokenizer in tokenizers:
             row = fertility(tokenizer, text)
             print("{words:9}{fertility:11.3f}{pcw:8.3f}{bytes_per_token:13.2f}".format(**row), f" {path}, {name}")

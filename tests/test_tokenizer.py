@@ -141,7 +141,7 @@ def test_training_gives_the_same_everywhere():
 def test_too_little_text_says_how_much_was_reached():
     with pytest.raises(UserError) as error:
         train_bpe(["abcd"], 1000)
-    assert "only 263 tokens, not 1000" in one_sentence(error) and "--vocab-size 263" in str(error.value)
+    assert "make 263 tokens, not 1000" in one_sentence(error) and "--vocab-size 263" in str(error.value)
     assert train_bpe(["abcd"], 263).decode([262]) == "abcd"
 
 
