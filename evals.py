@@ -79,7 +79,6 @@ class Score(NamedTuple):
 
 # ---- likelihoods ----------------------------------------------------------------------------------------------
 
-
 @torch.no_grad()
 def log_likelihoods(model, pairs):
     """[(log p(after | before) in nats, whether each token of `after` is the most likely one)] for pairs of lists of ids
@@ -126,7 +125,6 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------
-
 
 class Example(NamedTuple):
     """A question, answered by the choice that is most likely per character; a single one has to be what greedy sampling
@@ -188,7 +186,7 @@ def evaluate(model, tokenizer, tasks, opening=None):
 
 
 # ---- built-in tasks -------------------------------------------------------------------------------------------
-# [Example] made from a seed, without a network, of what training has never seen; `data`: folders of prepared data.
+# Examples made from a seed, without a network, of what training has never seen; `data`: folders of prepared data.
 
 
 def held_out_problems(kinds):
@@ -206,22 +204,20 @@ def mixed(rng, context, right, wrong, about):
 
 def arithmetic(data, count):
     """Which worked answer belongs to the question: its own, or those of three others of the same kind?"""
-    rng, found, examples = random.Random(0), held_out_problems("+-*"), []
+    rng, found = random.Random(0), held_out_problems("+-*")
     for question, answer, key in found[:count]:
         others = [a for _, a, other in found if a != answer and set("+-*") & set(key) & set(other)]
-        examples.append(mixed(rng, question, answer, others, key))
-    return examples
+        yield mixed(rng, question, answer, others, key)
 
 
 def carry(data, count):
     """The result of a sum whose steps are written out: the right one, or one with a digit that is off by one."""
-    rng, examples = random.Random(0), []
+    rng = random.Random(0)
     for question, answer, key in held_out_problems("+"):
         steps, _, result = answer.rstrip(".").rpartition(" = ")
         if len(result) > 1:
             near = {str(int(result) + sign * 10**i) for i in range(len(result)) for sign in (1, -1)}
-            examples.append(mixed(rng, question + steps + " =", result, sorted(near), key))
-    return examples[:count]
+            yield mixed(rng, question + steps + " =", result, sorted(near), key)
 
 
 def continuation(data, count):
@@ -278,7 +274,7 @@ def tasks_of(names, data, count=200):
         if kind not in FORMS or name not in BUILT_IN and not Path(name).exists():
             raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
                             "with :letters or :exact behind it")
-        examples = BUILT_IN[name](data, count) if name in BUILT_IN else read_task(name)
+        examples = list(BUILT_IN[name](data, count))[:count] if name in BUILT_IN else read_task(name)
         if not examples:  # an empty file, or no text that is long enough
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
         tasks.append((full, list(map(FORMS[kind], examples))))
@@ -327,7 +323,6 @@ def loss_by_position(model, tokenizer, texts, length, opening):
 
 # ---- criteria -------------------------------------------------------------------------------------------------
 
-
 def signs(x):
     """sign(x_i - x_j) [n, n]; its sums over j order as ranks do, with the mean rank for equal values."""
     return np.sign(np.subtract.outer(x, x))
@@ -374,7 +369,6 @@ def print_criteria(folders):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 
 def harness(folder, tasks, **options):
     """Yields (task/metric, Score) of lm-evaluation-harness, whose model `hf` reads the folder or the run's export.

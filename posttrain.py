@@ -185,9 +185,8 @@ def preference_loss(kind, policy, reference, beta):
     / reference)). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), where both may fall. APO-zero (D'Oosterlinck et
     al. 2024): 1 - sigmoid(r_c) + sigmoid(r_r): the chosen one shall rise above the reference, the rejected one fall."""
     chosen, rejected = rewards = beta * (policy - reference)
-    if kind == "dpo":
-        return -F.logsigmoid(chosen - rejected), rewards.detach()
-    return 1 - chosen.sigmoid() + rejected.sigmoid(), rewards.detach()
+    loss = -F.logsigmoid(chosen - rejected) if kind == "dpo" else 1 - chosen.sigmoid() + rejected.sigmoid()
+    return loss, rewards.detach()
 
 
 def advantages(rewards, normalization):
@@ -201,7 +200,7 @@ def token_weights(mask, normalization, samples, tokens, longest):
     """Each token's weight in the loss; the mask [B, T] is part of `samples` answers with `tokens` tokens in all. grpo:
     the mean of the answers' means, so that long wrong answers cost little; dapo: the mean over all tokens; dr_grpo: the
     sum divided by a constant, the only one without a bias by length."""
-    share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
+    share = {"grpo": samples * mask.sum(1, keepdim=True), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
 
@@ -380,8 +379,7 @@ def evaluate_answers(run, last):
     if run.step == 1 and not last:
         return {}  # the loop asks after the first update, and the start was just scored
     recipe, entry = run.recipe, {"val": {}, "stderr": {}}
-    train.say(f"step {run.step:,}, held out (± is one standard error, in which questions about the same thing count as "
-              "one; that of a change is paired: the same questions before and after):")
+    train.say(f"step {run.step:,}, held out (± is one standard error; that of a change compares the same questions):")
     def score(name, values, about=None):
         before = run.before.setdefault(name, values)
         with reading(run.folder):  # its log has the scores before
@@ -446,10 +444,9 @@ def prepare_sft(run, rows):
 def prepare_preferences(run, rows):
     """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept: a
     resumed run finds what was drawn and computed in its folder."""
-    reference, file = None, run.folder / "reference.pt"
-    if file.exists():
-        with reading(file):
-            rows, reference = torch.load(file, weights_only=True)
+    file = run.folder / "reference.pt"
+    with reading(file):
+        rows, reference = torch.load(file, weights_only=True) if file.exists() else (rows, None)
     rows = rows or draw_pairs(run)
     pairs, held = (encode_rows(run, side, answer_pair, "pairs") for side in held_out_rows(rows))
     if reference is None:
@@ -557,8 +554,7 @@ def grpo_losses(run, step):
         new, mask = policy(run.parallel, piece)
         advantage = torch.tensor([value for _, value in piece], device=new.device)[:, None]
         loss, share = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high), len(piece) / samples
-        clipped = mask * (loss != -(new - old).exp() * advantage)
-        add_found(run, clipped=clipped.sum() / total, **{name: value * share for name, value in drawn.items()})
+        add_found(run, **{name: value * share for name, value in drawn.items()})
         if run.reference:
             reference, _ = frozen(run.reference, piece)
             add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
@@ -567,10 +563,9 @@ def grpo_losses(run, step):
         return (weights * loss).sum(), run.model.routing_loss() * share
 
     frozen = torch.no_grad()(policy)
-    shares = []  # of each update: pieces of samples of similar length, with log-probabilities by the policy that drew
-    for share in batches(sampled, len(sampled) // recipe.updates):
-        pieces = batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])
-        shares.append([(piece, frozen(run.model, piece)[0]) for piece in pieces])
+    shares = [[(piece, frozen(run.model, piece)[0])  # of each update: samples of similar length, by the old policy
+               for piece in batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])]
+              for share in batches(sampled, len(sampled) // recipe.updates)]
     for pieces, total in zip(shares, tokens):
         losses = [partial(loss_of, *piece, total) for piece in pieces]
         if pieces is not shares[-1]:
@@ -645,7 +640,6 @@ def post_train(recipe, folder, resume=False, world=train.World()):
     return scores
 
 
-@torch.no_grad()
 def merge(folders, weights, out):
     """Writes the weighted mean of models (a soup with equal weights; Wortsman et al. 2022). SmolLM3: a soup of APO
     checkpoints, then 0.9 of it and 0.1 of the mid-training checkpoint, which brought back recall in long context."""
