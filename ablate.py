@@ -44,7 +44,6 @@ from tokenizer import Parser, UserError, add_options, check_options, draw, optio
 @dataclass
 class AblationOptions:
     """The flags that are not train.py's, each with the command that takes it."""
-
     seeds: int = option(3, "change: trainings of each", 2)
     out: str = option("runs/changes", "change: folder of the trainings")
     low: float = option(1e-4, "lr-range: first rate", 1e-12)
@@ -203,7 +202,6 @@ def compare_runs(runs):
 
 
 # ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------
-
 
 def lr_range(words, o):
     """Trains with rates that grow by equal factors until the loss is a third above its lowest; prints and draws loss

@@ -60,7 +60,6 @@ def check_trackers(names):
 
 class Log:
     """log.jsonl: an object per line with "step" and "loss", "val" or "event"; also feeds the trackers of --log."""
-
     def __init__(self, folder, recipe=None, resumed_at=None):
         self.path, self.trackers, self.failed = folder / "log.jsonl", [], False
         self.sent = max((entry["step"] for entry in self.entries()), default=-1)  # trackers know the steps up to here
@@ -80,6 +79,7 @@ class Log:
                         yield entry
 
     def forget(self, step):
+        """Drops entries after `step`, except events."""
         kept = [json.dumps(entry) + "\n" for entry in self.entries() if entry["step"] <= step or "event" in entry]
         write_text(self.path, "".join(kept))
 
@@ -205,7 +205,6 @@ def save_weights(model, tokenizer, out, chat_from):
 @dataclass
 class Saver:
     """Writes a run's checkpoints and removes old ones. All processes call `save`, to gather a sharded model."""
-
     run_folder: str | Path
     tokenizer: Tokenizer
     keep: int = 3  # how many of the newest stay
@@ -278,6 +277,8 @@ def find_checkpoint(run, before=10**9):
             if int(checkpoint.name[5:]) < before:
                 return check_manifest(checkpoint)
         except UserError as error:
+            if (checkpoint / "guard.json").exists():
+                raise
             print(f"skipped: {error}", file=sys.stderr)
     raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
 
@@ -532,6 +533,9 @@ def _open_weights(folder):
 def _read_hugging_face(folder, model, dtype):
     """The weights of a folder under our names, for a model without memory."""
     hf, where, config = read_json(folder / "config.json"), _open_weights(folder), model.config
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if sum(w.numel() for w in model.parameters()) > 2 * size:  # 4 bits each at least
+        raise ValueError("config.json asks for more weights than its .safetensors files hold")
     weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(EXACT) else dtype)
                for name, w in model.state_dict().items()}
     views, end = their_tensors(weights, config, hf["model_type"]), config.num_hidden_layers
@@ -601,6 +605,7 @@ def _compare_with_transformers(model, folder, chat):
     except ImportError:
         return "not checked: transformers is not installed (pip install transformers)"
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     c, version, seeded = model.config, f"transformers {transformers.__version__}", torch.Generator().manual_seed(0)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(c.vocab_size, (8, min(200, c.max_position_embeddings)), generator=seeded)

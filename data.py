@@ -95,7 +95,6 @@ class Source:
     """The documents of a text or data file (packed or not), of a folder, or of hf:DATASET[:CONFIG[:SPLIT]], in a fixed
     order from any position. Data sets hold documents out by the hash of their text, text files by that of their name. A
     file that is named must be readable; in a folder unreadable lines and files are left out and counted."""
-
     def __init__(self, where, text_key="text", revision=None):
         self.where, self.text_key, self.revision, path = str(where), text_key, revision, Path(where)
         self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
@@ -239,7 +238,6 @@ class Source:
 
 class Listed(Source):
     """(key, text) pairs in memory. The key decides what is held out."""
-
     def __init__(self, pairs):
         self.pairs, self.files, self.revision = list(pairs), {"": None}, None
         self.where, self.text_key = "memory", len(self.pairs)  # the number tells two lists apart on resuming
@@ -523,7 +521,6 @@ def append(path, meta, parts):
 @dataclass
 class Split:
     """The tokens of one source on one side, memory-mapped."""
-
     name: str
     tokens: np.ndarray  # uint16 or uint32
     starts: np.ndarray  # [documents + 1] int64, the last is the number of tokens
@@ -666,7 +663,6 @@ PACKINGS = {"concat": None, "best-fit": pack_best_fit, "bos": pack_bos}
 class Packing:
     """The `count` sequences of a split under one of PACKINGS. All but concat take 16 bytes of memory per document, and
     a pass over them (about 1 us each) before training."""
-
     def __init__(self, split, context, strategy="concat"):
         self.split, self.context, self.end, self.pack = split, context, len(split.tokens), PACKINGS[strategy]
         self.count = -(-(self.end - 1) // context)  # the last may be shorter; the very first token is no target
@@ -748,7 +744,6 @@ def dealt(n, weights):
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training with one mixture, and everything else that changes with it. 0: as in the recipe."""
-
     name: str = option("", "name of the stage")
     tokens: float = option(0.0, "tokens of the stage", low=0)
     mixture: dict[str, float] = field(default_factory=dict)  # source -> weight, divided by their sum; {}: by their rows
@@ -790,7 +785,6 @@ class Curriculum:
     """The batch of every step, as a pure function: (seed, step) -> rows of the stages' mixtures. A process asks for its
     rows of the global batch, so the order does not depend on the number of processes. Sequences are shuffled anew each
     epoch (playbook). context, batch_tokens: where a stage says nothing else."""
-
     def __init__(self, sources, stages, context, batch_tokens, seed=0, packing="concat"):
         self.sources, self.stages, self.seed = sources, stages, seed
         self.contexts = [stage.context or context for stage in stages]

@@ -48,7 +48,6 @@ AT_ONCE = 2048  # tokens whose logits are computed together
 
 class Score(NamedTuple):
     """A mean over n examples and its standard error; `chance` is the mean of guessing, nan where it has no meaning."""
-
     mean: float
     stderr: float
     n: int
@@ -129,7 +128,6 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
 class Example(NamedTuple):
     """A question, answered by the choice that is most likely per character; a single one has to be what greedy sampling
     writes."""
-
     context: str
     choices: tuple[str, ...]
     answer: int  # which choice is right

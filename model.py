@@ -45,7 +45,6 @@ def amount(default, help, low=0, high=1e6):
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder. Names are those of Hugging Face's config.json where it has them; a 0 often means "derive it"."""
-
     vocab_size: int = amount(4096, "number of tokens; the tokenizer decides", 1, 4e6)
     hidden_size: int = amount(256, "width of the residual stream", 1)
     intermediate_size: int = amount(768, "width of the MLP", 1)
@@ -409,7 +408,6 @@ def attention_extremes(q, k, positions, window, chunk):
 
 # ---- positions ------------------------------------------------------------------------------------------------
 
-
 def rope_frequencies(config, device="cpu"):
     """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
 
@@ -482,7 +480,6 @@ class KVCache:
     """What each layer remembers of the `length` tokens before. Full attention: keys and values [B, capacity, G, D];
     MLA: the latent and the shared key's RoPE part; sliding and chunked layers: only what a later token can see; linear
     layers: a state of fixed size."""
-
     def __init__(self, capacity):
         self.capacity, self.length, self.layers = capacity, 0, {}  # in tokens; `GPT.forward` increases length
 
@@ -504,16 +501,10 @@ class KVCache:
 
 # ---- the modules ----------------------------------------------------------------------------------------------
 
-
-def linear(x, weight, bias=None):
-    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides, in one place."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
 class Linear(nn.Linear):
-    """fp32 weights, any compute dtype: see `linear`."""
+    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides."""
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 class RMSNorm(nn.RMSNorm):
@@ -795,7 +786,6 @@ class MoE(nn.Module):
 
     After a forward pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean
     squared log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
-
     def __init__(self, config):
         super().__init__()
         self.gate = Router(config)
@@ -935,7 +925,7 @@ class GPT(nn.Module):
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = linear(x, head.weight)  # [B, T, V]
+        logits = F.linear(x, head.weight.to(x.dtype))  # [B, T, V]
         if cap := self.config.final_logit_softcapping:
             logits = cap * torch.tanh(logits / cap)
         return logits

@@ -200,7 +200,7 @@ def token_weights(mask, normalization, samples, tokens, longest):
     """Each token's weight in the loss; the mask [B, T] is part of `samples` answers with `tokens` tokens in all. grpo:
     the mean of the answers' means, so that long wrong answers cost little; dapo: the mean over all tokens; dr_grpo: the
     sum divided by a constant, the only one without a bias by length."""
-    share = {"grpo": samples * mask.sum(1, keepdim=True), "dapo": tokens, "dr_grpo": samples * longest}
+    share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
 
@@ -554,7 +554,8 @@ def grpo_losses(run, step):
         new, mask = policy(run.parallel, piece)
         advantage = torch.tensor([value for _, value in piece], device=new.device)[:, None]
         loss, share = policy_loss(new, old, advantage, recipe.clip_low, recipe.clip_high), len(piece) / samples
-        add_found(run, **{name: value * share for name, value in drawn.items()})
+        clipped = mask * (loss != -(new - old).exp() * advantage)
+        add_found(run, clipped=clipped.sum() / total, **{name: value * share for name, value in drawn.items()})
         if run.reference:
             reference, _ = frozen(run.reference, piece)
             add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
@@ -563,9 +564,10 @@ def grpo_losses(run, step):
         return (weights * loss).sum(), run.model.routing_loss() * share
 
     frozen = torch.no_grad()(policy)
-    shares = [[(piece, frozen(run.model, piece)[0])  # of each update: samples of similar length, by the old policy
-               for piece in batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])]
-              for share in batches(sampled, len(sampled) // recipe.updates)]
+    shares = []  # of each update: pieces of samples of similar length, with log-probabilities by the policy that drew
+    for share in batches(sampled, len(sampled) // recipe.updates):
+        pieces = batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])
+        shares.append([(piece, frozen(run.model, piece)[0]) for piece in pieces])
     for pieces, total in zip(shares, tokens):
         losses = [partial(loss_of, *piece, total) for piece in pieces]
         if pieces is not shares[-1]:

@@ -398,7 +398,6 @@ def fit_law(points, source="fit"):
 
 # ---- measuring the batch size and the rate --------------------------------------------------------------------
 
-
 def gradient_noise(single, mean, n):
     """Unbiased (|G|^2, tr(S)) of n gradients from the mean of their squared norms and the squared norm of their mean
     (McCandlish et al. 2018, appendix A.2). tr(S) / |G|^2 is the noise scale in examples, the batch whose noise equals

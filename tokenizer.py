@@ -182,7 +182,6 @@ class Tokenizer:
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
     """
-
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
         self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
         self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
@@ -394,7 +393,6 @@ CHATML = ("{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\
 class ChatFormat:
     """How texts and chats begin and end for the model of a folder, ours or Hugging Face's. opening: ids that begin a
     text; stop: ids that end a reply; template: jinja, None for our own CHATML."""
-
     def __init__(self, folder, tokenizer):
         self.tokenizer, self.folder, self.control = tokenizer, Path(folder), any_of(tokenizer.special)
         self.template, self.opening = None, [tokenizer.eos_id]  # our documents open with EOS
@@ -540,7 +538,6 @@ def fertility(tokenizer, text):
 # ----- what every command line shares -----------------------------------------------------------------------
 class UserError(Exception):
     """A mistake the user can correct: the message is one sentence that says what is wrong and what to do instead."""
-
 
 @contextlib.contextmanager
 def reading(path, advice="it is damaged, incomplete or in another format; make it or download it again."):

@@ -451,7 +451,7 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
         chosen, rejected = logged(run, "chosen"), logged(run, "rejected")
         assert chosen[0] == rejected[0] == 0 and chosen[-1] > rejected[-1]
     if method == "grpo":
-        assert logged(run, "kl")[-1] > 0 and {"reward", "length", "penalty", "cut_off"} <= set(
+        assert logged(run, "kl")[-1] > 0 and {"reward", "length", "penalty", "clipped"} <= set(
             json.loads((run / "log.jsonl").read_text().splitlines()[1]))
 
 
