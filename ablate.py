@@ -204,8 +204,7 @@ def compare_runs(runs):
 # ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------
 
 def lr_range(words, o):
-    """Trains with rates that grow by equal factors until the loss is a third above its lowest; prints and draws loss
-    by rate. Returns `schedule.suggest_rates`."""
+    """Trains with growing rates until the loss is a third above its lowest. Returns `schedule.suggest_rates`."""
     recipe = recipe_from(words)
     if o.low >= o.high:
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")

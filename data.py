@@ -223,8 +223,7 @@ class Source:
         return text or ""
 
     def sample(self, max_bytes, held_out=0.0):
-        """Text of at most max_bytes, none of it held out: the same share from the start of each file, or from the start
-        of at most 64 shards on the Hub, evenly apart."""
+        """At most max_bytes of training text: the same share of each file's start, or of at most 64 shards' starts."""
         names = list(self.files)[::-(-len(self.files) // 64) if self.hub else 1]
         sizes = [1 if self.hub else self.files[name].stat().st_size for name in names]
         for name, size in zip(names, sizes):
@@ -687,8 +686,7 @@ class Packing:
 
     def report(self):
         """(sequences; utilisation: share of their places that hold a token; dropped: share of the tokens in none; cut:
-        share of the documents not whole in one; mean of the squared lengths of the pieces of documents, to which
-        attention's work is proportional)."""
+        share of the documents not whole in one; mean squared length of a piece, like attention's work)."""
         starts = self.split.starts
         if self.pack:
             begins, sizes = self.begins, self.sizes
@@ -705,8 +703,7 @@ class Packing:
 
 def permute(index, n, key):
     """Where the shuffle of range(n) seeded by the integers `key` puts each index [..] int64, without an array of n. A
-    Feistel network (Luby and Rackoff 1988) permutes a power of four that holds n; results from n on are permuted again.
-    """
+    Feistel network (Luby and Rackoff 1988) permutes a power of four that holds n; others go again."""
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask, keys = (1 << half) - 1, np.random.PCG64(key).random_raw(6)
 
@@ -832,8 +829,7 @@ class Curriculum:
                 for s, split in enumerate(self.sources)}
 
     def report(self):
-        """Lines that warn of text read too often and of stages left out, and say which weights were divided and what
-        share other languages than English have."""
+        """Lines about text read too often, stages left out, weights that were divided, and the share of languages."""
         lines = [f"warning   {name} is read {n:.1f} times; past about 4 epochs repeated text teaches little (playbook)"
                  for name, n in self.epochs().items() if n > 4]
         for stage, tokens in zip(self.stages, np.diff(self.passed)):

@@ -126,8 +126,7 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
 # ---- tasks ----------------------------------------------------------------------------------------------------
 
 class Example(NamedTuple):
-    """A question, answered by the choice that is most likely per character; a single one has to be what greedy sampling
-    writes."""
+    """A question, answered by the choice most likely per character; a single one must be written by greedy sampling."""
     context: str
     choices: tuple[str, ...]
     answer: int  # which choice is right
@@ -264,8 +263,7 @@ def encode_documents(name, texts, tokenizer):
 @functools.lru_cache
 def tasks_of(names, data, count=200):
     """[(name, [Example])] of task names with commas between them: built-in ones, `count` questions about the held-out
-    side of prepared data, and .jsonl files. NAME:letters shows the choices and compares their letters; NAME:exact wants
-    the right one written by greedy sampling."""
+    side of prepared data, and .jsonl files. NAME:letters compares the choices' letters; NAME:exact samples greedily."""
     tasks = []
     for full in filter(None, names.split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
@@ -332,8 +330,7 @@ def criteria(runs):
     monotonic: mean over runs of Spearman's correlation of score and step (Pearson's of the ranks), >= 0.5. noise: last
     score over its noise, > 20; the noise is the deviation between runs (of other seeds), with one run the standard
     error. above: the best last score's distance from chance in noises, > 3. order: whether neighbouring steps rank the
-    runs alike, the mean of Kendall's tau-a: (pairs in the same order - pairs in opposite order) / all pairs; nan for
-    one run; no threshold (higher is better)."""
+    runs alike, the mean of Kendall's tau-a: (pairs in the same order - in opposite order) / all pairs."""
     steps, count = sorted(set.intersection(*map(set, runs))), len(runs)
     means = np.array([[run[step].mean for step in steps] for run in runs])  # [runs, steps]
     last, score = means[:, -1], runs[0][steps[-1]]
@@ -369,8 +366,7 @@ def print_criteria(folders):
 # ---- command line ---------------------------------------------------------------------------------------------
 
 def harness(folder, tasks, **options):
-    """Yields (task/metric, Score) of lm-evaluation-harness, whose model `hf` reads the folder or the run's export.
-    `options`: of lm_eval.simple_evaluate."""
+    """Yields (task/metric, Score) of lm-evaluation-harness on the folder or the run's export; options: of lm_eval."""
     advice = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
     with reading(f"--harness {tasks}", advice), tempfile.TemporaryDirectory() as place:
         import lm_eval

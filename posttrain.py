@@ -520,8 +520,7 @@ def prepare_grpo(run, rows):
 
 
 def roll_out(run, step):
-    """Draws this process's answers of a step: ([(sequence, advantage)], sampled tokens of each update over all
-    processes, {name: mean to log})."""
+    """This process's answers of a step: ([(sequence, advantage)], tokens of each update over all processes, means)."""
     recipe, world = run.recipe, run.world
     asked = batch_of(run, step, recipe.prompts)
     drawn = answers(run, asked, recipe.samples, recipe.temperature,

@@ -361,8 +361,7 @@ LAPTOP_LAW = LossLaw("fitted to the laptop's runs", 0.745, 8368, 19.69, 0.825, 0
 
 
 def laptop_excess(bits_per_byte, parameters, tokens, steps):
-    """How many times what LAPTOP_LAW predicts the held-out prose and code cost ({source: bits per byte}); 1 where the
-    law says nothing."""
+    """Held-out bits per byte of prose and code over what LAPTOP_LAW predicts; 1 where the law says nothing."""
     law = LAPTOP_LAW.predict(parameters, tokens)
     known = law["fitted"] and steps >= 100 and {"prose", "code"} <= bits_per_byte.keys()
     return (bits_per_byte["prose"] + bits_per_byte["code"]) / 2 / law["loss"] if known else 1.0

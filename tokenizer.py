@@ -116,8 +116,7 @@ def bpe_merges(chunk_counts, num_merges):
     Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa" "a"); of
     equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts: "aaa" has (a, a)
     twice. A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only
-    falls, so an entry is an upper bound, and one that is out of date is replaced when it comes to the top.
-    """
+    falls, so an entry is an upper bound, and one that is out of date is replaced when it comes to the top."""
     tokens, merges = SINGLE.copy(), []
     chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
     pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # by (left, right); chunks that hold or held it
@@ -180,8 +179,7 @@ class Tokenizer:
     added: tokens that a file adds and does not call special (Qwen3's <think>): found in text, as in transformers
     nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
-    eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token
-    """
+    eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token"""
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
         self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
         self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
@@ -284,8 +282,7 @@ class Tokenizer:
         a folder, ours or of a Hugging Face model, with tokenizer.json, or else tiktoken.model (Kimi, Moonlight),
         a tokenizer.json of any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's,
         FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text,
-        hf:ORG/NAME, downloaded, a tiktoken encoding such as cl100k_base, downloaded once, or
-        "bytes": every byte a token, no merges."""
+        hf:ORG/NAME, downloaded, a tiktoken encoding such as cl100k_base, downloaded once, or "bytes", which has no merges."""
         path = str(path)
         if path == "bytes":
             return train_bpe([], len(CONTROL) + 256)
