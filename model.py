@@ -245,7 +245,7 @@ def visible_keys(distance, positions, window=0, chunk=0):
 def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype, slow.
 
-    q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S], sink [H] -> [B, T, H, Dv]"""
+    q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S] -> [B, T, H, Dv]"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D], [B, G, S, D], [B, G, S, Dv]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)
     if sink is None:  # the equation below, fused by PyTorch
@@ -262,7 +262,7 @@ def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, causal in each document of a flattened batch; CPU, or bf16 and fp16 on CUDA.
 
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
-    no document is longer (a constant in compiled code); window: see the last `window` tokens, 0: all; sink [H]. [N, H, D]"""
+    no document is longer (a constant in compiled code); window: see so many tokens, 0: all; sink [H]. [N, H, D]"""
     return _document_attention(q, k, v, cu_seqlens, max_length, window, sink)[0]
 
 
@@ -474,13 +474,13 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
 
 
 class KVCache:
-    """What each layer keeps of the `length` tokens before. Full attention: keys and values [B, capacity, G, D]; MLA: the
+    """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: the
     latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state."""
     def __init__(self, capacity):
         self.capacity, self.length, self.layers = capacity, 0, {}  # in tokens; `GPT.forward` increases length
 
     def append(self, layer, *new, sees=0):
-        """Stores new [B, T, ...]; returns all that is stored. `sees`: how many tokens a query sees, others go; 0: all."""
+        """Stores new [B, T, ...]; returns all that is stored. `sees`: tokens that a query sees, others go; 0: all."""
         if layer not in self.layers:
             self.layers[layer] = [x.new_empty(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
         old = self.layers[layer]

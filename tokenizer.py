@@ -282,7 +282,7 @@ class Tokenizer:
         a folder, ours or of a Hugging Face model, with tokenizer.json, or else tiktoken.model (Kimi, Moonlight),
         a tokenizer.json of any byte-level BPE, such as GPT-2's, Llama 3's, Qwen's, DeepSeek-V3's and SmolLM's,
         FILE:PRETOKENIZER, a file of base64 tokens and ranks as tiktoken writes them, and how it cuts text,
-        hf:ORG/NAME, downloaded, a tiktoken encoding such as cl100k_base, downloaded once, or "bytes", which has no merges."""
+        hf:ORG/NAME, downloaded, a tiktoken encoding such as cl100k_base, downloaded once, or "bytes"."""
         path = str(path)
         if path == "bytes":
             return train_bpe([], len(CONTROL) + 256)
