@@ -650,7 +650,7 @@ def pretrain(recipe, folder, resume=False, world=None):
     run = connect(set_up(recipe, folder, world, resume))
     if run.step == run.steps:
         print(f"finished  all {run.steps:,} steps are done; {train_longer(folder)}")
-    scores = train(run)
+    scores, verdict = train(run), ""
     if run.world.leader and scores:
         held_out = sum(share * scores["val"][source["val"].name] * math.log(2) * source["val"].bytes
                        / len(source["val"].tokens) for source, share in zip(run.sources, run.curriculum.shares[-1]))
@@ -660,7 +660,8 @@ def pretrain(recipe, folder, resume=False, world=None):
             print(f"verdict   {verdict}")
     if run.world.leader and draw_log(folder):
         print(f"The curves are in {folder}/loss.png")
-    print(f'Done: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
+    ended = "Ended" if verdict else "Done"
+    print(f'{ended}: {folder}. Read more of what it writes with: python sample.py {folder} --prompt "def"')
     return scores.get("val", {})
 
 

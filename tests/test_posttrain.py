@@ -439,7 +439,7 @@ def test_interrupted_and_resumed_equals_straight_bit_for_bit(here, method, monke
     if method == "sft":
         log = (stopped / "log.jsonl").read_text()
         (stopped / "log.jsonl").write_text(log.replace('"before": {', '"before": {"nats per token": "x"}, "was": {', 1))
-        shutil.rmtree(p.newest_checkpoint(stopped))  # so that there is something left to do
+        shutil.rmtree(p.find_checkpoint(stopped))  # so that there is something left to do
         with pytest.raises(UserError, match="stopped cannot be read"):
             p.post_train(p.read_words(["--resume", "runs/stopped"])[1], stopped, True)
         (here / "sft.jsonl").write_text(json.dumps({"messages": TALK}) + "\n")

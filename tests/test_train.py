@@ -508,7 +508,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(here, flags, words):
 def test_resuming_what_is_no_run_is_one_sentence(here):
     done = call(train.main, "--resume", "runs/none")
     assert done.returncode == 2 and done.stderr.startswith("error: runs/none/recipe.json cannot be read")
-    assert "not a run; give a folder such as runs/laptop" in done.stderr and done.stderr.count("\n") == 1
+    assert "no run; give one such as runs/laptop" in done.stderr and done.stderr.count("\n") == 1
     assert not Path("runs").exists()
 
 
