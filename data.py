@@ -612,7 +612,7 @@ def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    for path in [*out.glob("*/hashes"), out / "task.json"]:
+    for path in [*out.glob("*/hashes"), out / "task.json"]:  # a kill before this leaves files that nothing reads
         path.unlink()
     return tokenizer
 
