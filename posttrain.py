@@ -28,7 +28,7 @@ the tokens to train on; an example is a list of sequences, a conversation alone 
 """
 
 import argparse
-import gzip
+import io
 import json
 import math
 import os
@@ -52,7 +52,7 @@ import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform
+from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform, unpacked
 from evals import Score
 from model import count_parameters
 from sample import continue_all
@@ -153,7 +153,7 @@ def parse_row(row, form):
 def read_rows(name, form):
     """The lines of a jsonl file; UserError with file and line for one that is not of the form."""
     rows = []
-    with reading(name), (gzip.open if name.endswith(".gz") else open)(name, "rt", encoding="utf-8-sig") as lines:
+    with reading(name), io.TextIOWrapper(unpacked(Path(name)), "utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             with reading(f"{name} line {number}", f"`posttrain.py --help` shows data for {form}; correct or remove it"):
                 if line.strip():
@@ -302,9 +302,10 @@ def encode_rows(run, rows, encode, what):
     long = [a != b for a, b in zip(short, whole)]
     fitting = [example for example, cuts in zip(short, long) if cut or not cuts]
     kept = [example for example in fitting if all(any(mask) for _, mask in example) and example[1:] != example[:1]]
-    print(f"data      {len(kept):,} {what}; {sum(long):,} have more than {context} tokens and are "
-          f"{'cut' if cut else 'left out (--too_long cut keeps their beginnings)'}; "
-          f"{len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out")
+    print(f"data      {len(kept):,} {what}" + f"; {sum(long):,} have more than {context} tokens and are " * any(long)
+          + ("cut" if cut else "left out (--too_long cut keeps their beginnings)") * any(long)
+          + f"; {len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out"
+          * (len(fitting) > len(kept)))
     if not kept:
         raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
     return kept
@@ -323,10 +324,10 @@ def askable(run, rows):
     return kept
 
 
-def answers(run, asked, samples, temperature, seed, stop=None):
+def answers(run, asked, samples, temperature, seed):
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
     made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
-                        seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
+                        seed=seed, stop=run.chat_format.stop | {run.end}, at_once=256,
                         vocab_size=run.tokenizer.vocab_size)
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
             for (row, _), group in zip(asked, made)]

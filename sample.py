@@ -60,7 +60,7 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
     cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
-    running, stops = [True] * len(tokens), {stop} if isinstance(stop, int) else set(stop)
+    running = [True] * len(tokens)
     # inference_mode is faster, but must not run the first forward pass of a model that FSDP then trains.
     mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
     for _ in range(max_tokens):
@@ -73,7 +73,7 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
         tokens = logits.argmax(-1, keepdim=True) if temperature == 0 else draw_tokens(
             filter_logits(logits, temperature, top_k, top_p, min_p).softmax(-1), generator)
         ids = tokens[:, 0].tolist()
-        running = [alive and id not in stops for alive, id in zip(running, ids)]
+        running = [alive and id not in stop for alive, id in zip(running, ids)]
         if not any(running):
             return
         yield [id if alive else None for alive, id in zip(running, ids)]
@@ -108,7 +108,7 @@ def complete(model, tokenizer, prompt, max_tokens, **options):
     """Continuations of a prompt as text; EOS, which opens a document, stands before the prompt."""
     text, first = split_prompt(tokenizer, prompt)
     made, = continue_all(model, [[tokenizer.eos_id, *tokenizer.encode(text)]], max_tokens, first=first,
-                         stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size, **options)
+                         stop={tokenizer.eos_id}, vocab_size=tokenizer.vocab_size, **options)
     return [tokenizer.decode(ids).removeprefix(prompt[len(text):]) for ids in made]
 
 

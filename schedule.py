@@ -421,11 +421,11 @@ def smoothed(losses, memory=0.9):
     return out
 
 
-def suggest_rates(rates, losses, width=10):
-    """(rate where the smoothed loss falls fastest over `width` steps, a tenth of the rate where it is lowest). A good
+def suggest_rates(rates, losses):
+    """(rate where the smoothed loss falls fastest over 10 steps, a tenth of the rate where it is lowest). A good
     peak rate lies between the two: a run stays at its peak far longer than the test did (rule of thumb)."""
     smooth = smoothed(losses)
-    width = min(width, len(smooth) - 1)
+    width = min(10, len(smooth) - 1)
     fall = min(range(len(smooth) - width), key=lambda i: smooth[i + width] - smooth[i])
     return rates[fall + width // 2], rates[min(range(len(smooth)), key=smooth.__getitem__)] / 10
 

@@ -394,7 +394,7 @@ def test_the_harness_scores_an_export(run, tmp_path, monkeypatch):
                  for i, word in enumerate(TEXT.split()[:9])]
     for i, question in enumerate(questions):
         prompt = opening + TOKENIZER.encode(question["q"])
-        question["written"] = TOKENIZER.decode([id for (id,) in generate(model, prompt, 3, temperature=0, stop=EOS)])
+        question["written"] = TOKENIZER.decode([id for (id,) in generate(model, prompt, 3, temperature=0, stop={EOS})])
         question["page"] = (question["q"] + TEXT) * i  # none, part of a window, whole windows and a rest
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, questions)))
     common = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/my.jsonl}}}}\ntest_split: test\n"

@@ -98,9 +98,9 @@ def test_batches_of_prompts_of_any_length_equal_one_at_a_time():
     model, prompts = GPT(ModelConfig(61, 32, 32, 2, 2, 1, initializer_range=0.3)).eval(), []
     for length in (2, 3, 5, 2, 5, 3, 3, 2, 2):
         prompts.append(torch.randint(1, 61, (length,)).tolist())
-    made = continue_all(model, prompts, 12, 2, temperature=0, stop=7, at_once=4)
+    made = continue_all(model, prompts, 12, 2, temperature=0, stop={7}, at_once=4)
     for prompt, samples in zip(prompts, made):
-        expected = [id for (id,) in generate(model, prompt, 12, temperature=0, stop=7)]
+        expected = [id for (id,) in generate(model, prompt, 12, temperature=0, stop={7})]
         assert samples == [expected, expected]
     drawn = continue_all(model, [[1, 2]] * 4, 12, 3, temperature=1.0, at_once=3)
     assert len({tuple(ids) for samples in drawn for ids in samples}) == 12  # no batch repeats another's draws
@@ -108,7 +108,7 @@ def test_batches_of_prompts_of_any_length_equal_one_at_a_time():
 
 def test_a_sample_ends_at_stop_and_the_others_go_on():
     model = GPT(ModelConfig(5, 32, 32, 2, 2, 1)).eval()
-    steps = list(generate(model, [1], 40, 4, stop=0, temperature=1.0))
+    steps = list(generate(model, [1], 40, 4, stop={0}, temperature=1.0))
     for drawn in zip(*steps):
         ended = drawn.index(None) if None in drawn else len(drawn)
         assert 0 not in drawn and all(id is None for id in drawn[ended:])
