@@ -14,7 +14,6 @@ would train, in one process; the first four take its recipe and flags, too.
 during training, so ask again later.
 """
 
-import argparse
 import contextlib
 import hashlib
 import io
@@ -374,7 +373,7 @@ COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low h
 def main():
     if "RANK" in os.environ:
         raise UserError("ablate.py trains in one process; start it with python, not torchrun")
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("command", choices=COMMANDS)
     parser.add_argument("--try", dest="tries", action="append", metavar="NAME=VALUE",
                         help="change: a flag of train.py; several that belong together in quotes; once for each change")

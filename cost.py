@@ -11,7 +11,6 @@ share of peak (MFU) always says which it counts.
     python cost.py measure laptop                            # this machine's speed and memory beside the prediction
 """
 
-import argparse
 import contextlib
 import ctypes
 import functools
@@ -573,7 +572,7 @@ def plan(o):
 
 def main():
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("published", help=print_published.__doc__)
     kinds = {"plan": (plan, PlanOptions), "measure": (measure, MeasureOptions)}

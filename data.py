@@ -17,7 +17,6 @@ starts travel with each batch as `cu_seqlens`, so that attention can stay inside
     python data.py tokenizer dump/ --vocab-size 32768 --out tokenizers/mine
 """
 
-import argparse
 import contextlib
 import glob
 import hashlib
@@ -961,7 +960,7 @@ class DataOptions:
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("command", choices=("prepare", "show", "tokenizer"))
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="files, folders, hf:DATASET[:CONFIG[:SPLIT]] or "
                         "nothing: the embedded corpus. NAME=SOURCE names one. For show: folders of prepared data")

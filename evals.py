@@ -17,7 +17,6 @@ What the built-in tasks ask was held out when their data was made. `recall` hide
 in a haystack) and asks for one, at several lengths and depths; `position` is the loss by place in a document.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -422,7 +421,7 @@ def measure_run(folder, asked):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN...")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")

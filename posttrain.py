@@ -27,7 +27,6 @@ Each method prepares its data and hands its losses to the loop in train.py. Belo
 the tokens to train on; an example is a list of sequences, a conversation alone or a chosen and a rejected answer.
 """
 
-import argparse
 import io
 import json
 import math
@@ -324,10 +323,10 @@ def askable(run, rows):
     return kept
 
 
-def answers(run, asked, samples, temperature, seed):
+def answers(run, asked, samples, temperature, seed, stop=None):
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
     made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
-                        seed=seed, stop=run.chat_format.stop | {run.end}, at_once=256,
+                        seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
                         vocab_size=run.tokenizer.vocab_size)
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
             for (row, _), group in zip(asked, made)]
@@ -525,7 +524,7 @@ def roll_out(run, step):
     recipe, world = run.recipe, run.world
     asked = batch_of(run, step, recipe.prompts)
     drawn = answers(run, asked, recipe.samples, recipe.temperature,
-                    int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}")), run.end)
+                    int(2**48 * uniform(f"{recipe.seed} {step} {world.rank}")), {run.end})
     sequences, table = [], []
     for (_, prompt), group in zip(asked, drawn):
         for ids, reward in group:
@@ -664,7 +663,7 @@ def merge(folders, weights, out):
 
 def read_words(argv):
     """The command line, and the recipe that it names with the flags applied; None for a merge."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("task", nargs="?", help="sft, dpo, apo, grpo or merge")
     parser.add_argument("runs", nargs="*", help="a run, a checkpoint or a Hugging Face folder")
     parser.add_argument("--weights", type=float, nargs="+", help="merge: one a RUN (default: equal)")

@@ -9,7 +9,6 @@ Temperature 0 takes the most likely token. top-k keeps the k most likely tokens;
 likely that together reach probability p; min-p (Nguyen et al. 2024) those at least p times as likely as the first.
 """
 
-import argparse
 import contextlib
 import math
 import sys
@@ -211,7 +210,7 @@ def command_options(parser, kind):
 
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", help="run, checkpoint or Hugging Face folder (default: the newest run)")
     parser.add_argument("--chat", action="store_true", help="answer --prompt, or what is typed, in the chat format")
     asked = command_options(parser, SampleOptions)

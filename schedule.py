@@ -9,7 +9,6 @@ with a 10 % decay; 2.184 with 20 %), and a longer run can resume from the checkp
     python schedule.py 3.08B 11.1T   # the laws for another size and length
 """
 
-import argparse
 import math
 import warnings
 from dataclasses import dataclass
@@ -433,7 +432,7 @@ def suggest_rates(rates, losses):
 # ---- command line ---------------------------------------------------------------------------------------------
 
 def main():
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("parameters", nargs="?", type=number, default=1e9, help="without embeddings")
     parser.add_argument("tokens", nargs="?", type=number, default=45e9)
     args = parser.parse_args()

@@ -634,9 +634,15 @@ def given_options(args, cls):
 
 
 class Parser(argparse.ArgumentParser):
+    """Help as the file's docstring has it; dashes and underscores in flags are the same; no flag is guessed."""
+    def __init__(self, description="", **more):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                         allow_abbrev=False, **more)
+
     def parse_known_args(self, args=None, namespace=None):
-        """Dashes and underscores in flags are the same, and flags are never guessed from their beginnings."""
-        self.allow_abbrev, flags = False, self._option_string_actions
+        names = [action.metavar or action.dest for action in self._get_positional_actions()]
+        self.usage = " ".join(["python %(prog)s", *map(str.upper, names), "[--FLAG VALUE ...]"])  # not all 90 flags
+        flags = self._option_string_actions
         for flag, action in [*flags.items()]:
             flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
         return super().parse_known_args(args, namespace)
@@ -688,7 +694,7 @@ def plain_texts(path):
 def main():
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("command", choices=["fertility"])
     parser.add_argument("names", nargs="+", metavar="TOKENIZER or PATH")
     names, paths = parser.parse_args(words[:cut]).names, words[cut + 1:]

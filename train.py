@@ -14,7 +14,6 @@ and token files from the Python installation, trains on them for a few minutes a
 Read `update`, then `train`, then what they call. Each field of `Recipe` but `stages`, and of its model, is a flag.
 """
 
-import argparse
 import contextlib
 import functools
 import json
@@ -745,8 +744,7 @@ def resumed(args, given, others, kind, allowed):
 
 def parse(argv):
     """The command line, and the recipe that it names with the flags applied."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="train.py",
-                    usage="python train.py [RECIPE] [--FLAG VALUE ...]")
+    parser = Parser(__doc__, prog="train.py")
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--anneal", metavar="RUN", help="test --candidate, from this run or checkpoint on")
