@@ -296,7 +296,7 @@ def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
             q, k, v, cu_seqlens, cu_seqlens, max_length, max_length, 0.0, True, False,
             window_size_left=window - 1, window_size_right=0)[:2]
     else:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        out, lse = _empty_outputs(q)
         for queries, keys, mask in _spans(cu_seqlens, window):
             out_span, lse_span = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *(_grouped(x, q, k) for x in (q[queries], k[keys], v[keys])), 0.0, mask is None, attn_mask=mask)
@@ -308,8 +308,9 @@ def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
     return out, lse
 
 
-_document_attention.register_fake(
-    lambda q, *rest: (torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)))
+@_document_attention.register_fake
+def _empty_outputs(q, *rest):
+    return torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
 
 
 @torch.library.custom_op("nanoplaybook::document_attention_backward", mutates_args=(), schema=(

@@ -280,8 +280,10 @@ class Report:
 class Interrupted(Exception):
     """A signal asked the run to stop; the checkpoint is written."""
 
+
 class Diverged(UserError):
     """A loss or a gradient is not finite."""
+
 
 def train(run, losses_of=pretraining_losses, evaluate=None):
     """Trains until the end, a signal or an error; returns the last evaluation. posttrain.py runs the same loop.
