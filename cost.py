@@ -27,7 +27,7 @@ from time import perf_counter
 import torch
 
 import schedule
-from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
+from model import DENSE_ROWS, GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
 from schedule import CHINCHILLA, LAPTOP_LAW
 from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
 
@@ -78,7 +78,8 @@ def training_memory(config, rows, context, compute_bytes=2, device="cuda", accum
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     b, N, cast = compute_bytes, rows * context, compute_bytes < 4
     norm = 2 * b if device == "cuda" else b + 8  # bytes an element; a CPU keeps the fp32 steps of a norm
-    block = 2 * C * norm + b * (2 * q + 2 * kv + 4 * M) + 4 * config.num_attention_heads  # bytes a token
+    scores = b * context if device == "cpu" and context <= DENSE_ROWS[b] else 4  # kept, or their logarithmic sums
+    block = 2 * C * norm + b * (2 * q + 2 * kv + 4 * M) + config.num_attention_heads * scores  # bytes a token
     if config.qk_norm:
         block += (q + kv) * (norm - b)  # RoPE no longer keeps its input
     blocks = block + layers * C * b if recompute else layers * block

@@ -212,7 +212,8 @@ PRESETS = {
 # Packed sequences hold several documents, and attention must not cross from one to the next. `cu_seqlens` (int32,
 # [M]) lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work is
 # then proportional to the sum of squared document lengths instead of B*T^2. One operator, two routes: CUDA's
-# variable-length flash kernel, and the CPU's flash kernel once per document. Elsewhere a dense mask does it.
+# variable-length flash kernel, and the CPU's flash kernel once per document. Elsewhere, and in rows so short that a CPU
+# is faster without, a dense mask does it.
 #
 # A window keeps the last W keys, the query's own included. A sink (gpt-oss) is a learned logit s per head that joins
 # the softmax and is then dropped: with lse' = logaddexp(lse, s) the output is out * exp(lse - lse'). Passing out' and
@@ -242,20 +243,29 @@ def visible_keys(distance, positions, window=0, chunk=0):
     return ((distance >= 0) & (distance <= positions[..., None]))[:, None]
 
 
+# Bytes of a number -> the longest rows in which a CPU's batched products are faster than its flash kernel, which runs
+# once per document: up to 5 times with bfloat16.
+DENSE_ROWS = {2: 512, 4: 128}
+
+
 def dense_attention(q, k, v, visible, bias=None, sink=None):
-    """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype, slow.
+    """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S] -> [B, T, H, Dv]"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D], [B, G, S, D], [B, G, S, Dv]
-    mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)
-    if sink is None:  # the equation below, fused by PyTorch
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # a KV head serves H / G query heads
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask  # [B, H, T, S]
-        sinks = sink.view(-1, 1, 1).expand(*scores.shape[:3], 1)  # one more score, whose value is zero
-        y = torch.cat((scores.float(), sinks.float()), -1).softmax(-1)[..., :-1].to(v.dtype) @ v
-    return y.transpose(1, 2)
+    (B, T, H, D), G = q.shape, k.shape[2]
+    mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)  # [B or 1, H or 1, T, S]
+    if sink is None and not q.is_cpu:  # the equation below, fused by PyTorch
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    q = (q / D ** 0.5).transpose(1, 2).reshape(B, G, -1, D)  # a KV head serves H / G query heads
+    scores = (q @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) + mask  # [B, H, T, S]
+    if sink is None:
+        p = scores.softmax(-1)
+    else:  # one more score, whose value is zero
+        sinks = sink.view(-1, 1, 1).expand(B, H, T, 1)
+        p = torch.cat((scores.float(), sinks.float()), -1).softmax(-1)[..., :-1].to(v.dtype)
+    y = p.reshape(B, G, H // G * T, -1) @ v.transpose(1, 2)  # [B, G, H / G * T, Dv]
+    return y.reshape(B, H, T, -1).transpose(1, 2)
 
 
 def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
@@ -368,10 +378,11 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     if _watched is not None and layout.end == T:
         _watched.append(attention_extremes(q, k, layout.positions, window, chunk))
     starts = layout.chunks if chunk else layout.cu_seqlens
-    if bias is None and starts is not None:
+    short = q.is_cpu and sink is None and 1 < T == S <= DENSE_ROWS.get(q.element_size(), 0)
+    if bias is None and starts is not None and not short:
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
-    elif bias is None and sink is None and not chunk and (T == 1 or S == T and not window):
+    elif bias is None and sink is None and not chunk and (T == 1 or S == T and not window) and not short:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True).transpose(1, 2)
     distance = distances(T, S, q.device)
@@ -437,8 +448,9 @@ def yarn_temperature(config):
 def apply_rope(x, cos, sin):
     """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
     half = cos.shape[-1]
-    a, b, *rest = x.split(half, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, *rest), -1)
+    x, *rest = x.split((2 * half, x.shape[-1] - 2 * half), -1) if 2 * half < x.shape[-1] else [x]
+    y = x * torch.cat((cos, cos), -1) + torch.cat(x.split(half, -1)[::-1], -1) * torch.cat((-sin, sin), -1)
+    return torch.cat((y, *rest), -1) if rest else y
 
 
 def alibi(heads, distance):

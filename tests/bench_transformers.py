@@ -1,10 +1,11 @@
-"""Speed beside transformers' Llama of the same 12M-parameter shape, in one run: training steps and greedy sampling.
+"""Speed beside transformers' Llama of the same shape, in one run: training steps, document masks, greedy sampling.
 
-    python tests/bench_transformers.py [--compile]
+    python tests/bench_transformers.py [--compile] [--rounds 10] [--only training masks sampling]
 
-Training: bf16 products over fp32 weights, fused AdamW, clipping, 16 sequences of 256; theirs under autocast, ours
-with document masks of one document a row. Each trains in turn, several rounds, so that a machine whose speed drifts
-is fair to both. Sampling: one sequence of 200 greedy tokens, fp32, the two in turn.
+Training: bf16 products over fp32 weights, fused AdamW, clipping; theirs under autocast; 12M parameters at 16 rows of
+256 tokens, and the shape of nanoGPT's CPU recipe. Masks: a step on 2,048 tokens of documents of about 300, each
+attending to itself, against one document, both ours. Sampling: 200 greedy tokens. Everything is timed in turn, several
+rounds, so that a machine whose speed drifts is fair to both; the figures are medians.
 """
 
 import argparse
@@ -17,79 +18,115 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cost import keep_freed_memory
 from model import GPT, ModelConfig, cross_entropy
 from sample import generate
 from schedule import build_optimizer
 
-ROWS, CONTEXT = 16, 256
-OURS = ModelConfig(4096, 384, 1152, 6, 6, 2, max_position_embeddings=CONTEXT)
-THEIRS = LlamaConfig(vocab_size=4096, hidden_size=384, intermediate_size=1152, num_hidden_layers=6,
-                     num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=CONTEXT,
-                     tie_word_embeddings=True, use_cache=False)
+MIDDLE = ModelConfig(4096, 384, 1152, 6, 6, 2, max_position_embeddings=256)
+NANOGPT = ModelConfig(65, 128, 341, 4, 4, 4, max_position_embeddings=64)  # the SwiGLU of as many weights
+SAME = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    max_position_embeddings""".split()
 
 
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
+def theirs_like(config):
+    return LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in SAME}, tie_word_embeddings=True))
 
 
-def main() -> None:
+def in_turn(rounds, **works):
+    """{name: median seconds}; each is called twice before."""
+    times = {name: [] for name in works}
+    for i in range(rounds + 2):
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name] += [time.perf_counter() - start] * (i > 1)
+    return {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
+
+
+def step_of(model, optimizer, loss_of):
+    def step():
+        loss_of(model).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+    return step
+
+
+def our_step(config, x, y, starts, compiled):
+    model = GPT(config)
+    model.compute_dtype = torch.bfloat16
+    if compiled:
+        model.compile_blocks()
+    return step_of(model, build_optimizer(model, 1e-3), lambda m: cross_entropy(m(x, starts), y) / y.numel())
+
+
+def their_step(config, x, y):
+    model = theirs_like(config)
+
+    def loss(model):
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(input_ids=x, labels=x, use_cache=False).loss
+    return step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True), loss)
+
+
+def batch(config, rows, context):
+    tokens = torch.randint(config.vocab_size, (rows, context + 1))
+    return tokens[:, :-1], tokens[:, 1:].contiguous()
+
+
+def training(args):
+    for config, rows, context in ((MIDDLE, 16, 256), (NANOGPT, 12, 64)):
+        x, y = batch(config, rows, context)
+        starts = torch.arange(0, rows * context + 1, context, dtype=torch.int32)
+        rounds = args.rounds * (1 if rows == 16 else 20)
+        found = in_turn(rounds, ours=our_step(config, x, y, starts, args.compile), theirs=their_step(config, x, y))
+        speed = {name: rows * context / seconds for name, seconds in found.items()}
+        print(f"training  {rows} x {context}, width {config.hidden_size}: ours{' compiled' * args.compile} "
+              f"{speed['ours']:,.0f} tok/s, transformers {speed['theirs']:,.0f}: "
+              f"{speed['ours'] / speed['theirs']:.2f} times", flush=True)
+
+
+def masks(args):
+    config, N = MIDDLE.change(max_position_embeddings=2048), 2048
+    x, y = batch(config, 1, N)
+    torch.manual_seed(0)
+    lengths = (torch.distributions.LogNormal(5.3, 0.9).sample((100,)) + 8).long()  # about 300 tokens, some long
+    starts = torch.cat((torch.zeros(1), lengths.cumsum(0))).clamp(max=N).int().unique()
+    whole = torch.tensor([0, N], dtype=torch.int32)
+    found = in_turn(args.rounds, masked=our_step(config, x, y, starts, args.compile),
+                    causal=our_step(config, x, y, whole, args.compile), theirs=their_step(config, x, y))
+    print(f"masks     a step on {N} tokens of {len(starts) - 1} documents takes {found['masked']:.3f} s, plain causal "
+          f"{found['causal']:.3f} s: {found['causal'] / found['masked']:.2f} times; transformers, causal, "
+          f"{found['theirs']:.3f} s: {found['theirs'] / found['masked']:.2f} times", flush=True)
+
+
+def sampling(args):
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (1, 16):
+            ours, theirs = GPT(MIDDLE).eval(), theirs_like(MIDDLE).eval().to(dtype)
+            ours.compute_dtype, n = dtype, 200
+            prompt = torch.randint(MIDDLE.vocab_size, (rows, 8))
+            found = in_turn(max(2, args.rounds // 2),
+                            ours=lambda: list(generate(ours, prompt.tolist(), n, temperature=0)),
+                            theirs=lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                                           pad_token_id=0, use_cache=True))
+            speed = {name: rows * n / seconds for name, seconds in found.items()}
+            print(f"sampling  greedy, batch {rows}, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s, transformers "
+                  f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="torch.compile our blocks")
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--only", nargs="+", default=["training", "masks", "sampling"])
     args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
-    ours, theirs = GPT(OURS), LlamaForCausalLM(THEIRS)
-    ours.compute_dtype = torch.bfloat16
-    if args.compile:
-        for layer in ours.model.layers:
-            layer.compile(fullgraph=True)
-    optimizers = build_optimizer(ours, 1e-3), torch.optim.AdamW(theirs.parameters(), lr=1e-3, fused=True)
-    tokens = torch.randint(4096, (ROWS, CONTEXT + 1))
-    x, y = tokens[:, :-1], tokens[:, 1:].contiguous()
-    starts = torch.arange(0, ROWS * CONTEXT + 1, CONTEXT, dtype=torch.int32)
-
-    def our_step() -> None:
-        (cross_entropy(ours(x, starts), y) / y.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
-        optimizers[0].step()
-        optimizers[0].zero_grad(set_to_none=True)
-
-    def their_step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = theirs(input_ids=x, labels=x).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizers[1].step()
-        optimizers[1].zero_grad(set_to_none=True)
-
-    for step in (our_step, their_step) * 2:  # warm up
-        step()
-    times = {"ours": [], "transformers": []}
-    for _ in range(args.rounds):
-        for name, step in (("ours", our_step), ("transformers", their_step)):
-            start = time.perf_counter()
-            step()
-            times[name].append(time.perf_counter() - start)
-    speed = {name: ROWS * CONTEXT / median(t) for name, t in times.items()}
-    print(f"training  ours{' compiled' if args.compile else ''} {speed['ours']:,.0f} tok/s, transformers "
-          f"{speed['transformers']:,.0f} tok/s: {speed['ours'] / speed['transformers']:.2f} times "
-          f"(torch {torch.__version__}, {torch.get_num_threads()} threads)")
-
-    sampler = GPT(OURS).eval()
-    theirs.eval()
-    prompt, n = tokens[0, :8].tolist(), 200
-    times = {"ours": [], "transformers": []}
-    for _ in range(5):
-        start = time.perf_counter()
-        made = len(list(generate(sampler, prompt, n, temperature=0)))
-        times["ours"].append((time.perf_counter() - start) / made)
-        start = time.perf_counter()
-        theirs.generate(torch.tensor([prompt]), max_new_tokens=n, min_new_tokens=n, do_sample=False,
-                        pad_token_id=0, use_cache=True)
-        times["transformers"].append((time.perf_counter() - start) / n)
-    speed = {name: 1 / median(t) for name, t in times.items()}
-    print(f"sampling  ours {speed['ours']:,.0f} tok/s, transformers {speed['transformers']:,.0f} tok/s: "
-          f"{speed['ours'] / speed['transformers']:.2f} times (greedy, batch 1, fp32)")
+    keep_freed_memory()  # for both: as in a run of train.py
+    for part in args.only:
+        globals()[part](args)
 
 
 if __name__ == "__main__":
