@@ -311,7 +311,8 @@ def _document_attention(q, k, v, cu_seqlens, max_length, window, sink):
         out, lse = _empty_outputs(q)
         for queries, keys, mask in _spans(cu_seqlens, window):
             out_span, lse_span = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *(_grouped(x, q, k, queries) for x in (q[queries], k[keys], v[keys])), 0.0, mask is None, attn_mask=mask)
+                *(_grouped(x, q, k, queries) for x in (q[queries], k[keys], v[keys])),
+                0.0, mask is None, attn_mask=mask)
             out[queries], lse[:, queries] = out_span.permute(2, 0, 1, 3).flatten(1, 2), lse_span.flatten(0, 1)
     if sink is not None:
         lse_with_sink = torch.logaddexp(lse, sink.float()[:, None])
