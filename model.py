@@ -385,9 +385,11 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     if bias is None and starts is not None and not short:
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
-    elif bias is None and sink is None and not chunk and (T == 1 or S == T and not window) and not short:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True).transpose(1, 2)
+    elif bias is None and sink is None and not chunk and not short and (T == 1 or S == T and not window):
+        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        if T == 1:  # a KV head's H / G query heads as its queries: keys and values are read once
+            return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v).reshape(q.shape)
+        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     distance = distances(T, S, q.device)
     visible = visible_keys(distance, layout.positions, window, chunk)
     return dense_attention(q, k, v, visible, bias and bias(distance), sink)

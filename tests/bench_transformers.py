@@ -104,7 +104,7 @@ def masks(args):
 def sampling(args):
     for dtype in (torch.float32, torch.bfloat16):
         for rows in (1, 16):
-            ours, theirs = GPT(MIDDLE).eval(), theirs_like(MIDDLE).eval().to(dtype)
+            ours, theirs = GPT(MIDDLE).eval().to(dtype), theirs_like(MIDDLE).eval().to(dtype)
             ours.compute_dtype, n = dtype, 200
             prompt = torch.randint(MIDDLE.vocab_size, (rows, 8))
             found = in_turn(max(2, args.rounds // 2),
