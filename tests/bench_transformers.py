@@ -52,7 +52,7 @@ def main() -> None:
         (cross_entropy(ours(x, starts), y) / y.numel()).backward()
         torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
         optimizers[0].step()
-        optimizers[0].zero_grad(set_to_none=True)
+        ours.zero_grad()
 
     def their_step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
