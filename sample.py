@@ -59,8 +59,8 @@ def power_of_two(n):
 
 
 def compiled_step(model, tokens, cache, last_only):
-    """The model's logits for tokens [rows, 1] after those in a static KVCache, compiled once for each of its sizes; on CUDA
-    a graph, which reads weights where training changes them. Where compiling fails, the model itself works on."""
+    """The model's logits for tokens [rows, 1] after those in a static KVCache, compiled once for each of its sizes. On
+    CUDA a graph, which reads weights where training changes them. Where compiling fails, the model itself works on."""
     if not torch.is_tensor(cache.length):  # the first token after the prompt
         for stored in itertools.chain(*cache.layers.values()):
             torch._dynamo.mark_static_address(stored)  # a graph writes to it, not to a copy
