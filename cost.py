@@ -175,10 +175,22 @@ def choose_dtype(device):
     return torch.bfloat16 if half > 1.2 * single else torch.float32, why
 
 
+def fast_attention():
+    """Takes FlashAttention 4 or 3 where torch knows it, the package is there and the GPU is of its kind; in words."""
+    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    for kernels, generations in ("FA4", (9, 10)), ("FA3", (9,)):
+        if activate and torch.cuda.get_device_capability()[0] in generations:
+            with contextlib.suppress(ImportError, RuntimeError):  # no package, or another version of it
+                activate(kernels)
+                return f"; attention by {kernels}"
+    return "; attention by FA2"
+
+
 def find_machine(device="auto", dtype="auto", compile="auto"):
     """Picks device, dtype and compilation, and tries a tiny training step. UserError if that fails, also on a CPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     asked, device = device, best if device == "auto" else device
+    kernels = fast_attention() if device == "cuda" else ""
     try:
         chosen, why = choose_dtype(device) if dtype == "auto" else (getattr(torch, dtype), "as asked")
         measure_training(ModelConfig(64, 64, 128, 1, 1, 1), Machine(device, chosen, False, 0.0, ""), 2, 32, 2, 0.0)
@@ -195,7 +207,7 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
     peak = known or matmul_flops(device, chosen, 8192 if device == "cuda" else 2048)
     if device != "cuda":
         keep_freed_memory()
-    reason = f"{what}; {str(chosen)[6:]} ({why}); compile {'on' if compiled else 'off'}"
+    reason = f"{what}; {str(chosen)[6:]} ({why}){kernels}; compile {'on' if compiled else 'off'}"
     return Machine(device, chosen, compiled, peak, reason)
 
 

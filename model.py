@@ -21,6 +21,7 @@ experts, K experts per token, M width of an MLP.
 
 import contextlib
 import functools
+import itertools
 import math
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -369,8 +370,9 @@ _document_attention.register_autograd(_backward, setup_context=_save_for_backwar
 
 # Where the tokens of a forward pass are, worked out once for all layers. end: tokens of a row so far, with those of
 # this pass; positions [B or 1, T] in the document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens:
-# document starts; chunks: the same with the starts of chunked layers' chunks. The last three may be None.
-Layout = namedtuple("Layout", "end positions rope cu_seqlens chunks")
+# document starts; chunks: the same with the starts of chunked layers' chunks; distance [T, capacity]: from all that a
+# compiled step's cache has room for. The last four may be None.
+Layout = namedtuple("Layout", "end positions rope cu_seqlens chunks distance")
 
 
 def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
@@ -385,12 +387,12 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     if bias is None and starts is not None and not short:
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
-    elif bias is None and sink is None and not chunk and not short and (T == 1 or S == T and not window):
+    elif layout.distance is bias is sink is None and not chunk and not short and (T == 1 or S == T and not window):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if T == 1:  # a KV head's H / G query heads as its queries: keys and values are read once
             return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v).reshape(q.shape)
         return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    distance = distances(T, S, q.device)
+    distance = distances(T, S, q.device) if layout.distance is None else layout.distance
     visible = visible_keys(distance, layout.positions, window, chunk)
     return dense_attention(q, k, v, visible, bias and bias(distance), sink)
 
@@ -470,14 +472,15 @@ def distance_bucket(distance):
     return torch.where(distance < 16, distance.clamp(min=0), log.clamp(max=31))
 
 
-def dual_chunk_attention(q, k, v, positions, frequencies, context):
+def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None):
     """Dual chunk attention (An et al. 2024): reads beyond the trained context c without training. For inference only.
 
     Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys
     of their own piece; for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest
     distances true; for all others they stand at c - 1. No distance is new to the model.
     q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries."""
-    size, distance = max(1, 3 * context // 4), distances(q.shape[1], k.shape[1], q.device)
+    size = max(1, 3 * context // 4)
+    distance = distances(q.shape[1], k.shape[1], q.device) if distance is None else distance
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
     place = positions % size
     at = torch.stack((place, (place + size).clamp(max=context - 1), torch.full_like(place, context - 1)))
@@ -493,15 +496,22 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context):
 
 class KVCache:
     """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: the
-    latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state."""
-    def __init__(self, capacity):
-        self.capacity, self.length, self.layers = capacity, 0, {}  # in tokens; `GPT.forward` increases length
+    latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
+
+    `static`: no shape or address depends on `length`, so that one compiled step makes every token. All layers keep all
+    tokens, and where `length` is a tensor on the device, masks hide what is not written yet."""
+    def __init__(self, capacity, static=False):
+        self.capacity, self.static = capacity, static
+        self.length, self.layers = 0, {}  # in tokens; `GPT.forward` increases length
 
     def append(self, layer, *new, sees=0):
         """Stores new [B, T, ...]; returns all that is stored. `sees`: tokens that a query sees, others go; 0: all."""
-        if layer not in self.layers:
-            self.layers[layer] = [x.new_empty(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
+        sees = 0 if self.static else sees
+        if layer not in self.layers:  # zeros, because a masked key still multiplies its value, by 0
+            self.layers[layer] = [x.new_zeros(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
         old = self.layers[layer]
+        if torch.is_tensor(self.length):
+            return [stored.index_copy_(1, self.length, x) for stored, x in zip(old, new)]
         if sees:
             seen = [torch.cat(pair, 1) for pair in zip(old, new)]
             self.layers[layer] = [x[:, max(0, x.shape[1] - sees + 1):] for x in seen]
@@ -510,6 +520,17 @@ class KVCache:
         for stored, x in zip(old, new):
             stored[:, self.length:end] = x
         return [stored[:, :end] for stored in old]
+
+    def replace(self, layer, *new):
+        """Stores a state of fixed size at the address of the one before."""
+        for stored, x in zip(self.layers.setdefault(layer, [x.clone() for x in new]), new):
+            stored.copy_(x)
+
+    def restart(self):
+        """Forgets all tokens."""
+        self.length = 0
+        for stored in itertools.chain(*self.layers.values()):
+            stored.zero_()
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------
@@ -571,7 +592,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v, sees=self.window or self.chunk)
         if self.uses_rope and c.position == "dual_chunk":
             y = dual_chunk_attention(q, k, v, layout.positions, rope_frequencies(c, x.device),
-                                     c.original_max_position_embeddings)
+                                     c.original_max_position_embeddings, layout.distance)
         else:
             q = apply_rope(q, *layout.rope) if self.uses_rope else q
             bias = self.bias if c.position in ("alibi", "relative") else None
@@ -619,11 +640,12 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)  # [B, T, R]
         if cache:
             latent, k_rope = cache.append(self.layer, latent, k_rope)
-        if T == 1 < layout.end:
+        if cache and T == 1:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
             q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)  # [B, 1, H, R + Dr]
             k, v = torch.cat((latent, k_rope[:, :, 0]), -1)[:, None], latent[:, None]  # [B, 1, S, R + Dr or R]
-            y = F.scaled_dot_product_attention(q, k, v, scale=temperature / c.head_dim ** 0.5)
+            mask = None if layout.distance is None else visible_keys(layout.distance, layout.positions)
+            y = F.scaled_dot_product_attention(q, k, v, mask, scale=temperature / c.head_dim ** 0.5)
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
             k_nope, v = self.kv_b_proj(latent).view(B, -1, H, sum(value_parts)).split(value_parts, -1)
@@ -699,7 +721,7 @@ class GatedDeltaNet(nn.Module):
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
         y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
         if cache:
-            cache.layers[self.layer] = mixed[:, T:], state
+            cache.replace(self.layer, mixed[:, T:], state)
         y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, V))
         return self.out_proj(y.flatten(2))
 
@@ -812,7 +834,7 @@ class MoE(nn.Module):
         flat = x.flatten(0, 1)  # [N, C]
         weights, index, scores, logits = self.gate(flat)
         counts = torch.zeros_like(scores[0]).index_add(0, index.flatten(), torch.ones_like(weights).flatten())
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.routing = (scores / scores.sum(-1, keepdim=True)).mean(0), counts, logits.logsumexp(-1).square().mean()
         y = self.experts(flat, weights, index, counts)
         if self.shared_experts is not None:
@@ -872,6 +894,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype, self.compiled = torch.float32, False  # compiled: False later makes blocks eager again
+        self.step, self.caches = None, {}  # of sample.py: the compiled step, False where that fails; static KVCaches
         self.recompute = False  # computes blocks again in the backward pass instead of keeping what they computed
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -893,12 +916,13 @@ class GPT(nn.Module):
             if hasattr(layer, "self_attn"):
                 layer.compile(fullgraph=True, dynamic=False, backend=backend)
 
-    def layout(self, tokens, cu_seqlens, start):
-        """The Layout of tokens [B, T] that follow `start` others."""
-        (B, T), c, device = tokens.shape, self.config, tokens.device
-        if cu_seqlens is None and start == 0 and (c.attention_sinks or c.layer_types != "full"):
+    def layout(self, tokens, cu_seqlens, cache):
+        """The Layout of tokens [B, T] that follow those in the cache, if any."""
+        (B, T), c, device, start = tokens.shape, self.config, tokens.device, cache.length if cache else 0
+        compiled = torch.is_tensor(start)
+        if cu_seqlens is None and not compiled and start == 0 and (c.attention_sinks or c.layer_types != "full"):
             cu_seqlens = torch.arange(0, B * T + 1, T, dtype=torch.int32, device=device)  # one document a row
-        rope, chunks, row = None, None, torch.arange(start, start + T, device=device)
+        rope, chunks, row = None, None, start + torch.arange(T, device=device)
         positions = row[None]
         if cu_seqlens is not None:
             positions = document_positions(cu_seqlens, B * T).view(B, T)
@@ -911,15 +935,16 @@ class GPT(nn.Module):
             angles = at[..., None].float() * rope_frequencies(c, device)  # fp32 [T, R/2]; dual_chunk: [B or 1, T, R/2]
             temperature = 1.0 if c.yarn_mscale_all_dim else yarn_temperature(c)
             rope = [(f(angles) * temperature)[..., None, :].to(self.compute_dtype) for f in (torch.cos, torch.sin)]
-        return Layout(start + T, positions, rope, cu_seqlens, chunks)
+        distance = row[:, None] - torch.arange(cache.capacity, device=device) if compiled else None
+        return Layout(start + T, positions, rope, cu_seqlens, chunks, distance)
 
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
         `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V]."""
-        layout = self.layout(tokens, cu_seqlens, cache.length if cache else 0)
+        layout = self.layout(tokens, cu_seqlens, cache)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
-            if layout.end > self.config.max_position_embeddings:
+            if layout.distance is None and layout.end > self.config.max_position_embeddings:
                 raise UserError(f"the learned positions end at {self.config.max_position_embeddings}; shorten the text")
             x = x + self.model.embed_positions(layout.positions)
         x = x.to(self.compute_dtype)  # [B, T, C]

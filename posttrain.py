@@ -327,7 +327,8 @@ def answers(run, asked, samples, temperature, seed, stop=None):
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
     made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
                         seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
-                        vocab_size=run.tokenizer.vocab_size)
+                        vocab_size=run.tokenizer.vocab_size,
+                        compile=run.machine.compile and run.recipe.parallel != "fsdp")
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
             for (row, _), group in zip(asked, made)]
 

@@ -10,12 +10,15 @@ likely that together reach probability p; min-p (Nguyen et al. 2024) those at le
 """
 
 import contextlib
+import functools
+import itertools
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import from_pretrained, is_hugging_face, read_json
 from model import GPT, KVCache
@@ -50,21 +53,59 @@ def draw_tokens(probabilities, generator):
     return torch.minimum(torch.searchsorted(sums, height, right=True), last)
 
 
+def power_of_two(n):
+    """The smallest power of two from n on. Sizes rounded up to it share a few compiled steps."""
+    return 1 << (n - 1).bit_length()
+
+
+def compiled_step(model, tokens, cache, last_only):
+    """The model's logits for tokens [rows, 1] after those in a static KVCache, compiled once for each of its sizes. On
+    CUDA a graph, which reads weights where training changes them. Where compiling fails, the model itself works on."""
+    if not torch.is_tensor(cache.length):  # the first token after the prompt
+        for stored in itertools.chain(*cache.layers.values()):
+            torch._dynamo.mark_static_address(stored)  # a graph writes to it, not to a copy
+    # Not a constant, or each token would compile again; a copy, because a graph's next run overwrites what it returns.
+    cache.length = torch.as_tensor(cache.length, device=tokens.device).clone()
+    if model.step is not False:
+        torch._dynamo.config.recompile_limit = 64
+        model.step = model.step or torch.compile(model.forward, fullgraph=True, dynamic=False,
+                                                 mode="reduce-overhead" if tokens.is_cuda else None)
+        try:
+            c = model.config
+            if c.num_experts and (model.compute_dtype.itemsize > 2 or (c.hidden_size | c.moe_intermediate_size) % 8):
+                raise UserError("experts need bfloat16 and widths that divide by 8")
+            torch.compiler.cudagraph_mark_step_begin()
+            return model.step(tokens, cache=cache, last_only=last_only)
+        except Exception as error:  # a compiler fails in many ways; any other fault comes again without it
+            print(f"(sampling is not compiled: {str(error).splitlines()[0][:100]})", file=sys.stderr)
+            model.step = False
+    return model(tokens, cache=cache, last_only=last_only)
+
+
 def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, seed=0, stop=(),
-             vocab_size=None, first=None):
+             vocab_size=None, first=None, compile=False):
     """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
     have produced one of `stop`. Several prompts of one length are continued together, each with its samples in a row.
-    `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first."""
+    `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first.
+    `compile`: every token after the prompt by `compiled_step`; not for weights that FSDP shards."""
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
-    cache = KVCache(tokens.shape[1] + max_tokens)  # tokens: [rows, T], then [rows, 1]; rows = prompts * samples
-    running = [True] * len(tokens)
+    rows, length = tokens.shape  # then [rows, 1]; rows = prompts * samples
+    cache, step, padding = KVCache(length + max_tokens), model, 0
+    running = [True] * rows
     # inference_mode is faster, but must not run the first forward pass of a model that FSDP then trains.
     mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
-    for _ in range(max_tokens):
+    if compile and model.step is not False:
+        size, capacity = power_of_two(rows), max(128, power_of_two(length + max_tokens))
+        cache = model.caches.setdefault((size, capacity), KVCache(capacity, static=True))
         with mode():
-            logits = model(tokens, cache=cache, last_only=True)[:, -1, :vocab_size]  # [rows, V]
+            cache.restart()
+        step, padding = functools.partial(compiled_step, model), size - rows
+    for made in range(max_tokens):
+        with mode():
+            logits = (step if made else model)(F.pad(tokens, (0, 0, 0, padding)), cache=cache, last_only=True)
+        logits = logits[:rows, -1, :vocab_size]  # [rows, V]
         if first:
             allowed = torch.full_like(logits, -torch.inf)
             allowed[:, first] = logits[:, first]
@@ -198,6 +239,7 @@ class SampleOptions(ContextOptions):
     top_p: float = option(1.0, "1: off", 0, 1)
     min_p: float = option(0.05, "0: off", 0, 1)
     seed: int = option(0, "decides what is drawn", 0)
+    compile: str = option("auto", "one compiled step for all tokens; auto: on CUDA", choices=("auto", "true", "false"))
 
 
 def command_options(parser, kind):
@@ -224,7 +266,8 @@ def main():
     model, tokenizer = load(folder)
     model, chat_format = extended(model, asked.context, asked.extend), ChatFormat(folder, tokenizer)
     options = {name: getattr(asked, name) for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
-    options |= {"stop": chat_format.stop, "vocab_size": tokenizer.vocab_size}
+    options |= {"stop": chat_format.stop, "vocab_size": tokenizer.vocab_size,
+                "compile": asked.compile == "true" or asked.compile == "auto" and torch.cuda.is_available()}
     if asked.chat or chat_format.template and not asked.prompt and asked.samples == 1:
         if asked.samples > 1:
             raise UserError("a chat has one answer; leave --samples out")

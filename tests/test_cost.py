@@ -393,6 +393,20 @@ def test_machine_is_found_and_says_why():
             cost.find_machine(device, dtype)
 
 
+@pytest.mark.parametrize("generation, there, taken", [(9, ("FA3", "FA4"), "FA4"), (9, ("FA3",), "FA3"), (9, (), "FA2"),
+                                                      (10, ("FA3",), "FA2"), (8, ("FA3", "FA4"), "FA2")])
+def test_the_newest_attention_kernels_are_taken(monkeypatch, generation, there, taken):
+    def activate(name):
+        if name not in there:
+            raise ModuleNotFoundError(name)
+        active.append(name)
+
+    active = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
+    assert cost.fast_attention() == f"; attention by {taken}" and active == [taken] * (taken != "FA2")
+
+
 @pytest.mark.cuda
 def test_attention_does_not_go_to_cudnn():
     cost.find_machine("cuda")

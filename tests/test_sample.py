@@ -10,8 +10,9 @@ import torch
 import sample
 from checkpoint import save_pretrained
 from conftest import call
-from model import GPT, ModelConfig
+from model import GPT, KVCache, ModelConfig
 from sample import continue_all, filter_logits, generate
+from test_model import VARIANTS, build
 from tokenizer import UserError, train_bpe
 
 LOGITS = torch.log(torch.tensor([[0.5, 0.25, 0.15, 0.1]]))
@@ -226,3 +227,47 @@ def test_a_damaged_recipe_is_named(tmp_path):
     (tmp_path / "recipe.json").write_bytes(b'{"method": "\xe2"')
     with pytest.raises(UserError, match="recipe.json cannot be read"):
         sample.recipe_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["gqa-rnope", "mqa", "sliding-1", "llama-4", "sinks", "mla", "learned", "relative",
+                                  "alibi-chunked", "dual-chunk", "deltanet", "moe"])
+def test_compiled_sampling_is_one_graph_with_the_same_greedy_ids(name, monkeypatch, capsys):
+    """Prompts of several lengths, tokens beyond windows and chunks, several prompts at once (rows of another number)."""
+    import torch._dynamo as dynamo
+    import torch._dynamo.testing
+
+    dynamo.reset()
+    counter, compile = dynamo.testing.CompileCounterWithBackend("eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend=counter, **options))
+    model = build(VARIANTS[name].change(initializer_range=0.3)).eval()
+    prompts = ([1, 2, 3], [*range(4, 13)], [1], [[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    for number, prompt in enumerate(prompts):
+        plain, made = (list(generate(model, prompt, 30, temperature=0, compile=way)) for way in (False, True))
+        assert made == plain
+        assert counter.frame_count == (0 if "moe" in name else 1 + (number == 3))
+    said = capsys.readouterr().err
+    assert said.count("experts need bfloat16") == ("moe" in name) and said.count("\n") == ("moe" in name)
+
+
+def test_a_compiled_step_sees_weights_that_change_and_groups_experts(monkeypatch):
+    """In bf16, where experts compile; rounding may change an id, so the logits are compared."""
+    compile, seen = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend="eager", **options))
+    for name in ("mha", "moe"):
+        torch._dynamo.reset()
+        model = build(VARIANTS[name]).eval()
+        model.compute_dtype = torch.bfloat16
+        for _ in range(2):
+            list(generate(model, [1, 2], 3, temperature=0, compile=True))
+            cache, = model.caches.values()
+            with torch.inference_mode():
+                cache.restart()
+                ids, plain = torch.tensor([[5, 6, 7]]), KVCache(9)
+                model(ids, cache=cache), model(ids, cache=plain)
+                pair = [sample.compiled_step(model, ids[:, :1], cache, True), model(ids[:, :1], cache=plain)]
+            torch.testing.assert_close(*pair, atol=2e-2, rtol=2e-2)
+            assert model.step is not False
+            seen.append(pair[0])
+            with torch.no_grad():
+                model.model.embed_tokens.weight.mul_(-2)
+        assert not torch.allclose(seen[-1], seen[-2], atol=0.1)
