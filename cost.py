@@ -27,7 +27,7 @@ from time import perf_counter
 import torch
 
 import schedule
-from model import GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
+from model import GPT, PRESETS, ModelConfig, count_parameters
 from schedule import CHINCHILLA, LAPTOP_LAW
 from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
 
@@ -203,8 +203,8 @@ def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
     device, times, end = tokens.device.type, [], math.inf
     while len(times) < 3 or perf_counter() < end:
         start = perf_counter()
-        try:  # the logits have no name here, so that they are freed early
-            (cross_entropy(model(tokens, cu_seqlens), tokens) / tokens.numel()).backward()
+        try:
+            (model(tokens, cu_seqlens, targets=tokens)[0] / tokens.numel()).backward()
         except Exception as error:  # a compiler fails in many ways; any other fault comes again without it
             if not model.compiled:
                 raise

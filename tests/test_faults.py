@@ -574,7 +574,7 @@ def test_attention_extremes_by_brute_force():
     config = ModelConfig(50, 32, 48, 1, 4, 2, max_position_embeddings=24, position="none", layer_types="sliding",
                          sliding_window=6, initializer_range=0.5)
     model, tokens = GPT(config), torch.randint(50, (1, 24))
-    with watch_attention() as extremes:
+    with watch_attention() as (extremes, _):
         model(tokens, torch.tensor([0, 10, 24], dtype=torch.int32))
     layer = model.model.layers[0]
     x = layer.input_layernorm(model.model.embed_tokens(tokens))

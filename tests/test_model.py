@@ -19,7 +19,6 @@ from model import (
     apply_rope,
     attention_extremes,
     count_parameters,
-    cross_entropy,
     dense_attention,
     distance_bucket,
     distances,
@@ -30,7 +29,6 @@ from model import (
     rope_frequencies,
     visible_keys,
     watch_attention,
-    z_loss,
 )
 from conftest import call
 from tokenizer import UserError
@@ -507,7 +505,7 @@ def test_balancing_keeps_experts_in_use_and_without_it_they_collapse():
         optimizer, uneven = torch.optim.AdamW(model.parameters(), lr=1e-2), []
         for step in range(350):
             rows = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)
-            loss = cross_entropy(model(text[rows[:, :-1]]), text[rows[:, 1:]]) / 512 + model.routing_loss()
+            loss = model(text[rows[:, :-1]], targets=text[rows[:, 1:]])[0] / 512 + model.routing_loss()
             loss.backward()
             optimizer.step(), optimizer.zero_grad()
             uneven.append(max(model.balance_experts()))
@@ -679,7 +677,7 @@ def test_a_compiled_step_and_sampling_on_cuda(dtype):
     expected = model(tokens, cu)
     model.compile_blocks()
     torch.testing.assert_close(model(tokens, cu), expected, atol=2e-2, rtol=2e-2)
-    cross_entropy(model(tokens, cu), tokens).backward()
+    model(tokens, cu, targets=tokens)[0].backward()
     assert len(list(generate(model.eval(), [1, 2], 20))) == 20
 
 
@@ -719,7 +717,7 @@ def test_attention_extremes_by_brute_force():
 @pytest.mark.parametrize("name", ["gqa-rnope", "llama-4", "mla", "relative"])
 def test_watching_attention_sees_every_softmax_layer(name):
     model, tokens = build(VARIANTS[name]), torch.randint(61, (2, 32))
-    with watch_attention() as extremes:
+    with watch_attention() as (extremes, _):
         model(tokens, lengths_to_cu([20, 12, 32], 8))
     assert len(extremes) == 4 and all(0 <= low <= high < 3.5 for _, low, high in extremes)  # ln 32
     model(tokens)
