@@ -862,14 +862,15 @@ def losses_and_slope(logits, targets, cap, z):
     and left it out; OLMo 2 trains with a z of 1e-5."""
     dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
     at = torch.arange(len(targets), device=targets.device)[:, None], targets[:, None].clamp(min=0)
-    p = logits.softmax(-1)
-    nats = logits.amax(-1, True) - logits[at] - p.amax(-1, True).log()  # p of the target may be 0 in fp32
-    log_z = nats + logits[at]
-    if z:
-        p *= 1 + 2 * z * log_z
-    slope_at = (p[at] - 1).to(dtype)  # in fp32 up to here: p may be almost 1
-    slope = p.to(dtype)
-    slope[at] = slope_at
+    if torch.compiler.is_compiling():  # the same twice: this is fused into passes that store nothing but the slope
+        log_z = logits.logsumexp(-1, True)
+        p = (logits - log_z).exp()
+    else:  # eager, this needs a third of the time
+        p = logits.softmax(-1)
+        log_z = logits.amax(-1, True) - p.amax(-1, True).log()
+    nats, factor = log_z - logits[at], 1 + 2 * z * log_z
+    slope = (p * factor if z else p).to(dtype)
+    slope[at] = (factor * (-nats).exp() - 1).to(dtype)  # rounded once: p of the target may be almost 1
     if cap:
         slope *= 1 - (logits / cap).square()  # the derivative of c tanh(x / c) is 1 - tanh^2
     return nats, log_z, slope
