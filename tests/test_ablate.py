@@ -173,7 +173,7 @@ def test_rewinding_past_poisoned_batches(here):
     """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
                           ablate.AblationOptions())
-    assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
+    assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.015 * found["clean"], found
     log = log_of(Path("runs/spikes/rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
     skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
