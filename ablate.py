@@ -349,7 +349,7 @@ def noise(words, o):
     count, weights = max(16, int(o.read / context)), list(run.model.parameters())
     total = [torch.zeros_like(weight) for weight in weights]
     for n, piece in zip(range(1, count + 1), pieces):
-        gradients = torch.autograd.grad(sum(piece()) * rows, weights, materialize_grads=True)
+        gradients = torch.autograd.grad(piece()[0] * rows, weights, materialize_grads=True)
         torch._foreach_add_(total, gradients)
         squares += float(get_total_norm(gradients)) ** 2
         if n in (count // 4, count // 2, count):  # shows whether it has settled

@@ -27,7 +27,7 @@ from time import perf_counter
 import torch
 
 import schedule
-from model import DENSE_ROWS, GPT, PRESETS, ModelConfig, count_parameters, cross_entropy
+from model import DENSE_ROWS, GPT, PRESETS, ModelConfig, count_parameters
 from schedule import CHINCHILLA, LAPTOP_LAW
 from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
 
@@ -66,7 +66,7 @@ def flops_per_token(config, length, counted="causal"):
 def training_memory(config, rows, context, compute_bytes=2, device="cuda", accumulates=True, recompute=False, shards=1):
     """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences of `context` tokens:
     "weights", "gradients" and "optimizer" (AdamW's moments) in fp32; "activations": what autograd keeps of each block,
-    the weights cast to the compute dtype, and the logits with their fp32 log-softmax; "total".
+    the weights cast to the compute dtype, a piece of the logits, and both gradients of the head; "total".
     `accumulates`: gradients of earlier micro-batches, or DDP's buckets, exist during the forward pass.
     `recompute`: blocks keep only their inputs, and are computed again one at a time (Chen et al. 2016).
     `shards`: processes of FSDP share weights, moments and gradients, and gather the weights of one block at a time."""
@@ -85,12 +85,11 @@ def training_memory(config, rows, context, compute_bytes=2, device="cuda", accum
     blocks = block + layers * C * b if recompute else layers * block
     gathered = count["embedding"] + count["non_embedding"] / (layers if recompute or shards > 1 else 1)
     kept = N * (blocks + C * norm) + (b * gathered if cast or shards > 1 else 0)
-    chunk = min(512, N)  # rows of `cross_entropy` at a time
-    head = V * max((b + 4) * N + 4 * chunk * cast, 4 * N + 8 * chunk)  # the loss, its gradient
-    if not accumulates:  # the head's gradient comes first, while all blocks are still kept
-        head = max(head, V * (b * N + (b * cast + 4) * C))
+    piece = min(2048 if device == "cuda" else 512, N)  # model.pieces_of; its logits and p in fp32, and their gradient
+    head = 2 * b * N * C + V * (4 * C + (8 + b * cast) * piece)  # the weight's gradient is made while blocks are kept
     share = 4.0 * count["total"] / shards
-    peak = share + kept + head if accumulates else max(kept + head, share + 4 * V * C)
+    last = 4 * V * C * (1 + accumulates)  # the embedding's gradient, beside the head's
+    peak = max(share + last, kept + head + accumulates * share)
     return {"weights": share, "gradients": share, "optimizer": 2 * share, "activations": kept + head,
             "total": 3 * share + peak}
 
@@ -216,8 +215,8 @@ def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
     device, times, end = tokens.device.type, [], math.inf
     while len(times) < 3 or perf_counter() < end:
         start = perf_counter()
-        try:  # the logits have no name here, so that they are freed early
-            (cross_entropy(model(tokens, cu_seqlens), tokens) / tokens.numel()).backward()
+        try:
+            (model(tokens, cu_seqlens, targets=tokens)[0] / tokens.numel()).backward()
         except Exception as error:  # a compiler fails in many ways; any other fault comes again without it
             if not model.compiled:
                 raise
@@ -279,9 +278,9 @@ def settle(recipe, machine, processes, context):
 
 
 def fits(recipe, rows, context, processes, device):
-    """Whether so many sequences fit into 60 % of a GPU, or into 1 GiB of activations, past which a CPU is no faster."""
+    """Whether so many sequences fit into 85 % of a GPU, or into 1 GiB of activations, past which a CPU is no faster."""
     memory = recipe_memory(recipe, rows, context, processes, device)
-    return memory["total"] <= 0.6 * machine_memory(device) if device == "cuda" else memory["activations"] <= 2**30
+    return memory["total"] <= 0.85 * machine_memory(device) if device == "cuda" else memory["activations"] <= 2**30
 
 
 def stage_rows(recipe, processes, device):

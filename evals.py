@@ -32,13 +32,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import Log, from_pretrained, is_hugging_face, save_pretrained
 from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, note_question, uniform,
                   validation_batches)
-from model import cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
 from tokenizer import ChatFormat, Parser, UserError, option, reading, run
 
@@ -94,7 +94,8 @@ def log_likelihoods(model, pairs):
         for i, logits in zip(chosen, model(inputs)):
             targets = ids[i][-len(pairs[i][1]):]
             logits = logits[:len(ids[i]) - 1][-len(targets):]  # [targets, V]
-            scores[i] = -cross_entropy(logits[None], targets[None]).item(), bool((logits.argmax(-1) == targets).all())
+            nats = F.cross_entropy(logits.float(), targets, reduction="sum").item()
+            scores[i] = -nats, bool((logits.argmax(-1) == targets).all())
     return [scores[i] for i in range(len(ids))]
 
 
@@ -113,8 +114,9 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
     for k, batch in list(enumerate(batches))[rank::processes]:
         arrays = batch.tokens, batch.targets, batch.cu_seqlens
         inputs, targets, starts = (torch.from_numpy(array).to(device) for array in arrays)
-        for i, (logits, target) in enumerate(zip(model(inputs, starts if document_mask else None), targets)):
-            sums[0, k, i] = cross_entropy(logits[None], target[None]) / math.log(2)
+        _, nats = model(inputs, starts if document_mask else None, targets=targets)
+        for i, (row, target) in enumerate(zip(nats, targets)):
+            sums[0, k, i] = row.sum() / math.log(2)
             sums[1, k, i] = token_bytes[target[target >= 0]].sum()
     bits, size = (world.sum(sums) if world else sums)[:, :count].flatten(1)
     n, ratio = (size > 0).sum(), bits.sum() / size.sum()

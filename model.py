@@ -381,7 +381,7 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     [H, T, S]. Returns [B, T, H, D]."""
     T, S = q.shape[1], k.shape[1]
     if _watched is not None and layout.end == T:
-        _watched.append(attention_extremes(q, k, layout.positions, window, chunk))
+        _watched[0].append(attention_extremes(q, k, layout.positions, window, chunk))
     starts = layout.chunks if chunk else layout.cu_seqlens
     short = q.is_cpu and sink is None and 1 < T == S <= DENSE_ROWS.get(q.element_size(), 0)
     if bias is None and starts is not None and not short:
@@ -402,9 +402,10 @@ _watched = None
 
 @contextlib.contextmanager
 def watch_attention():
-    """Inside, forward passes are eager and every softmax attention appends its `attention_extremes` to the list."""
+    """Inside, forward passes are eager; every softmax attention appends its `attention_extremes` to the first list, and
+    every piece of `token_nats` its largest absolute logit to the second."""
     global _watched
-    _watched = []
+    _watched = [], []
     try:
         yield _watched
     finally:
@@ -872,20 +873,68 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config, config.hidden_size)
 
 
-def _summed(loss, logits, targets):
-    """loss(fp32 logits, targets) summed over pieces of 512 rows, which fit a CPU's cache: about 3 times as fast."""
-    return sum(loss(x.float(), t) for x, t in zip(logits.flatten(0, 1).split(512), targets.flatten().split(512)))
+def soft_capped(logits, cap):
+    """c tanh(x / c), which keeps logits below c (Gemma 2); the same logits for a c of 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def cross_entropy(logits, targets):
-    """Summed negative log-likelihood in nats, fp32: logits [B, T, V] of any dtype, targets [B, T], -100 ignored."""
-    return _summed(lambda x, t: F.cross_entropy(x, t, reduction="sum"), logits, targets)
+def pieces_of(x, targets):
+    """Pieces of x [N, C] and targets [N] whose logits exist at one time: a CPU's cache holds 512 tokens' or so, and on
+    a GPU the products of fewer, larger pieces are faster."""
+    size = 2048 if x.is_cuda else 512
+    return zip(x.split(size), targets.split(size))
 
 
-def z_loss(logits, targets):
-    """Summed squared log-partition log(Z)^2 of the targets that count (PaLM), which keeps logits from drifting.
-    The playbook saw no effect (2.200 without, 2.194 with) and left it out; OLMo 2 trains with 1e-5 times this."""
-    return _summed(lambda x, t: (x.logsumexp(-1).square() * (t >= 0)).sum(), logits, targets)
+def token_nats(x, weight, targets, cap):
+    """Negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100: x [P, C], the head's weight [V, C]."""
+    logits = soft_capped(F.linear(x, weight.to(x.dtype)).float(), cap)
+    if _watched is not None:
+        _watched[1].append(logits.abs().max())
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def losses_and_slope(logits, targets, cap, z):
+    """Of logits [P, V] without their soft-cap and targets [P]: nats and log(Z) in fp32, [P, 1] each, and the gradient
+    [P, V] of nats + z log(Z)^2 by the logits, in their dtype, all as if the target were 0 where it is -100.
+
+    The squared log-partition (PaLM) keeps logits from drifting. The playbook saw no effect (2.200 without, 2.194 with)
+    and left it out; OLMo 2 trains with a z of 1e-5."""
+    dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
+    at = torch.arange(len(targets), device=targets.device)[:, None], targets[:, None].clamp(min=0)
+    if torch.compiler.is_compiling():  # the same twice: this is fused into passes that store nothing but the slope
+        log_z = logits.logsumexp(-1, True)
+        p = (logits - log_z).exp()
+    else:  # eager, this needs a third of the time
+        p = logits.softmax(-1)
+        log_z = logits.amax(-1, True) - p.amax(-1, True).log()
+    nats, factor = log_z - logits[at], 1 + 2 * z * log_z
+    slope = (p * factor if z else p).to(dtype)
+    slope[at] = (factor * (-nats).exp() - 1).to(dtype)  # rounded once: p of the target may be almost 1
+    if cap:
+        slope *= 1 - (logits / cap).square()  # the derivative of c tanh(x / c) is 1 - tanh^2
+    return nats, log_z, slope
+
+
+class HeadLoss(torch.autograd.Function):
+    """x [N, C], the head's weight [V, C], targets [N] -> (sum of nats + z log(Z)^2, nats [N, 1] without gradient). Its
+    gradients are made in the forward pass, piece by piece, while the logits are at hand: no [N, V] is ever stored."""
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, z, of_piece):
+        w, grad_w, found = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32), []
+        counts = (targets >= 0)[:, None]
+        for h, t in pieces_of(x * counts, targets):
+            nats, log_z, slope = of_piece(F.linear(h, w), t, cap, z)
+            found.append((nats, log_z, slope @ w))
+            grad_w += slope.t() @ h
+            del slope  # before the next piece
+        nats, log_z, grad_x = (torch.cat(parts) * counts for parts in zip(*found))
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.mark_non_differentiable(nats)
+        return (nats + z * log_z.square()).sum(), nats
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        return *(gradient.mul_(grad) for gradient in ctx.saved_tensors), None, None, None, None
 
 
 class GPT(nn.Module):
@@ -912,6 +961,8 @@ class GPT(nn.Module):
         chunks would unroll into a graph that grows with the context: its blocks stay eager."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
         self.compiled = True
+        # Fused, it reads a piece's logits and writes their gradient: eager steps would store both in fp32 between them.
+        self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)
         for layer in self.model.layers:
             if hasattr(layer, "self_attn"):
                 layer.compile(fullgraph=True, dynamic=False, backend=backend)
@@ -938,9 +989,12 @@ class GPT(nn.Module):
         distance = row[:, None] - torch.arange(cache.capacity, device=device) if compiled else None
         return Layout(start + T, positions, rope, cu_seqlens, chunks, distance)
 
-    def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
+    def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False, targets=None, z_loss=0.0, temperature=None):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
-        `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V]."""
+        `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
+
+        With `targets` [B, T], -100 ignored, no logits but (what to minimise: the sum of nats and `z_loss` times log
+        (Z)^2; nats [B, T] in fp32 without a gradient). A `temperature` divides the logits, and nats have a gradient."""
         layout = self.layout(tokens, cu_seqlens, cache)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
@@ -963,10 +1017,20 @@ class GPT(nn.Module):
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(x, head.weight.to(x.dtype))  # [B, T, V]
-        if cap := self.config.final_logit_softcapping:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        cap = self.config.final_logit_softcapping
+        if targets is None:
+            return soft_capped(F.linear(x, head.weight.to(x.dtype)), cap)  # [B, T, V]
+        x, flat = x.flatten(0, 1), targets.flatten()
+        if training and temperature is None:
+            minimised, nats = HeadLoss.apply(x, head.weight, flat, cap, z_loss, self.of_piece if compiled else
+                                             losses_and_slope)
+        else:
+            scale = temperature or 1.0
+            pieces = ((h, head.weight, t, cap / scale) for h, t in pieces_of(x / scale, flat))
+            nats = torch.cat([recomputed(token_nats, *piece, use_reentrant=False, preserve_rng_state=False)
+                              if x.is_cuda else token_nats(*piece) for piece in pieces])
+            minimised = nats.sum()
+        return minimised, nats.view_as(targets)
 
     def routing_loss(self):
         """The routers' losses of the last forward pass in training, to be added to its mean loss; 0 without experts.

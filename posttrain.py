@@ -342,9 +342,8 @@ def logprobs(run, model, sequences, temperature=1.0):
         both = F.pad(both, (0, 0, 0, (1 - both.shape[1]) % 64, 0, max(0, run.rows[0] - len(sequences))))
     ids, mask = both.to(run.machine.device).unbind(2)
     targets = torch.where(mask > 0, ids, -100)[:, 1:]
-    found = torch.stack([F.cross_entropy(row.float() / temperature, target, reduction="none")  # a batch would be large
-                         for row, target, _ in zip(model(ids[:, :-1]), targets, sequences)])
-    return -found, mask[:len(found), 1:].float()
+    count, (_, nats) = len(sequences), model(ids[:, :-1], targets=targets, temperature=temperature)
+    return -nats[:count], mask[:count, 1:].float()
 
 
 def sums_of(run, model, examples):
@@ -496,7 +495,8 @@ def preference_losses(run, step):
         loss = loss - recipe.nll * policy[0] / torch.tensor([sum(mask) for (_, mask), _ in pairs], device=loss.device)
         chosen, rejected = rewards * share
         add_found(run, accuracy=(chosen > rejected).sum() * share, chosen=chosen.sum(), rejected=rejected.sum())
-        return loss.sum() * share, run.model.routing_loss() * (len(pairs) * share)
+        loss = loss.sum() * share
+        return loss + run.model.routing_loss() * (len(pairs) * share), loss
 
     return [partial(loss_of, piece) for piece in batches(batch_of(run, step, recipe.pairs), run.rows[0] // 2 or 1)]
 
@@ -561,7 +561,8 @@ def grpo_losses(run, step):
             add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
             loss = loss + recipe.kl * kl_loss(new, old, reference)
         weights = token_weights(mask, recipe.normalization, samples, total, recipe.max_tokens)
-        return (weights * loss).sum(), run.model.routing_loss() * share
+        loss = (weights * loss).sum()
+        return loss + run.model.routing_loss() * share, loss
 
     frozen = torch.no_grad()(policy)
     shares = []  # of each update: pieces of samples of similar length, with log-probabilities by the policy that drew

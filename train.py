@@ -41,7 +41,7 @@ from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, l
                         write_json)
 from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
 from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
-                   cross_entropy, watch_attention, z_loss)
+                   watch_attention)
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
@@ -216,16 +216,17 @@ class Run:
 # ---- one update -----------------------------------------------------------------------------------------------
 
 def update(run, losses, rate):
-    """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns a piece's
-    share of the batch's mean loss, and what is added for the gradient only. The `Report` has sums over all processes:
+    """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns, of a piece,
+    what is minimised, z-loss and routing loss included, and its share of the batch's mean loss, for the log. The
+    `Report` has sums over all processes:
     loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not finite, none changes its weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     for i, loss_of_piece in enumerate(losses, 1):
         run.parallel.require_backward_grad_sync = i == len(losses)  # DDP averages once; FSDP every time
-        loss, auxiliary = loss_of_piece()
-        ((loss + auxiliary) * world.size).backward()  # DDP and FSDP divide by the number of processes
+        minimised, loss = loss_of_piece()
+        (minimised * world.size).backward()  # DDP and FSDP divide by the number of processes
         parts.append(loss.detach())
     clip = run.recipe.clip / (2 if run.step < run.guard.tight_until else 1)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
@@ -251,11 +252,9 @@ def pretraining_losses(run, step):
 
     def loss_of(piece, following):
         tokens, targets, cu_seqlens = run.loader.get(piece, following)
-        logits = run.parallel(tokens, cu_seqlens if run.recipe.document_mask else None)
-        auxiliary = run.model.routing_loss() * (tokens.numel() * share)
-        if run.recipe.z_loss:
-            auxiliary = auxiliary + run.recipe.z_loss * z_loss(logits, targets) * share
-        return cross_entropy(logits, targets) * share, auxiliary
+        minimised, nats = run.parallel(tokens, cu_seqlens if run.recipe.document_mask else None, targets=targets,
+                                       z_loss=run.recipe.z_loss)
+        return (minimised + run.model.routing_loss() * tokens.numel()) * share, nats.sum() * share
 
     following = [*pieces[1:], (step + 1, run.world.rank * rows, rows)]
     return [functools.partial(loss_of, *pair) for pair in zip(pieces, following)]
@@ -512,15 +511,15 @@ def watch(run):
     rows = run.rows[run.curriculum.stage(run.step - 1)]
     piece = run.step - 1, run.world.rank * rows, rows
     tokens, targets, cu_seqlens = run.loader.get(piece)
-    with watch_attention() as extremes:
-        logits = run.model(tokens, cu_seqlens if run.recipe.document_mask else None)
-    sums = torch.zeros(2, len(run.sources), device=logits.device)  # nats and targets
+    with watch_attention() as (extremes, logits):
+        _, by_token = run.model(tokens, cu_seqlens if run.recipe.document_mask else None, targets=targets)
+    sums = torch.zeros(2, len(run.sources), device=tokens.device)  # nats and targets
     for row, source in enumerate(run.curriculum.locate(*piece)[0]):
-        sums[0, source] += cross_entropy(logits[row:row + 1], targets[row:row + 1])
+        sums[0, source] += by_token[row].sum()
         sums[1, source] += (targets[row] >= 0).sum()
     nats, counts = run.world.sum(sums).tolist()
     found = {"loss_by_source": {split["train"].name: n / k for split, n, k in zip(run.sources, nats, counts) if k},
-             "logit_max": logits.abs().max().item(), "memory": cost.peak_memory(run.machine.device),
+             "logit_max": max(logits).item(), "memory": cost.peak_memory(run.machine.device),
              "update_to_weight": run.optimizer.update_to_weight()}
     if extremes:
         score, low, high = torch.stack(extremes).unbind(1)

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cost import keep_freed_memory  # noqa: E402
-from model import GPT, PRESETS, count_parameters, cross_entropy  # noqa: E402
+from model import GPT, PRESETS, count_parameters  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
         for _ in range(int(sys.argv[1]) if sys.argv[1:] else 60):
             for model, optimizer, times in jobs:
                 begin = time.perf_counter()
-                (cross_entropy(model(tokens, starts), tokens) / tokens.numel() + model.routing_loss()).backward()
+                (model(tokens, starts, targets=tokens)[0] / tokens.numel() + model.routing_loss()).backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 model.balance_experts()

@@ -23,8 +23,7 @@ def bare_update(run: train.Run) -> None:
     for group in run.optimizer.param_groups:
         group["lr"] = run.rate(run.step)
     for loss_of_piece in train.pretraining_losses(run, run.step):
-        loss, auxiliary = loss_of_piece()
-        (loss + auxiliary).backward()
+        loss_of_piece()[0].backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.clip)
     run.optimizer.step()
     run.model.zero_grad(set_to_none=True)

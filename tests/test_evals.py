@@ -275,7 +275,7 @@ def test_continuations_come_from_other_documents(monkeypatch):
 class Reader(GPT):
     """Writes the value that the text notes for the key it ends with."""
 
-    def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False):
+    def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False, **others):
         logits = torch.zeros(*tokens.shape, self.config.vocab_size)
         for r, row in enumerate(tokens.tolist()):
             text = self.tokenizer.decode(row)

@@ -74,7 +74,7 @@ def work(world):
     pretrain("bfloat16", *HALF, "--parallel", "fsdp")
     print("exact", sorted(seen, key=str))
     try:
-        watched("nan", lambda losses: [lambda: (losses[0]()[0] * float("nan"), 0.0), *losses[1:]], *SHORT)
+        watched("nan", lambda losses: [lambda: [x * float("nan") for x in losses[0]()], *losses[1:]], *SHORT)
     except train.Diverged as error:
         print("diverged", error)
     watched("stopped", lambda losses: (os.kill(os.getpid(), signal.SIGTERM), losses)[1], *SHORT)
@@ -403,7 +403,7 @@ def test_nan_leaves_weights_and_moments_as_they_are(here):
     one_update(run, 0)
     before = [p.clone() for p in run.model.parameters()]
     (loss,) = train.pretraining_losses(run, 1)
-    values = one_update(run, 1, [lambda: (loss()[0] * math.nan, 0.0)])
+    values = one_update(run, 1, [lambda: [x * math.nan for x in loss()]])
     assert values["stopped"] and values["dropped"]
     assert one_update(run, 2)["stopped"]  # nor does any update after it
     assert not any(moved(before, run))
@@ -574,7 +574,7 @@ def test_attention_extremes_by_brute_force():
     config = ModelConfig(50, 32, 48, 1, 4, 2, max_position_embeddings=24, position="none", layer_types="sliding",
                          sliding_window=6, initializer_range=0.5)
     model, tokens = GPT(config), torch.randint(50, (1, 24))
-    with watch_attention() as extremes:
+    with watch_attention() as (extremes, _):
         model(tokens, torch.tensor([0, 10, 24], dtype=torch.int32))
     layer = model.model.layers[0]
     x = layer.input_layernorm(model.model.embed_tokens(tokens))

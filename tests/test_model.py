@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 from dataclasses import fields
 
 import pytest
@@ -19,7 +20,6 @@ from model import (
     apply_rope,
     attention_extremes,
     count_parameters,
-    cross_entropy,
     dense_attention,
     distance_bucket,
     distances,
@@ -28,9 +28,9 @@ from model import (
     dual_chunk_attention,
     gated_delta_rule,
     rope_frequencies,
+    losses_and_slope,
     visible_keys,
     watch_attention,
-    z_loss,
 )
 from conftest import call
 from tokenizer import UserError
@@ -507,7 +507,7 @@ def test_balancing_keeps_experts_in_use_and_without_it_they_collapse():
         optimizer, uneven = torch.optim.AdamW(model.parameters(), lr=1e-2), []
         for step in range(350):
             rows = torch.randint(len(text) - 65, (8,))[:, None] + torch.arange(65)
-            loss = cross_entropy(model(text[rows[:, :-1]]), text[rows[:, 1:]]) / 512 + model.routing_loss()
+            loss = model(text[rows[:, :-1]], targets=text[rows[:, 1:]])[0] / 512 + model.routing_loss()
             loss.backward()
             optimizer.step(), optimizer.zero_grad()
             uneven.append(max(model.balance_experts()))
@@ -516,16 +516,116 @@ def test_balancing_keeps_experts_in_use_and_without_it_they_collapse():
     assert worst["loss"] < 2 and worst["bias"] < 2 and worst["off"] > 3, worst
 
 
-def test_cross_entropy_equals_torch_and_skips_padding():
-    logits, targets = torch.randn(3, 500, 11), torch.randint(11, (3, 500))
-    targets[1, 400:] = -100
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(cross_entropy(logits, targets), expected)
+def plain_loss(model, tokens, targets, z):
+    """Nats plus z log(Z)^2 of whole logits, by torch's own functions."""
+    logits = model(tokens).flatten(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    counts = targets.flatten() >= 0
+    nats = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="none")
+    return (nats + z * logits.logsumexp(-1).square() * counts).sum(), nats.view_as(targets)
 
 
-def test_z_loss_and_soft_cap_by_hand():
-    logits, targets = torch.zeros(1, 3, 8), torch.tensor([[1, -100, 2]])
-    assert z_loss(logits, targets).item() == pytest.approx(2 * 2.0794415**2)  # log 8, two targets that count
+@pytest.mark.parametrize("cap, z, tied", [(0.0, 0.0, True), (2.0, 1e-3, True), (0.0, 1e-2, False), (2.0, 0.0, False)])
+def test_loss_and_gradients_equal_the_plain_ones(cap, z, tied):
+    """600 tokens: a whole piece and a ragged one, a fifth of which do not count. In bf16 they are no
+    further from the same model in fp64 than the plain ones are."""
+    config = PLAIN.change(final_logit_softcapping=cap, tie_word_embeddings=tied)
+    tokens, targets = torch.randint(61, (12, 50)), torch.randint(61, (12, 50))
+    targets[torch.rand(12, 50) < 0.2] = -100
+
+    def found(loss, dtype):
+        model = build(config).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        model.compute_dtype = dtype
+        minimised, nats = loss(model)
+        (minimised / 480).backward()
+        return [minimised.detach(), nats.detach(), *(p.grad for p in model.parameters())]
+
+    def fused(model):
+        minimised, nats = model(tokens, targets=targets, z_loss=z)
+        assert nats.dtype == torch.float32 and not nats.requires_grad
+        return minimised, nats
+
+    def plain(model):
+        return plain_loss(model, tokens, targets, z)
+
+    def distances(values):
+        return [float((a.double() - b).norm() / b.norm()) for a, b in zip(values, exact)]
+
+    exact = found(plain, torch.float64)
+    assert max(distances(found(fused, torch.float32))) < 1e-5
+    ours, theirs = (distances(found(loss, torch.bfloat16)) for loss in (fused, plain))
+    assert sum(ours) < 1.03 * sum(theirs), (ours, theirs)
+
+
+def test_loss_of_a_hopeless_token_by_hand():
+    """Logits 200, 0, 0: where fp32 has no probability left, the loss is 200 nats, and its z-loss 200^2."""
+    model = build(PLAIN)
+    model.model.norm.forward = lambda x: torch.zeros_like(x).index_fill(-1, torch.tensor([0]), 1.0)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()[3, 0] = 200.0
+    tokens, targets = torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[3, 5, -100]])
+    minimised, nats = model(tokens, targets=targets, z_loss=0.5)
+    torch.testing.assert_close(nats, torch.tensor([[0.0, 200.0, 0.0]]))
+    assert minimised.item() == pytest.approx(200 + 0.5 * 2 * 200**2)
+    minimised.backward()
+    grad = model.model.embed_tokens.weight.grad[:, 0]
+    assert grad[3].item() == pytest.approx(1 + 2 * 200) and grad[5].item() == -1  # p + 2 z log(Z) p, p - 1
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+def test_no_tensor_of_all_tokens_and_the_vocabulary_is_made(temperature):
+    """Losses with gradients, by sum or one by one, and without, of 2,048 tokens: at most one piece of logits at a time,
+    or the head's own gradient."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for value in torch.utils._pytree.tree_leaves(out):
+                if torch.is_tensor(value):
+                    self.most = max(self.most, value.numel())
+            return out
+
+    model = build(PLAIN.change(vocab_size=6000, final_logit_softcapping=9.0))
+    tokens = torch.randint(6000, (8, 256))
+    with Largest() as seen:
+        minimised, nats = model(tokens, targets=tokens, z_loss=1e-4, temperature=temperature)
+        (minimised if temperature is None else nats[0].sum()).backward()
+        with torch.no_grad():
+            model(tokens, targets=tokens)
+    assert seen.most == 512 * 6000
+
+
+def test_gradients_of_single_losses_at_a_temperature():
+    """What DPO and GRPO weigh, against whole logits divided by the temperature, soft-cap included."""
+    model = build(PLAIN.change(final_logit_softcapping=2.0))
+    tokens, weights = torch.randint(61, (4, 150)), torch.randn(4, 150)
+    targets = torch.where(torch.rand(4, 150) < 0.3, -100, tokens)
+    logits = model(tokens).transpose(1, 2) / 0.7
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    _, found = model(tokens, targets=targets, temperature=0.7)
+    torch.testing.assert_close(found, expected)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad((x * weights).sum(), parameters) for x in (found, expected))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_loss_stores_no_logits_in_fp32():
+    """Inductor's program for a piece of bf16 logits has one large buffer, their gradient, and computes the same."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    logits, targets = torch.randn(64, 700).bfloat16(), torch.randint(700, (64,))
+    compiled = torch.compile(losses_and_slope, dynamic=False)
+    found, (code,) = run_and_get_code(compiled, logits, targets, 0.0, 1e-4)
+    for a, b in zip(found, losses_and_slope(logits, targets, 0.0, 1e-4)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=2e-2)
+    assert re.findall(r"empty_strided_cpu\(\(64, 700\), .*?, torch\.(\w+)\)", code) == ["bfloat16"]
+
+
+def test_soft_cap_by_hand():
     model = build(PLAIN.change(final_logit_softcapping=2.0))
     plain = build(PLAIN)(tokens := torch.randint(61, (1, 5)))
     torch.testing.assert_close(model(tokens), 2 * (plain / 2).tanh())
@@ -679,7 +779,7 @@ def test_a_compiled_step_and_sampling_on_cuda(dtype):
     expected = model(tokens, cu)
     model.compile_blocks()
     torch.testing.assert_close(model(tokens, cu), expected, atol=2e-2, rtol=2e-2)
-    cross_entropy(model(tokens, cu), tokens).backward()
+    model(tokens, cu, targets=tokens)[0].backward()
     assert len(list(generate(model.eval(), [1, 2], 20))) == 20
 
 
@@ -719,7 +819,7 @@ def test_attention_extremes_by_brute_force():
 @pytest.mark.parametrize("name", ["gqa-rnope", "llama-4", "mla", "relative"])
 def test_watching_attention_sees_every_softmax_layer(name):
     model, tokens = build(VARIANTS[name]), torch.randint(61, (2, 32))
-    with watch_attention() as extremes:
+    with watch_attention() as (extremes, _):
         model(tokens, lengths_to_cu([20, 12, 32], 8))
     assert len(extremes) == 4 and all(0 <= low <= high < 3.5 for _, low, high in extremes)  # ln 32
     model(tokens)

@@ -20,7 +20,7 @@ import train
 from checkpoint import from_pretrained, find_checkpoint, save_pretrained, save_weights
 from conftest import ROOT, call, torchrun
 from data import HELD_OUT, uniform
-from model import GPT, ModelConfig, cross_entropy
+from model import GPT, ModelConfig
 from tokenizer import ChatFormat, Tokenizer, UserError, train_bpe
 
 TALK = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5."},
@@ -73,8 +73,8 @@ def test_packed_conversations_equal_separate_ones_and_ragged_pieces_one_batch():
     assert curriculum.steps == 1 and curriculum.targets(0) == trained == (curriculum.batch(0).targets >= 0).sum()
     for first, count in ((0, 1), (1, rows - 1)):  # pieces with different numbers of trained tokens
         batch = curriculum.batch(0, first, count)
-        logits = model(torch.from_numpy(batch.tokens), torch.from_numpy(batch.cu_seqlens))
-        (cross_entropy(logits, torch.from_numpy(batch.targets)) / trained).backward()
+        tokens, targets, starts = map(torch.from_numpy, (batch.tokens, batch.targets, batch.cu_seqlens))
+        (model(tokens, starts, targets=targets)[0] / trained).backward()
     packed = {name: w.grad.clone() for name, w in model.named_parameters()}
     model.zero_grad()
     total = 0.0
