@@ -246,12 +246,12 @@ def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype, slow.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S] -> [B, T, H, Dv]"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D], [B, G, S, D], [B, G, S, Dv]
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))  # a KV head serves H / G query heads
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D], [B, H, S, D], [B, H, S, Dv]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)
     if sink is None:  # the equation below, fused by PyTorch
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))  # a KV head serves H / G query heads
         scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask  # [B, H, T, S]
         sinks = sink.view(-1, 1, 1).expand(*scores.shape[:3], 1)  # one more score, whose value is zero
         y = torch.cat((scores.float(), sinks.float()), -1).softmax(-1)[..., :-1].to(v.dtype) @ v
@@ -372,6 +372,8 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
     elif bias is None and sink is None and not chunk and (T == 1 or S == T and not window):
+        if q.is_cuda and q.element_size() == 4:  # its kernel for fp32 wants as many KV heads in some versions of torch
+            k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=True).transpose(1, 2)
     distance = distances(T, S, q.device)
