@@ -24,8 +24,7 @@ from functools import partialmethod
 from pathlib import Path
 from time import perf_counter
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch._dynamo.utils
@@ -39,6 +38,7 @@ from model import GPT, PRESETS, ModelConfig, MoE, cross_entropy, document_attent
 from schedule import build_optimizer
 from tokenizer import train_bpe
 
+ROOT = Path(__file__).resolve().parent.parent
 FORMULA = ("MFU = tokens/s x cost.flops_per_token(config, tokens of a document), causal attention counted, / the data "
            "sheet's dense bf16 peak in cost.GPUS")
 SMALL = ModelConfig(50304, 768, 2048, 12, 12, 12, 0, 1024)  # 124M, GPT-2's size
