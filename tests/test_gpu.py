@@ -180,7 +180,7 @@ def test_post_training_looks_at_few_models_before_it_starts(base, monkeypatch):
 TWO = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-import torch, torch._dynamo.testing, train
+import sample, torch, torch._dynamo.testing, train
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
@@ -205,6 +205,7 @@ def updates(name, config, machine, look, **changes):
             look(run)  # the gradients of the first piece exist
         return loss, run.model.routing_loss() / 2
 
+    list(sample.generate(run.model, [1, 2], 3))  # an evaluation of the start is FSDP's first forward pass
     for run.step in range(3):
         train.update(run, [lambda: loss_of(0), lambda: loss_of(1)], 1e-3)
 
@@ -222,7 +223,7 @@ def fsdp(run):
         for w in state._fsdp_param_group.fsdp_params if state and state._fsdp_param_group else ():
             left = [w.unsharded_accumulated_grad, getattr(getattr(w, "_unsharded_param", None), "grad", None)]
             whole += sum(4 * g.numel() for g in left if g is not None)
-            mine += 4 * w.sharded_param.grad.to_local().numel()
+            mine += 4 * w.sharded_param.grad.to_local().numel() if w.sharded_param.grad is not None else 0
     world.leader and print("fsdp", whole, mine, sum(4 * w.numel() for w in run.model.parameters()))
 
 
@@ -263,6 +264,11 @@ def test_ddp_holds_gradients_once(two):
     """They are pieces of DDP's buckets while micro-batches add to them, so there is no second copy."""
     storages, gradients, held, needed = map(int, two["ddp"])
     assert storages < gradients and held == pytest.approx(needed, rel=0.01)
+
+
+def test_fsdp_trains_after_sampling(two):
+    """Under inference_mode FSDP's first forward pass would leave weights that cannot be trained."""
+    assert two["dtypes"]  # what the script prints last
 
 
 def test_fsdp_holds_its_share_of_the_gradients_between_micro_batches(two):
