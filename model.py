@@ -244,6 +244,11 @@ def visible_keys(distance, positions, window=0, chunk=0):
     return ((distance >= 0) & (distance <= positions[..., None]))[:, None]
 
 
+def repeated(x, heads):
+    """Keys or values [B, S, G, D], one for each query head; CUDA's kernel for fp32 does not share them."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
 # Bytes of a number -> the longest rows in which a CPU's batched products are faster than its flash kernel, which runs
 # once per document: up to 5 times with bfloat16.
 DENSE_ROWS = {2: 512, 4: 128}
@@ -256,8 +261,8 @@ def dense_attention(q, k, v, visible, bias=None, sink=None):
     (B, T, H, D), G = q.shape, k.shape[2]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)  # [B or 1, H or 1, T, S]
     if sink is None and not q.is_cpu:  # the equation below, fused by PyTorch
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, repeated(k, H), repeated(v, H)))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     q = (q / D ** 0.5).transpose(1, 2).reshape(B, G, -1, D)  # a KV head serves H / G query heads
     scores = (q @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) + mask  # [B, H, T, S]
     if sink is None:
@@ -387,14 +392,17 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     if bias is None and starts is not None and not short:
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
-    elif layout.distance is bias is sink is None and not chunk and not short and (T == 1 or S == T and not window):
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
-        if T == 1:  # a KV head's H / G query heads as its queries: keys and values are read once
-            return F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], -1, q.shape[-1]), k, v).reshape(q.shape)
-        return F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    distance = distances(T, S, q.device) if layout.distance is None else layout.distance
-    visible = visible_keys(distance, layout.positions, window, chunk)
-    return dense_attention(q, k, v, visible, bias and bias(distance), sink)
+    one = T == 1 and bias is sink is None
+    if one:  # a KV head's H / G query heads become its queries, so that keys and values are read once
+        q = q.view(len(q), k.shape[2], -1, q.shape[3]).transpose(1, 2)  # [B, H / G, G, D]
+    if layout.distance is bias is sink is None and not chunk and not short and (one or S == T and not window):
+        k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
+        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=not one).transpose(1, 2)
+    else:
+        distance = distances(T, S, q.device) if layout.distance is None else layout.distance
+        visible = visible_keys(distance, layout.positions, window, chunk)
+        y = dense_attention(q, k, v, visible, bias and bias(distance), sink)
+    return y.transpose(1, 2).reshape(len(y), 1, -1, y.shape[3]) if one else y
 
 
 _watched = None
@@ -482,7 +490,7 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None
     q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries."""
     size = max(1, 3 * context // 4)
     distance = distances(q.shape[1], k.shape[1], q.device) if distance is None else distance
-    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
     place = positions % size
     at = torch.stack((place, (place + size).clamp(max=context - 1), torch.full_like(place, context - 1)))
     angles = (at[..., None] * frequencies)[..., None, :]  # [3, B or 1, T, 1, R/2]

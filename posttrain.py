@@ -336,10 +336,11 @@ def answers(run, asked, samples, temperature, seed, stop=None):
 def logprobs(run, model, sequences, temperature=1.0):
     """Log-probabilities of the trained tokens, of the policy that samples at a temperature, and their mask, [B, T] in
     fp32; both 0 for other tokens. Padding stands on the right, where causal attention does not see it. A compiled model
-    compiles again for each new shape, so it gets as many rows, and a multiple of 64 tokens."""
+    compiles again for each new shape, so it gets as many rows, and one of 16 lengths at most (of 64 tokens or more)."""
     both = pad_sequence([torch.tensor(sequence).T for sequence in sequences], batch_first=True)  # [B, T, 2]
     if run.machine.compile:
-        both = F.pad(both, (0, 0, 0, (1 - both.shape[1]) % 64, 0, max(0, run.rows[0] - len(sequences))))
+        unit = max(64, -(-run.model.config.max_position_embeddings // 16))
+        both = F.pad(both, (0, 0, 0, (1 - both.shape[1]) % unit, 0, max(0, run.rows[0] - len(sequences))))
     ids, mask = both.to(run.machine.device).unbind(2)
     targets = torch.where(mask > 0, ids, -100)[:, 1:]
     count, (_, nats) = len(sequences), model(ids[:, :-1], targets=targets, temperature=temperature)
@@ -609,6 +610,8 @@ def prepare_run(recipe, folder, world, resume):
     run.end = (said or sorted(run.chat_format.stop))[-1]
     run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
         (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
+    if machine.compile:  # finds out now whether the compiler works
+        cost.measure_speed(model, torch.zeros(run.rows[0], 64, dtype=torch.long, device=machine.device), None, 0.0)
     for kind in () if rows else PROBLEMS if recipe.method == "sft" else ["arithmetic"]:
         run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))
     sequences, length = prepare(run, rows)

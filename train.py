@@ -8,8 +8,12 @@ and token files from the Python installation, trains on them for a few minutes a
     python train.py --minutes 5                         # as many tokens as this machine reads in 5 minutes
     python train.py laptop --data data/mine --tokens 2M
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same code on eight GPUs
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py smollm3    # see below
     python train.py --resume runs/laptop
     python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
+
+torchrun (and so a preemption) kills its processes 30 s after it passes SIGTERM on, and saving a 3B model takes longer:
+from torch 2.13 on, --shutdown-timeout gives them as many seconds; before, save more often with --save_every.
 
 Read `update`, then `train`, then what they call. Each field of `Recipe` but `stages`, and of its model, is a flag.
 """

@@ -152,7 +152,7 @@ def test_logprobs_of_padded_answers_equal_those_of_each_alone():
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
     for compiled in (False, True):
         machine = SimpleNamespace(compile=compiled, device="cpu")
-        found, mask = p.logprobs(SimpleNamespace(machine=machine, rows=[8]), model, talks)
+        found, mask = p.logprobs(SimpleNamespace(machine=machine, rows=[8], model=model), model, talks)
         assert len(found) == len(mask) == 5
         for (ids, trained), row in zip(talks, found):
             logprobs = model(torch.tensor([ids])).log_softmax(-1)[0]
