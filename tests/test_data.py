@@ -295,7 +295,7 @@ def shards_in(partial) -> int:
 def files_of(folder) -> dict[str, bytes]:
     """Without what a kill right after the folder got its name leaves there, and nothing reads."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name not in ("task.json", "hashes")}
+            if p.is_file() and p.name not in ("task.json", "hashes", "hashes.near")}
 
 
 def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
@@ -308,7 +308,7 @@ def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
         (folder / "in/g.txt").write_text("\n\n".join(text for _, text in some_documents(1500, 6)))
     straight = prepare_command(tmp_path / "straight")
     assert straight.wait() == 0, straight.stderr.read()
-    assert not [*(tmp_path / "straight/set").rglob("hashes"), *(tmp_path / "straight/set").glob("task.json")]
+    assert not [*(tmp_path / "straight/set").rglob("hashes*"), *(tmp_path / "straight/set").glob("task.json")]
     rng, kills, partial = random.Random(0), 0, tmp_path / "killed/set.partial"
     for _ in range(6):  # killed a moment after some more shards are there, whatever it is doing then
         process, wanted = prepare_command(tmp_path / "killed"), shards_in(partial) + rng.randint(1, 8)
@@ -440,7 +440,7 @@ def test_preparation_that_fails_at_once_leaves_nothing(tmp_path, tokenizer, monk
 
 def test_max_tokens_stops_a_source(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
-    d.prepare({"words": some_documents(3000)}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    d.prepare({"words": some_documents(3000)}, tmp_path / "set", tokenizer, d.DataOptions(max_tokens=20_000))
     tokens = sum(len(split.tokens) for split in d.load_source(tmp_path / "set/words", tokenizer).values())
     assert 20_000 <= tokens < 22_000
 
@@ -449,7 +449,7 @@ def test_what_is_read_ahead_of_max_tokens_is_no_duplicate(tmp_path, tokenizer, m
     """Two equal sources: the second stores what comes after the first's documents, none between them missing."""
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
     documents = some_documents(3000)
-    d.prepare({"one": documents, "two": documents}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    d.prepare({"one": documents, "two": documents}, tmp_path / "set", tokenizer, d.DataOptions(max_tokens=20_000))
     stored = []
     for name in ("one", "two"):
         for split in d.load_source(tmp_path / "set" / name, tokenizer).values():
@@ -460,7 +460,7 @@ def test_what_is_read_ahead_of_max_tokens_is_no_duplicate(tmp_path, tokenizer, m
 def test_max_tokens_of_one_long_text_holds_something_out(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
     (tmp_path / "long.txt").write_text("\n\n".join(text for _, text in some_documents(9000)))
-    d.prepare({"long": Source(tmp_path / "long.txt")}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    d.prepare({"long": Source(tmp_path / "long.txt")}, tmp_path / "set", tokenizer, d.DataOptions(max_tokens=20_000))
     assert all(len(split.starts) > 1 for split in d.load_source(tmp_path / "set/long", tokenizer).values())
 
 
