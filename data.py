@@ -92,13 +92,13 @@ def unpacked(file):
 
 
 def unwrapped(text):
-    """(text with the lines of each paragraph joined, the width at which it was wrapped); (text, 0) unless most line
-    breaks inside paragraphs stand behind 40 to 90 characters and before a lower-case letter. A break behind a much
-    shorter line, as in verse, or before an indent, a list or a table stays."""
+    """(text with the lines of each paragraph joined, the width at which it was wrapped); (text, 0) unless a quarter of
+    the line breaks stand behind 40 to 90 characters and before a lower-case letter. A break behind a much shorter
+    line, as in verse, or before an indent, a list or a table stays."""
     widths = sorted(map(len, re.findall(r"(?m)^(.{40,90})\n(?=[a-zß-ÿа-я])", text)))
-    if len(widths) < max(5, len(re.findall(r".\n(?=.)", text)) / 2):
+    if len(widths) < max(5, text.count("\n") / 4):
         return text, 0
-    width = widths[-1 - len(widths) // 20]
+    width = int(np.quantile(widths, 0.95))  # a longer line may be an address
     return re.sub(rf"(?m)^(.{{{width * 4 // 5},}}?) *\n(?=[\"'“‘(]?(?!\d+[.)] )\w)", r"\1 ", text), width
 
 
@@ -200,7 +200,7 @@ class Source:
     def read_text(self, name, file, skip):
         """A text file in documents of at most LONGEST_PIECE characters; the offset counts them. The last 3 % of a file
         that is cut are held out, so that the two sides touch at one seam only."""
-        size, begin, rest, count, prose = 0, 0, "", 0, {".txt", ".md"}.intersection(file.suffixes)
+        size, begin, rest, count, prose = 0, 0, "", 0, re.search(r"\.(txt|md)\b", file.name)
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
                 size += len(block)
@@ -217,13 +217,15 @@ class Source:
                                 if (i := rest.rfind(mark, end // 2)) >= 0), end)
                 text, rest, begin, count = rest[:end], rest[end:], begin + end, count + 1
                 if count > skip and text.strip():
-                    joined, width = unwrapped(text) if prose else (text, 0)
-                    if width and not self.unwrap and "wraps" not in self.warned:
-                        self.warned.add("wraps")
-                        tqdm.write(f"{file} looks hard-wrapped at {width} characters; --unwrap true joins the lines of "
-                                   "a paragraph (more such files are not named)", file=sys.stderr)
-                    yield (joined if self.unwrap else text,
-                           uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count)
+                    if prose:
+                        joined, width = unwrapped(text)
+                        if self.unwrap:
+                            text = joined
+                        elif width and "wraps" not in self.warned:
+                            self.warned.add("wraps")
+                            tqdm.write(f"{file} looks hard-wrapped at {width} characters; --unwrap true joins the "
+                                       "lines of a paragraph (more such files are not named)", file=sys.stderr)
+                    yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
 
     def read_lines(self, name, file, skip):
         """One document per line of JSON; the offset is the number of the line."""
@@ -447,18 +449,19 @@ def quality(text):
         return len(re.findall(pattern, text, re.MULTILINE))
 
     words, lines, each_line = count(r"\S+"), count(r"^.*\S"), text.splitlines()
-    return next((reason for reason, broken in (
-        ("too short or too long", not 50 <= words <= 100_000),  # words
-        ("odd word lengths", not 3 * words <= count(r"\S") <= 10 * words),
-        ("many # or ellipses", max(count("#"), count(r"\.\.\.|…")) > 0.1 * words),
-        ("bullet lists", count(r"^\s*([•‣]|[-*] )") > 0.9 * lines),
-        ("lines cut by ellipses", count(r"(\.\.\.|…)\s*$") > 0.3 * lines),
-        ("words without letters", count(r"[^\W\d_]\S*") < 0.8 * words),
-        ("no English stop words", len({*re.findall(r"\b(the|be|to|of|and|that|have|with)\b", text.lower())}) < 2),
-        ("few sentence ends", count(r"[.!?…\"'”’]\s*$") <= 0.12 * lines),
-        ("repeated lines", len("".join(set(each_line))) <= 0.9 * len("".join(each_line))),
-        ("short lines", count(r"^\s*\S.{0,28}$") >= 0.67 * lines),
-        ("curly brackets", "{" in text)) if broken), "")
+    broken = {
+        "too short or too long": not 50 <= words <= 100_000,  # words
+        "odd word lengths": not 3 * words <= count(r"\S") <= 10 * words,
+        "many # or ellipses": max(count("#"), count(r"\.\.\.|…")) > 0.1 * words,
+        "bullet lists": count(r"^\s*([•‣]|[-*] )") > 0.9 * lines,
+        "lines cut by ellipses": count(r"(\.\.\.|…)\s*$") > 0.3 * lines,
+        "words without letters": count(r"[^\W\d_]\S*") < 0.8 * words,
+        "no English stop words": len({*re.findall(r"\b(the|be|to|of|and|that|have|with)\b", text.lower())}) < 2,
+        "few sentence ends": count(r"[.!?…\"'”’]\s*$") <= 0.12 * lines,
+        "repeated lines": len("".join(set(each_line))) <= 0.9 * len("".join(each_line)),
+        "short lines": count(r"^\s*\S.{0,28}$") >= 0.67 * lines,
+        "curly brackets": "{" in text}
+    return next(filter(broken.get, broken), "")
 
 
 def words_of(text):
@@ -500,8 +503,8 @@ def evaluation_runs(files):
             for text in map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8"))):
                 if (length := min(13, len(words_of(text)))) >= 8:
                     found[length].update(runs_of(text, length))
-    if files and not found:
-        raise UserError(f"{', '.join(files)} has no text of 8 words to look for in the documents")
+        if not found:
+            raise UserError(f"{file} has no text of 8 words to look for in the documents")
     return found
 
 
@@ -608,7 +611,7 @@ def write_source(folder, source, seen, table, tokenizer, options, runs):
             bar.update(sum(document.bytes for document in documents))
             if 0 < options.max_tokens <= size + sum(meta[split]["tokens"] for split in SPLITS):
                 break
-    if not meta["val"]["documents"] and all(document.side != "val" for document in pending):
+    if not meta["val"]["documents"] and "val" not in {document.side for document in pending}:
         train = [i for i, document in enumerate(pending) if document.side == "train"]
         for i in train[-max(1, round(HELD_OUT * len(train))):]:  # few documents, or the beginning of a long text
             pending[i] = pending[i]._replace(side="val")
@@ -717,7 +720,7 @@ def prepare(sources, out, tokenizer=None, options=DataOptions()):
     sources = {name: source if isinstance(source, Source) else Listed(source) for name, source in sources.items()}
     evaluations = re.findall("[^,]+", options.decontaminate)
     runs, partial, seen = evaluation_runs(evaluations), out.with_name(out.name + ".partial"), set()
-    table = np.zeros(1 + options.near_duplicates * len(FACTORS) * REMEMBERED, np.int64)  # taken as it is filled
+    table = np.zeros(1 + 14 * REMEMBERED * options.near_duplicates, np.int64)  # taken as it is filled
     task = {"sources": {name: [source.where, source.text_key] for name, source in sources.items()},
             "tokenizer": tokenizer and tokenizer.hash, "options": vars(options),
             "evaluations": list(map(file_sha256, evaluations))}
@@ -1017,7 +1020,7 @@ def load_data(data, vocab_size=8192, verify=True):
     missing = [name for name in data.split(",") if verify and not Path(name).exists()]
     if "data/laptop" in missing:
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
-        prepare(embedded(), "data/laptop", options=DataOptions(vocab_size=vocab_size))
+        prepare(embedded(), "data/laptop", None, DataOptions(vocab_size=vocab_size))
     first = source_folders(data.split(",")[0])[0]
     place = first if (first / "tokenizer.json").exists() else first.parent  # in a source alone, or beside sources
     tokenizer = Tokenizer.load(place)
