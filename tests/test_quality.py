@@ -189,8 +189,11 @@ def test_wrong_evaluation_files_are_a_sentence_and_nothing_is_written(tmp_path, 
 def novel(seed: int, paragraphs: int = 12) -> list[str]:
     """Paragraphs of 1 to 7 sentences of 5 to 25 words."""
     rng = random.Random(seed)
-    return [" ".join(f"{' '.join(random_text(rng, rng.randint(5, 25)))}.".capitalize() for _ in range(rng.randint(1, 7)))
-            for _ in range(paragraphs)]
+
+    def sentence():
+        return " ".join(random_text(rng, rng.randint(5, 25))).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(rng.randint(1, 7))) for _ in range(paragraphs)]
 
 
 @pytest.mark.parametrize("width", [50, 65, 72, 80, 90])
