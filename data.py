@@ -200,7 +200,7 @@ class Source:
     def read_text(self, name, file, skip):
         """A text file in documents of at most LONGEST_PIECE characters; the offset counts them. The last 3 % of a file
         that is cut are held out, so that the two sides touch at one seam only."""
-        size, begin, rest, count, prose = 0, 0, "", 0, re.search(r"\.(txt|md)\b", file.name)
+        size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
                 size += len(block)
@@ -217,7 +217,7 @@ class Source:
                                 if (i := rest.rfind(mark, end // 2)) >= 0), end)
                 text, rest, begin, count = rest[:end], rest[end:], begin + end, count + 1
                 if count > skip and text.strip():
-                    if prose:
+                    if re.search(r"(?i)\.(txt|md)\b", file.name):
                         joined, width = unwrapped(text)
                         if self.unwrap:
                             text = joined
@@ -346,15 +346,15 @@ def generated_math(problems=40_000, seed=0):
         high, low, relation = max(a, b), min(a, b), ">" if a > b else "<" if a < b else "="
         x, y, ones = a % 90 + 10, b % 8 + 2, a % 10  # of a product
         sign, question, answer = [
-            lambda: ("+", f"What is {a} + {b}?", added(a, b)),
-            lambda: ("-", f"What is {high} - {low}?", subtracted(high, low)),
-            lambda: ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
+            ("+", f"What is {a} + {b}?", added(a, b)),
+            ("-", f"What is {high} - {low}?", subtracted(high, low)),
+            ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
                      f"{(x - ones) * y} + {ones * y} = {x * y}. So {x} * {y} = {x * y}."),
-            lambda: ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
-            lambda: ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
+            ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
+            ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
                      f"{who} has {a} + {b} {what}. {added(a, b)}"),
-            lambda: ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
-                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]()
+            ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
+                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]
         yield f"{x}*{y}" if sign == "*" else f"{low}{sign}{high}", f"Question: {question}\nAnswer: {answer}\n"
 
 
@@ -475,7 +475,7 @@ def band_hashes(text):
     1 - (1 - s**8)**14: 0.77 at s = 0.75, 0.99 at 0.85. A text of fewer words: int64 [0]."""
     words = np.fromiter(map(zlib.crc32, map(str.encode, words_of(text))), "u4")
     if len(words) < 5:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, "i8")
     runs = np.convolve(words, FACTORS[0, :5, 0], "valid")  # modulo 2**32
     return np.array([hash(tuple((factors * runs).min(1).tolist())) for factors in FACTORS])
 
@@ -720,7 +720,7 @@ def prepare(sources, out, tokenizer=None, options=DataOptions()):
     sources = {name: source if isinstance(source, Source) else Listed(source) for name, source in sources.items()}
     evaluations = re.findall("[^,]+", options.decontaminate)
     runs, partial, seen = evaluation_runs(evaluations), out.with_name(out.name + ".partial"), set()
-    table = np.zeros(1 + 14 * REMEMBERED * options.near_duplicates, np.int64)  # taken as it is filled
+    table = np.zeros(1 + 14 * REMEMBERED * options.near_duplicates, "i8")  # taken as it is filled
     task = {"sources": {name: [source.where, source.text_key] for name, source in sources.items()},
             "tokenizer": tokenizer and tokenizer.hash, "options": vars(options),
             "evaluations": list(map(file_sha256, evaluations))}
@@ -1072,7 +1072,7 @@ def show(data, context):
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
 
 
-def named_sources(words, text_key, unwrap=False):
+def named_sources(words, options):
     """{name: Source} of NAME=SOURCE, or of SOURCE, which then lends its own name."""
     sources = {}
     for word in words:
@@ -1080,7 +1080,7 @@ def named_sources(words, text_key, unwrap=False):
         name = name or Path(re.sub("^hf:([^:]*).*", r"\1", where)).resolve().name.split(".")[0]
         if name in sources or not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"{name!r} names two sources, or is no name: give one of letters and digits as NAME=PATH")
-        sources[name] = Source(where, text_key, unwrap=unwrap)
+        sources[name] = Source(where, options.text_key, unwrap=options.unwrap)
     return sources or embedded()
 
 
@@ -1095,13 +1095,13 @@ def main():
     check_options(options)
     if args.command == "show":
         return show(",".join(args.sources) or "data/laptop", options.context)
-    sources = named_sources(args.sources, options.text_key, options.unwrap)
+    sources = named_sources(args.sources, options)
     name = next(iter(sources)) if args.sources else "laptop"
     if args.command == "tokenizer":
         tokenizer = train_bpe(sample(sources, 10 * options.sample_bytes), options.vocab_size, options.pretokenizer)
         return print(tokenizer.save(options.out or f"tokenizers/{name}"))
     out = options.out or f"data/{name}"
-    prepare(sources, out, Tokenizer.load(options.tokenizer) if options.tokenizer else None, options)
+    prepare(sources, out, options.tokenizer and Tokenizer.load(options.tokenizer), options)
     summary(out)
     print(f"Prepared {out}. Train on it with: python train.py --data {out}")
 
