@@ -6,10 +6,10 @@ token files once. Everything after that is computed from the step number, so no 
 
     documents -> token files (one folder per source) -> sequences -> mixture of a stage -> batch of a step
 
-Exact duplicates are dropped, and so are documents that repeat a span of up to 13 tokens 32 times (playbook). Flags
-also drop near-duplicates, what breaks FineWeb's rules, and quotes of evaluations (each makes preparing slower). Document
-starts travel with each batch as `cu_seqlens`, so that attention can stay inside a document: no effect in short context
-(loss 2.197 against 2.198), adopted for long context and because a step gets cheaper.
+Exact duplicates and documents that repeat a span of up to 13 tokens 32 times are dropped (playbook); flags also drop
+near-duplicates, what breaks FineWeb's rules, and quotes of evaluations, each at some speed. Document starts travel with
+each batch as `cu_seqlens`, so that attention can stay inside a document: no effect in short context (loss 2.197 against
+2.198), adopted for long context and because a step gets cheaper.
 
     python data.py prepare                             # the embedded corpus (`embedded`) -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
@@ -67,7 +67,7 @@ class DataOptions:
     pretokenizer: str = option("qwen", "tokenizer: how text is cut before merging", choices=tuple(PATTERNS))
     text_key: str = option("text", "the field of a data set that holds the text")
     unwrap: bool = option(False, "join the lines of a paragraph in .txt and .md files that are hard-wrapped")
-    near_duplicates: bool = option(False, "prepare: drop what hardly differs from an earlier document; slower, 470 MB of memory")
+    near_duplicates: bool = option(False, "prepare: drop near-copies of earlier documents; slower, 470 MB of memory")
     quality: str = option("", "prepare: `web` drops what breaks FineWeb's rules for English prose, as code and math do",
                           choices=("", "web"))
     decontaminate: str = option("", "prepare: .jsonl files of evaluations, separated by commas; drops what quotes them")
