@@ -576,8 +576,7 @@ def encoded(source, position, *settings):
 
 
 def write_source(folder, source, seen, table, tokenizer, options, runs):
-    """Makes the token files of a source, or resumes. seen, table: hashes and band hashes of the documents of sources
-    before it."""
+    """Makes the token files of a source, or resumes. seen, table: hashes and band hashes of the sources before it."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}  # bytes: of the text, UTF-8
     meta |= {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {}, "sizes": {},
