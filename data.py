@@ -6,9 +6,10 @@ token files once. Everything after that is computed from the step number, so no 
 
     documents -> token files (one folder per source) -> sequences -> mixture of a stage -> batch of a step
 
-Exact duplicates are dropped, and so are documents that repeat a span of up to 13 tokens 32 times (playbook). Document
-starts travel with each batch as `cu_seqlens`, so that attention can stay inside a document: no effect in short context
-(loss 2.197 against 2.198), adopted for long context and because a step gets cheaper.
+Exact duplicates and documents that repeat a span of up to 13 tokens 32 times are dropped (playbook); flags also drop
+near-duplicates, what breaks FineWeb's rules, and quotes of evaluations, each at some speed. Document starts travel with
+each batch as `cu_seqlens`, so that attention can stay inside a document: no effect in short context (loss 2.197 against
+2.198), adopted for long context and because a step gets cheaper.
 
     python data.py prepare                             # the embedded corpus (`embedded`) -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
@@ -30,8 +31,9 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -52,7 +54,24 @@ LONGEST_PIECE = 16_384  # characters; longer text files are cut into documents, 
 LONGEST_VALUE = 16 << 20  # bytes of a line or a value; a longer document is more likely a mistake than a text
 SHARD_TOKENS = 2**24  # a shard, what is shuffled and written at once, ends with the job that reaches this many tokens
 JOB_BYTES = 2**20  # text that one thread encodes at a time
-REMEMBERED = 2**22  # documents among which duplicates are found (about 400 MB of memory)
+REMEMBERED = 2**22  # documents among which duplicates are found (about 400 MB of memory, 470 more for near ones)
+
+
+@dataclass
+class DataOptions:
+    out: str = option("", "prepare, tokenizer: folder to make; empty: data/NAME or tokenizers/NAME of the first source")
+    tokenizer: str = option("", "prepare: folder, file or hf:ORG/NAME of one to use; empty: train one on the sources")
+    max_tokens: float = option(0.0, "prepare: per source, about; 0: all", 0, 1e15)
+    vocab_size: int = option(4096, "of a tokenizer that is trained")
+    sample_bytes: float = option(2e7, "of text to train a tokenizer on; for `tokenizer` ten times this", 1, 1e15)
+    pretokenizer: str = option("qwen", "tokenizer: how text is cut before merging", choices=tuple(PATTERNS))
+    text_key: str = option("text", "the field of a data set that holds the text")
+    unwrap: bool = option(False, "join the lines of a paragraph in .txt and .md files that are hard-wrapped")
+    near_duplicates: bool = option(False, "prepare: drop near-copies of earlier documents; slower, 470 MB of memory")
+    quality: str = option("", "prepare: `web` drops what breaks FineWeb's rules for English prose, as code and math do",
+                          choices=("", "web"))
+    decontaminate: str = option("", "prepare: .jsonl files of evaluations, separated by commas; drops what quotes them")
+    context: int = option(2048, "show: tokens of a sequence", 1)
 
 
 # ---- text sources ---------------------------------------------------------------------------------------------
@@ -71,6 +90,17 @@ def uniform(key):
 def unpacked(file):
     """The bytes of a file, unpacked if it is .gz, .bz2, .xz or .zst."""
     return installed(PACKED.get(file.suffix.lower(), "builtins"), file).open(file, "rb")
+
+
+def unwrapped(text):
+    """(text with the lines of each paragraph joined, the width at which it was wrapped); (text, 0) unless a quarter of
+    the line breaks stand behind 40 to 90 characters and before a lower-case letter. A break behind a much shorter
+    line, as in verse, or before an indent, a list or a table stays."""
+    widths = sorted(map(len, re.findall(r"(?m)^(.{40,90})\n(?=[a-zß-ÿа-я])", text)))
+    if len(widths) < max(5, text.count("\n") / 4):
+        return text, 0
+    width = int(np.quantile(widths, 0.95))  # a longer line may be an address
+    return re.sub(rf"(?m)^(.{{{width * 4 // 5},}}?) *\n(?=[\"'“‘(]?(?!\d+[.)] )\w)", r"\1 ", text), width
 
 
 def files_below(path, seen):
@@ -94,8 +124,9 @@ class Source:
     """The documents of a text or data file (packed or not), of a folder, or of hf:DATASET[:CONFIG[:SPLIT]], in a fixed
     order from any position. Data sets hold documents out by the hash of their text, text files by that of their name. A
     file that is named must be readable; in a folder unreadable lines and files are left out and counted."""
-    def __init__(self, where, text_key="text", revision=None):
+    def __init__(self, where, text_key="text", revision=None, unwrap=False):
         self.where, self.text_key, self.revision, path = str(where), text_key, revision, Path(where)
+        self.unwrap = unwrap
         self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
         self.dropped, self.warned = Counter(), set()  # documents left out per reason; reasons that were printed
         if self.hub:
@@ -187,6 +218,14 @@ class Source:
                                 if (i := rest.rfind(mark, end // 2)) >= 0), end)
                 text, rest, begin, count = rest[:end], rest[end:], begin + end, count + 1
                 if count > skip and text.strip():
+                    if re.search(r"(?i)\.(txt|md)\b", file.name):
+                        joined, width = unwrapped(text)
+                        if self.unwrap:
+                            text = joined
+                        elif width and "wraps" not in self.warned:
+                            self.warned.add("wraps")
+                            tqdm.write(f"{file} looks hard-wrapped at {width} characters; --unwrap true joins the "
+                                       "lines of a paragraph (more such files are not named)", file=sys.stderr)
                     yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
 
     def read_lines(self, name, file, skip):
@@ -308,15 +347,15 @@ def generated_math(problems=40_000, seed=0):
         high, low, relation = max(a, b), min(a, b), ">" if a > b else "<" if a < b else "="
         x, y, ones = a % 90 + 10, b % 8 + 2, a % 10  # of a product
         sign, question, answer = [
-            lambda: ("+", f"What is {a} + {b}?", added(a, b)),
-            lambda: ("-", f"What is {high} - {low}?", subtracted(high, low)),
-            lambda: ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
+            ("+", f"What is {a} + {b}?", added(a, b)),
+            ("-", f"What is {high} - {low}?", subtracted(high, low)),
+            ("*", f"What is {x} * {y}?", f"{x - ones} * {y} = {(x - ones) * y}, {ones} * {y} = {ones * y}, "
                      f"{(x - ones) * y} + {ones * y} = {x * y}. So {x} * {y} = {x * y}."),
-            lambda: ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
-            lambda: ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
+            ("?", f"Which is larger, {a} or {b}?", f"{a} {relation} {b}, so it is {high}."),
+            ("+", f"{who} has {a} {what} and gets {b} more. How many {what} does {who} have now?",
                      f"{who} has {a} + {b} {what}. {added(a, b)}"),
-            lambda: ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
-                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]()
+            ("-", f"{who} has {high} {what} and gives away {low}. How many {what} are left?",
+                     f"{who} has {high} - {low} {what}. {subtracted(high, low)}")][kind]
         yield f"{x}*{y}" if sign == "*" else f"{low}{sign}{high}", f"Question: {question}\nAnswer: {answer}\n"
 
 
@@ -377,14 +416,11 @@ def embedded():
     return {"prose": Listed(embedded_prose()), "code": Listed(modules("python")), "math": Listed(generated_math())}
 
 
-# ---- token files ----------------------------------------------------------------------------------------------
-# One folder per source: {train,val}.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened by
-# EOS; {train,val}.starts the document starts and the end (int64); meta.json what is in them, and their sha256.
-# EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
-# one: the attention of a document begins at its own EOS.
-#
-# All of it is made in OUT.partial and renamed at the end. After each shard meta.json is replaced; it says how long the
-# files are and which document was last, so that the same command cuts them to these lengths and resumes.
+# ---- what is dropped ------------------------------------------------------------------------------------------
+
+# 14 bands of 8 hash functions x -> x * factor modulo 2**32 (FineWeb: Penedo et al. 2024, 2406.17557)
+FACTORS = np.random.default_rng(0).integers(2**32, size=(14, 8, 1), dtype="u4") | 1
+
 
 def add_new(seen, key):
     """Adds a hash to a set; False if it was there. A full set is emptied first: memory stays bounded."""
@@ -401,41 +437,128 @@ def repeats_spans(documents):
     ids, ends, bad = np.concatenate(documents), np.cumsum(list(map(len, documents))), np.zeros(len(documents), bool)
     for n in range(1, 14):
         same = ids[n:] == ids[:-n]
-        if not (same[:len(same) // 8 * 8].view(np.uint64) == 0x0101010101010101).any():
-            continue  # a run of 31 covers eight places from a multiple of eight on
         edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # where runs of equal ones begin and end
         begins = edges[::2][edges[1::2] - edges[::2] >= n * 31]
         bad[np.searchsorted(ends, begins, side="right")] = True
     return bad
 
 
+def quality(text):
+    """The first rule that a text breaks, or "": Gopher's (Rae et al. 2021, 2112.11446, appendix A), FineWeb's own three
+    (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English."""
+    def count(pattern):
+        return len(re.findall(pattern, text, re.MULTILINE))
+
+    words, lines, each_line = count(r"\S+"), count(r"^.*\S"), text.splitlines()
+    broken = {
+        "too short or too long": not 50 <= words <= 100_000,  # words
+        "odd word lengths": not 3 * words <= count(r"\S") <= 10 * words,
+        "many # or ellipses": max(count("#"), count(r"\.\.\.|…")) > 0.1 * words,
+        "bullet lists": count(r"^\s*([•‣]|[-*] )") > 0.9 * lines,
+        "lines cut by ellipses": count(r"(\.\.\.|…)\s*$") > 0.3 * lines,
+        "words without letters": count(r"[^\W\d_]\S*") < 0.8 * words,
+        "no English stop words": len({*re.findall(r"\b(the|be|to|of|and|that|have|with)\b", text.lower())}) < 2,
+        "few sentence ends": count(r"[.!?…\"'”’]\s*$") <= 0.12 * lines,
+        "repeated lines": len("".join(set(each_line))) <= 0.9 * len("".join(each_line)),
+        "short lines": count(r"^\s*\S.{0,28}$") >= 0.67 * lines,
+        "curly brackets": "{" in text}
+    return next(filter(broken.get, broken), "")
+
+
+def words_of(text):
+    """Words in lower case. Text written without spaces has few, so what compares words finds little there."""
+    return re.findall(r"\w+", text.lower())
+
+
+def band_hashes(text):
+    """MinHash, int64 [14]: the smallest hash of five words in a row, by 8 functions, hashed together. Two texts agree
+    in a smallest hash with the probability s that a run of either is in both (Broder 1997), and in a band or more with
+    1 - (1 - s**8)**14: 0.77 at s = 0.75, 0.99 at 0.85. A text of fewer words: int64 [0]."""
+    words = np.fromiter(map(zlib.crc32, map(str.encode, words_of(text))), "u4")
+    if len(words) < 5:
+        return np.zeros(0, "i8")
+    runs = np.convolve(words, FACTORS[0, :5, 0], "valid")  # modulo 2**32
+    return np.array([hash(tuple((factors * runs).min(1).tolist())) for factors in FACTORS])
+
+
+def add_bands(table, bands):
+    """Adds a document's bands to a table; False if one was there. In a place that two want, the later one stays."""
+    places = bands % len(table)
+    new = not (table[places] == bands).any()
+    table[places] = bands
+    return new
+
+
+def runs_of(text, length):
+    """Hashes of all `length` words in a row; Python's, which another process would not know."""
+    words = words_of(text)
+    return map(hash, zip(*(words[i:] for i in range(length))))
+
+
+def evaluation_runs(files):
+    """{length: hashes of so many words in a row} from all strings in JSON files: of 13 words (GPT-3: Brown et al. 2020,
+    2005.14165); of a string of 8 to 12 words, all."""
+    found = defaultdict(set)
+    for file in files:
+        with reading(file):
+            for text in map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8"))):
+                if (length := min(13, len(words_of(text)))) >= 8:
+                    found[length].update(runs_of(text, length))
+        if not found:
+            raise UserError(f"{file} has no text of 8 words to look for in the documents")
+    return found
+
+
+def drop_reason(text, options, runs):
+    """Why a document is dropped before it is encoded, or "". runs: of evaluations."""
+    if not text.strip():
+        return "empty documents"
+    if not all(known.isdisjoint(runs_of(text, length)) for length, known in runs.items()):
+        return "quotes of evaluations"
+    return options.quality and quality(text)
+
+
+# ---- token files ----------------------------------------------------------------------------------------------
+# One folder per source: {train,val}.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened by
+# EOS; {train,val}.starts the document starts and the end (int64); meta.json what is in them, and their sha256.
+# EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
+# one: the attention of a document begins at its own EOS.
+#
+# All of it is made in OUT.partial and renamed at the end. After each shard meta.json is replaced; it says how long the
+# files are and which document was last, so that the same command cuts them to these lengths and resumes.
+
 class Encoded(NamedTuple):
     ids: np.ndarray  # uint16 or uint32, EOS first
     bytes: int  # of the text, UTF-8
     hash: int  # of the text, 64 bits
+    bands: np.ndarray  # band_hashes; empty where they are not wanted
     side: str  # "train", "val", or why the document is dropped
+    start: str  # its first words
 
 
 def token_dtype(tokenizer):
     return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
-def encode_job(documents, tokenizer):
-    """[Document] -> [Encoded]"""
-    ids = [np.frombuffer(array("I", [tokenizer.eos_id, *tokenizer.encode(document.text)]), np.uint32).astype(
-        token_dtype(tokenizer)) for document in documents]  # twice as fast as np.array of a list
+def encode_job(documents, tokenizer, options, runs):
+    """[Document] -> [Encoded]; `runs`: of evaluations."""
+    reasons = [drop_reason(document.text, options, runs) for document in documents]
+    ids = [np.frombuffer(array("I", [tokenizer.eos_id, *tokenizer.encode("" if reason else document.text)]),
+                         np.uint32).astype(token_dtype(tokenizer))  # twice as fast as np.array of a list
+           for document, reason in zip(documents, reasons)]
     # of tokens that are hardly longer than bytes, a ruled line would be a repeated span
     bad, found = repeats_spans(ids) if ids and tokenizer.vocab_size > 512 else itertools.repeat(False), []
-    for (text, held, _), tokens, repeats in zip(documents, ids, bad):
-        raw, side = utf8(text), "repeated spans" if repeats else "val" if held < HELD_OUT else "train"
+    for (text, held, _), tokens, reason, repeats in zip(documents, ids, reasons, bad):
+        raw, side = utf8(text), reason or ("repeated spans" if repeats else "val" if held < HELD_OUT else "train")
         key = int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), signed=True)
-        found.append(Encoded(tokens, len(raw), key, side if text.strip() else "empty documents"))
+        bands = band_hashes(text if options.near_duplicates and side in SPLITS else "")
+        found.append(Encoded(tokens, len(raw), key, bands, side, text[:80]))
     return found
 
 
-def encoded(source, position, tokenizer):
+def encoded(source, position, *settings):
     """Yields ([Encoded], the position behind them, Counter of what the source left out), about JOB_BYTES at a time, in
-    order. Threads help, since tiktoken releases Python's lock."""
+    order. settings: of `encode_job`. Threads help, since tiktoken releases Python's lock."""
     workers, queue, documents, size = os.cpu_count() or 1, [], [], 0
     source.dropped = Counter()
     with closing(source.read(position)) as stream, ThreadPoolExecutor(workers) as pool:
@@ -445,41 +568,50 @@ def encoded(source, position, tokenizer):
                 size += sys.getsizeof(document.text) + 200  # in memory: an emoji makes every character take 4 bytes
                 position = document.position
             if size >= JOB_BYTES or not document:
-                queue.append((size, pool.submit(encode_job, documents, tokenizer), position, source.dropped))
+                queue.append((size, pool.submit(encode_job, documents, *settings), position, source.dropped))
                 documents, size, source.dropped = [], 0, Counter()
             while queue and (sum(job[0] for job in queue) > 4 * workers * JOB_BYTES or not document):
                 _, job, *rest = queue.pop(0)
                 yield job.result(), *rest
 
 
-def write_source(folder, source, tokenizer, seen, max_tokens):
-    """Makes the token files of a source, or resumes. seen: hashes of the documents of sources before it."""
+def write_source(folder, source, seen, table, tokenizer, options, runs):
+    """Makes the token files of a source, or resumes. seen, table: hashes and band hashes of the sources before it."""
     folder.mkdir(parents=True, exist_ok=True)
     meta = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}  # bytes: of the text, UTF-8
-    meta |= {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {}, "sizes": {}}
+    meta |= {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {}, "sizes": {},
+             "examples": {}}
     if (folder / "meta.json").exists():
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         for key in np.fromfile(folder / "hashes", "<i8", meta["sizes"]["hashes"] // 8).tolist():
             add_new(seen, key)
+        add_bands(table, np.fromfile(folder / "hashes.near", "<i8", meta["sizes"]["hashes.near"] // 8))
     if "sha256" in meta["val"]:
         return
     pending, size = [], 0
-    with (closing(encoded(source, meta["position"], tokenizer)) as jobs,
+    with (closing(encoded(source, meta["position"], tokenizer, options, runs)) as jobs,
           tqdm(unit="B", unit_scale=True, desc=f"tokenize {folder.name}", leave=False, delay=1) as bar):
         for documents, position, dropped in jobs:
             if size >= SHARD_TOKENS:
                 write_shard(folder, meta, pending)
                 pending, size = [], 0
-            new = [document for document in documents if add_new(seen, document.hash)]
-            dropped.update(document.side for document in new if document.side not in SPLITS)
-            dropped["exact duplicates"] += len(documents) - len(new)
+            for document in documents:
+                if not add_new(seen, document.hash):
+                    dropped["exact duplicates"] += 1
+                    continue
+                if not add_bands(table, document.bands):
+                    document = document._replace(side="near duplicates")
+                if document.side not in SPLITS:
+                    dropped[document.side] += 1
+                    examples = meta["examples"].setdefault(document.side, [])
+                    examples += [document.start] * (len(examples) < 3)
+                pending.append(document)
+                size += len(document.ids)
             meta |= {"position": position, "dropped": dict(Counter(meta["dropped"]) + dropped)}
-            pending += new
-            size += sum(len(document.ids) for document in new)
             bar.update(sum(document.bytes for document in documents))
-            if 0 < max_tokens <= size + sum(meta[split]["tokens"] for split in SPLITS):
+            if 0 < options.max_tokens <= size + sum(meta[split]["tokens"] for split in SPLITS):
                 break
-    if not meta["val"]["documents"] and all(document.side != "val" for document in pending):
+    if not meta["val"]["documents"] and "val" not in {document.side for document in pending}:
         train = [i for i, document in enumerate(pending) if document.side == "train"]
         for i in train[-max(1, round(HELD_OUT * len(train))):]:  # few documents, or the beginning of a long text
             pending[i] = pending[i]._replace(side="val")
@@ -490,6 +622,7 @@ def write_shard(folder, meta, documents, last=False):
     """Appends documents, shuffled, to the files of a source, then replaces meta.json; the last time with sha256."""
     order = np.random.default_rng([0, meta["shards"]]).permutation(len(documents))
     append(folder / "hashes", meta, [np.int64([document.hash for document in documents])])
+    append(folder / "hashes.near", meta, (document.bands for document in documents))
     for split in SPLITS:
         about, chosen = meta[split], [documents[i] for i in order if documents[i].side == split]
         ends = np.cumsum([0, *(len(document.ids) for document in chosen)]) + about["tokens"]
@@ -532,7 +665,8 @@ def read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
-        return meta | {"dropped": ", ".join(f"{n:,} {reason}" for reason, n in meta["dropped"].items()) or "nothing"}
+        lines = [f"{n:,} {reason} {meta.get('examples', {}).get(reason, '')}" for reason, n in meta["dropped"].items()]
+        return meta | {"dropped": f"\n{'':22}".join(lines) or "nothing"}
 
 
 def load_source(folder, tokenizer, verify=True, place="DIR"):
@@ -577,16 +711,19 @@ def sample(sources, max_bytes, held_out=0.0):
     return (text for source in sources.values() for text in source.sample(max_bytes / len(sources), held_out))
 
 
-def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max_tokens=0):
-    """Tokenizes {name: Source or (key, text) pairs} into `out`/name; without a tokenizer trains one on `sample_bytes`.
-    `max_tokens`: per source, about. Interrupted work stays in `out`.partial, and the same call resumes it."""
+def prepare(sources, out, tokenizer=None, options=DataOptions()):
+    """Tokenizes {name: Source or (key, text) pairs} into `out`/name; without a tokenizer trains one on a sample.
+    Interrupted work stays in `out`.partial, and the same call resumes it."""
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already and is left as it is: choose another --out")
     sources = {name: source if isinstance(source, Source) else Listed(source) for name, source in sources.items()}
-    partial, seen = out.with_name(out.name + ".partial"), set()
+    evaluations = re.findall("[^,]+", options.decontaminate)
+    runs, partial, seen = evaluation_runs(evaluations), out.with_name(out.name + ".partial"), set()
+    table = np.zeros(1 + 14 * REMEMBERED * options.near_duplicates, "i8")  # taken as it is filled
     task = {"sources": {name: [source.where, source.text_key] for name, source in sources.items()},
-            "tokenizer": tokenizer.hash if tokenizer else [vocab_size, sample_bytes], "max_tokens": max_tokens}
+            "tokenizer": tokenizer and tokenizer.hash, "options": vars(options),
+            "evaluations": list(map(file_sha256, evaluations))}
     if (partial / "task.json").exists():
         with reading(partial / "task.json"):
             saved, revisions = json.loads((partial / "task.json").read_text("utf-8"))
@@ -597,13 +734,13 @@ def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max
         print(f"resuming {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
-        tokenizer = tokenizer or train_bpe(sample(sources, sample_bytes, HELD_OUT), vocab_size)
+        tokenizer = tokenizer or train_bpe(sample(sources, options.sample_bytes, HELD_OUT), options.vocab_size)
         tokenizer.save(partial)
         revisions = {name: source.revision for name, source in sources.items() if source.revision}
         write_text(partial / "task.json", json.dumps([task, revisions]))
     try:
         for name, source in sources.items():
-            write_source(partial / name, source, tokenizer, seen, max_tokens)
+            write_source(partial / name, source, seen, table, tokenizer, options, runs)
         partial.rename(out)
     except BaseException:
         if any(partial.glob("*/meta.json")):
@@ -611,7 +748,7 @@ def prepare(sources, out, tokenizer=None, vocab_size=4096, sample_bytes=2e7, max
         else:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    for path in [*out.glob("*/hashes"), out / "task.json"]:  # a kill before this leaves files that nothing reads
+    for path in [*out.glob("*/hashes*"), out / "task.json"]:  # a kill before this leaves files that nothing reads
         path.unlink()
     return tokenizer
 
@@ -883,7 +1020,7 @@ def load_data(data, vocab_size=8192, verify=True):
     missing = [name for name in data.split(",") if verify and not Path(name).exists()]
     if "data/laptop" in missing:
         print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
-        prepare(embedded(), "data/laptop", vocab_size=vocab_size)
+        prepare(embedded(), "data/laptop", None, DataOptions(vocab_size=vocab_size))
     first = source_folders(data.split(",")[0])[0]
     place = first if (first / "tokenizer.json").exists() else first.parent  # in a source alone, or beside sources
     tokenizer = Tokenizer.load(place)
@@ -935,7 +1072,7 @@ def show(data, context):
             print(f"--- tokens {start:,} to {end:,}, a document of {end - start:,}\n{text}")
 
 
-def named_sources(words, text_key):
+def named_sources(words, options):
     """{name: Source} of NAME=SOURCE, or of SOURCE, which then lends its own name."""
     sources = {}
     for word in words:
@@ -943,20 +1080,8 @@ def named_sources(words, text_key):
         name = name or Path(re.sub("^hf:([^:]*).*", r"\1", where)).resolve().name.split(".")[0]
         if name in sources or not re.fullmatch(r"[\w-]+", name):
             raise UserError(f"{name!r} names two sources, or is no name: give one of letters and digits as NAME=PATH")
-        sources[name] = Source(where, text_key)
+        sources[name] = Source(where, options.text_key, unwrap=options.unwrap)
     return sources or embedded()
-
-
-@dataclass
-class DataOptions:
-    out: str = option("", "prepare, tokenizer: folder to make; empty: data/NAME or tokenizers/NAME of the first source")
-    tokenizer: str = option("", "prepare: folder, file or hf:ORG/NAME of one to use; empty: train one on the sources")
-    max_tokens: float = option(0.0, "prepare: per source, about; 0: all", 0, 1e15)
-    vocab_size: int = option(4096, "of a tokenizer that is trained")
-    sample_bytes: float = option(2e7, "of text to train a tokenizer on; for `tokenizer` ten times this", 1, 1e15)
-    pretokenizer: str = option("qwen", "tokenizer: how text is cut before merging", choices=tuple(PATTERNS))
-    text_key: str = option("text", "the field of a data set that holds the text")
-    context: int = option(2048, "show: tokens of a sequence", 1)
 
 
 def main():
@@ -966,19 +1091,17 @@ def main():
                         "nothing: the embedded corpus. NAME=SOURCE names one. For show: folders of prepared data")
     add_options(parser, DataOptions)
     args = parse_options(parser, sys.argv[1:], intermixed=True)
-    given = given_options(args, DataOptions)
-    options = DataOptions(**({"sample_bytes": 2e8} if args.command == "tokenizer" else {}) | given)
+    options = DataOptions(**given_options(args, DataOptions))
     check_options(options)
     if args.command == "show":
         return show(",".join(args.sources) or "data/laptop", options.context)
-    sources = named_sources(args.sources, options.text_key)
+    sources = named_sources(args.sources, options)
     name = next(iter(sources)) if args.sources else "laptop"
     if args.command == "tokenizer":
-        tokenizer = train_bpe(sample(sources, options.sample_bytes), options.vocab_size, options.pretokenizer)
+        tokenizer = train_bpe(sample(sources, 10 * options.sample_bytes), options.vocab_size, options.pretokenizer)
         return print(tokenizer.save(options.out or f"tokenizers/{name}"))
     out = options.out or f"data/{name}"
-    prepare(sources, out, Tokenizer.load(options.tokenizer) if options.tokenizer else None, options.vocab_size,
-            options.sample_bytes, options.max_tokens)
+    prepare(sources, out, options.tokenizer and Tokenizer.load(options.tokenizer), options)
     summary(out)
     print(f"Prepared {out}. Train on it with: python train.py --data {out}")
 

@@ -295,35 +295,49 @@ def shards_in(partial) -> int:
 def files_of(folder) -> dict[str, bytes]:
     """Without what a kill right after the folder got its name leaves there, and nothing reads."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name not in ("task.json", "hashes")}
+            if p.is_file() and p.name not in ("task.json", "hashes", "hashes.near")}
 
 
-def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path):
+FILTERS = "--near-duplicates true --quality web --decontaminate task.jsonl --unwrap true".split()
+
+
+@pytest.mark.parametrize("flags", [[], FILTERS], ids=["plain", "filters"])
+def test_killed_at_any_point_it_goes_on_to_the_same_files(tmp_path, flags):
     """kill -9 at random moments: no document is lost or comes twice; every byte is that of the uninterrupted run."""
+    texts = [text for _, text in some_documents(3000, 5)]
+    if flags:  # sentences, every third with a twin much later, every hundredth quoting the evaluation
+        texts = [f"{text} {'and so on to the end it goes' * (i % 100 == 0)}." for i, text in enumerate(texts)]
+        texts += [f"{text[:-1]}again." for text in texts[::3]]
     for folder in (tmp_path / "straight", tmp_path / "killed"):
         folder.mkdir()
         write_sources(folder / "in")
+        (folder / "task.jsonl").write_text(json.dumps({"question": "And so on to the end it goes?"}))
         with gzip.open(folder / "in/f.jsonl.gz", "wt") as file:
-            file.write("".join(json.dumps({"body": text}) + "\n" for _, text in some_documents(3000, 5)))
+            file.write("".join(json.dumps({"body": text}) + "\n" for text in texts))
         (folder / "in/g.txt").write_text("\n\n".join(text for _, text in some_documents(1500, 6)))
-    straight = prepare_command(tmp_path / "straight")
+    straight = prepare_command(tmp_path / "straight", *flags)
     assert straight.wait() == 0, straight.stderr.read()
-    assert not [*(tmp_path / "straight/set").rglob("hashes"), *(tmp_path / "straight/set").glob("task.json")]
+    assert not [*(tmp_path / "straight/set").rglob("hashes*"), *(tmp_path / "straight/set").glob("task.json")]
     rng, kills, partial = random.Random(0), 0, tmp_path / "killed/set.partial"
     for _ in range(6):  # killed a moment after some more shards are there, whatever it is doing then
-        process, wanted = prepare_command(tmp_path / "killed"), shards_in(partial) + rng.randint(1, 8)
+        process, wanted = prepare_command(tmp_path / "killed", *flags), shards_in(partial) + rng.randint(1, 8)
         while process.poll() is None and shards_in(partial) < wanted:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.01))
         process.kill()
         kills += process.wait() != 0
-    last = prepare_command(tmp_path / "killed")
+    last = prepare_command(tmp_path / "killed", *flags)
     last.wait()
     assert (tmp_path / "killed/set").exists(), last.stderr.read()
     assert kills >= 2
     assert files_of(tmp_path / "killed/set") == files_of(tmp_path / "straight/set")
     tokenizer = Tokenizer.load(tmp_path / "killed/set")
     sides = texts_of(tmp_path / "killed/set/in", tokenizer)
+    if flags:
+        meta = json.loads((tmp_path / "killed/set/in/meta.json").read_text())
+        assert meta == json.loads((tmp_path / "straight/set/in/meta.json").read_text())
+        assert min(meta["dropped"][reason] for reason in ("near duplicates", "quotes of evaluations")) > 10
+        return
     wanted = {document.text for document in Source(tmp_path / "killed/in", "body").read() if document.text}
     assert Counter(sides["train"] + sides["val"]) == Counter(wanted)
 
@@ -440,7 +454,7 @@ def test_preparation_that_fails_at_once_leaves_nothing(tmp_path, tokenizer, monk
 
 def test_max_tokens_stops_a_source(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
-    d.prepare({"words": some_documents(3000)}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    d.prepare({"words": some_documents(3000)}, tmp_path / "set", tokenizer, d.DataOptions(max_tokens=20_000))
     tokens = sum(len(split.tokens) for split in d.load_source(tmp_path / "set/words", tokenizer).values())
     assert 20_000 <= tokens < 22_000
 
@@ -449,7 +463,7 @@ def test_what_is_read_ahead_of_max_tokens_is_no_duplicate(tmp_path, tokenizer, m
     """Two equal sources: the second stores what comes after the first's documents, none between them missing."""
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
     documents = some_documents(3000)
-    d.prepare({"one": documents, "two": documents}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    d.prepare({"one": documents, "two": documents}, tmp_path / "set", tokenizer, d.DataOptions(max_tokens=20_000))
     stored = []
     for name in ("one", "two"):
         for split in d.load_source(tmp_path / "set" / name, tokenizer).values():
@@ -460,7 +474,7 @@ def test_what_is_read_ahead_of_max_tokens_is_no_duplicate(tmp_path, tokenizer, m
 def test_max_tokens_of_one_long_text_holds_something_out(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(d, "JOB_BYTES", 1500)
     (tmp_path / "long.txt").write_text("\n\n".join(text for _, text in some_documents(9000)))
-    d.prepare({"long": Source(tmp_path / "long.txt")}, tmp_path / "set", tokenizer, max_tokens=20_000)
+    d.prepare({"long": Source(tmp_path / "long.txt")}, tmp_path / "set", tokenizer, d.DataOptions(max_tokens=20_000))
     assert all(len(split.starts) > 1 for split in d.load_source(tmp_path / "set/long", tokenizer).values())
 
 

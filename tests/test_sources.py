@@ -468,10 +468,10 @@ def test_absurd_amounts_are_a_sentence(tmp_path, flags):
 def test_names_of_sources(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "a.jsonl", DOCUMENTS)
-    assert {name: source.where for name, source in d.named_sources(["a.jsonl", "web=a.jsonl"], "text").items()} == {
-        "a": "a.jsonl", "web": "a.jsonl"}
+    named = d.named_sources(["a.jsonl", "web=a.jsonl"], d.DataOptions())
+    assert {name: source.where for name, source in named.items()} == {"a": "a.jsonl", "web": "a.jsonl"}
     for words in (["a.jsonl", "a.jsonl"], ["b c=a.jsonl"], ["=a.jsonl"]):
         with pytest.raises(UserError, match="NAME=PATH"):
-            d.named_sources(words, "text")
+            d.named_sources(words, d.DataOptions())
     with pytest.raises(UserError, match="nothing to read at nowhere"):
-        d.named_sources(["nowhere"], "text")
+        d.named_sources(["nowhere"], d.DataOptions())
