@@ -32,7 +32,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -94,8 +93,8 @@ def log_likelihoods(model, pairs):
         for i, logits in zip(chosen, model(inputs)):
             targets = ids[i][-len(pairs[i][1]):]
             logits = logits[:len(ids[i]) - 1][-len(targets):]  # [targets, V]
-            nats = F.cross_entropy(logits.float(), targets, reduction="sum").item()
-            scores[i] = -nats, bool((logits.argmax(-1) == targets).all())
+            log_p = logits.float().log_softmax(-1)[range(len(targets)), targets].sum().item()
+            scores[i] = log_p, bool((logits.argmax(-1) == targets).all())
     return [scores[i] for i in range(len(ids))]
 
 

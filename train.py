@@ -222,8 +222,8 @@ class Run:
 def update(run, losses, rate):
     """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns, of a piece,
     what is minimised, z-loss and routing loss included, and its share of the batch's mean loss, for the log. The
-    `Report` has sums over all processes:
-    loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not finite, none changes its weights."""
+    `Report` has sums over all processes: loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not
+    finite, none changes its weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate

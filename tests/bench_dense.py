@@ -40,7 +40,12 @@ def main() -> None:
     for _ in range(int(sys.argv[2]) if sys.argv[2:] else 120):
         for module, model, optimizer, times in jobs:
             begin = time.perf_counter()
-            (module.cross_entropy(model(tokens, starts), tokens) / tokens.numel()).backward()
+            if hasattr(module, "cross_entropy"):  # a checkout from before the fused head
+                loss = module.cross_entropy(model(tokens, starts), tokens)
+            else:
+                loss, _ = model(tokens, starts, targets=tokens)
+            (loss / tokens.numel()).backward()
+            del loss
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - begin)
