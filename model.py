@@ -56,6 +56,8 @@ class ModelConfig:
     tie_word_embeddings: bool = option(True, "one matrix for input embedding and output head")
     rms_norm_eps: float = amount(1e-6, "added to the mean square before its root", 1e-12)
     initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
+    initializer: str = option("normal", "or scaled: what writes to the residual stream is smaller, / sqrt(2 layers)",
+                              choices=("normal", "scaled"))
     # attention
     layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)")
     sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
@@ -861,11 +863,13 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
         self.mixtures = [module for module in self.modules() if isinstance(module, MoE)]
         std = config.initializer_range or config.hidden_size ** -0.5
+        scale = (2 * config.num_hidden_layers) ** -0.5 if config.initializer == "scaled" else 1.0  # GPT-2
         for name, parameter in self.named_parameters():
             if name.endswith((".bias", "_proj_bias")):
                 nn.init.zeros_(parameter)
             elif parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2: a plain normal is more stable than scaled ones
-                nn.init.normal_(parameter, std=std)
+                writes = name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj"))
+                nn.init.normal_(parameter, std=std * scale if writes else std)
 
     def compile_blocks(self, backend="inductor"):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
