@@ -246,7 +246,8 @@ def poisoned_losses(run, step, poison):
 # The brief's causes of spikes: {cause: (the flags that bring it about, the flags of each fix)}. Bad data is no flag:
 # random tokens in 4 % of the batches, 80 % of the way. What a fix sets again overrides the cause.
 CAUSES = {
-    "rate": ("learning_rate=1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150", "guard=rewind"]),
+    "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
+                                   "learning_rate=1", "learning_rate=1 guard=rewind"]),
     "data": ("", ["guard=skip", "guard=rewind", "clip=0.1"]),
     "init": ("initializer_range=0.5", ["initializer=scaled", "initializer_range=0.02",
                                        "initializer_range=0.02 initializer=scaled", "qk_norm=true", "clip=0.1"]),

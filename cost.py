@@ -191,7 +191,8 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
     what = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     known = next((flops for part, (flops, _) in GPUS.items() if part in what), 0.0)
-    peak = known or matmul_flops(device, chosen, 8192 if device == "cuda" else 2048)
+    dtype = torch.float32 if device == "cpu" and chosen == torch.float16 else chosen  # as `model.multiply` does
+    peak = known or matmul_flops(device, dtype, 8192 if device == "cuda" else 2048)
     if device != "cuda":
         keep_freed_memory()
     reason = f"{what}; {str(chosen)[6:]} ({why}); compile {'on' if compiled else 'off'}"

@@ -499,10 +499,18 @@ class KVCache:
 
 # ---- the modules ----------------------------------------------------------------------------------------------
 
+def multiply(x, weight, bias=None):
+    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides. Most CPUs take
+    hundreds of times longer in float16: there the products are float32's, rounded."""
+    if x.dtype == torch.float16 and x.device.type == "cpu":
+        return multiply(x.float(), weight.half().float(), bias).half()
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class Linear(nn.Linear):
-    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides."""
+    """`multiply` with a weight of its own."""
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return multiply(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -925,7 +933,7 @@ class GPT(nn.Module):
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits = F.linear(x, head.weight.to(x.dtype))  # [B, T, V]
+        logits = multiply(x, head.weight)  # [B, T, V]
         if cap := self.config.final_logit_softcapping:
             logits = cap * torch.tanh(logits / cap)
         return logits

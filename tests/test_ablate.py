@@ -174,14 +174,38 @@ def test_rewinding_past_poisoned_batches(here):
     """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
                           ablate.AblationOptions())
-    assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.01 * found["clean"], found
-    log = log_of(Path("runs/spikes/rewind"))
+    loss = {name: score for name, (score, _) in found.items()}
+    assert loss["cause"] > 1.02 * loss["clean"] and loss["guard=rewind"] < 1.01 * loss["clean"], found
+    assert found["clean"][1] == "none" and found["cause"][1] == "slow" and "rewound to" in found["guard=rewind"][1]
+    assert any(entry.get("dropped") for entry in log_of(Path("runs/spikes/guard=skip")))
+    log = log_of(Path("runs/spikes/guard=rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
     skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
     assert rewinds and not skipped & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 300}
     dtypes = {train.read_recipe(Path("runs/spikes") / name)[0].dtype for name in found}
     assert dtypes == {"float32"}
     assert Path("runs/spikes/spikes.png").exists() == bool(find_spec("matplotlib"))
+
+
+@pytest.mark.parametrize("cause, healed, sick, went", [
+    ("rate", ["learning_rate=0.01"], "learning_rate=1", "diverged"),
+    ("init", ["initializer_range=0.02"], "cause", "diverged"),
+    ("precision", ["dtype=bfloat16", "dtype=float32"], "cause", "")])
+def test_causes_and_what_heals_them(here, cause, healed, sick, went):
+    """In miniature, the fix that removes a cause ends near the clean run, and the cause does not."""
+    found = ablate.spikes([*TINY, "--eval-tokens", "4000"], ablate.AblationOptions(cause=cause))
+    print(found)
+    assert list(found) == ["clean", "cause", *ablate.CAUSES[cause][1]]
+    assert all(found[name][0] < 1.05 * found["clean"][0] for name in healed), found
+    assert not found[sick][0] < 1.05 * found["clean"][0] and went in found[sick][1], found
+
+
+def test_a_run_that_stops_is_a_line_of_the_table(here, monkeypatch):
+    """A loss that is not finite, and rewinds that do not help, end their own arm alone."""
+    monkeypatch.setitem(ablate.CAUSES, "rate", ("learning_rate=1e20", ["learning_rate=0.003"]))
+    found = ablate.spikes(TINY, ablate.AblationOptions(cause="rate"))
+    assert "not recovered: stopped at step" in found["cause"][1] and math.isnan(found["cause"][0])
+    assert found["learning_rate=0.003"] == found["clean"]
 
 
 # ---- the batch size at a checkpoint ---------------------------------------------------------------------------
