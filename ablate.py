@@ -256,8 +256,8 @@ CAUSES = {
 
 
 def train_spiking(recipe, folder, resume, poison):
-    """Trains a recipe; returns the run, its held-out bits per byte (nan if it was stopped), and how it went in words,
-    from what its guard logged."""
+    """Trains a recipe; returns the run, its held-out bits per byte (nan if it was stopped), and how its spikes ended,
+    in the words of its guard."""
     run, loss, stopped = prepared(recipe, folder, resume), math.nan, []
     try:
         loss = trained(run, lambda run, step: poisoned_losses(run, step, poison))
@@ -266,7 +266,7 @@ def train_spiking(recipe, folder, resume, poison):
     events = run.log.events
     went = [event["kind"] for event in events if "kind" in event] + ["not recovered"] * (run.guard.began is not None)
     went += [f"rewound to step {event['to']}" for event in events if event["event"] == "rewind"]
-    return run, loss, ", ".join(went + stopped)
+    return run, loss, went + stopped
 
 
 def spikes(words, o):
@@ -278,7 +278,8 @@ def spikes(words, o):
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * base.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps)) if o.cause == "data" else range(0)
     what = f"random tokens in steps {poison[0] + 1} to {poison[-1] + 1}" if poison else cause
-    print(f"cause     {what}; {steps} steps; runs are in {root}\n{'':42}bits per byte   to clean  largest loss  spikes")
+    print(f"cause     {what}; {steps} steps; runs are in {root}\n"
+          f"{'':42}bits per byte   to clean  largest loss  how it went")
     words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]
     for name in ("clean", "cause", *fixes):
         flags = {"clean": "", "cause": cause}.get(name, f"{cause} {name}").split()
@@ -292,7 +293,8 @@ def spikes(words, o):
         points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if entry.get("loss")]
         worse = loss / found.get("clean", (loss,))[0] - 1
         lines[f"{name}: {worse:+.1%}"] = tuple(zip(*points))
-        found[name] = loss, went or ("plateaued higher" if worse > 0.05 else "none")
+        went += ["plateaued higher"] * (worse > 0.05)
+        found[name] = loss, ", ".join(went) or "no spike"
         train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{max(y for _, y in points):14.2f}  {found[name][1]}")
     draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token", yscale="log")
     return found
@@ -397,8 +399,9 @@ def noise(words, o):
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low high steps"), "spikes": (spikes, "cause"),
-            "fit": (fit_ladder, ""), "branch": (branch, "doublings epsilon read"), "noise": (noise, "read")}
+COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low high steps"),
+            "spikes": (spikes, "cause"), "fit": (fit_ladder, ""), "branch": (branch, "doublings epsilon read"),
+            "noise": (noise, "read")}
 
 
 def main():

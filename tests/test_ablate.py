@@ -176,7 +176,7 @@ def test_rewinding_past_poisoned_batches(here):
                           ablate.AblationOptions())
     loss = {name: score for name, (score, _) in found.items()}
     assert loss["cause"] > 1.02 * loss["clean"] and loss["guard=rewind"] < 1.01 * loss["clean"], found
-    assert found["clean"][1] == "none" and found["cause"][1] == "slow" and "rewound to" in found["guard=rewind"][1]
+    assert found["clean"][1] == "no spike" and found["cause"][1] == "slow" and "rewound to" in found["guard=rewind"][1]
     assert any(entry.get("dropped") for entry in log_of(Path("runs/spikes/guard=skip")))
     log = log_of(Path("runs/spikes/guard=rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
@@ -187,17 +187,25 @@ def test_rewinding_past_poisoned_batches(here):
     assert Path("runs/spikes/spikes.png").exists() == bool(find_spec("matplotlib"))
 
 
-@pytest.mark.parametrize("cause, healed, sick, went", [
-    ("rate", ["learning_rate=0.01"], "learning_rate=1", "diverged"),
-    ("init", ["initializer_range=0.02"], "cause", "diverged"),
-    ("precision", ["dtype=bfloat16", "dtype=float32"], "cause", "")])
-def test_causes_and_what_heals_them(here, cause, healed, sick, went):
-    """In miniature, the fix that removes a cause ends near the clean run, and the cause does not."""
-    found = ablate.spikes([*TINY, "--eval-tokens", "4000"], ablate.AblationOptions(cause=cause))
-    print(found)
-    assert list(found) == ["clean", "cause", *ablate.CAUSES[cause][1]]
-    assert all(found[name][0] < 1.05 * found["clean"][0] for name in healed), found
-    assert not found[sick][0] < 1.05 * found["clean"][0] and went in found[sick][1], found
+@pytest.mark.parametrize("cause, culprit, fix", [("rate", "learning_rate=0.3", "learning_rate=0.01"),
+                                                 ("init", "initializer_range=0.5", "initializer_range=0.05")])
+def test_causes_and_their_fixes(here, monkeypatch, cause, culprit, fix):
+    """In miniature, the run with the cause ends much worse than the clean one, and the fix takes most of that back."""
+    assert all(recipe(*(f"--{flag}" for flag in flags.split()))
+               for first, fixes in ablate.CAUSES.values() for flags in (first, *fixes))
+    monkeypatch.setitem(ablate.CAUSES, cause, (culprit, [fix]))
+    found = ablate.spikes(TINY, ablate.AblationOptions(cause=cause))
+    (clean, went), (bad, spoiled), (fixed, _) = found.values()
+    assert list(found) == ["clean", "cause", fix] and went == "no spike" and spoiled.endswith("plateaued higher")
+    assert bad > 1.1 * clean and fixed < clean + (bad - clean) / 4, found
+
+
+def test_float16_is_an_arm_like_others(here, capsys):
+    found = ablate.spikes(TINY, ablate.AblationOptions(cause="precision"))
+    assert train.read_recipe(Path("runs/spikes/cause"))[0].dtype == "float16"
+    assert found["dtype=float32"] == found["clean"] and found["cause"] != found["clean"] != found["dtype=bfloat16"]
+    table = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " no spike" in line]
+    assert table == list(found)
 
 
 def test_a_run_that_stops_is_a_line_of_the_table(here, monkeypatch):
