@@ -243,15 +243,17 @@ def poisoned_losses(run, step, poison):
     return train.pretraining_losses(replace(run, loader=SimpleNamespace(get=load)) if step in poison else run, step)
 
 
-# The brief's causes of spikes: {cause: (the flags that bring it about, the flags of each fix)}. Bad data is no flag:
-# random tokens in 4 % of the batches, 80 % of the way. What a fix sets again overrides the cause.
+# The playbook's causes of spikes: {cause: (the flags that bring it about, what is tried on top of them: fixes, and more
+# of the same)}. What is set again overrides the cause. Bad data is no flag: random tokens in 4 % of the batches, 80 % of
+# the way. float16 loses small gradients in silence; at a rate where bfloat16 survives, it overflows.
 CAUSES = {
     "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
                                    "learning_rate=1", "learning_rate=1 guard=rewind"]),
     "data": ("", ["guard=skip", "guard=rewind", "clip=0.1"]),
     "init": ("initializer_range=0.5", ["initializer=scaled", "initializer_range=0.02",
                                        "initializer_range=0.02 initializer=scaled", "qk_norm=true", "clip=0.1"]),
-    "precision": ("dtype=float16", ["dtype=bfloat16", "dtype=float32"]),
+    "precision": ("dtype=float16", ["dtype=bfloat16", "dtype=float32", "learning_rate=1",
+                                    "learning_rate=1 dtype=bfloat16"]),
 }
 
 
@@ -295,7 +297,8 @@ def spikes(words, o):
         lines[f"{name}: {worse:+.1%}"] = tuple(zip(*points))
         went += ["plateaued higher"] * (worse > 0.05)
         found[name] = loss, ", ".join(went) or "no spike"
-        train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{max(y for _, y in points):14.2f}  {found[name][1]}")
+        largest = max((y for _, y in points), default=math.nan)
+        train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{largest:14.2f}  {found[name][1]}")
     draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token", yscale="log")
     return found
 

@@ -200,7 +200,8 @@ def test_causes_and_their_fixes(here, monkeypatch, cause, culprit, fix):
     assert bad > 1.1 * clean and fixed < clean + (bad - clean) / 4, found
 
 
-def test_float16_is_an_arm_like_others(here, capsys):
+def test_float16_is_an_arm_like_others(here, capsys, monkeypatch):
+    monkeypatch.setitem(ablate.CAUSES, "precision", ("dtype=float16", ["dtype=bfloat16", "dtype=float32"]))
     found = ablate.spikes(TINY, ablate.AblationOptions(cause="precision"))
     assert train.read_recipe(Path("runs/spikes/cause"))[0].dtype == "float16"
     assert found["dtype=float32"] == found["clean"] and found["cause"] != found["clean"] != found["dtype=bfloat16"]
