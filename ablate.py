@@ -243,9 +243,9 @@ def poisoned_losses(run, step, poison):
     return train.pretraining_losses(replace(run, loader=SimpleNamespace(get=load)) if step in poison else run, step)
 
 
-# The playbook's causes of spikes: {cause: (the flags that bring it about, what is tried on top of them: fixes, and more
-# of the same)}. What is set again overrides the cause. Bad data is no flag: random tokens in 4 % of the batches, 80 % of
-# the way. float16 loses small gradients in silence; at a rate where bfloat16 survives, it overflows.
+# The playbook's causes of spikes: {cause: (the flags that bring it about, what is tried on top of them: fixes, and
+# more of the same)}. What is set again overrides the cause. Bad data is no flag: random tokens in 4 % of the batches,
+# 80 % of the way. float16 loses small gradients in silence; at a rate that bfloat16 survives, it overflows.
 CAUSES = {
     "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
                                    "learning_rate=1", "learning_rate=1 guard=rewind"]),
