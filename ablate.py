@@ -275,7 +275,7 @@ def spikes(words, o):
     """Trains a recipe as it is (`clean`), with a cause of CAUSES (`cause`), and with each of its fixes; all that comes
     before bad data is trained once. Prints a table, draws the losses; returns {arm: (bits per byte, how it went)}."""
     (cause, fixes), root, base, lines, found = CAUSES[o.cause], new_run_folder("spikes"), recipe_from(words), {}, {}
-    tokens = base.tokens or 200 * base.batch_tokens
+    tokens = base.tokens or 200 * base.batch_tokens * (o.cause != "data")  # bad data: all of the recipe
     if (steps := prepared(replace(base, tokens=tokens)).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * base.batch_tokens} or more")
     poison = range(round(0.8 * steps), round(0.84 * steps)) if o.cause == "data" else range(0)
