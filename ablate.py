@@ -294,9 +294,9 @@ def spikes(words, o):
         run, loss, went = train_spiking(recipe, root / name, late, poison if late else range(0))
         points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if entry.get("loss")]
         worse = loss / found.get("clean", (loss,))[0] - 1
-        lines[f"{name}: {worse:+.1%}"] = tuple(zip(*points))
         went += ["plateaued higher"] * (worse > 0.05)
         found[name] = loss, ", ".join(went) or "no spike"
+        lines[f"{name}: {found[name][1]}"] = tuple(zip(*points))
         largest = max((y for _, y in points), default=math.nan)
         train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{largest:14.2f}  {found[name][1]}")
     draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token", yscale="log")
