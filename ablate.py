@@ -5,7 +5,7 @@ would train, in one process; the first four take its recipe and flags, too.
 
     python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # each alone, and the seeds' noise
     python ablate.py lr-range laptop        # one short run whose rate grows until the loss diverges
-    python ablate.py spikes laptop          # what a stretch of broken data costs, and what a guard saves
+    python ablate.py spikes laptop --cause rate    # what causes of loss spikes cost: rate, data, init, precision
     python ablate.py fit                    # a ladder of sizes and its scaling law
     python ablate.py branch runs/laptop     # the critical batch size at its newest checkpoint
     python ablate.py noise runs/laptop      # the gradient noise scale there, without training
@@ -48,6 +48,7 @@ class AblationOptions:
     low: float = option(1e-4, "lr-range: first rate", 1e-12)
     high: float = option(1.0, "lr-range: last rate", 1e-12)
     steps: int = option(200, "lr-range: updates", 20)
+    cause: str = option("data", "spikes: what brings them about", choices=("rate", "data", "init", "precision"))
     doublings: int = option(3, "branch: how often the batch is doubled", 1, 20)
     epsilon: float = option(0.01, "branch: bits per byte that a larger batch may lose", 0)
     read: float = option(2e5, "branch and noise: tokens to read", 1)
@@ -242,29 +243,64 @@ def poisoned_losses(run, step, poison):
     return train.pretraining_losses(replace(run, loader=SimpleNamespace(get=load)) if step in poison else run, step)
 
 
+# The playbook's causes of spikes: {cause: (the flags that bring it about, what is tried on top of them: fixes, and
+# more of the same)}. What is set again overrides the cause. Bad data is no flag: random tokens in 4 % of the batches,
+# 80 % of the way. float16 loses small gradients in silence; at a rate that bfloat16 survives, it overflows.
+CAUSES = {
+    "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
+                                   "learning_rate=1", "learning_rate=1 guard=rewind"]),
+    "data": ("", ["guard=skip", "guard=rewind", "clip=0.1"]),
+    "init": ("initializer_range=0.5", ["initializer=scaled", "initializer_range=0.02",
+                                       "initializer_range=0.02 initializer=scaled", "qk_norm=true", "clip=0.1"]),
+    "precision": ("dtype=float16", ["dtype=bfloat16", "dtype=float32", "learning_rate=1",
+                                    "learning_rate=1 dtype=bfloat16"]),
+}
+
+
+def train_spiking(recipe, folder, resume, poison):
+    """Trains a recipe; returns the run, its held-out bits per byte (nan if it was stopped), and how its spikes ended,
+    in the words of its guard."""
+    run, loss, stopped = prepared(recipe, folder, resume), math.nan, []
+    try:
+        loss = trained(run, lambda run, step: poisoned_losses(run, step, poison))
+    except train.Diverged:
+        stopped = [f"not recovered: stopped at step {run.step}"]
+    events = run.log.events
+    went = [event["kind"] for event in events if "kind" in event] + ["not recovered"] * (run.guard.began is not None)
+    went += [f"rewound to step {event['to']}" for event in events if event["event"] == "rewind"]
+    return run, loss, went + stopped
+
+
 def spikes(words, o):
-    """Trains on clean data; then twice from a checkpoint before the poison, 4 % of the batches at 80 % of the run:
-    with nothing done about it, and with `--guard rewind`. Prints and returns {name: held-out bits per byte}."""
-    root, recipe, lines, losses = new_run_folder("spikes"), recipe_from(words), {}, {}
-    if (steps := prepared(recipe).steps) < 200:
-        raise UserError(f"{steps} steps are too few for this; give --tokens {200 * recipe.batch_tokens} or more")
-    poison = range(round(0.8 * steps), round(0.84 * steps))
-    print(f"poison    random tokens in steps {poison[0] + 1} to {poison[-1] + 1} of {steps}; runs are in {root}")
-    for name, guard, bad in (("clean", "warn", range(0)), ("poisoned", "warn", poison), ("rewind", "rewind", poison)):
-        train.say(f"training  {name}")
-        if bad:
+    """Trains a recipe as it is (`clean`), with a cause of CAUSES (`cause`), and with each of its fixes; all that comes
+    before bad data is trained once. Prints a table, draws the losses; returns {arm: (bits per byte, how it went)}."""
+    (cause, fixes), root, base, lines, found = CAUSES[o.cause], new_run_folder("spikes"), recipe_from(words), {}, {}
+    tokens = base.tokens or 200 * base.batch_tokens * (o.cause != "data")  # bad data: all of the recipe
+    if (steps := prepared(replace(base, tokens=tokens)).steps) < 200:
+        raise UserError(f"{steps} steps are too few for this; give --tokens {200 * base.batch_tokens} or more")
+    poison = range(round(0.8 * steps), round(0.84 * steps)) if o.cause == "data" else range(0)
+    what = f"random tokens in steps {poison[0] + 1} to {poison[-1] + 1}" if poison else cause
+    print(f"cause     {what}; {steps} steps; runs are in {root}\n"
+          f"{'':42}bits per byte   to clean  largest loss  how it went")
+    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]
+    for name in ("clean", "cause", *fixes):
+        flags = {"clean": "", "cause": cause}.get(name, f"{cause} {name}").split()
+        recipe = replace(recipe_from([*words, *(f"--{flag}" for flag in flags)]),
+                         tokens=tokens, save_every=steps // 20, keep=20)
+        if late := bool(poison) and name != "clean":
             early = find_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
-        run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))
-        losses[name] = trained(run, lambda run, step: poisoned_losses(run, step, bad))
-        points = zip(*((entry["step"], entry["loss"]) for entry in run.log.entries() if "loss" in entry))
-        lines[f"{name}: {losses[name]:.3f} bits per byte"] = tuple(points)
-        rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
-        train.say(f"{name:10}{losses[name]:.4f} bits per byte, {losses[name] / losses['clean'] - 1:+.1%}"
-                  + f"; rewound to steps {rewinds}" * bool(rewinds))
-    draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token")
-    return losses
+        run, loss, went = train_spiking(recipe, root / name, late, poison if late else range(0))
+        points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if entry.get("loss")]
+        worse = loss / found.get("clean", (loss,))[0] - 1
+        went += ["plateaued higher"] * (worse > 0.05)
+        found[name] = loss, ", ".join(went) or "no spike"
+        lines[f"{name}: {found[name][1]}"] = tuple(zip(*points))
+        largest = max((y for _, y in points), default=math.nan)
+        train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{largest:14.2f}  {found[name][1]}")
+    draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token", yscale="log")
+    return found
 
 
 # (width, share of the tokens): several lengths at two widths, so that the law can tell tokens from parameters.
@@ -366,8 +402,9 @@ def noise(words, o):
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
-COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low high steps"), "spikes": (spikes, ""),
-            "fit": (fit_ladder, ""), "branch": (branch, "doublings epsilon read"), "noise": (noise, "read")}
+COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low high steps"),
+            "spikes": (spikes, "cause"), "fit": (fit_ladder, ""), "branch": (branch, "doublings epsilon read"),
+            "noise": (noise, "read")}
 
 
 def main():

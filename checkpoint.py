@@ -431,7 +431,7 @@ def config_from_hugging_face(hf):
 
 def _effective(c):
     """What a config computes: without the fields of training and those that change nothing here."""
-    unused = "initializer_range router_aux_loss_coef router_bias_update_rate router_z_loss_coef".split()
+    unused = "initializer initializer_range router_aux_loss_coef router_bias_update_rate router_z_loss_coef".split()
     unused += ["intermediate_size"] * (c.num_experts > 0 and not c.first_k_dense_replace)
     unused += ["num_key_value_heads"] * (c.kv_lora_rank > 0) + ["sliding_window"] * ("sliding" not in c.layer_types)
     layers, shared = range(c.num_hidden_layers), c.n_shared_experts * c.moe_intermediate_size

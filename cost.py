@@ -78,7 +78,8 @@ def training_memory(config, rows, context, compute_bytes=2, device="cuda", accum
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     b, N, cast = compute_bytes, rows * context, compute_bytes < 4
     norm = 2 * b if device == "cuda" else b + 8  # bytes an element; a CPU keeps the fp32 steps of a norm
-    scores = b * context if device == "cpu" and context <= DENSE_ROWS[b] else 4  # kept, or their logarithmic sums
+    short = context <= DENSE_ROWS[torch.bfloat16 if cast else torch.float32]
+    scores = b * context if device == "cpu" and short else 4  # kept, or their logarithmic sums
     block = 2 * C * norm + b * (2 * q + 2 * kv + 4 * M) + config.num_attention_heads * scores  # bytes a token
     if config.qk_norm:
         block += (q + kv) * (norm - b)  # RoPE no longer keeps its input
@@ -203,7 +204,8 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
     torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds an attention plan for each new length
     what = torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     known = next((flops for part, (flops, _) in GPUS.items() if part in what), 0.0)
-    peak = known or matmul_flops(device, chosen, 8192 if device == "cuda" else 2048)
+    dtype = torch.float32 if device == "cpu" and chosen == torch.float16 else chosen  # as `model.multiply` does
+    peak = known or matmul_flops(device, dtype, 8192 if device == "cuda" else 2048)
     if device != "cuda":
         keep_freed_memory()
     reason = f"{what}; {str(chosen)[6:]} ({why}){kernels}; compile {'on' if compiled else 'off'}"

@@ -57,6 +57,8 @@ class ModelConfig:
     tie_word_embeddings: bool = option(True, "one matrix for input embedding and output head")
     rms_norm_eps: float = amount(1e-6, "added to the mean square before its root", 1e-12)
     initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
+    initializer: str = option("normal", "or scaled: what writes to the residual stream is smaller, / sqrt(2 layers)",
+                              choices=("normal", "scaled"))
     # attention
     layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)")
     sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
@@ -249,9 +251,9 @@ def repeated(x, heads):
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
-# Bytes of a number -> the longest rows in which a CPU's batched products are faster than its flash kernel, which runs
-# once per document: up to 5 times with bfloat16.
-DENSE_ROWS = {2: 512, 4: 128}
+# The longest rows in which a CPU's batched products are faster than its flash kernel, which runs once per document: up
+# to 5 times with bfloat16.
+DENSE_ROWS = {torch.bfloat16: 512, torch.float32: 128}
 
 
 def dense_attention(q, k, v, visible, bias=None, sink=None):
@@ -388,7 +390,7 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
     if _watched is not None and layout.end == T:
         _watched[0].append(attention_extremes(q, k, layout.positions, window, chunk))
     starts = layout.chunks if chunk else layout.cu_seqlens
-    short = q.is_cpu and sink is None and 1 < T == S <= DENSE_ROWS.get(q.element_size(), 0)
+    short = q.is_cpu and sink is None and 1 < T == S <= DENSE_ROWS.get(q.dtype, 0)
     if bias is None and starts is not None and not short:
         if q.is_cpu or q.is_cuda and q.element_size() == 2 and q.shape[-1] % 8 == 0:  # what the kernels support
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
@@ -544,10 +546,18 @@ class KVCache:
 
 # ---- the modules ----------------------------------------------------------------------------------------------
 
+def multiply(x, weight, bias=None):
+    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides. Most CPUs take
+    hundreds of times longer in float16: there the products are float32's, rounded."""
+    if x.dtype == torch.float16 and x.device.type == "cpu":
+        return multiply(x.float(), weight.half().float(), bias).half()
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 class Linear(nn.Linear):
-    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides."""
+    """`multiply` with a weight of its own."""
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return multiply(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -958,11 +968,13 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False)
         self.mixtures = [module for module in self.modules() if isinstance(module, MoE)]
         std = config.initializer_range or config.hidden_size ** -0.5
+        scale = (2 * config.num_hidden_layers) ** -0.5 if config.initializer == "scaled" else 1.0  # GPT-2
         for name, parameter in self.named_parameters():
             if name.endswith((".bias", "_proj_bias")):
                 nn.init.zeros_(parameter)
             elif parameter.ndim >= 2 and "conv1d" not in name:  # OLMo 2: a plain normal is more stable than scaled ones
-                nn.init.normal_(parameter, std=std)
+                writes = name.removesuffix(".weight").endswith(("o_proj", "out_proj", "down_proj"))
+                nn.init.normal_(parameter, std=std * scale if writes else std)
 
     def compile_blocks(self, backend="inductor"):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
@@ -1025,6 +1037,7 @@ class GPT(nn.Module):
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        x = x.float() if x.is_cpu and x.dtype == torch.float16 else x  # see `multiply`
         cap = self.config.final_logit_softcapping
         if targets is None:
             return soft_capped(F.linear(x, head.weight.to(x.dtype)), cap)  # [B, T, V]

@@ -89,7 +89,8 @@ class Recipe:
     start: str = option("", "a run or checkpoint whose weights and moments a new run begins with")
     seed: int = option(0, "of the weights and the order of the data", 0, 2**63 - 1)
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
-    dtype: str = option("auto", "of the matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
+    dtype: str = option("auto", "of the matrix products; weights are float32; float16 shows why nobody trains with it",
+                        choices=("auto", "bfloat16", "float32", "float16"))
     compile: str = option("auto", "torch.compile of every block", choices=("auto", "true", "false"))
     parallel: str = option("auto", "fsdp shards weights, gradients and moments", choices=("auto", "ddp", "fsdp"))
     activation_checkpointing: bool = option(False, "compute blocks twice instead of keeping their activations")
@@ -285,7 +286,7 @@ class Interrupted(Exception):
 
 
 class Diverged(UserError):
-    """A loss or a gradient is not finite."""
+    """A loss or a gradient is not finite, or rewinds did not help."""
 
 
 def train(run, losses_of=pretraining_losses, evaluate=None):
@@ -345,12 +346,15 @@ def enter_stage(run):
 
 
 def go_back(run, event):
-    """Rewinds a run to a checkpoint from before a spike, and has its guard skip the batches around it."""
+    """Rewinds a run to a checkpoint from before a spike, and has its guard skip the batches around it. PaLM (Chowdhery
+    et al. 2022, section 5.1) trained on such batches again from another, earlier checkpoint and saw no spike: it takes
+    certain batches and a certain state of the weights together. So the weights meet other batches, which is enough, and
+    the skipped ones need not be bad data."""
     guard, began, at = run.guard, event["began"], event["step"]
     rewinds = guard.rewinds + 1 if began <= guard.tight_until else 1  # the same trouble, or a new one
     what = f"step {at:,}: the loss has not recovered from the spike at step {began:,}"
     if rewinds > Guard.TRIES:
-        raise UserError(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove checkpoints "
+        raise Diverged(f"{what}, and {Guard.TRIES} rewinds did not help, so it is not the data; remove checkpoints "
                         "from that step on and --resume with a lower --learning_rate or --clip")
     margin = Guard.MARGIN * 2 ** (rewinds - 1)
     gap = [began - 1 - margin, min(at + margin, run.steps - 1)]

@@ -173,14 +173,47 @@ def test_rewinding_past_poisoned_batches(here):
     """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
                           ablate.AblationOptions())
-    assert found["poisoned"] > 1.02 * found["clean"] and found["rewind"] < 1.015 * found["clean"], found
-    log = log_of(Path("runs/spikes/rewind"))
+    loss = {name: score for name, (score, _) in found.items()}
+    assert loss["cause"] > 1.02 * loss["clean"] and loss["guard=rewind"] < 1.015 * loss["clean"], found
+    assert found["clean"][1] == "no spike" and found["cause"][1] == "slow" and "rewound to" in found["guard=rewind"][1]
+    assert any(entry.get("dropped") for entry in log_of(Path("runs/spikes/guard=skip")))
+    log = log_of(Path("runs/spikes/guard=rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]
     skipped = {step for entry in rewinds for step in range(*entry["skipped"])}
     assert rewinds and not skipped & {entry["step"] - 1 for entry in log if "loss" in entry and entry["step"] > 300}
     dtypes = {train.read_recipe(Path("runs/spikes") / name)[0].dtype for name in found}
     assert dtypes == {"float32"}
     assert Path("runs/spikes/spikes.png").exists() == bool(find_spec("matplotlib"))
+
+
+@pytest.mark.parametrize("cause, culprit, fix", [("rate", "learning_rate=0.3", "learning_rate=0.01"),
+                                                 ("init", "initializer_range=0.5", "initializer_range=0.05")])
+def test_causes_and_their_fixes(here, monkeypatch, cause, culprit, fix):
+    """In miniature, the run with the cause ends much worse than the clean one, and the fix takes most of that back."""
+    assert all(recipe(*(f"--{flag}" for flag in flags.split()))
+               for first, fixes in ablate.CAUSES.values() for flags in (first, *fixes))
+    monkeypatch.setitem(ablate.CAUSES, cause, (culprit, [fix]))
+    found = ablate.spikes(TINY, ablate.AblationOptions(cause=cause))
+    (clean, went), (bad, spoiled), (fixed, _) = found.values()
+    assert list(found) == ["clean", "cause", fix] and went == "no spike" and spoiled.endswith("plateaued higher")
+    assert bad > 1.1 * clean and fixed < clean + (bad - clean) / 4, found
+
+
+def test_float16_is_an_arm_like_others(here, capsys, monkeypatch):
+    monkeypatch.setitem(ablate.CAUSES, "precision", ("dtype=float16", ["dtype=bfloat16", "dtype=float32"]))
+    found = ablate.spikes(TINY, ablate.AblationOptions(cause="precision"))
+    assert train.read_recipe(Path("runs/spikes/cause"))[0].dtype == "float16"
+    assert found["dtype=float32"] == found["clean"] and found["cause"] != found["clean"] != found["dtype=bfloat16"]
+    table = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " no spike" in line]
+    assert table == list(found)
+
+
+def test_a_run_that_stops_is_a_line_of_the_table(here, monkeypatch):
+    """A loss that is not finite, and rewinds that do not help, end their own arm alone."""
+    monkeypatch.setitem(ablate.CAUSES, "rate", ("learning_rate=1e20", ["learning_rate=0.003"]))
+    found = ablate.spikes(TINY, ablate.AblationOptions(cause="rate"))
+    assert "not recovered: stopped at step" in found["cause"][1] and math.isnan(found["cause"][0])
+    assert found["learning_rate=0.003"] == found["clean"]
 
 
 # ---- the batch size at a checkpoint ---------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from model import (
     ACTIVATIONS,
     GPT,
     KVCache,
+    Linear,
     MoE,
     ModelConfig,
     PRESETS,
@@ -640,6 +641,29 @@ def test_initialisation_is_normal_with_the_configured_deviation(given, deviation
             assert abs(parameter.std().item() - deviation) < 0.002 and abs(parameter.mean().item()) < 0.002, name
         else:
             assert (parameter == 1).all(), name
+
+
+def test_scaled_initialisation_by_hand():
+    """GPT-2: with 2 layers, four matrices write to the residual stream, each at half the deviation."""
+    config = ModelConfig(64, 256, 256, 2, 2, 1, initializer_range=0.08, initializer="scaled")
+    for more in ({}, {"num_experts": 2}, {"layer_types": "linear"}):
+        for name, parameter in GPT(config.change(**more)).named_parameters():
+            if parameter.ndim >= 2 and "conv1d" not in name:
+                writes = any(part in name for part in ("self_attn.o_proj", "linear_attn.out_proj", "mlp.down_proj",
+                                                       "experts.down_proj"))
+                assert parameter.std().item() == pytest.approx(0.04 if writes else 0.08, rel=0.1), name
+
+
+def test_float16_on_a_cpu_rounds_what_float32_computes():
+    """Values against torch's own float16, and gradients that are too small for it: they are gone."""
+    x, layer = torch.randn(8, 16).half().requires_grad_(), Linear(16, 4, True)
+    y = layer(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight.half(), layer.bias.half()))
+    y.backward(torch.full_like(y, 1e-4))
+    assert x.grad.dtype == torch.float16 and layer.weight.grad.dtype == torch.float32 and layer.weight.grad.any()
+    layer.zero_grad()
+    (1e-9 * layer(x).float()).sum().backward()
+    assert not layer.weight.grad.any()
 
 
 COMPILED = {
