@@ -586,9 +586,10 @@ def true_or_false(text):
     return bool(["false", "true"].index(text.lower()))
 
 
-def option(default, help, low=None, high=math.inf, choices=()):
-    """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+def option(default, help, low=None, high=math.inf, choices=(), group=""):
+    """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values. In
+    --help a `group` has this option and those that follow."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "group": group})
 
 
 def options_of(cls):
@@ -608,11 +609,12 @@ def check_options(config):
 
 
 def add_options(parser, *classes, without=()):
-    """A flag for each option of dataclasses, a group of flags per class; None for a flag that is not given."""
-    kinds = {bool: true_or_false, int: whole_number, float: number, str: str}
+    """A flag for each option of dataclasses, or of instances, whose values are then the defaults in --help; a flag that
+    is not given is None."""
+    kinds, group = {bool: true_or_false, int: whole_number, float: number, str: str}, parser
     for cls in classes:
-        group = parser.add_argument_group(cls.__name__)
         for name, (kind, rule) in options_of(cls).items():
+            group = parser.add_argument_group(rule["group"]) if rule["group"] else group
             if name not in without:
                 text = f"{rule['help']} (default: {getattr(cls, name)})".replace("%", "%%")
                 group.add_argument(f"--{name}", type=kinds[kind], help=text,
@@ -623,8 +625,10 @@ def parse_options(parser, argv, intermixed=False):
     """The command line, `intermixed`: flags may stand between names; UserError names the flag nearest to an unknown."""
     args, unknown = (parser.parse_known_intermixed_args if intermixed else parser.parse_known_args)(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), vars(args), 1)
-        hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, vars(args), 1)
+        hint = parser.aliases.get(name) or (
+            f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`")
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args
 
@@ -634,15 +638,18 @@ def given_options(args, cls):
 
 
 class Parser(argparse.ArgumentParser):
-    """Help as the file's docstring has it; dashes and underscores in flags are the same; no flag is guessed."""
-    def __init__(self, description="", **more):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **more)
+    """Help as the file's docstring has it; dashes and underscores in flags are the same; no flag is guessed. aliases:
+    {other names: the flag that means the same, or a sentence that says what to type instead}."""
+    def __init__(self, description="", aliases={}, **more):
+        self.aliases = {name: means for names, means in aliases.items() for name in names.split()}
+        super().__init__(description=description, allow_abbrev=False, formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, width=120, max_help_position=36), **more)
 
     def parse_known_args(self, args=None, namespace=None):
         names = [action.metavar or action.dest for action in self._get_positional_actions()]
         self.usage = " ".join(["python %(prog)s", *map(str.upper, names), "[--FLAG VALUE ...]"])  # not all 90 flags
         flags = self._option_string_actions
+        flags |= {f"--{name}": flags[f"--{ours}"] for name, ours in self.aliases.items() if f"--{ours}" in flags}
         for flag, action in [*flags.items()]:
             flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
         return super().parse_known_args(args, namespace)

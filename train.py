@@ -54,11 +54,12 @@ class Recipe:
     """One training run. Tokens are counted over all processes."""
     model: ModelConfig = PRESETS["laptop"]
     stages: tuple = ()  # of Stage
-    data: str = option("data/laptop", "prepared folders, separated by commas")
+    data: str = option("data/laptop", "prepared folders, separated by commas", group="data and length")
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
     micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0)
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=OPTIMIZERS)
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=OPTIMIZERS,
+                           group="optimizer and learning rate")
     learning_rate: float = option(3e-3, "peak rate", 1e-12, 1e30)
     schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=SCHEDULES)
     warmup_steps: int = option(50, "steps until the peak rate", 0)
@@ -70,10 +71,12 @@ class Recipe:
     beta2: float = option(0.95, "AdamW's memory of its square", 0, 0.999999)
     eps: float = option(1e-8, "added to AdamW's denominator", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e30)
-    z_loss: float = option(0.0, "weight of the mean squared log-partition of the output (OLMo 2: 1e-5)", 0, 1e6)
+    z_loss: float = option(0.0, "weight of the mean squared log-partition of the output (OLMo 2: 1e-5)", 0, 1e6,
+                           group="loss and sequences")
     packing: str = option("concat", "how documents become sequences", choices=PACKINGS)
     document_mask: bool = option(True, "attention stays inside each document")
-    eval_every: int = option(100, "steps between evaluations, each with a sample", 1)
+    eval_every: int = option(100, "steps between evaluations, each with a sample", 1,
+                            group="evaluations and checkpoints")
     eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
     eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,continuation")
     save_every: int = option(500, "steps between checkpoints", 1)
@@ -84,7 +87,7 @@ class Recipe:
     sample_prompt: str = option("", "text that samples continue; empty: the start of held-out documents")
     start: str = option("", "a run or checkpoint whose weights and moments a new run begins with")
     seed: int = option(0, "of the weights and the order of the data", 0, 2**63 - 1)
-    device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"), group="machine")
     dtype: str = option("auto", "of the matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: str = option("auto", "torch.compile of every block", choices=("auto", "true", "false"))
     parallel: str = option("auto", "fsdp shards weights, gradients and moments", choices=("auto", "ddp", "fsdp"))
@@ -744,10 +747,26 @@ def resumed(args, given, others, kind, allowed):
     return replace(saved, **given)
 
 
+# What nanoGPT and others call our flags, or what to type instead.
+ALIASES = {
+    "block_size context context_length seq_len": "max_position_embeddings",
+    "n_layer n_layers layers": "num_hidden_layers", "n_head n_heads heads": "num_attention_heads",
+    "n_embd d_model width": "hidden_size", "dataset": "data",
+    "lr": "learning_rate", "grad_clip": "clip", "warmup_iters": "warmup_steps", "eval_interval": "eval_every",
+    "max_iters max_steps iters steps": "steps follow from tokens: give --tokens N, where N is steps x --batch_tokens",
+    "batch_size": "a batch is counted in tokens: give --batch_tokens N, where N is sequences x context",
+    "gradient_accumulation_steps": "it follows from --batch_tokens and --micro_batch",
+    "epochs": "give --tokens N: the plan and `python data.py show` say how often that reads each source",
+    "min_lr": "give --final_share, the last rate as a share of the peak", "lr_decay_iters": "give --decay_share",
+    "dropout": "there is no dropout: a run that reads its data about once does not overfit; see --weight_decay",
+    "out_dir": "a run's folder is runs/NAME: give --name NAME", "init_from": "give --resume RUN, or --start RUN",
+    "wandb_log wandb": "give --log wandb", "eval_iters": "give --eval_tokens", "log_interval": "every step is logged"}
+
+
 def parse(argv):
     """The command line, and the recipe that it names with the flags applied."""
-    parser = Parser(__doc__, prog="train.py")
-    parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
+    parser = Parser(__doc__, ALIASES, prog="train.py")
+    parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES) + " (default: laptop; so are the defaults below)")
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--anneal", metavar="RUN", help="test --candidate, from this run or checkpoint on")
     parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
@@ -755,7 +774,7 @@ def parse(argv):
     parser.add_argument("--check", action="store_true", help="try all that could fail later, and say when it would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
     parser.add_argument("--model", metavar="PRESET", choices=PRESETS, help="architecture: " + ", ".join(PRESETS))
-    add_options(parser, Recipe, ModelConfig)
+    add_options(parser, RECIPES["laptop"], RECIPES["laptop"].model)
     args = parse_options(parser, argv)
     given, sizes = given_options(args, Recipe), given_options(args, ModelConfig)
     if args.resume:
