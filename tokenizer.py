@@ -14,6 +14,9 @@ split numbers into single digits, Llama 3 into groups of up to three.
 
     python data.py tokenizer PATH... --vocab-size 4096 --out DIR      # trains one on text of any kind
     python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each path
+
+A word is what stands between white space; in scripts that write no spaces (Chinese, Japanese, Thai, Lao, Khmer,
+Burmese, Tibetan) a character with the marks and punctuation after it. `fertility` counts with any tokenizer.json.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from dataclasses import field, fields
 from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -290,10 +294,7 @@ class Tokenizer:
             with reading(path, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR)."):
                 encoding = tiktoken.get_encoding(path)
             return cls(encoding._pat_str, encoding._mergeable_ranks, [], encoding._special_tokens)
-        if path.startswith("hf:"):
-            with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
-                from huggingface_hub import hf_hub_download
-                path = hf_hub_download(path[3:], "tokenizer.json")
+        path = downloaded(path)
         name, _, last = path.rpartition(":")
         pattern = PATTERNS.get(last) if name else None
         file = Path(name if pattern else path)
@@ -306,6 +307,15 @@ class Tokenizer:
                             f"{', '.join(PATTERNS)}), or make one with `python data.py tokenizer PATH --out DIR`.")
         with reading(file):
             return cls(pattern, *parse_tiktoken(file)) if pattern else cls(*parse_tokenizer_json(file))
+
+
+def downloaded(path):
+    """A path as it is, or the tokenizer.json of hf:ORG/NAME."""
+    if not path.startswith("hf:"):
+        return path
+    with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(path[3:], "tokenizer.json")
 
 
 def recover_merges(ranks):
@@ -514,10 +524,22 @@ class ChatFormat:
         return write
 
 
-# A word is a run of characters between white space. Scripts that write no spaces (Chinese, Japanese, Thai and the
-# like) count one word per character, with the marks and punctuation that follow it.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
+
+
+def load_any(name):
+    """A tokenizer to count with: ours or, for a tokenizer.json of another kind (Unigram, WordPiece, BPE of characters
+    with byte fallback), the `tokenizers` library's, with ids without control tokens. It has `encode` only."""
+    try:
+        return Tokenizer.load(name)
+    except UserError:
+        if not (file := Path(downloaded(name), "tokenizer.json")).exists() and not (file := file.parent).is_file():
+            raise
+    theirs = installed("tokenizers", f"{file}, no byte-level BPE of a known kind,")
+    with reading(file):
+        theirs = theirs.Tokenizer.from_file(str(file))
+    return SimpleNamespace(encode=lambda text: theirs.encode(text, add_special_tokens=False).ids)
 
 
 def fertility(tokenizer, text):
@@ -708,7 +730,7 @@ def main():
     names, paths = (names, paths) if paths else (names[:1], names[1:])
     if not paths:
         raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
-    tokenizers = [(name, Tokenizer.load(name)) for name in names]
+    tokenizers = [(name, load_any(name)) for name in names]
     print("    words  fertility     PCW  bytes/token  path, tokenizer")
     for path in paths:
         text = "\n".join(plain_texts(path))
