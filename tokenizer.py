@@ -534,7 +534,7 @@ def load_any(name):
     try:
         return Tokenizer.load(name)
     except UserError:
-        if not (file := Path(downloaded(name), "tokenizer.json")).exists() and not (file := file.parent).is_file():
+        if not (file := Path(downloaded(str(name)), "tokenizer.json")).exists() and not (file := file.parent).is_file():
             raise
     theirs = installed("tokenizers", f"{file}, no byte-level BPE of a known kind,")
     with reading(file):

@@ -530,8 +530,8 @@ def conclude(run):
             needs.append(f"{split.name} {8 * len(packed) / len(text):.3f}")
         print(f"compare   xz -9e needs for the same text: {', '.join(needs)}; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
-        print("          all held-out code, as measured once: this recipe 1.502; nanoGPT's for characters, trained on the "
-              "same text for as long, 1.916 (docs/results.md)")
+        print("          measured for all held-out code (docs/results.md): this recipe 1.502; nanoGPT's for "
+              "characters, trained on the same text for as long, 1.916")
 
 
 @torch.no_grad()
@@ -786,11 +786,10 @@ ALIASES = {
     "max_iters max_steps iters steps": "steps follow from tokens: give --tokens N, where N is steps x --batch_tokens",
     "batch_size": "a batch is counted in tokens: give --batch_tokens N, where N is sequences x context",
     "gradient_accumulation_steps": "it follows from --batch_tokens and --micro_batch",
-    "epochs": "give --tokens N: the plan and `python data.py show` say how often that reads each source",
-    "min_lr": "give --final_share, the last rate as a share of the peak", "lr_decay_iters": "give --decay_share",
+    "min_lr": "give --final_share, the last rate as a share of the peak",
     "dropout": "there is no dropout: a run that reads its data about once does not overfit; see --weight_decay",
     "out_dir": "a run's folder is runs/NAME: give --name NAME", "init_from": "give --resume RUN, or --start RUN",
-    "wandb_log wandb": "give --log wandb", "eval_iters": "give --eval_tokens", "log_interval": "every step is logged"}
+    "wandb_log": "give --log wandb", "eval_iters": "give --eval_tokens"}
 
 
 def parse(argv):
