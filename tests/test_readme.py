@@ -73,8 +73,8 @@ def test_command_of_the_pages(command, place, monkeypatch):
         assert posttrain.read_words(words)[1]
     elif name == "ablate":
         assert words[0] in ablate.COMMANDS and train.parse(words[1:2])[1]
-    elif name == "evals" or words[:2] == ["plan", "--minutes"] or name == "checkpoint" or {"prepare", "--chat"} & {*words}:
-        assert FILES[name].main  # half a minute; their own tests run them
+    elif name in ("evals", "checkpoint") or {"prepare", "--chat", "--minutes"} & {*words}:
+        pytest.skip("other tests run it on other data")
     else:
         done = call(FILES[name].main, *words)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
