@@ -108,3 +108,34 @@ def test_a_schedule_needs_one_line(monkeypatch):
         stages, ends, batches, stage = recipe.stages[:1], [10], [recipe.batch_tokens], lambda self, step: 0
 
     assert train.learning_rate(recipe, Whole(), 3) == pytest.approx(0.1)
+
+
+def test_nanogpts_flags(capsys):
+    """Those with the same meaning work; each other one says what to type, with a flag that exists."""
+    words = "--block-size 64 --n_layer=3 --n_head 2 --n-embd 64 --lr 1e-3 --eval_interval 7".split()
+    recipe = train.parse(words)[1]
+    found = recipe.model.max_position_embeddings, recipe.model.num_hidden_layers, recipe.model.hidden_size
+    assert found == (64, 3, 64) and recipe.learning_rate == 1e-3 and recipe.eval_every == 7
+    for flag in "--max_iters=2000", "--dropout=0.1", "--batch-size=12", "--wandb_log=True", "--out_dir=out":
+        with pytest.raises(tokenizer.UserError, match=f"^{flag} is not understood; ") as error:
+            train.parse([flag])
+        assert "see `python" not in str(error.value)
+
+
+def test_a_run_ends_with_what_to_compare_and_to_try(place, monkeypatch, capsys):
+    """xz's figure is of the evaluated text, and each of the commands that it prints is understood."""
+    import lzma
+
+    monkeypatch.chdir(place)
+    folder = Path("runs/end")
+    train.pretrain(train.parse([*TINY, "--tokens", "2560", "--data", "data/laptop", "--eval_tokens", "512"])[1], folder)
+    out = capsys.readouterr().out
+    made, sources = data.load_data("data/laptop", verify=False)
+    text = made.decode_bytes(id for id in sources[0]["val"].tokens[:512].tolist() if id != made.eos_id)
+    needs = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    assert f"same text: left {needs:.3f}" in out and "nanoGPT" not in out
+    assert out.partition("step 10")[2].count("  after ") == 3
+    commands = re.findall(r"^  python (\w+)\.py ([^#\n]*)", out.partition("Try next")[2], re.MULTILINE)
+    assert [name for name, _ in commands] == ["sample", "posttrain", "ablate"]
+    assert call(sample.main, *shlex.split(commands[0][1])).returncode == 0
+    assert posttrain.read_words(shlex.split(commands[1][1].partition(",")[0]))[1]
