@@ -38,15 +38,15 @@ ROPE = ("rope", "llama3", "yarn", "dual_chunk")
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
-def amount(default, help, low=0, high=1e6):
+def amount(default, help, low=0, high=1e6, group=""):
     """The option of a number; bounds keep absurd sizes from being allocated."""
-    return option(default, help, low, high)
+    return option(default, help, low, high, group=group)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """One decoder. Names are those of Hugging Face's config.json where it has them; a 0 often means "derive it"."""
-    vocab_size: int = amount(4096, "number of tokens; the tokenizer decides", 1, 4e6)
+    vocab_size: int = amount(4096, "number of tokens; the tokenizer decides", 1, 4e6, group="the model's size")
     hidden_size: int = amount(256, "width of the residual stream", 1)
     intermediate_size: int = amount(768, "width of the MLP", 1)
     num_hidden_layers: int = amount(4, "number of blocks", 1, 1000)
@@ -59,17 +59,16 @@ class ModelConfig:
     initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
     initializer: str = option("normal", "or scaled: what writes to the residual stream is smaller, / sqrt(2 layers)",
                               choices=("normal", "scaled"))
-    # attention
-    layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)")
+    layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)",
+                              group="attention")
     sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
     attention_chunk_size: int = amount(0, "tokens of the chunk that a chunked layer sees (Llama 4: 8192)")
     attention_sinks: bool = option(False, "a learned logit per head that takes probability from the tokens (gpt-oss)")
     attn_output_gate: bool = option(False, "a sigmoid gate on every head's output (Qwen3-Next)")
     attention_bias: bool = option(False, "biases on the q, k, v and o projections (gpt-oss)")
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
-    # positions
     position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
-                           choices=(*ROPE, "none", "learned", "relative", "alibi"))
+                           choices=(*ROPE, "none", "learned", "relative", "alibi"), group="positions")
     rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
     partial_rotary_factor: float = amount(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
     no_rope_layer_interval: int = amount(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never")
@@ -79,20 +78,18 @@ class ModelConfig:
     yarn_beta_slow: float = amount(1.0, "pairs that rotate less often than this are slowed by rope_factor", 0.001)
     yarn_truncate: bool = option(True, "round those two borders to whole pairs (gpt-oss: false)")
     yarn_mscale_all_dim: float = amount(0.0, "MLA: YaRN's temperature, on the whole head (DeepSeek: 1)")
-    # multi-head latent attention (DeepSeek, Kimi)
-    kv_lora_rank: int = amount(0, "width of the latent that keys and values are made from and cached as; 0: no MLA")
+    kv_lora_rank: int = amount(0, "width of the latent that keys and values are made from and cached as; 0: no MLA",
+                               group="multi-head latent attention (DeepSeek, Kimi)")
     q_lora_rank: int = amount(0, "the same for queries; 0: queries straight from the residual stream")
     qk_nope_head_dim: int = amount(0, "part of a query and key head without position")
     qk_rope_head_dim: int = amount(0, "part of it with RoPE, whose key all heads share")
     v_head_dim: int = amount(0, "width of a value head")
-    # Gated DeltaNet, the linear layers (Qwen3-Next)
-    linear_num_key_heads: int = amount(0, "0: num_key_value_heads")
+    linear_num_key_heads: int = amount(0, "0: num_key_value_heads", group="linear layers: Gated DeltaNet (Qwen3-Next)")
     linear_num_value_heads: int = amount(0, "0: num_attention_heads")
     linear_key_head_dim: int = amount(0, "0: head_dim")
     linear_value_head_dim: int = amount(0, "0: head_dim")
     linear_conv_kernel_dim: int = amount(4, "tokens that the short convolution sees", 1)
-    # mixture of experts
-    num_experts: int = amount(0, "routed experts per layer; 0: a dense model")
+    num_experts: int = amount(0, "routed experts per layer; 0: a dense model", group="mixture of experts")
     num_experts_per_tok: int = amount(2, "experts that each token visits", 1)
     moe_intermediate_size: int = amount(0, "width of one expert; 0: intermediate_size / num_experts_per_tok")
     n_shared_experts: int = amount(0, "experts that every token visits")
@@ -107,8 +104,8 @@ class ModelConfig:
     router_aux_loss_coef: float = amount(0.01, "weight of the load-balancing loss, over the global batch")
     router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
     router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
-    # details
-    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS)
+    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS,
+                             group="details of the model")
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
     swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
     norm_zero_centered: bool = option(False, "RMSNorm's gain is 1 + weight (Qwen3-Next)")

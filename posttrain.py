@@ -241,7 +241,7 @@ def reward_of(reward, problem, answer):
 @dataclass(frozen=True)
 class PostRecipe(train.Recipe):
     """A training run that starts from a model. Tokens, pairs and prompts of an update are those of all processes."""
-    method: str = option("sft", "the task decides", choices=("sft", "dpo", "apo_zero", "grpo"))
+    method: str = option("sft", "the task decides", choices=("sft", "dpo", "apo_zero", "grpo"), group="post-training")
     data: str = option("", "jsonl files, separated by commas; none: the built-in problems")
     steps: int = option(0, "updates (grpo: rounds of sampling and training); 0: as many as --epochs needs", 0)
     epochs: float = option(1.0, "how often to go through the data", 1e-9, 1e6)

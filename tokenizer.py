@@ -14,6 +14,9 @@ split numbers into single digits, Llama 3 into groups of up to three.
 
     python data.py tokenizer PATH... --vocab-size 4096 --out DIR      # trains one on text of any kind
     python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each path
+
+A word is what stands between white space; in scripts that write no spaces (Chinese, Japanese, Thai, Lao, Khmer,
+Burmese, Tibetan) a character with the marks and punctuation after it. `fertility` counts with any tokenizer.json.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from dataclasses import field, fields
 from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -290,10 +294,7 @@ class Tokenizer:
             with reading(path, "run it once with network (tiktoken keeps a copy in $TIKTOKEN_CACHE_DIR)."):
                 encoding = tiktoken.get_encoding(path)
             return cls(encoding._pat_str, encoding._mergeable_ranks, [], encoding._special_tokens)
-        if path.startswith("hf:"):
-            with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
-                from huggingface_hub import hf_hub_download
-                path = hf_hub_download(path[3:], "tokenizer.json")
+        path = downloaded(path)
         name, _, last = path.rpartition(":")
         pattern = PATTERNS.get(last) if name else None
         file = Path(name if pattern else path)
@@ -306,6 +307,15 @@ class Tokenizer:
                             f"{', '.join(PATTERNS)}), or make one with `python data.py tokenizer PATH --out DIR`.")
         with reading(file):
             return cls(pattern, *parse_tiktoken(file)) if pattern else cls(*parse_tokenizer_json(file))
+
+
+def downloaded(path):
+    """A path as it is, or the tokenizer.json of hf:ORG/NAME."""
+    if not path.startswith("hf:"):
+        return path
+    with reading(path, "check name and network, `pip install huggingface_hub`, or give a local folder."):
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(path[3:], "tokenizer.json")
 
 
 def recover_merges(ranks):
@@ -514,10 +524,22 @@ class ChatFormat:
         return write
 
 
-# A word is a run of characters between white space. Scripts that write no spaces (Chinese, Japanese, Thai and the
-# like) count one word per character, with the marks and punctuation that follow it.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
+
+
+def load_any(name):
+    """A tokenizer to count with: ours or, for a tokenizer.json of another kind (Unigram, WordPiece, BPE of characters
+    with byte fallback), the `tokenizers` library's, with ids without control tokens. It has `encode` only."""
+    try:
+        return Tokenizer.load(name)
+    except UserError:
+        if not (file := Path(downloaded(str(name)), "tokenizer.json")).exists() and not (file := file.parent).is_file():
+            raise
+    theirs = installed("tokenizers", f"{file}, no byte-level BPE of a known kind,")
+    with reading(file):
+        theirs = theirs.Tokenizer.from_file(str(file))
+    return SimpleNamespace(encode=lambda text: theirs.encode(text, add_special_tokens=False).ids)
 
 
 def fertility(tokenizer, text):
@@ -586,9 +608,10 @@ def true_or_false(text):
     return bool(["false", "true"].index(text.lower()))
 
 
-def option(default, help, low=None, high=math.inf, choices=()):
-    """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices})
+def option(default, help, low=None, high=math.inf, choices=(), group=""):
+    """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values. In
+    --help a `group` has this option and those that follow."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "group": group})
 
 
 def options_of(cls):
@@ -608,11 +631,12 @@ def check_options(config):
 
 
 def add_options(parser, *classes, without=()):
-    """A flag for each option of dataclasses, a group of flags per class; None for a flag that is not given."""
-    kinds = {bool: true_or_false, int: whole_number, float: number, str: str}
+    """A flag for each option of dataclasses, or of instances, whose values are then the defaults in --help; a flag that
+    is not given is None."""
+    kinds, group = {bool: true_or_false, int: whole_number, float: number, str: str}, parser
     for cls in classes:
-        group = parser.add_argument_group(cls.__name__)
         for name, (kind, rule) in options_of(cls).items():
+            group = parser.add_argument_group(rule["group"]) if rule["group"] else group
             if name not in without:
                 text = f"{rule['help']} (default: {getattr(cls, name)})".replace("%", "%%")
                 group.add_argument(f"--{name}", type=kinds[kind], help=text,
@@ -623,8 +647,10 @@ def parse_options(parser, argv, intermixed=False):
     """The command line, `intermixed`: flags may stand between names; UserError names the flag nearest to an unknown."""
     args, unknown = (parser.parse_known_intermixed_args if intermixed else parser.parse_known_args)(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), vars(args), 1)
-        hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        near = difflib.get_close_matches(name, vars(args), 1)
+        hint = parser.aliases.get(name) or (
+            f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`")
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args
 
@@ -634,15 +660,18 @@ def given_options(args, cls):
 
 
 class Parser(argparse.ArgumentParser):
-    """Help as the file's docstring has it; dashes and underscores in flags are the same; no flag is guessed."""
-    def __init__(self, description="", **more):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False, **more)
+    """Help as the file's docstring has it; dashes and underscores in flags are the same; no flag is guessed. aliases:
+    {other names: the flag that means the same, or a sentence that says what to type instead}."""
+    def __init__(self, description="", aliases={}, **more):
+        self.aliases = {name: means for names, means in aliases.items() for name in names.split()}
+        super().__init__(description=description, allow_abbrev=False, formatter_class=partial(
+            argparse.RawDescriptionHelpFormatter, width=120, max_help_position=36), **more)
 
     def parse_known_args(self, args=None, namespace=None):
         names = [action.metavar or action.dest for action in self._get_positional_actions()]
         self.usage = " ".join(["python %(prog)s", *map(str.upper, names), "[--FLAG VALUE ...]"])  # not all 90 flags
         flags = self._option_string_actions
+        flags |= {f"--{name}": flags[f"--{ours}"] for name, ours in self.aliases.items() if f"--{ours}" in flags}
         for flag, action in [*flags.items()]:
             flags |= {flag[:2] + flag[2:].replace(*pair): action for pair in ("_-", "-_")}
         return super().parse_known_args(args, namespace)
@@ -701,7 +730,7 @@ def main():
     names, paths = (names, paths) if paths else (names[:1], names[1:])
     if not paths:
         raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
-    tokenizers = [(name, Tokenizer.load(name)) for name in names]
+    tokenizers = [(name, load_any(name)) for name in names]
     print("    words  fertility     PCW  bytes/token  path, tokenizer")
     for path in paths:
         text = "\n".join(plain_texts(path))

@@ -1018,7 +1018,7 @@ def test_fertility_is_of_plain_text(path, tmp_path, monkeypatch):
 
 @dataclass
 class Engine:
-    steps: int = option(10, "how many, all 100% of them", 1)
+    steps: int = option(10, "how many, all 100% of them", 1, group="work")
     rate: float = option(1e-3, "learning rate", 0, 1)
     kind: str = option("cosine", "the schedule", choices=("cosine", "wsd"))
     fast: bool = option(True, "whether")
@@ -1026,14 +1026,15 @@ class Engine:
 
 
 def test_options_give_flags_help_and_checks():
-    parser = T.Parser(prog="x.py")
+    parser = T.Parser(prog="x.py", aliases={"iters n_iters": "steps", "depth": "there is no depth"})
     T.add_options(parser, Engine, without=["rate"])
+    assert T.parse_options(parser, ["--n-iters", "3"]).steps == 3
     args = T.parse_options(parser, ["--steps", "2k", "--fast=false"])
     assert vars(args) == {"steps": 2000, "kind": None, "fast": False}
     text = " ".join(parser.format_help().split())
-    assert "Engine" in text and "100% of them (default: 10)" in text and "cosine|wsd" in text
+    assert "work: --steps" in text and "100% of them (default: 10)" in text and "cosine|wsd" in text
     for argv, words in ((["--step", "1"], "did you mean --steps?"), (["--sch", "1"], "--help"),
-                        (["--steps", "1.5"], "1.5"),
+                        (["--depth=2"], "no depth"), (["--steps", "1.5"], "1.5"),
                         (["--fast", "yes"], "yes"), (["--steps", "1e999"], "1e999"), (["what"], "what")):
         with pytest.raises(UserError) as error:
             T.parse_options(parser, argv)
@@ -1103,3 +1104,33 @@ def test_pictures_need_matplotlib(tmp_path, monkeypatch):
 def test_import_is_light():
     code = "import sys, tokenizer; print([m for m in ('torch', 'numpy', 'transformers', 'jinja2') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "[]"
+
+
+def test_fertility_of_other_kinds_of_tokenizer(tmp_path):
+    """Unigram, WordPiece and BPE with byte fallback are counted as the library that made them counts, words alone."""
+    theirs = pytest.importorskip("tokenizers")
+    models, cuts, trainers = theirs.models, theirs.pre_tokenizers, theirs.trainers
+    texts = ["the cat sat on the mat, the dog sat on the log " * 20]
+    kinds = {"unigram": (models.Unigram(), cuts.Metaspace(), trainers.UnigramTrainer(
+                 vocab_size=40, unk_token="<unk>", special_tokens=["<unk>"])),
+             "wordpiece": (models.WordPiece(unk_token="[UNK]"), cuts.BertPreTokenizer(), trainers.WordPieceTrainer(
+                 vocab_size=40, special_tokens=["[UNK]"])),
+             "gemma": (models.BPE(unk_token="<unk>", byte_fallback=True), cuts.Metaspace(), trainers.BpeTrainer(
+                 vocab_size=300, special_tokens=["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]))}
+    for name, (model, cut, trainer) in kinds.items():
+        made = theirs.Tokenizer(model)
+        made.pre_tokenizer = cut
+        made.train_from_iterator(texts, trainer)
+        (tmp_path / name).mkdir()
+        made.save(str(tmp_path / name / "tokenizer.json"))
+        text, found = "the cats doze é", T.load_any(tmp_path / name)
+        counts = [len(made.encode(word, add_special_tokens=False).ids) for word in text.split()]
+        row = T.fertility(found, text)
+        assert row["fertility"] == sum(counts) / 4 and row["pcw"] == sum(n > 1 for n in counts) / 4
+        assert row["bytes_per_token"] == len(text.encode()) / len(made.encode(text, add_special_tokens=False).ids)
+        assert len(T.load_any(tmp_path / name / "tokenizer.json").encode("cats")) == counts[1]
+    with pytest.raises(UserError, match="there is no tokenizer at"):
+        T.load_any(tmp_path / "nothing")
+    (tmp_path / "gemma/tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read"):
+        T.load_any(tmp_path / "gemma")

@@ -1,0 +1,141 @@
+"""Every command of README.md and docs/workshop.md: what takes seconds is run on a tiny run, the rest is parsed."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ablate
+import checkpoint
+import cost
+import data
+import evals
+import model
+import posttrain
+import sample
+import schedule
+import tokenizer
+import train
+from conftest import ROOT, call
+from test_train import TINY, corpus, hasten, quick  # noqa: F401 (fixtures)
+
+PAGES = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "docs/workshop.md"))
+PLACES = re.findall(r"`([^`\n]+)`", PAGES) + [line for block in re.findall(r"```\n(.*?)```", PAGES, re.DOTALL)
+                                             for line in block.splitlines()]
+COMMANDS = sorted({match[1].strip() for place in PLACES if (match := re.search(
+    r"(?:^|&& |until )(?:python|torchrun [-\w= ]*?) ?(\w+\.py\b[^#;]*)", place))})
+FILES = {file.__name__: file for file in (ablate, checkpoint, cost, data, evals, model, posttrain, sample, schedule,
+                                          tokenizer, train)}
+SHOWS = {"cost.py published": "437,760", "tokenizer.py fertility bytes -- README.md": "README.md, bytes",
+         "data.py show data/laptop": "left", "sample.py --prompt \"def\" --samples 3": "--- 3"}
+
+
+@pytest.fixture(scope="module")
+def place(corpus, tmp_path_factory) -> Path:  # noqa: F811
+    """A folder with data/laptop, runs/laptop, my.txt and README.md."""
+    folder = tmp_path_factory.mktemp("place")
+    data_folder = folder / "data"
+    data_folder.mkdir()
+    for name in ("laptop", "mine"):
+        (data_folder / name).symlink_to(corpus / "data/tiny")
+    for name in ("my.txt", "README.md", "notes/a.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text((ROOT / "README.md").read_text("utf-8") if name == "README.md" else "Once.\n" * 50)
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch)
+        patch.chdir(folder)
+        recipe = train.parse([*TINY, "--tokens", "2560", "--data", "data/laptop"])[1]
+        train.pretrain(recipe, Path("runs/laptop"))
+    return folder
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 30 and {command.partition(".")[0] for command in COMMANDS} >= set(FILES)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_pages(command, place, monkeypatch):
+    """A long training is parsed: the flags exist, their values fit. Everything else is run."""
+    monkeypatch.chdir(place)
+    name, words = command.partition(".")[0], shlex.split(command)[1:]
+    words = [word for word in words if word != "--help"]
+    if "runs/killed" in words or "runs/baseline-1b" in words or "runs/laptop-sft" in words:
+        words = [re.sub("runs/(killed|baseline-1b|laptop-sft)", "runs/laptop", word) for word in words]
+    if name == "train":
+        if "math" in words:
+            words[words.index("math")] = "left"  # a source of the tiny run
+        monkeypatch.setattr(train, "check_trackers", lambda names: None)  # which may not be installed
+        assert train.parse(words)[1]
+    elif name == "posttrain":
+        assert posttrain.read_words(words)[1]
+    elif name == "ablate":
+        assert words[0] in ablate.COMMANDS and train.parse(words[1:2])[1]
+    elif name in ("evals", "checkpoint") or {"prepare", "--chat", "--minutes"} & {*words}:
+        pytest.skip("other tests run it on other data")
+    else:
+        done = call(FILES[name].main, *words)
+        assert done.returncode == 0 and done.stdout.strip(), done.stderr
+        assert SHOWS.get(command, "") in done.stdout
+
+
+def test_try_your_own_idea(place, monkeypatch, tmp_path):
+    """README's section as written: its line with one more activation, its field, then an ablation in miniature."""
+    line, = re.findall(r"```python\n(ACTIVATIONS = .*)\n```", PAGES)
+    field, = re.findall(r"`(my_idea: float = option\(.*?\))`", PAGES)
+    for path in ROOT.glob("*.py"):
+        source = path.read_text("utf-8")
+        if path.name == "model.py":
+            assert source.count(line) == 1
+            source = source.replace(line, line.replace("}", ", \"relu3\": lambda x: F.relu(x) ** 3}", 1))
+            source = source.replace("\n    def __post_init__", f"    {field}\n\n    def __post_init__", 1)
+        (tmp_path / path.name).write_text(source)
+    words = [*TINY, "--data", str(place / "data/laptop"), "--tokens", "2560", "--micro_batch", "8"]
+    done = subprocess.run([sys.executable, "ablate.py", "change", *words, "--seeds", "2", "--try", "hidden_act=relu3",
+                           "--try", "my_idea=0.5"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "hidden_act=relu3" in done.stdout and "exactly the same losses" in done.stdout  # nothing reads my_idea
+
+
+def test_a_schedule_needs_one_line(monkeypatch):
+    """What is added to SCHEDULES alone is what a run follows."""
+    monkeypatch.setitem(schedule.SCHEDULES, "half", lambda *words: 0.5)
+    recipe = train.parse([*TINY, "--schedule", "half", "--learning_rate", "0.2"])[1]
+
+    class Whole:
+        stages, ends, batches, stage = recipe.stages[:1], [10], [recipe.batch_tokens], lambda self, step: 0
+
+    assert train.learning_rate(recipe, Whole(), 3) == pytest.approx(0.1)
+
+
+def test_nanogpts_flags(capsys):
+    """Those with the same meaning work; each other one says what to type, with a flag that exists."""
+    words = "--block-size 64 --n_layer=3 --n_head 2 --n-embd 64 --lr 1e-3 --eval_interval 7".split()
+    recipe = train.parse(words)[1]
+    found = recipe.model.max_position_embeddings, recipe.model.num_hidden_layers, recipe.model.hidden_size
+    assert found == (64, 3, 64) and recipe.learning_rate == 1e-3 and recipe.eval_every == 7
+    for flag in "--max_iters=2000", "--dropout=0.1", "--batch-size=12", "--wandb_log=True", "--out_dir=out":
+        with pytest.raises(tokenizer.UserError, match=f"^{flag} is not understood; ") as error:
+            train.parse([flag])
+        assert "see `python" not in str(error.value)
+
+
+def test_a_run_ends_with_what_to_compare_and_to_try(place, monkeypatch, capsys):
+    """xz's figure is of the evaluated text, and each of the commands that it prints is understood."""
+    import lzma
+
+    monkeypatch.chdir(place)
+    folder = Path("runs/end")
+    train.pretrain(train.parse([*TINY, "--tokens", "2560", "--data", "data/laptop", "--eval_tokens", "512"])[1], folder)
+    out = capsys.readouterr().out
+    made, sources = data.load_data("data/laptop", verify=False)
+    text = made.decode_bytes(id for id in sources[0]["val"].tokens[:512].tolist() if id != made.eos_id)
+    needs = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    assert f"same text: left {needs:.3f}" in out and "nanoGPT" not in out
+    assert out.partition("step 10")[2].count("  after ") == 3
+    commands = re.findall(r"^  python (\w+)\.py ([^#\n]*)", out.partition("Try next")[2], re.MULTILINE)
+    assert [name for name, _ in commands] == ["sample", "posttrain", "ablate"]
+    assert call(sample.main, *shlex.split(commands[0][1])).returncode == 0
+    assert posttrain.read_words(shlex.split(commands[1][1].partition(",")[0]))[1]
