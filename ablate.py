@@ -4,6 +4,8 @@ Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did. E
 would train, in one process; the first four take its recipe and flags, too.
 
     python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # each alone, and the seeds' noise
+    python ablate.py change laptop --tokens 4e5 --try mixture=code=.9,prose=.1        # what each source gains and loses
+    python ablate.py change --anneal runs/laptop --try candidate=math                 # against the base mixture alone
     python ablate.py lr-range laptop        # one short run whose rate grows until the loss diverges
     python ablate.py spikes laptop          # what a stretch of broken data costs, and what a guard saves
     python ablate.py fit                    # a ladder of sizes and its scaling law
@@ -35,7 +37,7 @@ import cost
 import schedule
 import train
 from checkpoint import Log, find_checkpoint, new_run_folder, write_json
-from data import load_data
+from data import fit_stages, load_data
 from model import count_parameters
 from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command
 
@@ -69,13 +71,13 @@ def prepared(recipe, folder=Path("runs/none"), resume=False):
 
 
 def trained(run, losses_of=train.pretraining_losses):
-    """`held_out_loss` after a whole training without its prints. A signal that stops it stops what follows, too."""
+    """`held_out` after a whole training without its prints. A signal that stops it stops what follows, too."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.train(train.connect(run), losses_of, evaluate=lambda *_: {})  # evaluated at the end alone
     except train.Interrupted as stop:
         raise KeyboardInterrupt from stop
-    return held_out_loss(run)
+    return held_out(run)
 
 
 def updates(run, rates, label):
@@ -87,12 +89,16 @@ def updates(run, rates, label):
         yield loss
 
 
-def held_out_loss(run):
-    """Bits per byte now: the mean over sources, without generated math, which is learned in a jump that no law fits."""
+def held_out(run):
+    """{source: bits per byte now}."""
     train.enter_stage(run)
     splits = [source["val"] for source in run.sources]
-    splits = [split for split in splits if split.name != "math"] or splits
-    return float(np.mean([train.held_out_bits(run, split, run.recipe.eval_tokens) for split in splits]))
+    return {split.name: train.held_out_bits(run, split, run.recipe.eval_tokens) for split in splits}
+
+
+def mean_loss(bits):
+    """The mean over {source: bits per byte} without generated math, which is learned in a jump that no law fits."""
+    return float(np.mean([bits[name] for name in bits if name != "math"] or [*bits.values()]))
 
 
 def draw_lines(path, lines, **labels):
@@ -118,7 +124,7 @@ def paired_difference(baseline, changed):
     the same data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels,
     so pairs show smaller differences than two means do."""
     differences, n = np.subtract(changed, baseline), len(baseline)
-    return differences.mean(), T95[min(n, 10) - 2] * differences.std(ddof=1) / math.sqrt(n)
+    return differences.mean(0), T95[min(n, 10) - 2] * differences.std(0, ddof=1) / math.sqrt(n)
 
 
 def fingerprint(recipe, data):
@@ -133,7 +139,8 @@ def train_arm(recipe, folder):
     """Trains a recipe, or resumes it where it was stopped; returns what `compare_runs` reads."""
     run, found = prepared(recipe, folder, any(folder.glob("checkpoints/step-*"))), {"diverged": ""}
     try:
-        found["loss"] = trained(run)
+        found["sources"] = trained(run)
+        found["loss"] = mean_loss(found["sources"])
     except train.Diverged as error:
         found["diverged"] = f"seed {recipe.seed}, {str(error).split(':')[0]}"
     shutil.rmtree(folder / "checkpoints")
@@ -152,12 +159,15 @@ def change(words, o):
     for name in o.tries:
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
-                            "data with `python train.py --anneal RUN --candidate SOURCE`")
+                            "data with --try mixture=code=.9,prose=.1")
         recipes[name] = recipe_from([*words, *(f"--{word}" for word in name.split())])
         if recipes[name] == base:
             raise UserError(f"--try {name} changes nothing: the baseline has it already")
     tokenizer, sources = load_data(base.data, base.model.vocab_size)
     data = [tokenizer.hash, *((split.name, split.sha256) for source in sources for split in source.values())]
+    for recipe in recipes.values():
+        if recipe.mixture:  # a mistake in one ends all now, not after the trainings before it
+            fit_stages(recipe.stages, [source["train"].name for source in sources], strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, resumed_at=10**18)  # drops a line that a kill tore
     done = {entry["key"]: entry for entry in log.entries()}
@@ -197,7 +207,19 @@ def compare_runs(runs):
             print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or width too)")
     print("bits per byte: the mean over held-out sources but generated math (lower is better). ±: the 95 % interval of "
           f"{len(base)} seeds; of 20 changes that do nothing, about one looks better or worse.")
+    compare_sources({name: done for name, done in runs.items() if not any(run["diverged"] for run in done)}, wide)
     return found
+
+
+def compare_sources(runs, wide):
+    """Prints {change: [`train_arm` by seed]} source by source: the mean hides what one loses while another gains."""
+    bits = {name: [[*run["sources"].values()] for run in done] for name, done in runs.items()}  # [seeds, sources]
+    base = bits.pop("baseline")
+    print(f"\n{'by source':{wide}}" + "".join(f"{name:>20}" for name in runs["baseline"][0]["sources"]))
+    print(f"{'baseline':{wide}}" + "".join(f"{mean:20.4f}" for mean in np.mean(base, 0)))
+    for name, rows in bits.items():
+        pairs = zip(*paired_difference(base, rows))
+        print(f"{name:{wide}}" + "".join(f"{f'{difference:+.4f} ± {half:.4f}':>20}" for difference, half in pairs))
 
 
 # ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------
@@ -257,7 +279,7 @@ def spikes(words, o):
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
         run = prepared(replace(recipe, guard=guard, save_every=steps // 20, keep=20), root / name, bool(bad))
-        losses[name] = trained(run, lambda run, step: poisoned_losses(run, step, bad))
+        losses[name] = mean_loss(trained(run, lambda run, step: poisoned_losses(run, step, bad)))
         points = zip(*((entry["step"], entry["loss"]) for entry in run.log.entries() if "loss" in entry))
         lines[f"{name}: {losses[name]:.3f} bits per byte"] = tuple(points)
         rewinds = [event["to"] for event in run.log.events if event["event"] == "rewind"]
@@ -289,7 +311,7 @@ def fit_ladder(words, o):
             train.say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / "
                       f"D^{law.beta:.3f} bits per byte\npredicted    {predicted:.4f} for width {width}")
         list(updates(run, [run.rate(step) for step in range(run.steps)], f"width {width}"))
-        points.append((size, tokens * share, held_out_loss(run)))
+        points.append((size, tokens * share, mean_loss(held_out(run))))
         train.say(f"{len(points):3} of {len(LADDER) + 1}    width {width:4}{cost.say_number(size):>8} parameters"
                   f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
     measured, folder = points[-1][2], new_run_folder("ladder")
@@ -330,7 +352,7 @@ def branch(words, o):
             optimizer.state.clear()
         run.step = run.steps - steps
         list(updates(run, [peak * schedule.warmup(i, round(steps / 5)) for i in range(steps)], f"k = {k}"))
-        losses[k] = held_out_loss(run)
+        losses[k] = mean_loss(held_out(run))
         train.say(f"{k:4}{k * batch:12,}{peak:10.2e}{steps:9,}{losses[k]:24.4f}")
     best = schedule.critical_multiple(losses, o.epsilon)
     print(f"critical batch size at step {step:,}: {best * batch:,} tokens (k = {best}, epsilon {o.epsilon:g})"

@@ -10,6 +10,8 @@ task were enough for SmolLM3's ablations.
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
     python evals.py runs/laptop-long --tasks recall,position --context 4096 --extend yarn
+    python evals.py fetch hellaswag,arc_easy,piqa --out tasks    # standard tasks as such lines, asked in both ways:
+    python train.py --eval-tasks tasks/hellaswag.jsonl           # cloze says early what helps, letters only late
     python evals.py criteria runs/laptop                     # which tasks give early signal
     python evals.py SmolLM2-135M --harness hellaswag,arc_easy --limit 1000   # pip install "lm_eval[hf]"
 
@@ -23,6 +25,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, 
                   validation_batches)
 from model import cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, UserError, option, reading, run
+from tokenizer import ChatFormat, Parser, UserError, installed, option, reading, run, write_text
 
 AT_ONCE = 2048  # tokens whose logits are computed together
 
@@ -144,6 +147,45 @@ def read_task(path):
                     raise ValueError("it needs two choices or more, and the number of the right one, from 0")
                 examples.append(Example(context, tuple(choices), answer, context.strip() or str(number)))
     return examples
+
+
+def labelled(row):
+    return row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+
+
+QUESTION = "Question: {question}\nAnswer:"
+STANDARD = {  # data set, configuration and split; the context in the fields of a row; a row's choices and answer
+    "hellaswag": ("Rowan/hellaswag", None, "validation", "{activity_label}: {ctx_a} {ctx_b}",
+                  lambda row: (row["endings"], int(row["label"]))),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", QUESTION, labelled),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", QUESTION, labelled),
+    "commonsense_qa": ("tau/commonsense_qa", None, "validation", QUESTION, labelled),
+    "openbookqa": ("allenai/openbookqa", "main", "test", "{question_stem}", labelled),
+    "piqa": ("baber/piqa", None, "validation", "Question: {goal}\nAnswer:",
+             lambda row: ([row["sol1"], row["sol2"]], row["label"])),
+    "mmlu": ("cais/mmlu", "all", "test", QUESTION, lambda row: (row["choices"], row["answer"]))}
+
+
+def cleaned(text):
+    """HellaSwag's text without the marks that WikiHow left in it, as lm-evaluation-harness reads it."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+def fetch(name, out):
+    """Writes at most 1000 questions of a standard task, drawn with a fixed seed, as a file for `read_task`."""
+    if name not in STANDARD:
+        raise UserError(f"there is no standard task {name}; take {', '.join(STANDARD)}")
+    where, config, split, context, answers = STANDARD[name]
+    clean, entries, path = cleaned if name == "hellaswag" else str.strip, [], Path(out, f"{name}.jsonl")
+    with reading(f"{where} on the Hub", "check the network"):
+        for row in installed("datasets", "fetch").load_dataset(where, config, split=split, streaming=True):
+            choices, answer = answers(row)
+            text = context.format(**row | {"ctx_b": row.get("ctx_b", "").capitalize()})
+            entries.append({"context": clean(text), "choices": list(map(clean, choices)), "answer": answer})
+    entries = random.Random(0).sample(entries, min(1000, len(entries)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
+    print(f"{path}: {len(entries)} questions")
 
 
 def as_letters(example):
@@ -262,9 +304,10 @@ def encode_documents(name, texts, tokenizer):
 @functools.lru_cache
 def tasks_of(names, data, count=200):
     """[(name, [Example])] of task names with commas between them: built-in ones, `count` questions about the held-out
-    side of prepared data, and .jsonl files. NAME:letters compares the choices' letters; NAME:exact samples greedily."""
+    side of prepared data, and .jsonl files. NAME:letters compares the choices' letters; NAME:exact samples greedily. A
+    file without a form is asked in both of the playbook's, as FILE (cloze) and FILE:letters."""
     tasks = []
-    for full in filter(None, names.split(",")):
+    for full in filter(None, re.sub(r"(\S+?\.jsonl)(?=,|$)", r"\1,\1:letters", names).split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
         if kind not in FORMS or name not in BUILT_IN and not Path(name).exists():
             raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
@@ -391,6 +434,7 @@ class EvalOptions(ContextOptions):
     limit: int = option(300, "questions per task", 1)
     tokens: float = option(2**17, "held-out tokens of each source for bits per byte", 1)
     data: str = option("", "prepared data; without it what the run learned from, or data/laptop")
+    out: str = option("tasks", "fetch: folder of the files")
     harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
 
 
@@ -422,7 +466,8 @@ def measure_run(folder, asked):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN...")
+    parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN..., "
+                        f"fetch TASK,... of {', '.join(STANDARD)}")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)
@@ -430,6 +475,9 @@ def main():
     with contextlib.redirect_stdout(sys.stderr if asked.json else sys.stdout):
         if asked.run[0] == "criteria" and folders[1:]:
             found = print_criteria(folders[1:])
+        elif asked.run[0] == "fetch" and folders[1:]:
+            for name in asked.run[1].split(","):
+                fetch(name, asked.out)
         elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:

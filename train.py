@@ -9,6 +9,7 @@ and token files from the Python installation, trains on them for a few minutes a
     python train.py laptop --data data/mine --tokens 2M
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same code on eight GPUs
     python train.py --resume runs/laptop
+    python train.py --mixture code=.9,prose=.1          # or "decay:code=.8,math=.2;base:prose=1"
     python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
 
 Read `update`, then `train`, then what they call. Each field of `Recipe` but `stages`, and of its model, is a flag.
@@ -39,7 +40,7 @@ import cost
 import evals
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
                         write_json)
-from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
+from data import PACKINGS, Curriculum, Stage, fit_stages, load_data, with_mixture
 from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
                    cross_entropy, watch_attention, z_loss)
 from sample import complete
@@ -55,6 +56,7 @@ class Recipe:
     model: ModelConfig = PRESETS["laptop"]
     stages: tuple = ()  # of Stage
     data: str = option("data/laptop", "prepared folders, separated by commas")
+    mixture: str = option("", "SOURCE=SHARE,... of all stages, or STAGE:SOURCE=SHARE,...; several with ; between")
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
     micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0)
@@ -604,7 +606,7 @@ def set_up(recipe, folder, world=None, resume=False):
     fingerprint = {split.name: split.sha256 for split in splits}
     if resume and read_recipe(folder)[1] != fingerprint:
         raise UserError(f"{recipe.data} is not the data that {folder} began with; put that back or start a new run")
-    stages = fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens)
+    stages = fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens, recipe.mixture)
     if recipe.decay_share == -1 and len(stages) < len(recipe.stages):  # collapsed: the last stage's share still decays
         recipe = replace(recipe, decay_share=recipe.stages[-1].tokens / sum(s.tokens for s in recipe.stages))
     recipe = cost.settle(replace(recipe, model=recipe.model.change(vocab_size=tokenizer.vocab_size), stages=stages,
@@ -708,7 +710,8 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
 
 def annealing(start, candidate, given):
     """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
-    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on)."""
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Without a candidate its
+    control: the base mixture alone, since the falling rate helps every source."""
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
@@ -716,13 +719,17 @@ def annealing(start, candidate, given):
     data = given.get("data", recipe.data)
     sizes = {source["train"].name: len(source["train"].tokens) for source in load_data(data)[1]}
     base = recipe.stages[0].mixture or sizes
-    if lacking := {*base, candidate} - set(sizes):
+    if lacking := {*base, candidate or next(iter(base))} - set(sizes):
         raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
                         "or add a folder to --data")
-    mixture = {name: 0.4 * base.get(name, 0) / sum(base.values()) + 0.6 * (name == candidate) for name in sizes}
+    kept = 0.4 if candidate else 1
+    mixture = {name: kept * base.get(name, 0) / sum(base.values()) + 0.6 * (name == candidate) for name in sizes}
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
-    print(f"anneal    from {begun}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
-    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1} | given | {"tokens": 0, "start": str(begun)}
+    print(f"anneal    from {begun} for {tokens:,.0f} tokens: {kept:.0%} of the base mixture"
+          + f" and 60% {candidate}; beside its control: python ablate.py change --anneal {start} --try "
+            f"candidate={candidate}" * bool(candidate))
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "mixture": "", "seed": recipe.seed + 1}
+    changes |= given | {"tokens": 0, "start": str(begun)}  # another seed: data that the run has not just read
     return replace(recipe, stages=(Stage("anneal", tokens, mixture),), **changes)
 
 
@@ -750,7 +757,8 @@ def parse(argv):
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES))
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--anneal", metavar="RUN", help="test --candidate, from this run or checkpoint on")
-    parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
+    parser.add_argument("--candidate", metavar="SOURCE", default="", help="the source that --anneal tests; none: the "
+                        "control, the base mixture alone")
     parser.add_argument("--minutes", type=number, metavar="M", help="train for about so long on this machine")
     parser.add_argument("--check", action="store_true", help="try all that could fail later, and say when it would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
@@ -762,14 +770,18 @@ def parse(argv):
         others = [*sizes, *(name for name in ("recipe", "model", "name", "minutes") if getattr(args, name))]
         return args, resumed(args, given, [f"--{name}" for name in others], Recipe, RESUMABLE)
     if args.anneal:
-        if args.recipe or args.model or sizes or not args.candidate:
-            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math")
-        args.recipe = f"anneal-{args.candidate}"
-        return args, annealing(args.anneal, args.candidate, given)
-    recipe = RECIPES.get(args.recipe or "laptop")
-    if not recipe:
-        raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a folder")
-    return args, replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
+        if args.recipe or args.model or sizes or args.candidate and args.mixture:
+            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math or a "
+                            "--mixture")
+        args.recipe = f"anneal-{args.candidate or 'control'}"
+        recipe = annealing(args.anneal, args.candidate, given)
+    else:
+        recipe = RECIPES.get(args.recipe or "laptop")
+        if not recipe:
+            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a "
+                            "folder")
+        recipe = replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
+    return args, replace(recipe, stages=with_mixture(recipe.stages, recipe.mixture))
 
 
 def command_line(work):
