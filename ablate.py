@@ -124,7 +124,7 @@ def paired_difference(baseline, changed):
     the same data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels,
     so pairs show smaller differences than two means do."""
     differences, n = np.subtract(changed, baseline), len(baseline)
-    return differences.mean(0), T95[min(n, 10) - 2] * differences.std(0, ddof=1) / math.sqrt(n)
+    return differences.mean(), T95[min(n, 10) - 2] * differences.std(ddof=1) / math.sqrt(n)
 
 
 def fingerprint(recipe, data):
@@ -205,21 +205,13 @@ def compare_runs(runs):
         print(f"{name:{wide}}{size:12,}{speed:10,.0f}{np.mean(losses[name]):15.4f}  {says}")
         if abs(ratio := size / base[0]["parameters"] - 1) > 0.02:
             print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or width too)")
+        for source in [] if bad else done[0]["sources"]:  # their mean hides what one loses while another gains
+            bits = [[run["sources"][source] for run in arm] for arm in (base, done)]
+            says = "{:+.4f} ± {:.4f}".format(*paired_difference(*bits)) if name != "baseline" else ""
+            print(f"{source:>{wide + 22}}{np.mean(bits[1]):15.4f}  {says}")
     print("bits per byte: the mean over held-out sources but generated math (lower is better). ±: the 95 % interval of "
           f"{len(base)} seeds; of 20 changes that do nothing, about one looks better or worse.")
-    compare_sources({name: done for name, done in runs.items() if not any(run["diverged"] for run in done)}, wide)
     return found
-
-
-def compare_sources(runs, wide):
-    """Prints {change: [`train_arm` by seed]} source by source: the mean hides what one loses while another gains."""
-    bits = {name: [[*run["sources"].values()] for run in done] for name, done in runs.items()}  # [seeds, sources]
-    base = bits.pop("baseline")
-    print(f"\n{'by source':{wide}}" + "".join(f"{name:>20}" for name in runs["baseline"][0]["sources"]))
-    print(f"{'baseline':{wide}}" + "".join(f"{mean:20.4f}" for mean in np.mean(base, 0)))
-    for name, rows in bits.items():
-        pairs = zip(*paired_difference(base, rows))
-        print(f"{name:{wide}}" + "".join(f"{f'{difference:+.4f} ± {half:.4f}':>20}" for difference, half in pairs))
 
 
 # ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------

@@ -10,8 +10,8 @@ task were enough for SmolLM3's ablations.
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
     python evals.py runs/laptop-long --tasks recall,position --context 4096 --extend yarn
-    python evals.py fetch hellaswag,arc_easy,piqa --out tasks    # standard tasks as such lines, asked in both ways:
-    python train.py --eval-tasks tasks/hellaswag.jsonl           # cloze says early what helps, letters only late
+    python evals.py fetch hellaswag,arc_easy,piqa --out tasks    # standard tasks as such lines (needs lm_eval), for
+    python train.py --eval-tasks tasks/hellaswag.jsonl           # both ways: cloze says early what helps, letters late
     python evals.py criteria runs/laptop                     # which tasks give early signal
     python evals.py SmolLM2-135M --harness hellaswag,arc_easy --limit 1000   # pip install "lm_eval[hf]"
 
@@ -25,7 +25,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, 
                   validation_batches)
 from model import cross_entropy
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, UserError, installed, option, reading, run, write_text
+from tokenizer import ChatFormat, Parser, UserError, option, reading, run, write_text
 
 AT_ONCE = 2048  # tokens whose logits are computed together
 
@@ -147,45 +146,6 @@ def read_task(path):
                     raise ValueError("it needs two choices or more, and the number of the right one, from 0")
                 examples.append(Example(context, tuple(choices), answer, context.strip() or str(number)))
     return examples
-
-
-def labelled(row):
-    return row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
-
-
-QUESTION = "Question: {question}\nAnswer:"
-STANDARD = {  # data set, configuration and split; the context in the fields of a row; a row's choices and answer
-    "hellaswag": ("Rowan/hellaswag", None, "validation", "{activity_label}: {ctx_a} {ctx_b}",
-                  lambda row: (row["endings"], int(row["label"]))),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", QUESTION, labelled),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", QUESTION, labelled),
-    "commonsense_qa": ("tau/commonsense_qa", None, "validation", QUESTION, labelled),
-    "openbookqa": ("allenai/openbookqa", "main", "test", "{question_stem}", labelled),
-    "piqa": ("baber/piqa", None, "validation", "Question: {goal}\nAnswer:",
-             lambda row: ([row["sol1"], row["sol2"]], row["label"])),
-    "mmlu": ("cais/mmlu", "all", "test", QUESTION, lambda row: (row["choices"], row["answer"]))}
-
-
-def cleaned(text):
-    """HellaSwag's text without the marks that WikiHow left in it, as lm-evaluation-harness reads it."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def fetch(name, out):
-    """Writes at most 1000 questions of a standard task, drawn with a fixed seed, as a file for `read_task`."""
-    if name not in STANDARD:
-        raise UserError(f"there is no standard task {name}; take {', '.join(STANDARD)}")
-    where, config, split, context, answers = STANDARD[name]
-    clean, entries, path = cleaned if name == "hellaswag" else str.strip, [], Path(out, f"{name}.jsonl")
-    with reading(f"{where} on the Hub", "check the network"):
-        for row in installed("datasets", "fetch").load_dataset(where, config, split=split, streaming=True):
-            choices, answer = answers(row)
-            text = context.format(**row | {"ctx_b": row.get("ctx_b", "").capitalize()})
-            entries.append({"context": clean(text), "choices": list(map(clean, choices)), "answer": answer})
-    entries = random.Random(0).sample(entries, min(1000, len(entries)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))
-    print(f"{path}: {len(entries)} questions")
 
 
 def as_letters(example):
@@ -307,7 +267,7 @@ def tasks_of(names, data, count=200):
     side of prepared data, and .jsonl files. NAME:letters compares the choices' letters; NAME:exact samples greedily. A
     file without a form is asked in both of the playbook's, as FILE (cloze) and FILE:letters."""
     tasks = []
-    for full in filter(None, re.sub(r"(\S+?\.jsonl)(?=,|$)", r"\1,\1:letters", names).split(",")):
+    for full in filter(None, names.split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
         if kind not in FORMS or name not in BUILT_IN and not Path(name).exists():
             raise UserError(f"there is no task {full}; take {', '.join([*BUILT_IN, *REPORTS])}, or a .jsonl file, "
@@ -316,6 +276,8 @@ def tasks_of(names, data, count=200):
         if not examples:  # an empty file, or no text that is long enough
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
         tasks.append((full, list(map(FORMS[kind], examples))))
+        if full.endswith(".jsonl"):
+            tasks.append((f"{full}:letters", list(map(as_letters, examples))))
     return tasks
 
 
@@ -407,10 +369,30 @@ def print_criteria(folders):
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
+HARNESS = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
+
+
+def fetch(tasks, out):
+    """Writes at most 1000 questions of each multiple-choice task, drawn with a fixed seed, as lines for `read_task`.
+    lm-evaluation-harness downloads them with `datasets` and cleans them: what is asked is what --harness asks."""
+    with reading(f"fetch {tasks}", HARNESS):
+        from lm_eval.tasks import get_task_dict
+
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for name, task in get_task_dict(tasks.split(",")).items():
+            docs, path = list(task.eval_docs), Path(out, f"{name}.jsonl")
+            rows = [{"context": task.doc_to_text(doc) + "", "choices": task.doc_to_choice(doc),
+                     "answer": int(task.doc_to_target(doc))}
+                    for doc in random.Random(0).sample(docs, min(1000, len(docs)))]
+            if rows[0]["choices"][0] == "A":
+                raise UserError(f"{name} shows its choices in the question, as :letters does; take one that does not")
+            write_text(path, "\n".join(map(json.dumps, rows)))
+            print(f"{path}: {len(rows)} questions")
+
+
 def harness(folder, tasks, **options):
     """Yields (task/metric, Score) of lm-evaluation-harness on the folder or the run's export; options: of lm_eval."""
-    advice = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
-    with reading(f"--harness {tasks}", advice), tempfile.TemporaryDirectory() as place:
+    with reading(f"--harness {tasks}", HARNESS), tempfile.TemporaryDirectory() as place:
         import lm_eval
 
         if not is_hugging_face(folder):
@@ -467,7 +449,7 @@ def measure_run(folder, asked):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN..., "
-                        f"fetch TASK,... of {', '.join(STANDARD)}")
+                        "fetch TASK,...")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)
@@ -476,8 +458,7 @@ def main():
         if asked.run[0] == "criteria" and folders[1:]:
             found = print_criteria(folders[1:])
         elif asked.run[0] == "fetch" and folders[1:]:
-            for name in asked.run[1].split(","):
-                fetch(name, asked.out)
+            fetch(asked.run[1], asked.out)
         elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:
