@@ -558,7 +558,7 @@ def load_source(folder, tokenizer, verify=True, place="DIR"):
 
 
 # What the recipes at scale read.
-PUBLIC = {"data/smollm2": "HuggingFaceFW/fineweb-edu, HuggingFaceTB/dclm-edu, stack-edu and finemath",
+PUBLIC = {"data/smollm2": "HuggingFaceFW/fineweb-edu and HuggingFaceTB/dclm-edu, stack-edu and finemath",
           "data/fineweb-edu": "HuggingFaceFW/fineweb-edu", "data/stack-edu-python": "HuggingFaceTB/stack-edu",
           "data/finemath": "HuggingFaceTB/finemath", "data/code": "HuggingFaceTB/stack-edu",
           "data/english": "HuggingFaceFW/fineweb-edu and mlfoundations/dclm-baseline-1.0",
@@ -851,8 +851,8 @@ class Curriculum:
         # SmolLM3 took 12 % of the whole mixture, which is 14 % of its web text
         foreign = [split.name.startswith("multilingual") for split in self.sources]
         if share := np.dot(self.shares, foreign).max():
-            lines.append(f"languages up to {share:.1%} of a stage is multilingual; the playbook settled on 12 %, and the "
-                         f"limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
+            lines.append(f"languages up to {share:.1%} of a stage is multilingual; the playbook settled on 12 %, and "
+                         f"the limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
 
     def locate(self, step, first, count):
@@ -911,12 +911,12 @@ def with_mixture(stages, text):
     several of them have `;` between. Nothing else changes: lengths, names and the decay are what they were."""
     for part in filter(None, text.split(";")):
         name, _, shares = part.rpartition(":")
-        if name not in ("", *(names := [stage.name for stage in stages])):
-            raise UserError(f"--mixture {part}: there is no stage {name}; there are {', '.join(names)}")
-        with reading(f"--mixture {part}", "write it like code=.5,prose=.5, or decay:code=.8,prose=.2 for one stage"):
-            mixture = {source: float(share) for source, share in (pair.split("=") for pair in shares.split(","))}
-            if min(mixture.values()) < 0 or not 0 < sum(mixture.values()) < float("inf"):
-                raise ValueError("shares are 0 or more, one of them above 0")
+        if not re.fullmatch(r"(?=.*=[.\d]*[1-9])([\w-]+=\d*\.?\d+(,|$))+", shares):  # one share at least is not 0
+            raise UserError(f"--mixture {part} is no mixture: write code=.5,prose=.5, or decay:code=.8,prose=.2 for one "
+                            "stage")
+        mixture = {source: float(share) for source, share in re.findall(r"([\w-]+)=([.\d]+)", shares)}
+        if name not in ("", *(stage.name for stage in stages)):
+            raise UserError(f"--mixture {part}: the stages are {', '.join(stage.name for stage in stages)}")
         stages = tuple(replace(stage, mixture=mixture) if name in ("", stage.name) else stage for stage in stages)
     return stages
 
@@ -926,8 +926,8 @@ def fit_stages(stages, names, tokens=0, strict=False):
     UserError for a source that is not there, as the mixture was asked for."""
     total, wanted = sum(stage.tokens for stage in stages), {name for stage in stages for name in stage.mixture}
     if strict and wanted - set(names):
-        raise UserError(f"the mixture has {', '.join(sorted(wanted - set(names)))}, but the data {', '.join(names)}: "
-                        "name these in --mixture, for every stage")
+        raise UserError(f"the data has no {', '.join(sorted(wanted - set(names)))}; it has {', '.join(names)}: change "
+                        "--mixture (all stages) or --candidate, or add a folder to --data")
     if wanted - set(names):
         print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
               "the sources are taken as large as they are")

@@ -716,21 +716,19 @@ def annealing(start, candidate, given):
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
         begun = find_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
-    data = given.get("data", recipe.data)
-    sizes = {source["train"].name: len(source["train"].tokens) for source in load_data(data)[1]}
-    base = recipe.stages[0].mixture or sizes
-    if lacking := {*base, candidate or next(iter(base))} - set(sizes):
-        raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
-                        "or add a folder to --data")
+    base = recipe.stages[0].mixture or {split["train"].name: len(split["train"].tokens)
+                                        for split in load_data(given.get("data", recipe.data))[1]}
     kept = 0.4 if candidate else 1
-    mixture = {name: kept * base.get(name, 0) / sum(base.values()) + 0.6 * (name == candidate) for name in sizes}
+    shares = {name: kept * share / sum(base.values()) for name, share in base.items()}
+    if candidate:
+        shares[candidate] = shares.get(candidate, 0) + 0.6
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
-    print(f"anneal    from {begun} for {tokens:,.0f} tokens: {kept:.0%} of the base mixture"
-          + f" and 60% {candidate}; beside its control: python ablate.py change --anneal {start} --try "
-            f"candidate={candidate}" * bool(candidate))
-    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "mixture": "", "seed": recipe.seed + 1}
-    changes |= given | {"tokens": 0, "start": str(begun)}  # another seed: data that the run has not just read
-    return replace(recipe, stages=(Stage("anneal", tokens, mixture),), **changes)
+    print(f"anneal    from {begun} for {tokens:,.0f} tokens" +
+          f"; with its control: python ablate.py change --anneal {start} --try candidate={candidate}" * bool(candidate))
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "seed": recipe.seed + 1,  # not the same order
+               "mixture": ",".join(f"{name}={share:.9f}" for name, share in shares.items())}
+    changes |= given | {"tokens": 0, "start": str(begun)}
+    return replace(recipe, stages=(Stage("anneal", tokens),), **changes)
 
 
 def train_longer(folder, tokens=None):
