@@ -912,7 +912,7 @@ def with_mixture(stages, text):
     for part in filter(None, text.split(";")):
         name, _, shares = part.rpartition(":")
         if not re.fullmatch(r"(?=.*=[.\d]*[1-9])([\w-]+=\d*\.?\d+(,|$))+", shares):  # one share at least is not 0
-            raise UserError(f"--mixture {part} is no mixture: write code=.5,prose=.5, or decay:code=.8,prose=.2 for one "
+            raise UserError(f"--mixture {part} is no mixture; write code=.5,prose=.5, or decay:code=.8,prose=.2 for a "
                             "stage")
         mixture = {source: float(share) for source, share in re.findall(r"([\w-]+)=([.\d]+)", shares)}
         if name not in ("", *(stage.name for stage in stages)):

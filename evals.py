@@ -376,13 +376,13 @@ def fetch(tasks, out):
     """Writes at most 1000 questions of each multiple-choice task, drawn with a fixed seed, as lines for `read_task`.
     lm-evaluation-harness downloads them with `datasets` and cleans them: what is asked is what --harness asks."""
     with reading(f"fetch {tasks}", HARNESS):
-        from lm_eval.tasks import get_task_dict
+        from lm_eval.tasks import TaskManager
 
         Path(out).mkdir(parents=True, exist_ok=True)
-        for name, task in get_task_dict(tasks.split(",")).items():
+        for name, task in TaskManager().load(tasks.split(","))["tasks"].items():
             docs, path = list(task.eval_docs), Path(out, f"{name}.jsonl")
             rows = [{"context": task.doc_to_text(doc) + "", "choices": task.doc_to_choice(doc),
-                     "answer": int(task.doc_to_target(doc))}
+                     "answer": task.doc_to_target(doc)}
                     for doc in random.Random(0).sample(docs, min(1000, len(docs)))]
             if rows[0]["choices"][0] == "A":
                 raise UserError(f"{name} shows its choices in the question, as :letters does; take one that does not")
