@@ -557,8 +557,8 @@ def load_source(folder, tokenizer, verify=True, place="DIR"):
     return splits
 
 
-# What the recipes at scale read.
-PUBLIC = {"data/smollm2": "HuggingFaceFW/fineweb-edu and HuggingFaceTB/dclm-edu, stack-edu and finemath",
+# What the recipes at scale read; how it is prepared is in docs/playbook.md.
+PUBLIC = {"data/smollm2": "HuggingFaceFW/fineweb-edu and HuggingFaceTB's dclm-edu, stack-edu and finemath",
           "data/fineweb-edu": "HuggingFaceFW/fineweb-edu", "data/stack-edu-python": "HuggingFaceTB/stack-edu",
           "data/finemath": "HuggingFaceTB/finemath", "data/code": "HuggingFaceTB/stack-edu",
           "data/english": "HuggingFaceFW/fineweb-edu and mlfoundations/dclm-baseline-1.0",
@@ -574,9 +574,9 @@ def source_folders(data):
         if not found:
             raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on its result"
                             if Path(name).exists() else
-                            f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`" +
-                            f'; the recipe\'s own are {PUBLIC.get(name)}, by the commands of "Data of the recipes" in '
-                            "docs/playbook.md" * (name in PUBLIC))
+                            f"{name} does not exist: make it " + f'of {PUBLIC.get(name)} by the commands of "Data of '
+                            'the recipes" in docs/playbook.md, or ' * (name in PUBLIC) +
+                            f"with `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")

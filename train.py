@@ -77,7 +77,7 @@ class Recipe:
     document_mask: bool = option(True, "attention stays inside each document")
     eval_every: int = option(100, "steps between evaluations, each with a sample", 1)
     eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
-    eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,continuation")
+    eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,tasks/hellaswag.jsonl")
     save_every: int = option(500, "steps between checkpoints", 1)
     keep: int = option(2, "newest checkpoints that stay, besides the end of each stage", 1)
     keep_every: int = option(0, "checkpoints of multiples of so many steps stay too; 0: none", 0)

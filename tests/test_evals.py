@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import random
 import re
 
@@ -402,7 +403,7 @@ def test_standard_tasks_are_fetched_as_the_harness_reads_them(tmp_path, monkeypa
     import datasets
     from lm_eval import tasks
 
-    root, kinds = Path(tasks.__file__).parent, ("hellaswag", "arc", "piqa", "winogrande", "commonsense_qa")
+    root, kinds = pathlib.Path(tasks.__file__).parent, ("hellaswag", "arc", "piqa", "winogrande", "commonsense_qa")
     manager = tasks.TaskManager(include_path=[str(root / kind) for kind in kinds], include_defaults=False)
     monkeypatch.setattr(tasks, "TaskManager", lambda: manager)  # looking through all of them takes seconds
     places = {"Rowan/hellaswag": "hellaswag", "allenai/ai2_arc": "arc_easy", "baber/piqa": "piqa",
