@@ -187,7 +187,10 @@ def test_tasks_are_scored_during_training(here):
     assert done.returncode == 0, done.stderr
     found = [entry["tasks"] for entry in log_of(here / "runs/tiny") if "tasks" in entry]
     assert len(found) == 3
-    assert all(list(tasks) == ["my.jsonl"] and tasks["my.jsonl"][2:] == [6, 1 / 3] for tasks in found)
+    assert all(list(tasks) == ["my.jsonl", "my.jsonl:letters"] for tasks in found)  # both of the playbook's forms
+    assert all(score[2:] == [6, 1 / 3] for tasks in found for score in tasks.values())
+    for name, score in found[-1].items():
+        assert f", {name} {score[0]:.3f} ± {score[1]:.3f}" in done.stdout
     told = call(evals.main, "criteria", "runs/tiny")
     assert told.returncode == 0 and "1, 2, 4: no early signal" in told.stdout
     done = call(train.main, *TINY, "--eval-tasks", "mine.jsonl")
