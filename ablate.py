@@ -4,6 +4,8 @@ Ablations and debugging cost the playbook 58 % of what SmolLM3's main run did. E
 would train, in one process; the first four take its recipe and flags, too.
 
     python ablate.py change laptop --try num_key_value_heads=2 --try position=none    # each alone, and the seeds' noise
+    python ablate.py change laptop --tokens 4e5 --try mixture=code=.9,prose=.1        # what each source gains and loses
+    python ablate.py change --anneal runs/laptop --try candidate=math                 # against the base mixture alone
     python ablate.py lr-range laptop        # one short run whose rate grows until the loss diverges
     python ablate.py spikes laptop --cause rate    # what causes of loss spikes cost: rate, data, init, precision
     python ablate.py fit                    # a ladder of sizes and its scaling law
@@ -35,7 +37,7 @@ import cost
 import schedule
 import train
 from checkpoint import Log, find_checkpoint, new_run_folder, write_json
-from data import load_data
+from data import fit_stages, load_data
 from model import count_parameters
 from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command
 
@@ -70,13 +72,13 @@ def prepared(recipe, folder=Path("runs/none"), resume=False):
 
 
 def trained(run, losses_of=train.pretraining_losses):
-    """`held_out_loss` after a whole training without its prints. A signal that stops it stops what follows, too."""
+    """`held_out` after a whole training without its prints. A signal that stops it stops what follows, too."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             train.train(train.connect(run), losses_of, evaluate=lambda *_: {})  # evaluated at the end alone
     except train.Interrupted as stop:
         raise KeyboardInterrupt from stop
-    return held_out_loss(run)
+    return held_out(run)
 
 
 def updates(run, rates, label):
@@ -88,12 +90,16 @@ def updates(run, rates, label):
         yield loss
 
 
-def held_out_loss(run):
-    """Bits per byte now: the mean over sources, without generated math, which is learned in a jump that no law fits."""
+def held_out(run):
+    """{source: bits per byte now}."""
     train.enter_stage(run)
     splits = [source["val"] for source in run.sources]
-    splits = [split for split in splits if split.name != "math"] or splits
-    return float(np.mean([train.held_out_bits(run, split, run.recipe.eval_tokens) for split in splits]))
+    return {split.name: train.held_out_bits(run, split, run.recipe.eval_tokens) for split in splits}
+
+
+def mean_loss(bits):
+    """The mean over {source: bits per byte} without generated math, which is learned in a jump that no law fits."""
+    return float(np.mean([bits[name] for name in bits if name != "math"] or [*bits.values()]))
 
 
 def draw_lines(path, lines, **labels):
@@ -134,7 +140,8 @@ def train_arm(recipe, folder):
     """Trains a recipe, or resumes it where it was stopped; returns what `compare_runs` reads."""
     run, found = prepared(recipe, folder, any(folder.glob("checkpoints/step-*"))), {"diverged": ""}
     try:
-        found["loss"] = trained(run)
+        found["sources"] = trained(run)
+        found["loss"] = mean_loss(found["sources"])
     except train.Diverged as error:
         found["diverged"] = f"seed {recipe.seed}, {str(error).split(':')[0]}"
     shutil.rmtree(folder / "checkpoints")
@@ -153,12 +160,15 @@ def change(words, o):
     for name in o.tries:
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
-                            "data with `python train.py --anneal RUN --candidate SOURCE`")
+                            "data with --try mixture=code=.9,prose=.1")
         recipes[name] = recipe_from([*words, *(f"--{word}" for word in name.split())])
         if recipes[name] == base:
             raise UserError(f"--try {name} changes nothing: the baseline has it already")
     tokenizer, sources = load_data(base.data, base.model.vocab_size)
     data = [tokenizer.hash, *((split.name, split.sha256) for source in sources for split in source.values())]
+    for recipe in recipes.values():
+        if recipe.mixture:  # a mistake in one ends all now, not after the trainings before it
+            fit_stages(recipe.stages, [source["train"].name for source in sources], strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, resumed_at=10**18)  # drops a line that a kill tore
     done = {entry["key"]: entry for entry in log.entries()}
@@ -196,6 +206,10 @@ def compare_runs(runs):
         print(f"{name:{wide}}{size:12,}{speed:10,.0f}{np.mean(losses[name]):15.4f}  {says}")
         if abs(ratio := size / base[0]["parameters"] - 1) > 0.02:
             print(f"{'':{wide}}  ({ratio:+.0%} parameters: part of the difference is size; change layers or width too)")
+        for source in [] if bad else done[0]["sources"]:  # their mean hides what one loses while another gains
+            bits = [[run["sources"][source] for run in arm] for arm in (base, done)]
+            says = "{:+.4f} ± {:.4f}".format(*paired_difference(*bits)) if name != "baseline" else ""
+            print(f"{source:>{wide + 22}}{np.mean(bits[1]):15.4f}  {says}")
     print("bits per byte: the mean over held-out sources but generated math (lower is better). ±: the 95 % interval of "
           f"{len(base)} seeds; of 20 changes that do nothing, about one looks better or worse.")
     return found
@@ -262,7 +276,7 @@ def train_spiking(recipe, folder, resume, poison):
     in the words of its guard."""
     run, loss, stopped = prepared(recipe, folder, resume), math.nan, []
     try:
-        loss = trained(run, lambda run, step: poisoned_losses(run, step, poison))
+        loss = mean_loss(trained(run, lambda run, step: poisoned_losses(run, step, poison)))
     except train.Diverged:
         stopped = [f"not recovered: stopped at step {run.step}"]
     events = run.log.events
@@ -325,7 +339,7 @@ def fit_ladder(words, o):
             train.say(f"law          loss = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f} + {law.B:.4g} / "
                       f"D^{law.beta:.3f} bits per byte\npredicted    {predicted:.4f} for width {width}")
         list(updates(run, [run.rate(step) for step in range(run.steps)], f"width {width}"))
-        points.append((size, tokens * share, held_out_loss(run)))
+        points.append((size, tokens * share, mean_loss(held_out(run))))
         train.say(f"{len(points):3} of {len(LADDER) + 1}    width {width:4}{cost.say_number(size):>8} parameters"
                   f"{cost.say_number(tokens * share):>8} tokens  loss {points[-1][2]:.4f}")
     measured, folder = points[-1][2], new_run_folder("ladder")
@@ -366,7 +380,7 @@ def branch(words, o):
             optimizer.state.clear()
         run.step = run.steps - steps
         list(updates(run, [peak * schedule.warmup(i, round(steps / 5)) for i in range(steps)], f"k = {k}"))
-        losses[k] = held_out_loss(run)
+        losses[k] = mean_loss(held_out(run))
         train.say(f"{k:4}{k * batch:12,}{peak:10.2e}{steps:9,}{losses[k]:24.4f}")
     best = schedule.critical_multiple(losses, o.epsilon)
     print(f"critical batch size at step {step:,}: {best * batch:,} tokens (k = {best}, epsilon {o.epsilon:g})"

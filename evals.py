@@ -10,6 +10,8 @@ task were enough for SmolLM3's ablations.
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
     python evals.py runs/laptop-long --tasks recall,position --context 4096 --extend yarn
+    python evals.py fetch hellaswag,arc_easy,piqa --out tasks    # standard tasks as such lines (needs lm_eval), for
+    python train.py --eval-tasks tasks/hellaswag.jsonl           # both ways: cloze says early what helps, letters late
     python evals.py criteria runs/laptop                     # which tasks give early signal
     python evals.py SmolLM2-135M --harness hellaswag,arc_easy --limit 1000   # pip install "lm_eval[hf]"
 
@@ -39,7 +41,7 @@ from checkpoint import Log, from_pretrained, is_hugging_face, save_pretrained
 from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, note_question, uniform,
                   validation_batches)
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, UserError, option, reading, run
+from tokenizer import ChatFormat, Parser, UserError, option, reading, run, write_text
 
 AT_ONCE = 2048  # tokens whose logits are computed together
 
@@ -263,7 +265,8 @@ def encode_documents(name, texts, tokenizer):
 @functools.lru_cache
 def tasks_of(names, data, count=200):
     """[(name, [Example])] of task names with commas between them: built-in ones, `count` questions about the held-out
-    side of prepared data, and .jsonl files. NAME:letters compares the choices' letters; NAME:exact samples greedily."""
+    side of prepared data, and .jsonl files. NAME:letters compares the choices' letters; NAME:exact samples greedily. A
+    file without a form is asked in both of the playbook's, as FILE (cloze) and FILE:letters."""
     tasks = []
     for full in filter(None, names.split(",")):
         name, kind, *_ = f"{full}:cloze".split(":")
@@ -274,6 +277,8 @@ def tasks_of(names, data, count=200):
         if not examples:  # an empty file, or no text that is long enough
             raise UserError(f"task {full} finds no questions; leave it out with --tasks")
         tasks.append((full, list(map(FORMS[kind], examples))))
+        if full.endswith(".jsonl"):
+            tasks.append((f"{full}:letters", list(map(as_letters, examples))))
     return tasks
 
 
@@ -365,10 +370,30 @@ def print_criteria(folders):
 
 # ---- command line ---------------------------------------------------------------------------------------------
 
+HARNESS = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
+
+
+def fetch(tasks, out):
+    """Writes at most 1000 questions of each multiple-choice task, drawn with a fixed seed, as lines for `read_task`.
+    lm-evaluation-harness downloads them with `datasets` and cleans them: what is asked is what --harness asks."""
+    with reading(f"fetch {tasks}", HARNESS):
+        from lm_eval.tasks import TaskManager
+
+        Path(out).mkdir(parents=True, exist_ok=True)
+        for name, task in TaskManager().load(tasks.split(","))["tasks"].items():
+            docs, path = list(task.eval_docs), Path(out, f"{name}.jsonl")
+            rows = [{"context": task.doc_to_text(doc) + "", "choices": task.doc_to_choice(doc),
+                     "answer": task.doc_to_target(doc)}
+                    for doc in random.Random(0).sample(docs, min(1000, len(docs)))]
+            if rows[0]["choices"][0] == "A":
+                raise UserError(f"{name} shows its choices in the question, as :letters does; take one that does not")
+            write_text(path, "\n".join(map(json.dumps, rows)))
+            print(f"{path}: {len(rows)} questions")
+
+
 def harness(folder, tasks, **options):
     """Yields (task/metric, Score) of lm-evaluation-harness on the folder or the run's export; options: of lm_eval."""
-    advice = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
-    with reading(f"--harness {tasks}", advice), tempfile.TemporaryDirectory() as place:
+    with reading(f"--harness {tasks}", HARNESS), tempfile.TemporaryDirectory() as place:
         import lm_eval
 
         if not is_hugging_face(folder):
@@ -392,6 +417,7 @@ class EvalOptions(ContextOptions):
     limit: int = option(300, "questions per task", 1)
     tokens: float = option(2**17, "held-out tokens of each source for bits per byte", 1)
     data: str = option("", "prepared data; without it what the run learned from, or data/laptop")
+    out: str = option("tasks", "fetch: folder of the files")
     harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
 
 
@@ -423,7 +449,8 @@ def measure_run(folder, asked):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN...")
+    parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN..., "
+                        "fetch TASK,...")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)
@@ -431,6 +458,8 @@ def main():
     with contextlib.redirect_stdout(sys.stderr if asked.json else sys.stdout):
         if asked.run[0] == "criteria" and folders[1:]:
             found = print_criteria(folders[1:])
+        elif asked.run[0] == "fetch" and folders[1:]:
+            fetch(asked.run[1], asked.out)
         elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:

@@ -675,8 +675,8 @@ def read_words(argv):
     parser.add_argument("--out", help="merge: the new folder")
     parser.add_argument("--name", help="of the folder in runs/ (default: the start's and the task)")
     parser.add_argument("--resume", help="continue this run folder from its newest checkpoint")
-    add_options(parser, PostRecipe, without="""method tokens packing start sample_prompt eval_tokens eval_tasks z_loss
-        document_mask""".split())
+    add_options(parser, PostRecipe, without="""method mixture tokens packing start sample_prompt eval_tokens eval_tasks
+        z_loss document_mask""".split())
     args = parse_options(parser, argv)
     given = given_options(args, PostRecipe)
     for name in {"data", "reward"} & set(given):  # mean the same in every folder: a run may be resumed from another

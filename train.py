@@ -10,6 +10,7 @@ and token files from the Python installation, trains on them for a few minutes a
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same code on eight GPUs
     torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py smollm3    # see below
     python train.py --resume runs/laptop
+    python train.py --mixture code=.9,prose=.1          # or "decay:code=.8,math=.2;base:prose=1"
     python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
 
 torchrun (and so a preemption) kills its processes 30 s after it passes SIGTERM on, and saving a 3B model takes longer:
@@ -44,7 +45,7 @@ import cost
 import evals
 from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
                         write_json)
-from data import PACKINGS, Curriculum, Stage, fit_stages, load_data
+from data import PACKINGS, Curriculum, Stage, fit_stages, load_data, with_mixture
 from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
                    watch_attention)
 from sample import complete
@@ -60,6 +61,7 @@ class Recipe:
     model: ModelConfig = PRESETS["laptop"]
     stages: tuple = ()  # of Stage
     data: str = option("data/laptop", "prepared folders, separated by commas", group="data and length")
+    mixture: str = option("", "SOURCE=SHARE,... of all stages, or STAGE:SOURCE=SHARE,...; several with ; between")
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
     micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0)
@@ -83,7 +85,7 @@ class Recipe:
     eval_every: int = option(100, "steps between evaluations, each with a sample", 1,
                             group="evaluations and checkpoints")
     eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
-    eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,continuation")
+    eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,tasks/hellaswag.jsonl")
     save_every: int = option(500, "steps between checkpoints", 1)
     keep: int = option(2, "newest checkpoints that stay, besides the end of each stage", 1)
     keep_every: int = option(0, "checkpoints of multiples of so many steps stay too; 0: none", 0)
@@ -640,7 +642,7 @@ def set_up(recipe, folder, world=None, resume=False):
     fingerprint = {split.name: split.sha256 for split in splits}
     if resume and read_recipe(folder)[1] != fingerprint:
         raise UserError(f"{recipe.data} is not the data that {folder} began with; put that back or start a new run")
-    stages = fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens)
+    stages = fit_stages(recipe.stages, [split.name for split in splits], recipe.tokens, recipe.mixture)
     if recipe.decay_share == -1 and len(stages) < len(recipe.stages):  # collapsed: the last stage's share still decays
         recipe = replace(recipe, decay_share=recipe.stages[-1].tokens / sum(s.tokens for s in recipe.stages))
     recipe = cost.settle(replace(recipe, model=recipe.model.change(vocab_size=tokenizer.vocab_size), stages=stages,
@@ -748,22 +750,25 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
 
 def annealing(start, candidate, given):
     """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
-    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on)."""
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Without a candidate its
+    control: the base mixture alone, since the falling rate helps every source."""
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
         begun = find_checkpoint(start, before=round(recipe.stages[0].tokens / recipe.batch_tokens) + 1)
-    data = given.get("data", recipe.data)
-    sizes = {source["train"].name: len(source["train"].tokens) for source in load_data(data)[1]}
-    base = recipe.stages[0].mixture or sizes
-    if lacking := {*base, candidate} - set(sizes):
-        raise UserError(f"{data} has no {', '.join(sorted(lacking))}; it has {', '.join(sizes)}: change --candidate, "
-                        "or add a folder to --data")
-    mixture = {name: 0.4 * base.get(name, 0) / sum(base.values()) + 0.6 * (name == candidate) for name in sizes}
+    base = recipe.stages[0].mixture or {split["train"].name: len(split["train"].tokens)
+                                        for split in load_data(given.get("data", recipe.data))[1]}
+    kept = 0.4 if candidate else 1
+    shares = {name: kept * share / sum(base.values()) for name, share in base.items()}
+    if candidate:
+        shares[candidate] = shares.get(candidate, 0) + 0.6
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
-    print(f"anneal    from {begun}: 40 % of the base mixture and 60 % {candidate} for {tokens:,.0f} tokens")
-    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1} | given | {"tokens": 0, "start": str(begun)}
-    return replace(recipe, stages=(Stage("anneal", tokens, mixture),), **changes)
+    print(f"anneal    from {begun} for {tokens:,.0f} tokens" +
+          f"; with its control: python ablate.py change --anneal {start} --try candidate={candidate}" * bool(candidate))
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "seed": recipe.seed + 1,  # not the same order
+               "mixture": ",".join(f"{name}={share:.9f}" for name, share in shares.items())}
+    changes |= given | {"tokens": 0, "start": str(begun)}
+    return replace(recipe, stages=(Stage("anneal", tokens),), **changes)
 
 
 def train_longer(folder, tokens=None):
@@ -805,7 +810,8 @@ def parse(argv):
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES) + " (default: laptop; so are the defaults below)")
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--anneal", metavar="RUN", help="test --candidate, from this run or checkpoint on")
-    parser.add_argument("--candidate", metavar="SOURCE", help="the source that --anneal tests")
+    parser.add_argument("--candidate", metavar="SOURCE", default="", help="the source that --anneal tests; none: the "
+                        "control, the base mixture alone")
     parser.add_argument("--minutes", type=number, metavar="M", help="train for about so long on this machine")
     parser.add_argument("--check", action="store_true", help="try all that could fail later, and say when it would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
@@ -817,14 +823,18 @@ def parse(argv):
         others = [*sizes, *(name for name in ("recipe", "model", "name", "minutes") if getattr(args, name))]
         return args, resumed(args, given, [f"--{name}" for name in others], Recipe, RESUMABLE)
     if args.anneal:
-        if args.recipe or args.model or sizes or not args.candidate:
-            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math")
-        args.recipe = f"anneal-{args.candidate}"
-        return args, annealing(args.anneal, args.candidate, given)
-    recipe = RECIPES.get(args.recipe or "laptop")
-    if not recipe:
-        raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a folder")
-    return args, replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
+        if args.recipe or args.model or sizes or args.candidate and args.mixture:
+            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math or a "
+                            "--mixture")
+        args.recipe = f"anneal-{args.candidate or 'control'}"
+        recipe = annealing(args.anneal, args.candidate, given)
+    else:
+        recipe = RECIPES.get(args.recipe or "laptop")
+        if not recipe:
+            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a "
+                            "folder")
+        recipe = replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
+    return args, replace(recipe, stages=with_mixture(recipe.stages, recipe.mixture))
 
 
 def command_line(work):

@@ -34,7 +34,7 @@ import sample
 import train
 from checkpoint import Saver, load_checkpoint
 from data import Stage
-from model import GPT, PRESETS, ModelConfig, MoE, cross_entropy, document_attention, gated, gated_delta_rule
+from model import GPT, PRESETS, ModelConfig, MoE, document_attention, gated, gated_delta_rule
 from schedule import build_optimizer
 from tokenizer import train_bpe
 
@@ -389,7 +389,7 @@ def saving():
     model.compute_dtype = DTYPE
     optimizer = build_optimizer(model, 1e-4, dtype=DTYPE)
     tokens = torch.zeros(1, 64, dtype=torch.long, device=DEVICE)
-    cross_entropy(model(tokens), tokens).backward()
+    model(tokens, targets=tokens)[0].backward()
     optimizer.step()
     saver, start = Saver("runs/saved", train_bpe(["a cat"], 261)), perf_counter()
     saver.save(1, model, optimizer, {})

@@ -18,16 +18,18 @@ import cost
 import train
 from checkpoint import Log
 from conftest import call
+from data import prepare
 from schedule import gradient_noise
 from test_train import TINY, corpus, hasten, here, log_of, losses, pretrain, quick, recipe  # noqa: F401 (fixtures)
-from tokenizer import UserError
+from tokenizer import Tokenizer, UserError
 
 SHORT = [*TINY, "--tokens", "2560", "--micro-batch", "8"]  # what would be chosen, without the time to choose it
 
 
 def finished(recipe, folder) -> dict:
     """In the place of `ablate.train_arm`, where the training itself does not matter."""
-    return {"diverged": "", "loss": 1.0, "step": 10, "parameters": 10, "tokens_per_second": 1.0, "seed": recipe.seed}
+    return {"diverged": "", "loss": 1.0, "step": 10, "parameters": 10, "tokens_per_second": 1.0, "seed": recipe.seed,
+            "sources": {}}
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
@@ -41,13 +43,60 @@ def test_paired_difference_by_hand():
 def test_verdicts_by_hand(capsys):
     losses = {"baseline": [1.0, 1.2, 1.1], "up": [1.1, 1.25, 1.2], "down": [0.9, 1.15, 1.0], "same": [1.0, 1.2, 1.1],
               "luck": [1.0, 1.25, 1.05]}  # differences 0, 0.05 and -0.05: 4.30 * 0.05 / sqrt(3) = 0.1241
-    found = ablate.compare_runs({name: [{"loss": loss, "diverged": "", "parameters": 10, "tokens_per_second": 1.0}
+    found = ablate.compare_runs({name: [{"loss": loss, "diverged": "", "parameters": 10, "tokens_per_second": 1.0,
+                                         "sources": {"code": loss - 0.2, "prose": 2.4 - loss}}
                                         for loss in row] for name, row in losses.items()})
     assert list(found) == ["up", "down", "same", "luck"] and found["up"] == pytest.approx((0.08333, 0.07167), abs=1e-4)
     out = capsys.readouterr().out
     for line in ("+0.0833 ± 0.0717  worse", "-0.0833 ± 0.0717  better", "+0.0000 ± 0.0000  exactly the same losses",
                  "± 0.1241  no difference seen; one under 0.2483 may not show"):
         assert line in out
+    table = [line.split() for line in out.splitlines()]  # prose, 2.4 - loss, shows the opposite of code and the mean
+    at = next(i for i, words in enumerate(table) if words[:1] == ["up"])
+    assert table[at + 1:at + 3] == [["code", "0.9833", "+0.0833", "±", "0.0717"],
+                                    ["prose", "1.2167", "-0.0833", "±", "0.0717"]]
+    at = next(i for i, words in enumerate(table) if words[:1] == ["baseline"])
+    assert table[at + 1:at + 3] == [["code", "0.9000"], ["prose", "1.3000"]]
+
+
+def test_a_mixture_helps_one_source_and_costs_another(here, capsys):
+    """One command, also from a checkpoint as an annealing: the baseline is then the base mixture alone, and a candidate
+    is 60 % of the other. A source that is not there ends it before anything is trained."""
+    def table(folder, words, *tries):
+        ablate.change(words, ablate.AblationOptions(tries=tries, seeds=2, out=folder))
+        runs = {}
+        for run in Log(Path(folder)).entries():
+            runs.setdefault(run["change"], []).append(run)
+        assert all(run["loss"] == pytest.approx(np.mean(list(run["sources"].values()))) for arm in runs.values()
+                   for run in arm)
+        return {name: {source: np.mean([run["sources"][source] for run in arm]) for source in ("left", "right")}
+                for name, arm in runs.items()}
+
+    rng = np.random.default_rng(0)
+    text = {name: [(f"{name}{i}", " ".join("".join(rng.choice(list(letters), 3)) for _ in range(40)))
+                   for i in range(150)] for name, letters in (("left", "abcd"), ("right", "efgh"))}
+    prepare(text, "data/two", Tokenizer.load("bytes"))
+    short = [*SHORT, "--data", "data/two", "--learning-rate", "1e-2", "--save-every", "5"]
+    left, right = "mixture=left=1,right=0", "mixture=right=1"
+    found = table("runs/mixtures", short, left, right)
+    assert found[left]["left"] < found[right]["left"] and found[right]["right"] < found[left]["right"]
+    out = capsys.readouterr().out
+    difference = found[left]["left"] - found["baseline"]["left"]
+    assert f"left{found[left]['left']:15.4f}  {difference:+.4f} ± " in out
+    with pytest.raises(UserError, match="the data has no poems; it has left, right"):
+        ablate.change(short, ablate.AblationOptions(tries=[left, "mixture=poems=1"], out="runs/none"))
+    assert not list(Path("runs/none").glob("*/recipe.json")) and "training" not in capsys.readouterr().out
+
+    pretrain("base", *short)
+    anneal = ["--anneal", "runs/base", "--tokens", "1280"]
+    found = table("runs/anneals", anneal, "candidate=right")
+    stages = {run["change"]: train.read_recipe(Path("runs/anneals") / run["key"])[0].stages[0]
+              for run in Log(Path("runs/anneals")).entries()}
+    control, tested = stages["baseline"].mixture, stages["candidate=right"].mixture
+    assert stages["baseline"].tokens == stages["candidate=right"].tokens == 1280
+    assert sum(control.values()) == pytest.approx(1) and tested["left"] == pytest.approx(0.4 * control["left"])
+    assert tested["right"] == pytest.approx(0.4 * control["right"] + 0.6)
+    assert found["candidate=right"]["right"] < found["baseline"]["right"]
 
 
 def test_confidence_intervals_against_scipy():

@@ -866,9 +866,32 @@ def test_epochs_and_languages_are_reported(tmp_path, tokenizer):
     d.prepare({"english": some_documents(200), "multilingual-web": some_documents(100, 1)}, tmp_path / "set", tokenizer)
     splits = [s["train"] for s in load(tmp_path / "set", tokenizer)]
     few = d.Curriculum(splits, [d.Stage("a", 9600, {"english": 0.88, "multilingual-web": 0.12})], 16, 96).report()
-    assert len(few) == 1 and "12.0% of the run is multilingual" in few[0] and "kept" in few[0]
+    assert len(few) == 1 and "12.0% of a stage is multilingual" in few[0] and "kept" in few[0]
     many = d.Curriculum(splits, [d.Stage("a", 200_000, {"english": 0.7, "multilingual-web": 0.3})], 16, 96).report()
     assert sum("past about 4 epochs" in line for line in many) == 2 and "exceeded" in many[-1]
+    late = [d.Stage("a", 9600, {"english": 1}), d.Stage("b", 960, {"english": 2, "multilingual-web": 1})]
+    late = d.Curriculum(splits, late, 16, 96).report()  # 3 % of the whole, but a third of the last stage
+    assert "33.3% of a stage" in late[-1] and "exceeded" in late[-1]
+
+
+def test_a_mixture_from_the_command_line():
+    """For all stages, for one by its name; nothing else of a stage changes. Mistakes are told before any data is read,
+    but for a source, which is told when the data is known."""
+    stages = (d.Stage("base", 90, {"a": 1.0}), d.Stage("decay", 10, {"b": 1.0}, context=32))
+    assert d.with_mixture(stages, "") == stages
+    both, = {tuple(stage.mixture.items()) for stage in d.with_mixture(stages, "a=.5,b=1.5")}
+    assert both == (("a", 0.5), ("b", 1.5))
+    base, decay = d.with_mixture(stages, "a=1,c-d=0.25;decay:b=2")
+    assert base == d.Stage("base", 90, {"a": 1.0, "c-d": 0.25})
+    assert decay == d.Stage("decay", 10, {"b": 2.0}, context=32)
+    for text in ("a", "a=", "a=x", "a=-1,b=2", "a=nan", "a=inf", "a=0,b=.0", "a=.5;b", "a=1 b=1", "=1", "decay:"):
+        with pytest.raises(UserError, match="write code=.5,prose=.5"):
+            d.with_mixture(stages, text)
+    with pytest.raises(UserError, match="--mixture late:a=1: the stages are base, decay"):
+        d.with_mixture(stages, "late:a=1")
+    with pytest.raises(UserError, match="the data has no b; it has a, c: change --mixture"):
+        d.fit_stages(stages, ["a", "c"], strict=True)
+    assert [stage.mixture for stage in d.fit_stages(stages, ["a", "b", "c"], strict=True)] == [{"a": 1.0}, {"b": 1.0}]
 
 
 def test_cu_seqlens_are_padded_to_a_power_of_two():

@@ -54,6 +54,37 @@ def test_flags_of_readme_exist():
         assert re.search(rf"^    {flag.replace('-', '_')}: |[\"']--{flag}[\"']", source, re.MULTILINE), (file, flag)
 
 
+def test_the_data_of_the_recipes_has_its_commands(monkeypatch):
+    """Each folder that a recipe at scale reads is made by a command of docs/playbook.md that data.py takes, with all
+    sources of the recipe's mixtures and one tokenizer per recipe; the error about a missing folder names its data."""
+    import data
+    import train
+
+    page = (ROOT / "docs/playbook.md").read_text("utf-8").split("## Data of the recipes")[1].split("\n## ")[0]
+    made, shared = {}, {}  # folder: names of its sources, and its tokenizer
+    monkeypatch.setattr(data, "Source", lambda where, text_key: where)
+    monkeypatch.setattr(data, "summary", lambda out: None)
+    monkeypatch.setattr(data.Tokenizer, "load", lambda path: path)
+    monkeypatch.setattr(data, "prepare", lambda sources, out, tokenizer, *_: (
+        made.update({out: set(sources)}), shared.update({out: tokenizer})))
+    for command in re.findall(r"^python (data\.py prepare .*)", page.replace("\\\n", ""), re.MULTILINE):
+        monkeypatch.setattr("sys.argv", command.split())
+        data.main()
+    for name in ("smollm2-135m", "baseline-1b", "smollm3"):
+        folders = train.RECIPES[name].data.split(",")
+        assert f"**`{name}`**" in page and set(folders) <= set(made), name
+        sources = set().union(*(made[folder] for folder in folders))
+        assert all(set(stage.mixture) <= sources for stage in train.RECIPES[name].stages)
+        assert len({shared[folder] for folder in folders}) == 1 and None not in shared.values()
+    assert set(data.PUBLIC) == set(made)
+    for folder, sets in data.PUBLIC.items():
+        assert all(name in page for name in re.findall(r"\w+/[\w.-]+", sets))
+        try:
+            data.source_folders(folder)
+        except data.UserError as error:
+            assert sets in str(error) and "Data of the recipes" in str(error) and f"--out {folder}`" in str(error)
+
+
 def test_readme_is_short():
     assert len(README.split()) <= 1100
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 import random
 import re
 
@@ -85,7 +86,9 @@ def test_cloze_letters_and_exact_by_hand(tmp_path):
     examples = [Example(f"The {a}", (b, "lazy dog and fox", "over"), 1)
                 for a in ("quick", "lazy") for b in ("fox", "dog.")]
     path = write_task(tmp_path, [*examples, Example("The", (written, "y"), 0)])
-    tasks = evals.tasks_of(f"{path},{path}:letters,{path}:exact", "")
+    tasks = evals.tasks_of(f"{path},{path}:exact", "")  # a file without a form is asked in both ways
+    assert [name for name, _ in tasks] == [str(path), f"{path}:letters", f"{path}:exact"]
+    assert [name for name, _ in evals.tasks_of(f"{path}:cloze", "")] == [f"{path}:cloze"]
     scores = evals.evaluate(model, TOKENIZER, [(name, found[:4]) for name, found in tasks])
     right, letters = [], []
     for e in examples:
@@ -135,7 +138,7 @@ def test_questions_with_an_empty_context_are_distinct(tmp_path):
         path = write_task(tmp_path, [Example(contexts[i % len(contexts)], (f"the cat sits {i}", f"the cat sit {i}"),
                                              int(i % 5 > 2)) for i in range(40)])
         evals.tasks_of.cache_clear()
-        score, = evals.evaluate(small(), TOKENIZER, evals.tasks_of(str(path), "")).values()
+        score, = evals.evaluate(small(), TOKENIZER, evals.tasks_of(f"{path}:cloze", "")).values()
         assert score.n == 40 and 0.2 < score.mean < 0.8
         assert score.stderr == pytest.approx(math.sqrt(score.mean * (1 - score.mean) / 39))
 
@@ -379,6 +382,58 @@ def test_the_command_line_measures_everything(run, tmp_path):
     d.prepare({"prose": texts}, tmp_path / "data", other)
     done = call(evals.main, run / "model", "--tasks", "bpb", "--data", tmp_path / "data")
     assert done.returncode == 0 and "bits per byte/prose" in done.stdout, done.stderr
+
+
+ACTIVITY = {"activity_label": "Cleaning", "ctx_a": "[header] A man [title] sits.", "ctx_b": "he  takes", "ind": 1,
+            "endings": ["a [substeps] cloth.", "two", "three [title] four", "five"], "split": "val", "source_id": "x",
+            "split_type": "indomain", "ctx": "A man sits. he takes"}
+ROWS = {"hellaswag": [ACTIVITY | {"label": str(i % 4), "ind": i} for i in range(1003)],
+        "arc_easy": [{"id": "1", "question": "Which is hot?", "answerKey": "2",
+                      "choices": {"text": ["ice", "fire", "snow"], "label": ["1", "2", "3"]}}],
+        "piqa": [{"goal": "Open a jar", "sol1": "twist it", "sol2": "eat it", "label": 0}],
+        "winogrande": [{"sentence": "Ann met Bea because _ was late.", "option1": "Ann", "option2": "Bea",
+                        "answer": "1"}],
+        "commonsense_qa": [{"id": "1", "question": "Where is a bed?", "question_concept": "bed", "answerKey": "A",
+                            "choices": {"text": ["room", "sea", "sky", "cup", "hat"], "label": list("ABCDE")}}]}
+
+
+def test_standard_tasks_are_fetched_as_the_harness_reads_them(tmp_path, monkeypatch):
+    """Local rows in the form of the data sets on the Hub. HellaSwag's marks are gone and its parts joined, by hand."""
+    pytest.importorskip("lm_eval")
+    import datasets
+    from lm_eval import tasks
+
+    root, kinds = pathlib.Path(tasks.__file__).parent, ("hellaswag", "arc", "piqa", "winogrande", "commonsense_qa")
+    manager = tasks.TaskManager(include_path=[str(root / kind) for kind in kinds], include_defaults=False)
+    monkeypatch.setattr(tasks, "TaskManager", lambda: manager)  # looking through all of them takes seconds
+    places = {"Rowan/hellaswag": "hellaswag", "allenai/ai2_arc": "arc_easy", "baber/piqa": "piqa",
+              "allenai/winogrande": "winogrande", "tau/commonsense_qa": "commonsense_qa"}
+    for name, rows in ROWS.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    load_dataset = datasets.load_dataset
+
+    def local(path, name=None, **options):
+        file = str(tmp_path / f"{places[path]}.jsonl")
+        return load_dataset("json", data_files=dict.fromkeys(["train", "validation", "test"], file),
+                            cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", local)
+    done = call(evals.main, "fetch", "hellaswag,arc_easy,piqa", "--out", tmp_path / "tasks")
+    assert done.returncode == 0 and f"{tmp_path}/tasks/hellaswag.jsonl: 1000 questions" in done.stdout, done.stderr
+    found = {name: evals.read_task(tmp_path / f"tasks/{name}.jsonl") for name in ("hellaswag", "arc_easy", "piqa")}
+    assert found["hellaswag"][0].context == "Cleaning: A man. sits. He takes"
+    assert found["hellaswag"][0].choices == ("a cloth.", "two", "three. four", "five")
+    assert {e.answer for e in found["hellaswag"]} == {0, 1, 2, 3} and len(found["hellaswag"]) == 1000
+    assert [e[:3] for e in found["arc_easy"]] == [("Question: Which is hot?\nAnswer:", ("ice", "fire", "snow"), 1)]
+    assert [e[:3] for e in found["piqa"]] == [("Question: Open a jar\nAnswer:", ("twist it", "eat it"), 0)]
+    scores = evals.evaluate(small(max_position_embeddings=256), TOKENIZER,
+                            evals.tasks_of(f"{tmp_path}/tasks/arc_easy.jsonl", ""))
+    assert [name.rpartition(".jsonl")[2] for name in scores] == ["", ":letters"]
+    for name, words in (("winogrande", "fetch winogrande"), ("commonsense_qa", "as :letters does"),
+                        ("nonesuch", "lm_eval ls tasks")):
+        done = call(evals.main, "fetch", name, "--out", tmp_path / "tasks")
+        assert done.returncode == 2 and words in done.stderr and done.stderr.count("error:") == 1, done.stderr
+        assert not (tmp_path / f"tasks/{name}.jsonl").exists()
 
 
 def test_the_harness_scores_an_export(run, tmp_path, monkeypatch):

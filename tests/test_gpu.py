@@ -22,7 +22,7 @@ import sample
 import train
 from checkpoint import Saver, save_weights
 from conftest import ROOT, torchrun
-from model import GPT, Layout, ModelConfig, attention, cross_entropy, dense_attention
+from model import GPT, Layout, ModelConfig, attention, dense_attention
 from tokenizer import train_bpe
 
 EVERYTHING = ModelConfig(64, 64, 128, 2, 4, 2, 0, 64, layer_types="linear,full", attention_sinks=True, num_experts=4,
@@ -66,7 +66,7 @@ def test_training_and_sampling_call_nothing_that_cuda_refuses_when_deterministic
     monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator: self)  # fake tensors have no numbers
     model, tokens = GPT(EVERYTHING), torch.zeros(2, 64, dtype=torch.int64)
     with Refusals() as refusals:
-        (cross_entropy(model(tokens), tokens) + model.routing_loss()).backward()
+        (model(tokens, targets=tokens)[0] + model.routing_loss()).backward()
         sample.filter_logits(model(tokens)[:, -1], 0.8, min_p=0.05)
         with FakeTensorMode():
             assert sample.draw_tokens(torch.empty(2, 64, device="cuda"), None).device.type == "cuda"
@@ -185,7 +185,7 @@ from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from test_gpu import EVERYTHING, TOKENIZER
-from model import GPT, Attention, GatedDeltaNet, ModelConfig, Router, cross_entropy
+from model import GPT, Attention, GatedDeltaNet, ModelConfig, Router
 from torch.nn.modules.module import register_module_forward_hook
 
 world = train.World.join()
@@ -200,7 +200,7 @@ def updates(name, config, machine, look, **changes):
     tokens = torch.zeros(2, 32, dtype=torch.long)
 
     def loss_of(piece):
-        loss = cross_entropy(run.parallel(tokens), tokens) / tokens.numel() / 2
+        loss = run.parallel(tokens, targets=tokens)[0] / tokens.numel() / 2
         if piece and run.step == 2:
             look(run)  # the gradients of the first piece exist
         return loss, run.model.routing_loss() / 2

@@ -187,7 +187,10 @@ def test_tasks_are_scored_during_training(here):
     assert done.returncode == 0, done.stderr
     found = [entry["tasks"] for entry in log_of(here / "runs/tiny") if "tasks" in entry]
     assert len(found) == 3
-    assert all(list(tasks) == ["my.jsonl"] and tasks["my.jsonl"][2:] == [6, 1 / 3] for tasks in found)
+    assert all(list(tasks) == ["my.jsonl", "my.jsonl:letters"] for tasks in found)  # both of the playbook's forms
+    assert all(score[2:] == [6, 1 / 3] for tasks in found for score in tasks.values())
+    for name, score in found[-1].items():
+        assert f", {name} {score[0]:.3f} ± {score[1]:.3f}" in done.stdout
     told = call(evals.main, "criteria", "runs/tiny")
     assert told.returncode == 0 and "1, 2, 4: no early signal" in told.stdout
     done = call(train.main, *TINY, "--eval-tasks", "mine.jsonl")
@@ -387,8 +390,32 @@ def test_annealing_is_one_command(here):
     entries = [entry for entry in log_of(Path("runs/anneal-right")) if "loss" in entry]
     assert len(entries) == 20 and entries[0]["lr"] == pytest.approx(3e-3 * 0.95) and entries[-1]["lr"] == 0
     assert entries[0]["loss"] < losses(Path("runs/a"))[0]  # it does begin with the trained weights
+    control = call(train.main, "--anneal", "runs/a", "--tokens", "5120")  # the base mixture alone
+    assert "75% left, 25% right" in control.stdout and len(losses(Path("runs/anneal-control"))) == 20
+    wrong = call(train.main, "--anneal", "runs/a", "--candidate", "left", "--mixture", "left=1")
+    assert wrong.returncode == 2 and "a --candidate such as math or a --mixture" in wrong.stderr
     wrong = call(train.main, "--anneal", "runs/a", "--candidate", "poems")
     assert wrong.returncode == 2 and "has no poems; it has left, right" in wrong.stderr
+
+
+def test_a_mixture_is_a_flag(here):
+    """Batches have it, stage by stage; recipe.json keeps it, so that a resumed run has it too and cannot change it."""
+    words = [*TINY, "--tokens", "6400", "--name", "a", "--mixture", "left=3,right=1;decay:right=1"]
+    done = call(train.main, *words)
+    assert done.returncode == 0 and "75% left, 25% right" in done.stdout and "sum to 4" in done.stdout, done.stderr
+    folder = Path("runs/a")
+    saved = train.read_recipe(folder)[0]
+    assert [stage.mixture for stage in saved.stages] == [{"left": 3, "right": 1}] * 2 + [{"right": 1}]
+    plain = train.RECIPES["laptop"].stages
+    assert [stage.name for stage in saved.stages] == [stage.name for stage in plain]  # nothing else differs
+    assert [stage.tokens for stage in saved.stages] == pytest.approx([stage.tokens * 6400 / 2.7e6 for stage in plain])
+    run = train.set_up(saved, folder, resume=True)
+    counts = np.zeros((3, 2), int)
+    for step in range(run.steps):
+        np.add.at(counts[run.curriculum.stage(step)], run.curriculum.locate(step, 0, run.curriculum.rows(step))[0], 1)
+    assert counts[2, 0] == 0 < counts[2, 1] and abs(counts[:2, 0] / counts[:2].sum(1) - 0.75).max() < 0.03
+    wrong = call(train.main, "--resume", folder, "--mixture", "left=1")
+    assert wrong.returncode == 2 and "cannot change --mixture" in wrong.stderr
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------
@@ -492,7 +519,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (["--batch-tokens", "1.5"], "batch_tokens"),
     (["--data", "nowhere"], "data.py prepare"),
     (["--max-position-embeddings", "65536", "--batch-tokens", "32768"], "give --batch_tokens 65536"),
-    (["--anneal", "runs/none"], "--candidate"),
+    (["--anneal", "runs/none"], "takes that run's recipe and model"),
+    (["--mixture", "poems=1"], "the data has no poems; it has left, right"),
+    (["--mixture", "late:left=1"], "the stages are base, quality, decay"),
+    (["--data", "data/english"], "mlfoundations/dclm-baseline-1.0"),
     (["--decay-share", "-0.5"], "neither"),
     (["--log", "excel"], "tensorboard, wandb"),
 ])
