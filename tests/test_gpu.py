@@ -85,7 +85,7 @@ def test_fp32_on_cuda_asks_for_the_kernel_that_keeps_no_scores():
 
     with FakeTensorMode(), Watch():
         q, k, v = (torch.empty(2, 4096, heads, 64, device="cuda") for heads in (8, 2, 2))
-        attention(q, k, v, Layout(4096, None, None, None, None))
+        attention(q, k, v, Layout(4096, None, None, None, None, None))
         visible = torch.empty(1, 1, 4096, 4096, dtype=torch.bool, device="cuda")
         dense_attention(q, k, v, visible)  # what documents take in fp32
     assert asked == [[8, 8, 8]] * 2
