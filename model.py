@@ -64,6 +64,7 @@ class ModelConfig:
     attn_output_gate: bool = option(False, "a sigmoid gate on every head's output (Qwen3-Next)")
     attention_bias: bool = option(False, "biases on the q, k, v and o projections (gpt-oss)")
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
+    qk_norm_across_heads: bool = option(False, "that norm over all heads of a layer at once (OLMo 2)")
     # positions
     position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
                            choices=(*ROPE, "none", "learned", "relative", "alibi"))
@@ -105,6 +106,8 @@ class ModelConfig:
     router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
     router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
     # details
+    norm_position: str = option("pre", "norms on what a branch reads (pre), returns (post, OLMo 2) or both (sandwich)",
+                                choices=("pre", "post", "sandwich"))
     hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS)
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
     swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
@@ -143,6 +146,7 @@ class ModelConfig:
             (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2
              or experts and chosen > experts // self.n_group * self.topk_group,
              "n_group must cut num_experts into groups of 2 or more, of which a token has topk_group to choose from"),
+            (self.qk_norm_across_heads and not self.qk_norm, "qk_norm_across_heads needs --qk_norm true"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
             (self.swiglu_limit and self.hidden_act != "silu", "swiglu_limit needs --hidden_act silu"),
             (self.position in ROPE and (self.rotary_dim % 2 or not self.rotary_dim),
@@ -530,7 +534,8 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = Linear(C, G * D, bias), Linear(C, G * D, bias)
         self.o_proj = Linear(H * D, C, bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(config, D), RMSNorm(config, D)
+            heads = (H, G) if config.qk_norm_across_heads else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(config, n * D) for n in heads)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.relative_bias = nn.Embedding(32, H) if config.position == "relative" else None
 
@@ -546,7 +551,9 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, c.num_attention_heads, -1)  # [B, T, H, D]
         q, *gate = q.split(D, -1) if c.attn_output_gate else [q]
         k, v = self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)  # [B, T, G, D]
-        if c.qk_norm:
+        if c.qk_norm_across_heads:
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        elif c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.uses_rope:
             k = apply_rope(k, *layout.rope)
@@ -805,22 +812,39 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). A linear layer has `linear_attn` instead of `self_attn`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm. A linear layer has `linear_attn` instead of `self_attn`.
+
+    `norm_position` post is OLMo 2's (2024) x + norm(attention(x)), which keeps a branch's output small and leaves the
+    residual stream as it is; Vaswani et al. (2017) normalised the sum. Sandwich is Gemma 2's, before and after.
+    Hugging Face's post_attention_layernorm is the MLP's norm in pre-norm models, and attention's in the others."""
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.norm_position = config.norm_position
+
+        def norm(*positions):
+            return RMSNorm(config, config.hidden_size) if self.norm_position in positions else nn.Identity()
+
+        self.input_layernorm = norm("pre", "sandwich")
         if config.layer_type(layer) == "linear":
             self.linear_attn = GatedDeltaNet(config, layer)
         else:
             self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer)
-        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_attention_layernorm = norm("pre", "post", "sandwich")
+        self.pre_feedforward_layernorm = norm("sandwich")
         sparse = config.num_experts and layer >= config.first_k_dense_replace
         self.mlp = MoE(config) if sparse else MLP(config, config.intermediate_size)
+        self.post_feedforward_layernorm = norm("post", "sandwich")
 
     def forward(self, x, layout, cache):
         mixer = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
-        x = x + mixer(self.input_layernorm(x), layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = mixer(self.input_layernorm(x), layout, cache)
+        if self.norm_position == "pre":
+            x = x + y
+            y = self.post_attention_layernorm(x)
+        else:
+            x = x + self.post_attention_layernorm(y)
+            y = self.pre_feedforward_layernorm(x)
+        return x + self.post_feedforward_layernorm(self.mlp(y))
 
 
 class Decoder(nn.Module):

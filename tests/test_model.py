@@ -77,6 +77,8 @@ VARIANTS = {  # windows, chunks and trained contexts shorter than the sequences 
     "mha": PLAIN.change(num_key_value_heads=6),
     "mqa": PLAIN.change(num_key_value_heads=1),
     "qk-norm": PLAIN.change(qk_norm=True),
+    "post-norm": PLAIN.change(norm_position="post", qk_norm=True, qk_norm_across_heads=True, attn_output_gate=True),
+    "sandwich": PLAIN.change(norm_position="sandwich"),
     "nope": PLAIN.change(position="none"),
     "sliding-3:1": PLAIN.change(layer_types="sliding,sliding,sliding,full", sliding_window=5),
     "sliding-1": PLAIN.change(layer_types="sliding", sliding_window=1),
@@ -634,6 +636,8 @@ def eager(model, tokens, cu):
         ({"rms_norm_eps": float("nan")}, "between"),
         ({"vocab_size": "61"}, "type"),
         ({"qk_norm": 1}, "type"),
+        ({"qk_norm_across_heads": True}, "qk_norm true"),
+        ({"norm_position": "after"}, "pre, post"),
     ],
 )
 def test_impossible_configs_are_a_sentence(wrong, word):
