@@ -79,8 +79,8 @@ def training_memory(config, rows, context, compute_bytes=2, device="cuda", accum
     b, N, cast = compute_bytes, rows * context, compute_bytes < 4
     norm = 2 * b if device == "cuda" else b + 8  # bytes an element; a CPU keeps the fp32 steps of a norm
     block = 2 * C * norm + b * (2 * q + 2 * kv + 4 * M) + 4 * config.num_attention_heads  # bytes a token
-    if config.qk_norm:
-        block += (q + kv) * (norm - b)  # RoPE no longer keeps its input
+    more = config.qk_norm * (q + kv) + (config.norm_position == "sandwich") * 2 * C
+    block += more * (norm - b)  # RoPE and the residual stream keep no output of these
     blocks = block + layers * C * b if recompute else layers * block
     gathered = count["embedding"] + count["non_embedding"] / (layers if recompute or shards > 1 else 1)
     kept = N * (blocks + C * norm) + (b * gathered if cast or shards > 1 else 0)

@@ -7,7 +7,7 @@ saves a fifth of a small model for nothing (tied 2.198, untied at equal size 2.2
 document masking cost nothing in short context (2.195) and pay in long context. Take a mixture of experts where memory
 is no limit and a hybrid for very long context; everything in this file beyond the dense decoder is for those two.
 
-    python model.py                                      # the presets and their parameter counts
+    python model.py                                      # the presets: parameters, KV cache, RoPE, experts
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
 Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
@@ -399,20 +399,26 @@ def watch_attention():
 
 @torch.no_grad()
 def attention_extremes(q, k, positions, window, chunk):
-    """[largest score, smallest and largest entropy of a head in nats] of the first row's last queries (128 at most).
+    """Of the first row's last queries (128 at most): [largest score, smallest and largest entropy of a head in nats,
+    mean share of attention that goes to the first token of the document, by those later ones that see it].
 
-    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023)."""
+    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a
+    first token of any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
     q, k = q[0, -128:].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], 1)  # [t, H, D], [T, H, D]
-    visible = visible_keys(distances(len(q), len(k), q.device), positions[:1, -128:], window, chunk)[0]  # [1, t, T]
+    distance, positions = distances(len(q), len(k), q.device), positions[:1, -128:]
+    visible = visible_keys(distance, positions, window, chunk)[0]  # [1, t, T]
     scores = (torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
-    entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)  # [H]
-    return torch.stack((scores.max(), entropy.min(), entropy.max()))
+    p = scores.softmax(-1)  # [H, t, T]
+    entropy = torch.special.entr(p).sum(-1).mean(-1)  # [H]
+    first = visible & (distance > 0) & (distance == positions[..., None])  # [1, t, T]
+    return torch.stack((scores.max(), entropy.min(), entropy.max(), (p.mean(0) * first).sum() / first.sum()))
 
 
 # ---- positions ------------------------------------------------------------------------------------------------
 
 def rope_frequencies(config, device="cpu"):
     """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
+    The base theta belongs to the context (`rope_reach`): SmolLM3 took 50k for 4k tokens, 2M for 32k and 5M for 64k.
 
     `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`. Llama 3.1
     blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the pair, from yarn_beta_slow to yarn_beta_fast."""
@@ -429,6 +435,13 @@ def rope_frequencies(config, device="cpu"):
         low, high = max(low, 0), min(high, R - 1)
         keep = 1 - ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / config.rope_factor)
+
+
+def rope_reach(config):
+    """The longest context, 2^18 tokens at most, at every distance m of which RoPE makes a query score a key like itself
+    higher, on average, than a random one: sum_i cos(m f_i) >= 0 for the frequencies f (Men et al. 2024)."""
+    angles = torch.outer(torch.arange(2.0**18), rope_frequencies(config))
+    return int((angles.cos().sum(1) >= 0).int().cumprod(0).sum())  # how many before the first negative one
 
 
 def yarn_temperature(config):
@@ -1002,13 +1015,38 @@ def count_parameters(config):
             "matmul": matmul + look_up * tied}
 
 
+def cache_bytes(config, length):
+    """Bytes of the KVCache of one sequence of `length` tokens, in bf16.
+
+    A layer keeps 2 G D numbers a token (MHA: G = H, MQA: G = 1), MLA its latent and one key part; sliding and chunked
+    layers only of tokens that a next one can see, linear layers a state in fp32 and the convolution's last inputs."""
+    c = config
+    token = c.kv_lora_rank + c.qk_rope_head_dim if c.kv_lora_rank else 2 * c.num_key_value_heads * c.head_dim
+    seen = {"sliding": c.sliding_window - 1, "chunked": c.attention_chunk_size - 1, "linear": 0}
+    D, values = c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
+    state = 4 * D * values + 2 * (c.linear_conv_kernel_dim - 1) * (2 * c.linear_num_key_heads * D + values)
+    return sum(2 * token * min(length, seen.get(kind, length)) + (kind == "linear") * state
+               for kind in map(c.layer_type, range(c.num_hidden_layers)))
+
+
 def main():
-    print("Parameters: all, all without embeddings, active (those that one token uses), active without embeddings.\n"
+    print("Parameters: all, without embeddings, active (what a token uses), active without embeddings; embeddings' share.\n"
           "Published active counts include both embeddings, the output's alone (gpt-oss) or none (Moonlight).")
     for name, config in PRESETS.items():
         count = count_parameters(config)
         sizes = count["total"], count["non_embedding"], count["active"], count["active"] - count["embedding"]
-        print(f"{name:19}" + "".join(f"{size:18,}" for size in sizes))
+        print(f"{name:19}" + "".join(f"{size:18,}" for size in sizes) + f"{count['embedding'] / count['total']:9.1%}")
+    print("""
+KV cache in bf16: a token more, and a whole context. RoPE: its base, and the context that it reaches (`rope_reach`).
+Experts: granularity, 2 hidden_size / width of one; sparsity, all / active, both with the shared ones.
+                     context  KiB a token  MiB in all   RoPE base   reaches  granularity  sparsity""")
+    for name, c in PRESETS.items():
+        length = c.max_position_embeddings
+        full = cache_bytes(c, length)
+        print(f"{name:19}{length:9,}{(full - cache_bytes(c, length - 1)) / 2**10:13,.1f}{full / 2**20:12,.1f}"
+              f"{c.rope_theta:12,.0f}{rope_reach(c):10,}" + bool(c.num_experts) * (
+                  f"{2 * c.hidden_size / c.moe_intermediate_size:13.1f}"
+                  f"{(c.num_experts + c.n_shared_experts) / (c.num_experts_per_tok + c.n_shared_experts):10.1f}"))
 
 
 if __name__ == "__main__":
