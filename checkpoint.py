@@ -367,6 +367,7 @@ FAMILIES = {
     "mistral": Family("Mistral", _SIZES + "sliding_window", _SLIDING, fixed={"attention_bias": False}),
     "smollm3": Family("SmolLM3", _WINDOWS + "mlp_bias no_rope_layer_interval",
                       {"no_rope_layer_interval": 4, "tie_word_embeddings": True}),
+    "olmo2": Family("Olmo2", _SIZES, {"norm_position": "post", "qk_norm": True, "qk_norm_across_heads": True}),
     "qwen2": Family("Qwen2", _WINDOWS, {"attention_bias": True}),  # read; written as llama or smollm3
     "mixtral": Family("Mixtral", _SIZES + "num_experts_per_tok router_aux_loss_coef sliding_window",
                       _SLIDING, _LOCAL, {"attention_bias": False}),

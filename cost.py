@@ -81,8 +81,8 @@ def training_memory(config, rows, context, compute_bytes=2, device="cuda", accum
     short = context <= DENSE_ROWS[torch.bfloat16 if cast else torch.float32]
     scores = b * context if device == "cpu" and short else 4  # kept, or their logarithmic sums
     block = 2 * C * norm + b * (2 * q + 2 * kv + 4 * M) + config.num_attention_heads * scores  # bytes a token
-    if config.qk_norm:
-        block += (q + kv) * (norm - b)  # RoPE no longer keeps its input
+    more = config.qk_norm * (q + kv) + (config.norm_position == "sandwich") * 2 * C
+    block += more * (norm - b)  # RoPE and the residual stream keep no output of these
     blocks = block + layers * C * b if recompute else layers * block
     gathered = count["embedding"] + count["non_embedding"] / (layers if recompute or shards > 1 else 1)
     kept = N * (blocks + C * norm) + (b * gathered if cast or shards > 1 else 0)

@@ -7,7 +7,7 @@ saves a fifth of a small model for nothing (tied 2.198, untied at equal size 2.2
 document masking cost nothing in short context (2.195) and pay in long context. Take a mixture of experts where memory
 is no limit and a hybrid for very long context; everything in this file beyond the dense decoder is for those two.
 
-    python model.py                                      # the presets and their parameter counts
+    python model.py                                      # the presets: parameters, KV cache, RoPE, experts
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
 Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
@@ -67,6 +67,7 @@ class ModelConfig:
     attn_output_gate: bool = option(False, "a sigmoid gate on every head's output (Qwen3-Next)")
     attention_bias: bool = option(False, "biases on the q, k, v and o projections (gpt-oss)")
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
+    qk_norm_across_heads: bool = option(False, "that norm over all heads of a layer at once (OLMo 2)")
     position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
                            choices=(*ROPE, "none", "learned", "relative", "alibi"), group="positions")
     rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
@@ -104,8 +105,9 @@ class ModelConfig:
     router_aux_loss_coef: float = amount(0.01, "weight of the load-balancing loss, over the global batch")
     router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
     router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
-    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS,
-                             group="details of the model")
+    norm_position: str = option("pre", "norms on what a branch reads (pre), returns (post, OLMo 2) or both (sandwich)",
+                                choices=("pre", "post", "sandwich"), group="details of the model")
+    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS)
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
     swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
     norm_zero_centered: bool = option(False, "RMSNorm's gain is 1 + weight (Qwen3-Next)")
@@ -143,6 +145,7 @@ class ModelConfig:
             (experts % self.n_group or self.topk_group > self.n_group or 1 < self.n_group > experts // 2
              or experts and chosen > experts // self.n_group * self.topk_group,
              "n_group must cut num_experts into groups of 2 or more, of which a token has topk_group to choose from"),
+            (self.qk_norm_across_heads and not self.qk_norm, "qk_norm_across_heads needs --qk_norm true"),
             (self.yarn_mscale_all_dim and not latent, "yarn_mscale_all_dim needs kv_lora_rank (MLA); leave it out"),
             (self.swiglu_limit and self.hidden_act != "silu", "swiglu_limit needs --hidden_act silu"),
             (self.position in ROPE and (self.rotary_dim % 2 or not self.rotary_dim),
@@ -421,20 +424,26 @@ def watch_attention():
 
 @torch.no_grad()
 def attention_extremes(q, k, positions, window, chunk):
-    """[largest score, smallest and largest entropy of a head in nats] of the first row's last queries (128 at most).
+    """Of the first row's last queries (128 at most): [largest score, smallest and largest entropy of a head in nats,
+    mean share of attention that goes to the first token of the document, by those later ones that see it].
 
-    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023)."""
+    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a
+    first token of any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
     q, k = q[0, -128:].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], 1)  # [t, H, D], [T, H, D]
-    visible = visible_keys(distances(len(q), len(k), q.device), positions[:1, -128:], window, chunk)[0]  # [1, t, T]
+    distance, positions = distances(len(q), len(k), q.device), positions[:1, -128:]
+    visible = visible_keys(distance, positions, window, chunk)[0]  # [1, t, T]
     scores = (torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
-    entropy = torch.special.entr(scores.softmax(-1)).sum(-1).mean(-1)  # [H]
-    return torch.stack((scores.max(), entropy.min(), entropy.max()))
+    p = scores.softmax(-1)  # [H, t, T]
+    entropy = torch.special.entr(p).sum(-1).mean(-1)  # [H]
+    first = visible & (distance > 0) & (distance == positions[..., None])  # [1, t, T]
+    return torch.stack((scores.max(), entropy.min(), entropy.max(), (p.mean(0) * first).sum() / first.sum()))
 
 
 # ---- positions ------------------------------------------------------------------------------------------------
 
 def rope_frequencies(config, device="cpu"):
     """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
+    The base theta belongs to the context (`rope_reach`): SmolLM3 took 50k for 4k tokens, 2M for 32k and 5M for 64k.
 
     `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`. Llama 3.1
     blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the pair, from yarn_beta_slow to yarn_beta_fast."""
@@ -451,6 +460,13 @@ def rope_frequencies(config, device="cpu"):
         low, high = max(low, 0), min(high, R - 1)
         keep = 1 - ((pairs - low) / max(high - low, 1e-3)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / config.rope_factor)
+
+
+def rope_reach(config):
+    """The longest context, 2^18 tokens at most, at every distance m of which RoPE makes a query score a key like itself
+    higher, on average, than a random one: sum_i cos(m f_i) >= 0 for the frequencies f (Men et al. 2024)."""
+    angles = torch.outer(torch.arange(2.0**18), rope_frequencies(config))
+    return int((angles.cos().sum(1) >= 0).int().cumprod(0).sum())  # how many before the first negative one
 
 
 def yarn_temperature(config):
@@ -584,7 +600,8 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = Linear(C, G * D, bias), Linear(C, G * D, bias)
         self.o_proj = Linear(H * D, C, bias)
         if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(config, D), RMSNorm(config, D)
+            heads = (H, G) if config.qk_norm_across_heads else (1, 1)
+            self.q_norm, self.k_norm = (RMSNorm(config, n * D) for n in heads)
         self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.relative_bias = nn.Embedding(32, H) if config.position == "relative" else None
 
@@ -600,7 +617,9 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, c.num_attention_heads, -1)  # [B, T, H, D]
         q, *gate = q.split(D, -1) if c.attn_output_gate else [q]
         k, v = self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)  # [B, T, G, D]
-        if c.qk_norm:
+        if c.qk_norm_across_heads:
+            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
+        elif c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.uses_rope:
             k = apply_rope(k, *layout.rope)
@@ -860,22 +879,39 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). A linear layer has `linear_attn` instead of `self_attn`."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm. A linear layer has `linear_attn` instead of `self_attn`.
+
+    `norm_position` post is OLMo 2's (2024) x + norm(attention(x)), which keeps a branch's output small and leaves the
+    residual stream as it is; Vaswani et al. (2017) normalised the sum. Sandwich is Gemma 2's, before and after.
+    Hugging Face's post_attention_layernorm is the MLP's norm in pre-norm models, and attention's in the others."""
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config, config.hidden_size)
+        self.norm_position = config.norm_position
+
+        def norm(*positions):
+            return RMSNorm(config, config.hidden_size) if self.norm_position in positions else nn.Identity()
+
+        self.input_layernorm = norm("pre", "sandwich")
         if config.layer_type(layer) == "linear":
             self.linear_attn = GatedDeltaNet(config, layer)
         else:
             self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer)
-        self.post_attention_layernorm = RMSNorm(config, config.hidden_size)
+        self.post_attention_layernorm = norm("pre", "post", "sandwich")
+        self.pre_feedforward_layernorm = norm("sandwich")
         sparse = config.num_experts and layer >= config.first_k_dense_replace
         self.mlp = MoE(config) if sparse else MLP(config, config.intermediate_size)
+        self.post_feedforward_layernorm = norm("post", "sandwich")
 
     def forward(self, x, layout, cache):
         mixer = self.linear_attn if hasattr(self, "linear_attn") else self.self_attn
-        x = x + mixer(self.input_layernorm(x), layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        y = mixer(self.input_layernorm(x), layout, cache)
+        if self.norm_position == "pre":
+            x = x + y
+            y = self.post_attention_layernorm(x)
+        else:
+            x = x + self.post_attention_layernorm(y)
+            y = self.pre_feedforward_layernorm(x)
+        return x + self.post_feedforward_layernorm(self.mlp(y))
 
 
 class Decoder(nn.Module):
@@ -1102,13 +1138,38 @@ def count_parameters(config):
             "matmul": matmul + look_up * tied}
 
 
+def cache_bytes(config, length):
+    """Bytes of the KVCache of one sequence of `length` tokens, in bf16.
+
+    A layer keeps 2 G D numbers a token (MHA: G = H, MQA: G = 1), MLA its latent and one key part; sliding and chunked
+    layers only of tokens that a next one can see, linear layers a state in fp32 and the convolution's last inputs."""
+    c = config
+    token = c.kv_lora_rank + c.qk_rope_head_dim if c.kv_lora_rank else 2 * c.num_key_value_heads * c.head_dim
+    seen = {"sliding": c.sliding_window - 1, "chunked": c.attention_chunk_size - 1, "linear": 0}
+    D, values = c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
+    state = 4 * D * values + 2 * (c.linear_conv_kernel_dim - 1) * (2 * c.linear_num_key_heads * D + values)
+    return sum(2 * token * min(length, seen.get(kind, length)) + (kind == "linear") * state
+               for kind in map(c.layer_type, range(c.num_hidden_layers)))
+
+
 def main():
-    print("Parameters: all, all without embeddings, active (those that one token uses), active without embeddings.\n"
+    print("Parameters: all, without embeddings, active (what a token uses), active without embeddings; embeddings' share.\n"
           "Published active counts include both embeddings, the output's alone (gpt-oss) or none (Moonlight).")
     for name, config in PRESETS.items():
         count = count_parameters(config)
         sizes = count["total"], count["non_embedding"], count["active"], count["active"] - count["embedding"]
-        print(f"{name:19}" + "".join(f"{size:18,}" for size in sizes))
+        print(f"{name:19}" + "".join(f"{size:18,}" for size in sizes) + f"{count['embedding'] / count['total']:9.1%}")
+    print("""
+KV cache in bf16: a token more, and a whole context. RoPE: its base, and the context that it reaches (`rope_reach`).
+Experts: granularity, 2 hidden_size / width of one; sparsity, all / active, both with the shared ones.
+                     context  KiB a token  MiB in all   RoPE base   reaches  granularity  sparsity""")
+    for name, c in PRESETS.items():
+        length = c.max_position_embeddings
+        full = cache_bytes(c, length)
+        print(f"{name:19}{length:9,}{(full - cache_bytes(c, length - 1)) / 2**10:13,.1f}{full / 2**20:12,.1f}"
+              f"{c.rope_theta:12,.0f}{rope_reach(c):10,}" + bool(c.num_experts) * (
+                  f"{2 * c.hidden_size / c.moe_intermediate_size:13.1f}"
+                  f"{(c.num_experts + c.n_shared_experts) / (c.num_experts_per_tok + c.n_shared_experts):10.1f}"))
 
 
 if __name__ == "__main__":

@@ -546,7 +546,8 @@ def conclude(run):
 @torch.no_grad()
 def watch(run):
     """What comes before trouble: the last batch's loss by source, extremes of logits, attention scores and entropy of
-    its first micro-batch, and how far the last update moved the weights (a healthy run: 1e-3 of their norm)."""
+    its first micro-batch, the attention that its first tokens take, and how far the last update moved the weights (a
+    healthy run: 1e-3 of their norm)."""
     rows = run.rows[run.curriculum.stage(run.step - 1)]
     piece = run.step - 1, run.world.rank * rows, rows
     tokens, targets, cu_seqlens = run.loader.get(piece)
@@ -561,9 +562,10 @@ def watch(run):
              "logit_max": max(logits).item(), "memory": cost.peak_memory(run.machine.device),
              "update_to_weight": run.optimizer.update_to_weight()}
     if extremes:
-        score, low, high = torch.stack(extremes).unbind(1)
+        score, low, high, first = torch.stack(extremes).unbind(1)
         found |= {"attention_score_max": score.max().item(), "attention_entropy_min": low.min().item(),
-                  "attention_entropy_max": high.max().item()}
+                  "attention_entropy_max": high.max().item(),
+                  "attention_first_token": first.nanmean().item()}  # nan: no query of the layer sees it
     return found
 
 

@@ -36,6 +36,10 @@ EXERCISES = {
                  ["test_model.py::test_cached_logits_equal_uncached"]),
     "wsd": ("schedule.py", "wsd", "warm up, stay, decay",
             ["test_schedule.py::test_wsd_by_hand", "test_schedule.py::test_last_step_has_exactly_the_final_rate"]),
+    "adamw": ("schedule.py", "adamw", "one update: moments, their correction, decay",
+              ["test_schedule.py::test_adamw_equals_torch"]),
+    "newton-schulz": ("schedule.py", "newton_schulz", "make all singular values of an update nearly 1", [
+        "test_schedule.py::test_newton_schulz_equals_torch_and_keeps_the_singular_vectors"]),
     "sqrt-rule": ("schedule.py", "scale_rate", "the rate of a larger batch",
                   ["test_schedule.py::test_larger_batches_want_higher_rates"]),
     "loss": ("model.py", "losses_and_slope", "next-token losses and their gradient by the logits",

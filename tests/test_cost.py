@@ -88,7 +88,9 @@ def test_training_memory_of_weights_and_optimizer():
 
 @pytest.mark.parametrize("config, rows, dtype", [
     (PRESETS["laptop"], 16, torch.bfloat16), (PRESETS["laptop"], 16, torch.float32),
-    (ModelConfig(512, 256, 1024, 6, 8, 4, qk_norm=True, max_position_embeddings=128), 8, torch.bfloat16)])
+    (ModelConfig(512, 256, 1024, 6, 8, 4, qk_norm=True, max_position_embeddings=128), 8, torch.bfloat16),
+    (PRESETS["laptop"].change(norm_position="post", qk_norm=True, qk_norm_across_heads=True), 16, torch.float32),
+    (PRESETS["laptop"].change(norm_position="sandwich"), 16, torch.bfloat16)])
 def test_activation_memory_against_what_autograd_keeps(config, rows, dtype):
     """The tensors that a CPU step keeps for its backward pass, one by one; what the loss needs meanwhile is on top."""
     model, sizes = GPT(config), {}

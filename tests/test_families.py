@@ -82,6 +82,7 @@ MODELS = {  # name: (class, its config)
     "qwen3-sliding": ("Qwen3", dict(head_dim=10, **SLIDING)),
     "smollm3": ("SmolLM3", dict(tie_word_embeddings=True, **rope(5e6))),
     "smollm3-sliding": ("SmolLM3", SLIDING),
+    "olmo2": ("Olmo2", rope(5e5)),
     "mixtral": ("Mixtral", dict(num_local_experts=5, num_experts_per_tok=2, sliding_window=None)),
     "mixtral-window": ("Mixtral", dict(head_dim=10, num_local_experts=5, num_experts_per_tok=2, sliding_window=7)),
     "qwen3-moe": (
@@ -250,6 +251,23 @@ def test_presets_count_what_transformers_counts(name):
     assert load_config_of(hf).change(**untrained) == PRESETS[name].change(**untrained)
 
 
+def test_sandwich_norms_are_gemma_2s():
+    """Its weights load by their names; what else Gemma 2 does (a larger embedding, GELU, soft caps) is switched off."""
+    torch.manual_seed(1)
+    sizes = {name: size for name, size in BASE.items() if not name.endswith("_id")} | {"head_dim": 8}
+    theirs = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
+        **sizes, hidden_activation="silu", query_pre_attn_scalar=8, attn_logit_softcapping=None,
+        final_logit_softcapping=None, layer_types=["full_attention"] * 4)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ours = GPT(ModelConfig(**sizes, norm_position="sandwich", norm_zero_centered=True)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    tokens = torch.randint(61, (2, 30))
+    with torch.no_grad():
+        ours.model.embed_tokens.weight *= 48**0.5
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
 def test_deepseek_exports_name_the_router():
     """Without these two, llama.cpp takes softmax."""
     hf = config_to_hugging_face(PRESETS["moonlight-16b-a3b"])
@@ -258,6 +276,7 @@ def test_deepseek_exports_name_the_router():
 
 TINY = ModelConfig(61, 32, 24, 2, 2, 1)
 WINDOW = {"layer_types": "sliding,full", "sliding_window": 8}
+OLMO2 = {"norm_position": "post", "qk_norm": True, "qk_norm_across_heads": True}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +294,7 @@ WINDOW = {"layer_types": "sliding,full", "sliding_window": 8}
         ({"hidden_act": "relu2", "num_experts": 4}, "mixtral"),
         ({"no_rope_layer_interval": 2, "tie_word_embeddings": False}, "smollm3"),
         ({"attention_bias": True}, "llama"),
+        (OLMO2, "olmo2"),
     ],
 )
 def test_shapes_that_train_py_makes_are_exported(change, family, tmp_path):
@@ -297,6 +317,8 @@ def test_shapes_that_train_py_makes_are_exported(change, family, tmp_path):
         ({"attn_output_gate": True}, "attn_output_gate"),
         ({"num_experts": 4, "n_shared_experts": 1}, "n_shared_experts"),
         ({"attention_sinks": True}, "attention_sinks"),
+        ({"norm_position": "post", "num_experts": 4}, "norm_position"),
+        ({"norm_position": "sandwich"}, "norm_position"),
         ({"num_experts": 4, "layer_types": "sliding,full", "sliding_window": 8}, "layer_types"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import math
 import re
 from dataclasses import fields
 
@@ -20,6 +21,7 @@ from model import (
     alibi,
     apply_rope,
     attention_extremes,
+    cache_bytes,
     count_parameters,
     dense_attention,
     distance_bucket,
@@ -31,6 +33,7 @@ from model import (
     rope_frequencies,
     losses_and_slope,
     visible_keys,
+    rope_reach,
     watch_attention,
 )
 from conftest import call
@@ -78,6 +81,8 @@ VARIANTS = {  # windows, chunks and trained contexts shorter than the sequences 
     "mha": PLAIN.change(num_key_value_heads=6),
     "mqa": PLAIN.change(num_key_value_heads=1),
     "qk-norm": PLAIN.change(qk_norm=True),
+    "post-norm": PLAIN.change(norm_position="post", qk_norm=True, qk_norm_across_heads=True, attn_output_gate=True),
+    "sandwich": PLAIN.change(norm_position="sandwich"),
     "nope": PLAIN.change(position="none"),
     "sliding-3:1": PLAIN.change(layer_types="sliding,sliding,sliding,full", sliding_window=5),
     "sliding-1": PLAIN.change(layer_types="sliding", sliding_window=1),
@@ -758,6 +763,8 @@ def eager(model, tokens, cu):
         ({"rms_norm_eps": float("nan")}, "between"),
         ({"vocab_size": "61"}, "type"),
         ({"qk_norm": 1}, "type"),
+        ({"qk_norm_across_heads": True}, "qk_norm true"),
+        ({"norm_position": "after"}, "pre, post"),
     ],
 )
 def test_impossible_configs_are_a_sentence(wrong, word):
@@ -828,16 +835,29 @@ def test_document_attention_on_cuda_equals_dense_mask(kv_heads, window, sinks):
 def test_attention_extremes_by_brute_force():
     q, k = torch.randn(1, 24, 4, 8), torch.randn(1, 24, 2, 8)
     positions, window = torch.cat((torch.arange(10), torch.arange(14)))[None], 6
-    scores, entropies = [], torch.zeros(4, 24)
+    scores, entropies, first = [], torch.zeros(4, 24), []
     for head in range(4):
         for at in range(24):
-            begin = max(0 if at < 10 else 10, at - window + 1)
+            start = 0 if at < 10 else 10
+            begin = max(start, at - window + 1)
             row = q[0, at, head] @ k[0, begin : at + 1, head // 2].T / 8**0.5
             scores.append(float(row.max()))
             entropies[head, at] = torch.distributions.Categorical(logits=row).entropy()
+            if begin == start < at:
+                first.append(float(row.softmax(0)[0]))
     mean = entropies.mean(1)
-    expected = torch.tensor([max(scores), mean.min(), mean.max()])
+    expected = torch.tensor([max(scores), mean.min(), mean.max(), sum(first) / len(first)])
     torch.testing.assert_close(attention_extremes(q, k, positions, window, 0), expected)
+
+
+def test_a_sink_is_seen():
+    """A first key that every query likes best by 20 takes all; of keys that are alike each takes an equal share."""
+    k = torch.zeros(1, 5, 2, 4)
+    q, positions = torch.ones(1, 5, 2, 4), torch.arange(5)[None]
+    assert attention_extremes(q, k, positions, 0, 0)[3] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4)
+    k[:, 0] = 10.0
+    assert attention_extremes(q, k, positions, 0, 0)[3] == pytest.approx(1)
+    assert attention_extremes(q, k, positions, 1, 0)[3].isnan()  # a window of one token sees no first one
 
 
 @pytest.mark.parametrize("name", ["gqa-rnope", "llama-4", "mla", "relative"])
@@ -845,13 +865,57 @@ def test_watching_attention_sees_every_softmax_layer(name):
     model, tokens = build(VARIANTS[name]), torch.randint(61, (2, 32))
     with watch_attention() as (extremes, _):
         model(tokens, lengths_to_cu([20, 12, 32], 8))
-    assert len(extremes) == 4 and all(0 <= low <= high < 3.5 for _, low, high in extremes)  # ln 32
+    assert len(extremes) == 4
+    assert all(0 <= low <= high < 3.5 and 0 <= first <= 1 for _, low, high, first in extremes)  # 3.5: ln 32
     model(tokens)
     assert len(extremes) == 4
 
 
+@pytest.mark.parametrize("name", ["mha", "gqa-rnope", "mqa", "mla", "sliding-3:1", "sliding-1", "llama-4", "deltanet"])
+@pytest.mark.parametrize("length", [3, 40])
+def test_cache_bytes_are_those_of_a_cache(name, length):
+    model, cache = build(VARIANTS[name]), KVCache(length)
+    model.compute_dtype = torch.bfloat16
+    with torch.inference_mode():
+        model(torch.randint(61, (1, length)), cache=cache)
+    assert cache_bytes(model.config, length) == sum(x.nbytes for layer in cache.layers.values() for x in layer)
+
+
+@pytest.mark.parametrize(
+    "name, numbers",  # per token, as the playbook counts: MHA 2 h L dh, GQA 2 g L dh, MLA 4.5 L dh
+    [
+        ("llama-2-7b", 2 * 32 * 32 * 128),
+        ("smollm3-3b", 2 * 4 * 36 * 128),
+        ("moonlight-16b-a3b", 4.5 * 27 * 128),
+        ("gpt-oss-20b", 2 * 8 * 12 * 64),  # half of the layers see 128 tokens
+        ("qwen3-next-80b-a3b", 2 * 2 * 12 * 256),
+    ],
+)
+def test_cache_bytes_by_hand(name, numbers):
+    assert cache_bytes(PRESETS[name], 5001) - cache_bytes(PRESETS[name], 5000) == 2 * numbers
+
+
+def test_the_base_of_rope_bounds_the_context():
+    """By brute force, and SmolLM3's three bases, each of which reaches the context that it was taken for."""
+    config, m = ModelConfig(head_dim=10, rope_theta=300.0), 0
+    while sum(math.cos(m * 300.0 ** (-2 * i / 10)) for i in range(5)) >= 0:
+        m += 1
+    assert rope_reach(config) == m > 5
+    for base, context in ((5e4, 4096), (2e6, 32768), (5e6, 65536)):
+        assert context <= rope_reach(ModelConfig(head_dim=128, rope_theta=base)) < 1.5 * context
+    assert rope_reach(ModelConfig(head_dim=128, rope_theta=1e12)) == 2**18  # as far as it looks
+
+
 def test_the_command_prints_every_preset_with_published_sizes():
-    done = call(model_.main)
-    rows = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.split()[0] in PRESETS}
-    assert rows.keys() == PRESETS.keys() and "both embeddings" in done.stdout
-    assert rows["moonlight-16b-a3b"] == ["15,960,108,544", "15,289,019,904", "2,914,774,528", "2,243,685,888"]
+    """Sparsity as the playbook's table counts it, shared experts among all and active ones; granularity by its formula
+    (its text has 0.5 for gpt-oss)."""
+    rows = {}
+    for line in call(model_.main).stdout.splitlines():
+        assert len(line) <= 120
+        if line and line.split()[0] in PRESETS:
+            rows.setdefault(line.split()[0], []).append(line.split()[1:])
+    assert rows.keys() == PRESETS.keys() and all(len(pair) == 2 for pair in rows.values())
+    assert rows["moonlight-16b-a3b"][0] == "15,960,108,544 15,289,019,904 2,914,774,528 2,243,685,888 4.2%".split()
+    assert rows["llama-2-7b"][1] == ["4,096", "512.0", "2,048.0", "10,000", "1,707"]
+    assert rows["gpt-oss-20b"][1][-2:] == ["2.0", "8.0"] and rows["kimi-k2"][1][-1] == "42.8"
+    assert rows["qwen3-next-80b-a3b"][1][-1] == "46.6"

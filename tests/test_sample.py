@@ -232,7 +232,7 @@ def test_a_damaged_recipe_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["gqa-rnope", "mqa", "sliding-1", "llama-4", "sinks", "mla", "learned", "relative",
                                   "alibi-chunked", "dual-chunk", "deltanet", "moe"])
 def test_compiled_sampling_is_one_graph_with_the_same_greedy_ids(name, monkeypatch, capsys):
-    """Prompts of several lengths, tokens beyond windows and chunks, several prompts at once."""
+    """Prompts of several lengths, tokens beyond windows and chunks, several prompts at once: other numbers of rows."""
     import torch._dynamo as dynamo
     import torch._dynamo.testing
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import schedule
 from conftest import call
 from model import GPT, ModelConfig
-from schedule import (CHINCHILLA, HOFFMANN, build_optimizer, cosine, multistep,
+from schedule import (CHINCHILLA, HOFFMANN, Float32Muon, adamw, build_optimizer, cosine, multistep, newton_schulz,
                       SCHEDULES, parameter_groups, warmup, wsd)
 from tokenizer import UserError
 
@@ -91,6 +91,39 @@ def test_optimizer_step_equals_adamw_by_hand():
         decay = 0 if "embed" in name else 0.5
         expected = before[name] * (1 - 0.01 * decay) - 0.01 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), expected, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamw_equals_torch(fused):
+    """Five steps on gradients of very different sizes, 0 among them."""
+    weight = torch.randn(6, 5, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3, fused=fused)
+    ours, mean, square = weight.detach().clone(), torch.zeros(6, 5), torch.zeros(6, 5)
+    for step in range(1, 6):
+        weight.grad = torch.randn(6, 5) * torch.logspace(-7, 3, 5)
+        weight.grad[0] = 0
+        optimizer.step()
+        ours, mean, square = adamw(ours, weight.grad, mean, square, step, 0.01, 0.8, 0.95, 1e-6, 0.3)
+        torch.testing.assert_close(ours, weight.detach(), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 30), (30, 8)])
+def test_newton_schulz_equals_torch_and_keeps_the_singular_vectors(shape):
+    """torch's own steps in fp32 and bfloat16 (without decay and momentum its Muon moves a weight by them), and the SVD:
+    the same vectors, values near 1."""
+    gradient = torch.randn(shape) * torch.logspace(-1, 0, shape[1])
+    found = newton_schulz(gradient)
+    for kind, close in ((Float32Muon, 2e-5), (torch.optim.Muon, 0.05)):
+        weight = torch.zeros(shape, requires_grad=True)
+        weight.grad = gradient.clone()
+        kind([weight], lr=1.0, weight_decay=0.0, momentum=0.0, adjust_lr_fn="match_rms_adamw").step()
+        assert torch.equal(weight.grad, gradient)
+        torch.testing.assert_close(-weight.detach() / 0.2 / max(shape) ** 0.5, found, atol=close, rtol=close)
+    u, s, vt = torch.linalg.svd(gradient, full_matrices=False)
+    inside = u.T @ found @ vt.T
+    values = inside.diagonal()
+    torch.testing.assert_close(inside, values.diag(), atol=1e-4, rtol=0)
+    assert s.max() > 5 * s.min() and 0.68 < values.min() and values.max() < 1.14
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
