@@ -1153,7 +1153,7 @@ def cache_bytes(config, length):
 
 
 def main():
-    print("Parameters: all, without embeddings, active (what a token uses), active without embeddings; embeddings' share.\n"
+    print("Parameters: all, without embeddings, active (of one token), active without embeddings; embeddings' share.\n"
           "Published active counts include both embeddings, the output's alone (gpt-oss) or none (Moonlight).")
     for name, config in PRESETS.items():
         count = count_parameters(config)
