@@ -166,11 +166,14 @@ class Source:
             self.leave_out(reason, error)
 
     def leave_out(self, reason, what):
-        """Counts what is left out. Prints the first of a reason: a folder of pictures must not fill the screen."""
         self.dropped[reason] += 1
-        if reason not in self.warned:
-            self.warned.add(reason)
-            tqdm.write(f"left out: {what} (more {reason} are only counted)", file=sys.stderr)
+        self.say_once(reason, f"left out: {what} (more {reason} are only counted)")
+
+    def say_once(self, about, line):
+        """Prints the first line about a thing: a folder of pictures must not fill the screen."""
+        if about not in self.warned:
+            self.warned.add(about)
+            tqdm.write(line, file=sys.stderr)
 
     def read(self, position=None):
         """All documents, or those behind `position`."""
@@ -218,14 +221,12 @@ class Source:
                                 if (i := rest.rfind(mark, end // 2)) >= 0), end)
                 text, rest, begin, count = rest[:end], rest[end:], begin + end, count + 1
                 if count > skip and text.strip():
-                    if re.search(r"(?i)\.(txt|md)\b", file.name):
-                        joined, width = unwrapped(text)
-                        if self.unwrap:
-                            text = joined
-                        elif width and "wraps" not in self.warned:
-                            self.warned.add("wraps")
-                            tqdm.write(f"{file} looks hard-wrapped at {width} characters; --unwrap true joins the "
-                                       "lines of a paragraph (more such files are not named)", file=sys.stderr)
+                    joined, width = unwrapped(text) if re.search(r"(?i)\.(txt|md)\b", file.name) else (text, 0)
+                    if self.unwrap:
+                        text = joined
+                    elif width:
+                        self.say_once("wraps", f"{file} looks hard-wrapped at {width} characters; --unwrap true joins "
+                                      "the lines of a paragraph (more such files are not named)")
                     yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
 
     def read_lines(self, name, file, skip):
@@ -513,7 +514,7 @@ def drop_reason(text, options, runs):
     """Why a document is dropped before it is encoded, or "". runs: of evaluations."""
     if not text.strip():
         return "empty documents"
-    if not all(known.isdisjoint(runs_of(text, length)) for length, known in runs.items()):
+    if any(not known.isdisjoint(runs_of(text, length)) for length, known in runs.items()):
         return "quotes of evaluations"
     return options.quality and quality(text)
 
@@ -665,8 +666,7 @@ def read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
-        lines = [f"{n:,} {reason} {meta.get('examples', {}).get(reason, '')}" for reason, n in meta["dropped"].items()]
-        return meta | {"dropped": f"\n{'':22}".join(lines) or "nothing"}
+        return meta
 
 
 def load_source(folder, tokenizer, verify=True, place="DIR"):
@@ -691,15 +691,6 @@ def load_source(folder, tokenizer, verify=True, place="DIR"):
     return splits
 
 
-# What the recipes at scale read; how it is prepared is in docs/playbook.md.
-PUBLIC = {"data/smollm2": "HuggingFaceFW/fineweb-edu and HuggingFaceTB's dclm-edu, stack-edu and finemath",
-          "data/fineweb-edu": "HuggingFaceFW/fineweb-edu", "data/stack-edu-python": "HuggingFaceTB/stack-edu",
-          "data/finemath": "HuggingFaceTB/finemath", "data/code": "HuggingFaceTB/stack-edu",
-          "data/english": "HuggingFaceFW/fineweb-edu and mlfoundations/dclm-baseline-1.0",
-          "data/multilingual": "HuggingFaceFW/fineweb-2", "data/math": "HuggingFaceTB/finemath and LLM360/MegaMath",
-          "data/reasoning": "nvidia/OpenMathReasoning"}
-
-
 def source_folders(data):
     """The folders that `data` names, separated by commas; each is a source or holds sources."""
     folders = []
@@ -708,9 +699,8 @@ def source_folders(data):
         if not found:
             raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on its result"
                             if Path(name).exists() else
-                            f"{name} does not exist: make it " + f'of {PUBLIC.get(name)} by the commands of "Data of '
-                            'the recipes" in docs/playbook.md, or ' * (name in PUBLIC) +
-                            f"with `python data.py prepare YOUR_TEXT --out {name}`")
+                            f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`, or "
+                            'what a recipe reads by "Data of the recipes" in docs/playbook.md')
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
@@ -1083,7 +1073,10 @@ def summary(data):
         train, val = split.values()
         print(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
               f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
-              f"{len(val.tokens):9,} tokens\n{'':13}dropped: {read_meta(folder)['dropped']}")
+              f"{len(val.tokens):9,} tokens")
+        meta = read_meta(folder)
+        for reason, count in meta["dropped"].items():
+            print(f"{'':13}dropped {count:,} {reason}", *meta.get("examples", {}).get(reason, []), sep=f"\n{'':17}| ")
     return tokenizer, [split["train"] for split in splits]
 
 
