@@ -438,6 +438,7 @@ def repeats_spans(documents):
     ids, ends, bad = np.concatenate(documents), np.cumsum(list(map(len, documents))), np.zeros(len(documents), bool)
     for n in range(1, 14):
         same = ids[n:] == ids[:-n]
+        same[ends[ends < len(same)]] = False  # at EOS: equal documents in a row are no repeated span
         edges = np.flatnonzero(np.diff(same, prepend=False, append=False))  # where runs of equal ones begin and end
         begins = edges[::2][edges[1::2] - edges[::2] >= n * 31]
         bad[np.searchsorted(ends, begins, side="right")] = True
@@ -666,7 +667,9 @@ def read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
-        return meta
+        return meta | {"dropped": "".join(
+            "\n".join((f"\n{'':13}dropped {n:,} {reason}", *(f"{'':15}{start!r}" for start in starts.get(reason, ()))))
+            for starts in [meta.get("examples", {})] for reason, n in meta["dropped"].items())}
 
 
 def load_source(folder, tokenizer, verify=True, place="DIR"):
@@ -1073,10 +1076,7 @@ def summary(data):
         train, val = split.values()
         print(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
               f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
-              f"{len(val.tokens):9,} tokens")
-        meta = read_meta(folder)
-        for reason, count in meta["dropped"].items():
-            print(f"{'':13}dropped {count:,} {reason}", *meta.get("examples", {}).get(reason, []), sep=f"\n{'':17}| ")
+              f"{len(val.tokens):9,} tokens", read_meta(folder)["dropped"], sep="")
     return tokenizer, [split["train"] for split in splits]
 
 

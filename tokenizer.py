@@ -638,9 +638,10 @@ def add_options(parser, *classes, without=()):
         for name, (kind, rule) in options_of(cls).items():
             group = parser.add_argument_group(rule["group"]) if rule["group"] else group
             if name not in without:
-                text = f"{rule['help']} (default: {getattr(cls, name)})".replace("%", "%%")
-                group.add_argument(f"--{name}", type=kinds[kind], help=text,
-                                   metavar="|".join(rule["choices"]) or kind.__name__)
+                value = getattr(cls, name)
+                text = rule["help"] + f" (default: {value})" * (value != "")
+                group.add_argument(f"--{name}", type=kinds[kind], help=text.replace("%", "%%"),
+                                   metavar="|".join(filter(None, rule["choices"])) or kind.__name__)
 
 
 def parse_options(parser, argv, intermixed=False):

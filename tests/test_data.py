@@ -253,6 +253,7 @@ def test_repeated_spans_equal_brute_force():
             rest = [rng.randrange(50) for _ in range(rng.randint(0, 9))]
             documents.append([7] * rng.randint(0, 9) + span * times + rest)
     documents += [[rng.randrange(2) for _ in range(400)] for _ in range(50)] + [[], [1], [5] * 31, [5] * 32]
+    documents += [[], [6], [5, 6], list(range(12))] * 40 + [[6]] * 40 + [[]] * 40  # equal documents in a row
     arrays = [np.array([99, *ids], np.uint16) for ids in documents]  # 99: EOS
     assert d.repeats_spans(arrays).tolist() == [brute_force(ids) for ids in documents]
 
