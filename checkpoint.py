@@ -142,6 +142,8 @@ def draw_log(folder):
             axes[1].plot([e["tokens"] for e in judged], [e["val"][source] for e in judged], marker=".", label=source)
         axes[1].set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
         axes[1].legend()
+        for panel in axes:
+            panel.locator_params("x", nbins=6)
     return draw(folder / "loss.png", paint, columns=2, size=(11, 4))
 
 

@@ -491,9 +491,8 @@ def add_bands(table, bands):
     return new
 
 
-def runs_of(text, length):
+def runs_of(words, length):
     """Hashes of all `length` words in a row; Python's, which another process would not know."""
-    words = words_of(text)
     return map(hash, zip(*(words[i:] for i in range(length))))
 
 
@@ -504,8 +503,9 @@ def evaluation_runs(files):
     for file in files:
         with reading(file):
             for text in map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8"))):
-                if (length := min(13, len(words_of(text)))) >= 8:
-                    found[length].update(runs_of(text, length))
+                words = words_of(text)
+                if (length := min(13, len(words))) >= 8:
+                    found[length].update(runs_of(words, length))
         if not found:
             raise UserError(f"{file} has no text of 8 words to look for in the documents")
     return found
@@ -515,7 +515,8 @@ def drop_reason(text, options, runs):
     """Why a document is dropped before it is encoded, or "". runs: of evaluations."""
     if not text.strip():
         return "empty documents"
-    if any(not known.isdisjoint(runs_of(text, length)) for length, known in runs.items()):
+    words = words_of(text) if runs else []
+    if any(not known.isdisjoint(runs_of(words, length)) for length, known in runs.items()):
         return "quotes of evaluations"
     return options.quality and quality(text)
 
@@ -605,8 +606,7 @@ def write_source(folder, source, seen, table, tokenizer, options, runs):
                     document = document._replace(side="near duplicates")
                 if document.side not in SPLITS:
                     dropped[document.side] += 1
-                    examples = meta["examples"].setdefault(document.side, [])
-                    examples += [document.start] * (len(examples) < 3)
+                    meta["examples"].setdefault(document.side, document.start)
                 pending.append(document)
                 size += len(document.ids)
             meta |= {"position": position, "dropped": dict(Counter(meta["dropped"]) + dropped)}
@@ -667,9 +667,10 @@ def read_meta(folder):
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
+        first = meta.get("examples", {})  # of each reason
         return meta | {"dropped": "".join(
-            "\n".join((f"\n{'':13}dropped {n:,} {reason}", *(f"{'':15}{start!r}" for start in starts.get(reason, ()))))
-            for starts in [meta.get("examples", {})] for reason, n in meta["dropped"].items())}
+            f"\n{'':13}dropped {n:,} {reason}" + (f", such as {first[reason]!r}" if reason in first else "")
+            for reason, n in meta["dropped"].items())}
 
 
 def load_source(folder, tokenizer, verify=True, place="DIR"):

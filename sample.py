@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from checkpoint import from_pretrained, is_hugging_face, read_json
 from model import GPT, KVCache
@@ -126,7 +127,7 @@ def continue_all(model, prompts, max_tokens, samples=1, *, seed=0, at_once=128, 
     for i, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(i)
     batches = (group[i:i + count] for group in groups.values() for i in range(0, len(group), count))
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(tqdm(list(batches), "answering", leave=False, delay=2, disable=None)):
         rows = [ids for i in batch for ids in made[i]]
         for step in generate(model, [prompts[i] for i in batch], max_tokens, samples,
                              seed=seed + 1_000_003 * number, **options):

@@ -534,7 +534,9 @@ def load_any(name):
     try:
         return Tokenizer.load(name)
     except UserError:
-        if not (file := Path(downloaded(str(name)), "tokenizer.json")).exists() and not (file := file.parent).is_file():
+        file = Path(downloaded(str(name)))
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.exists():
             raise
     theirs = installed("tokenizers", f"{file}, no byte-level BPE of a known kind,")
     with reading(file):
@@ -625,7 +627,7 @@ def check_options(config):
         value, low, high, choices = getattr(config, name), rule["low"], rule["high"], rule["choices"]
         typed = type(value) in ((int, float) if kind is float else (kind,))
         if not typed or choices and value not in choices or low is not None and not low <= value <= high:
-            wanted = (f"one of {', '.join(choices)}" if choices else f"between {low:g} and {high:g}"
+            wanted = (f"one of {', '.join(filter(None, choices))}" if choices else f"between {low:g} and {high:g}"
                       if typed else f"of the type {kind.__name__}")
             raise UserError(f"--{name} {value!r} is not {wanted}")
 
