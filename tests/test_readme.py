@@ -23,7 +23,7 @@ from conftest import ROOT, call
 from test_train import TINY, corpus, hasten, quick  # noqa: F401 (fixtures)
 
 PAGES = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "docs/workshop.md"))
-PLACES = re.findall(r"`([^`\n]+)`", PAGES) + [line for block in re.findall(r"```\n(.*?)```", PAGES, re.DOTALL)
+PLACES = re.findall(r"`([^`\n]+)`", PAGES) + [line for block in re.findall(r"```\w*\n(.*?)```", PAGES, re.DOTALL)
                                              for line in block.splitlines()]
 COMMANDS = sorted({match[1].strip() for place in PLACES if (match := re.search(
     r"(?:^|&& |until )(?:python|torchrun [-\w= ]*?) ?(\w+\.py\b[^#;]*)", place))})
