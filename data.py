@@ -93,14 +93,14 @@ def unpacked(file):
 
 
 def unwrapped(text):
-    """(text with the lines of each paragraph joined, the width at which it was wrapped); (text, 0) unless a quarter of
-    the line breaks stand behind 40 to 90 characters and before a lower-case letter. A break behind a much shorter
-    line, as in verse, or before an indent, a list or a table stays."""
+    """The text with the lines of each paragraph joined; the text as it is unless a quarter of the line breaks stand
+    behind 40 to 90 characters and before a lower-case letter. A break behind a much shorter line, as in verse, or
+    before an indent, a list or a table stays."""
     widths = sorted(map(len, re.findall(r"(?m)^(.{40,90})\n(?=[a-zß-ÿа-я])", text)))
     if len(widths) < max(5, text.count("\n") / 4):
-        return text, 0
+        return text
     width = int(np.quantile(widths, 0.95))  # a longer line may be an address
-    return re.sub(rf"(?m)^(.{{{width * 4 // 5},}}?) *\n(?=[\"'“‘(]?(?!\d+[.)] )\w)", r"\1 ", text), width
+    return re.sub(rf"(?m)^(.{{{width * 4 // 5},}}?) *\n(?=[\"'“‘(]?(?!\d+[.)] )\w)", r"\1 ", text)
 
 
 def files_below(path, seen):
@@ -221,12 +221,12 @@ class Source:
                                 if (i := rest.rfind(mark, end // 2)) >= 0), end)
                 text, rest, begin, count = rest[:end], rest[end:], begin + end, count + 1
                 if count > skip and text.strip():
-                    joined, width = unwrapped(text) if re.search(r"(?i)\.(txt|md)\b", file.name) else (text, 0)
+                    joined = unwrapped(text) if re.search(r"(?i)\.(txt|md)\b", file.name) else text
                     if self.unwrap:
                         text = joined
-                    elif width:
-                        self.say_once("wraps", f"{file} looks hard-wrapped at {width} characters; --unwrap true joins "
-                                      "the lines of a paragraph (more such files are not named)")
+                    elif text != joined:
+                        self.say_once("wraps", f"{file} looks hard-wrapped; --unwrap true joins the lines of a "
+                                      "paragraph (more such files are not named)")
                     yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
 
     def read_lines(self, name, file, skip):
