@@ -522,15 +522,15 @@ class KVCache:
     """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: the
     latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
 
-    `static`: no shape or address depends on `length`, so that one compiled step makes every token. All layers keep all
-    tokens, and where `length` is a tensor on the device, masks hide what is not written yet."""
-    def __init__(self, capacity, static=False):
-        self.capacity, self.static = capacity, static
+    A cache of a fixed number of `rows` is static: no shape or address depends on `length`, so that one compiled step
+    makes every token. All layers keep all tokens; masks hide what is not written yet. `length` is then a tensor."""
+    def __init__(self, capacity, rows=0):
+        self.capacity, self.rows = capacity, rows
         self.length, self.layers = 0, {}  # in tokens; `GPT.forward` increases length
 
     def append(self, layer, *new, sees=0):
         """Stores new [B, T, ...]; returns all that is stored. `sees`: tokens that a query sees, others go; 0: all."""
-        sees = 0 if self.static else sees
+        sees = 0 if self.rows else sees
         if layer not in self.layers:  # zeros, because a masked key still multiplies its value, by 0
             self.layers[layer] = [x.new_zeros(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
         old = self.layers[layer]
@@ -994,7 +994,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype, self.compiled = torch.float32, False  # compiled: False later makes blocks eager again
-        self.step, self.caches = None, {}  # of sample.py: the compiled step, False where that fails; static KVCaches
+        self.step, self.cache = None, KVCache(128, 1)  # sample.py's compiled step, False where that fails; see KVCache
         self.recompute = False  # computes blocks again in the backward pass instead of keeping what they computed
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
