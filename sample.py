@@ -54,11 +54,11 @@ def draw_tokens(probabilities, generator):
 
 
 def static_cache(model, rows, tokens):
-    """The model's one static KVCache, empty, with room for so many tokens in so many rows. It stays where it is, because
-    a CUDA graph knows its address, and only grows, to powers of two, so that few steps are compiled."""
-    old, (rows, tokens) = model.cache, (1 << (n - 1).bit_length() for n in (rows, tokens))
+    """The model's one static KVCache, empty, with room for `tokens` in each of `rows`. It is kept, because a CUDA graph
+    knows its address, and only grows, to powers of two, so that few steps are compiled."""
+    old = model.cache
     if rows > old.rows or tokens > old.capacity:
-        model.cache = KVCache(max(tokens, old.capacity), max(rows, old.rows))
+        model.cache = KVCache(*(1 << (n - 1).bit_length() for n in (max(tokens, old.capacity), max(rows, old.rows))))
     model.cache.restart()
     return model.cache
 
@@ -101,8 +101,9 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     running = [True] * rows
     # inference_mode is faster, but must not run the first forward pass of a model that FSDP then trains.
     mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
-    learned_end = model.config.max_position_embeddings if model.config.position == "learned" else math.inf
-    if compile and model.step is not False and length + max_tokens <= learned_end + 1:
+    # A compiled step cannot say where learned positions end.
+    fits = model.config.position != "learned" or length + max_tokens <= model.config.max_position_embeddings + 1
+    if compile and fits and model.step is not False:
         with mode():
             cache = static_cache(model, rows, length + max_tokens)
         step, padding = functools.partial(compiled_step, model), cache.rows - rows
