@@ -1066,9 +1066,8 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             call = layer if compiled else layer._call_impl
             if self.recompute and training:  # Chen et al. 2016
-                x = recomputed(call, x, layout, cache, **RECOMPUTED)
-            else:
-                x = call(x, layout, cache)
+                call = functools.partial(recomputed, call, **RECOMPUTED)
+            x = call(x, layout, cache)
         if cache:
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
