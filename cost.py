@@ -176,9 +176,10 @@ def choose_dtype(device):
 
 
 def fast_attention():
-    """Takes FlashAttention 4 or 3 where torch knows it, the package is there and the GPU is of its kind; in words."""
+    """Takes FlashAttention 4 or 3 where torch knows it, the package is there and the GPU is of its kind; in words.
+    With torch 2.11 the backward pass of FA4 knows no windows, which `document_attention` always states."""
     activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
-    for kernels, generations in ("FA4", (9, 10)), ("FA3", (9,)):
+    for kernels, generations in ("FA4", (9, 10) if torch.__version__ >= (2, 13) else ()), ("FA3", (9,)):
         if activate and torch.cuda.get_device_capability()[0] in generations:
             with contextlib.suppress(ImportError, RuntimeError):  # no package, or another version of it
                 activate(kernels)

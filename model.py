@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from tokenizer import UserError, check_options, option, run
 
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
+RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # of `recomputed`; no random number is drawn
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
@@ -522,15 +523,15 @@ class KVCache:
     """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: the
     latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
 
-    `static`: no shape or address depends on `length`, so that one compiled step makes every token. All layers keep all
-    tokens, and where `length` is a tensor on the device, masks hide what is not written yet."""
-    def __init__(self, capacity, static=False):
-        self.capacity, self.static = capacity, static
+    A cache of a fixed number of `rows` is static: no shape or address depends on `length`, so that one compiled step
+    makes every token. All layers keep all tokens; masks hide what is not written yet. `length` is then a tensor."""
+    def __init__(self, capacity, rows=0):
+        self.capacity, self.rows = capacity, rows
         self.length, self.layers = 0, {}  # in tokens; `GPT.forward` increases length
 
     def append(self, layer, *new, sees=0):
         """Stores new [B, T, ...]; returns all that is stored. `sees`: tokens that a query sees, others go; 0: all."""
-        sees = 0 if self.static else sees
+        sees = 0 if self.rows else sees
         if layer not in self.layers:  # zeros, because a masked key still multiplies its value, by 0
             self.layers[layer] = [x.new_zeros(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
         old = self.layers[layer]
@@ -936,7 +937,7 @@ def pieces_of(x, targets):
     return zip(x.split(size), targets.split(size))
 
 
-def token_nats(x, weight, targets, cap):
+def token_nats(x, targets, weight, cap):
     """Negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100: x [P, C], the head's weight [V, C]."""
     logits = soft_capped(F.linear(x, weight.to(x.dtype)).float(), cap)
     if _watched is not None:
@@ -968,7 +969,8 @@ def losses_and_slope(logits, targets, cap, z):
 
 class HeadLoss(torch.autograd.Function):
     """x [N, C], the head's weight [V, C], targets [N] -> (sum of nats + z log(Z)^2, nats [N, 1] without gradient). Its
-    gradients are made in the forward pass, piece by piece, while the logits are at hand: no [N, V] is ever stored."""
+    gradients are made in the forward pass, piece by piece, while the logits are at hand: no [N, V] is ever stored. The
+    backward pass scales them in place, so a second one raises."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, z, of_piece):
         w, grad_w, found = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32), []
@@ -994,7 +996,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype, self.compiled = torch.float32, False  # compiled: False later makes blocks eager again
-        self.step, self.caches = None, {}  # of sample.py: the compiled step, False where that fails; static KVCaches
+        self.step, self.cache = None, KVCache(128, 1)  # sample.py's compiled step, False where that fails; see KVCache
         self.recompute = False  # computes blocks again in the backward pass instead of keeping what they computed
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -1046,8 +1048,9 @@ class GPT(nn.Module):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
         `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
 
-        With `targets` [B, T], -100 ignored, no logits but (what to minimise: the sum of nats and `z_loss` times log
-        (Z)^2; nats [B, T] in fp32 without a gradient). A `temperature` divides the logits, and nats have a gradient."""
+        With `targets` [B, T], -100 ignored, returns no logits but what to minimise, the sum of nats and, in training,
+        of `z_loss` times log(Z)^2; and nats [B, T] in fp32 without a gradient. A `temperature` divides the logits; then
+        nats have a gradient, and there is no z-loss."""
         layout = self.layout(tokens, cu_seqlens, cache)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
@@ -1063,9 +1066,8 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             call = layer if compiled else layer._call_impl
             if self.recompute and training:  # Chen et al. 2016
-                x = recomputed(call, x, layout, cache, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = call(x, layout, cache)
+                call = functools.partial(recomputed, call, **RECOMPUTED)
+            x = call(x, layout, cache)
         if cache:
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
@@ -1076,13 +1078,12 @@ class GPT(nn.Module):
             return soft_capped(F.linear(x, head.weight.to(x.dtype)), cap)  # [B, T, V]
         x, flat = x.flatten(0, 1), targets.flatten()
         if training and temperature is None:
-            minimised, nats = HeadLoss.apply(x, head.weight, flat, cap, z_loss, self.of_piece if compiled else
-                                             losses_and_slope)
+            of_piece = self.of_piece if compiled else losses_and_slope
+            minimised, nats = HeadLoss.apply(x, head.weight, flat, cap, z_loss, of_piece)
         else:
             scale = temperature or 1.0
-            pieces = ((h, head.weight, t, cap / scale) for h, t in pieces_of(x / scale, flat))
-            nats = torch.cat([recomputed(token_nats, *piece, use_reentrant=False, preserve_rng_state=False)
-                              if x.is_cuda else token_nats(*piece) for piece in pieces])
+            call = functools.partial(recomputed, token_nats, **RECOMPUTED) if x.is_cuda else token_nats
+            nats = torch.cat([call(*piece, head.weight, cap / scale) for piece in pieces_of(x / scale, flat)])
             minimised = nats.sum()
         return minimised, nats.view_as(targets)
 

@@ -54,14 +54,19 @@ def draw_tokens(probabilities, generator):
     return torch.minimum(torch.searchsorted(sums, height, right=True), last)
 
 
-def power_of_two(n):
-    """The smallest power of two from n on. Sizes rounded up to it share a few compiled steps."""
-    return 1 << (n - 1).bit_length()
+def static_cache(model, rows, tokens):
+    """The model's one static KVCache, empty, with room for `tokens` in each of `rows`. It is kept, because a CUDA graph
+    knows its address, and only grows, to powers of two, so that few steps are compiled."""
+    old = model.cache
+    if rows > old.rows or tokens > old.capacity:
+        model.cache = KVCache(*(1 << (n - 1).bit_length() for n in (max(tokens, old.capacity), max(rows, old.rows))))
+    model.cache.restart()
+    return model.cache
 
 
 def compiled_step(model, tokens, cache, last_only):
     """The model's logits for tokens [rows, 1] after those in a static KVCache, compiled once for each of its sizes. On
-    CUDA a graph, which reads weights where training changes them. Where compiling fails, the model itself works on."""
+    CUDA a graph, which reads weights where training changes them. Where compiling fails, the model itself is called."""
     if not torch.is_tensor(cache.length):  # the first token after the prompt
         for stored in itertools.chain(*cache.layers.values()):
             torch._dynamo.mark_static_address(stored)  # a graph writes to it, not to a copy
@@ -72,9 +77,8 @@ def compiled_step(model, tokens, cache, last_only):
         model.step = model.step or torch.compile(model.forward, fullgraph=True, dynamic=False,
                                                  mode="reduce-overhead" if tokens.is_cuda else None)
         try:
-            c = model.config
-            if c.num_experts and (model.compute_dtype.itemsize > 2 or (c.hidden_size | c.moe_intermediate_size) % 8):
-                raise UserError("experts need bfloat16 and widths that divide by 8")
+            if model.config.num_experts and model.compute_dtype != torch.bfloat16:
+                raise UserError("experts need bfloat16")  # the compiler would say it in 100 lines
             torch.compiler.cudagraph_mark_step_begin()
             return model.step(tokens, cache=cache, last_only=last_only)
         except Exception as error:  # a compiler fails in many ways; any other fault comes again without it
@@ -88,7 +92,8 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
     have produced one of `stop`. Several prompts of one length are continued together, each with its samples in a row.
     `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first.
-    `compile`: every token after the prompt by `compiled_step`; not for weights that FSDP shards."""
+    `compile`: every token after the prompt by `compiled_step`; not for weights that FSDP shards. In bf16 its rounding
+    is not the plain model's: where two tokens are almost as likely, even a greedy choice may differ."""
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
@@ -97,15 +102,16 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     running = [True] * rows
     # inference_mode is faster, but must not run the first forward pass of a model that FSDP then trains.
     mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
-    if compile and model.step is not False:
-        size, capacity = power_of_two(rows), max(128, power_of_two(length + max_tokens))
-        cache = model.caches.setdefault((size, capacity), KVCache(capacity, static=True))
+    # A compiled step cannot say where learned positions end.
+    fits = model.config.position != "learned" or length + max_tokens <= model.config.max_position_embeddings + 1
+    if compile and fits and model.step is not False:
         with mode():
-            cache.restart()
-        step, padding = functools.partial(compiled_step, model), size - rows
+            cache = static_cache(model, rows, length + max_tokens)
+        step, padding = functools.partial(compiled_step, model), cache.rows - rows
     for made in range(max_tokens):
+        tokens = F.pad(tokens, (0, 0, 0, padding)) if padding else tokens
         with mode():
-            logits = (step if made else model)(F.pad(tokens, (0, 0, 0, padding)), cache=cache, last_only=True)
+            logits = (step if made else model)(tokens, cache=cache, last_only=True)
         logits = logits[:rows, -1, :vocab_size]  # [rows, V]
         if first:
             allowed = torch.full_like(logits, -torch.inf)

@@ -442,6 +442,8 @@ def test_the_newest_attention_kernels_are_taken(monkeypatch, generation, there, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
     monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate, raising=False)
     assert cost.fast_attention() == f"; attention by {taken}" and active == [taken] * (taken != "FA2")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    assert cost.fast_attention()[-3:] == ("FA3" if generation == 9 and "FA3" in there else "FA2")
 
 
 @pytest.mark.cuda

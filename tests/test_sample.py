@@ -259,7 +259,7 @@ def test_a_compiled_step_sees_weights_that_change_and_groups_experts(monkeypatch
         model.compute_dtype = torch.bfloat16
         for _ in range(2):
             list(generate(model, [1, 2], 3, temperature=0, compile=True))
-            cache, = model.caches.values()
+            cache = model.cache
             with torch.inference_mode():
                 cache.restart()
                 ids, plain = torch.tensor([[5, 6, 7]]), KVCache(9)
@@ -271,3 +271,20 @@ def test_a_compiled_step_sees_weights_that_change_and_groups_experts(monkeypatch
             with torch.no_grad():
                 model.model.embed_tokens.weight.mul_(-2)
         assert not torch.allclose(seen[-1], seen[-2], atol=0.1)
+
+
+def test_one_static_cache_is_kept_and_learned_positions_end_in_a_sentence(monkeypatch):
+    """A smaller request takes the cache that is there, a larger one replaces it; the ids are the plain path's."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **options: compile(f, backend="eager", **options))
+    torch._dynamo.reset()
+    model = build(VARIANTS["learned"].change(max_position_embeddings=200)).eval()
+    sizes = []
+    for prompt, tokens in (([[1, 2], [3, 4]], 5), ([1], 5), ([1], 150)):
+        plain, made = (list(generate(model, prompt, tokens, temperature=0, compile=way)) for way in (False, True))
+        assert made == plain
+        sizes.append((model.cache.rows, model.cache.capacity))
+    assert sizes == [(2, 128), (2, 128), (2, 256)]
+    assert len(list(generate(model, [1], 200, compile=True))) == 200
+    with pytest.raises(UserError, match="learned positions end at 200"):
+        list(generate(model, [1], 201, compile=True))
