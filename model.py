@@ -1013,6 +1013,7 @@ class GPT(nn.Module):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
         chunks would unroll into a graph that grows with the context: its blocks stay eager."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         self.compiled = True
         # Fused, it reads a piece's logits and writes their gradient: eager steps would store both in fp32 between them.
         self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)
