@@ -614,8 +614,8 @@ def make_run(recipe, folder, world, machine, tokenizer, model, steps, rate, begu
 
 
 def training_speed(run, compile):
-    """Tokens/s of all processes on the first rows. A long run on a CPU is compiled if --compile was "auto", and its recipe
-    says so: resumed, it does the same, because compiled code rounds differently."""
+    """Tokens/s of all processes on the first rows. A long run on a CPU is compiled if --compile was "auto", and its
+    recipe says so: resumed, it does the same, because compiled code rounds differently."""
     world, (inputs, _, cu_seqlens) = run.world, run.loader.get((0, 0, run.rows[0]))
     starts = cu_seqlens if run.recipe.document_mask else None
     attended = run.curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
@@ -624,7 +624,7 @@ def training_speed(run, compile):
     speed = world.agree(world.size * measure())
     minutes = (run.tokens_before(run.steps) - run.tokens_before(run.step)) / speed / 60
     if cost.compiling_pays(compile, run.machine.device, minutes):
-        print(f"machine   compile on: {minutes:.0f} minutes are planned; compiling, about 30 s, pays after two")
+        print(f"machine   compile on: {minutes:.0f} minutes are planned; compiling, about 25 s, pays after two")
         run.model.compile_blocks()
         speed = world.size * measure()
         run.recipe = replace(run.recipe, compile=str(run.model.compiled).lower())
