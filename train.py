@@ -780,7 +780,8 @@ def annealing(start, candidate, given):
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
     print(f"anneal    from {begun} for {tokens:,.0f} tokens" +
           f"; with its control: python ablate.py change --anneal {start} --try candidate={candidate}" * bool(candidate))
-    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "seed": recipe.seed + 1,  # not the same order
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "compile": "auto",
+               "seed": recipe.seed + 1,  # not the same order
                "mixture": ",".join(f"{name}={share:.9f}" for name, share in shares.items())}
     changes |= given | {"tokens": 0, "start": str(begun)}
     return replace(recipe, stages=(Stage("anneal", tokens),), **changes)
