@@ -203,7 +203,7 @@ def updates(name, config, machine, look, **changes):
         loss = run.parallel(tokens, targets=tokens)[0] / tokens.numel() / 2
         if piece and run.step == 2:
             look(run)  # the gradients of the first piece exist
-        return loss, run.model.routing_loss() / 2
+        return loss + run.model.routing_loss() / 2, loss
 
     list(sample.generate(run.model, [1, 2], 3))  # an evaluation of the start is FSDP's first forward pass
     for run.step in range(3):
