@@ -132,7 +132,7 @@ def fingerprint(recipe, data):
     """A hash of what a training depends on: the recipe, its first weights, the code, and `data`, a list of hashes."""
     start = (find_checkpoint(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
     code = [Path(__file__).with_name(f"{name}.py").read_text("utf-8")
-            for name in ("train", "data", "schedule", "model", "evals")]
+            for name in ("ablate", "cost", "train", "data", "schedule", "model", "evals")]
     return hashlib.sha256(json.dumps([asdict(recipe), start, code, data]).encode()).hexdigest()[:16]
 
 

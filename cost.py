@@ -251,6 +251,11 @@ def measure_training(config, machine, rows, context, documents, seconds):
     return measure_speed(model, tokens, starts if documents else None, seconds, optimizer)
 
 
+def compiling_pays(compile, device, minutes):
+    """Whether a training that is planned to take so long is compiled, where --compile leaves it open on a CPU."""
+    return compile == "auto" and device == "cpu" and minutes > 10
+
+
 def choose_machine(recipe):
     """The device of a train.Recipe, and what is set once for a whole process."""
     if recipe.deterministic:

@@ -930,11 +930,10 @@ def soft_capped(logits, cap):
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def pieces_of(x, targets):
-    """Pieces of x [N, C] and targets [N] whose logits exist at one time: a CPU's cache holds 512 tokens' or so, and on
-    a GPU the products of fewer, larger pieces are faster."""
-    size = 2048 if x.is_cuda else 512
-    return zip(x.split(size), targets.split(size))
+def pieces_of(*tensors):
+    """Pieces of tensors [N, ...] whose logits exist at one time: a CPU's cache holds 512 tokens' or so, and on a GPU
+    the products of fewer, larger pieces are faster."""
+    return zip(*(tensor.split(2048 if tensor.is_cuda else 512) for tensor in tensors))
 
 
 def token_nats(x, targets, weight, cap):
@@ -973,14 +972,16 @@ class HeadLoss(torch.autograd.Function):
     backward pass scales them in place, so a second one raises."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, z, of_piece):
-        w, grad_w, found = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32), []
-        counts = (targets >= 0)[:, None]
-        for h, t in pieces_of(x * counts, targets):
-            nats, log_z, slope = of_piece(F.linear(h, w), t, cap, z)
-            found.append((nats, log_z, slope @ w))
+        w, grad_w = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32)
+        counts, grad_x = (targets >= 0)[:, None], torch.empty_like(x)
+        nats, log_z = torch.empty(2, len(x), 1, device=x.device)
+        for h, t, *places in pieces_of(x * counts, targets, nats, log_z, grad_x):  # made between pieces, results would
+            *found, slope = of_piece(F.linear(h, w), t, cap, z)  # lie where a CPU's heap needs room for large logits
+            for place, value in zip(places, (*found, slope @ w)):
+                place.copy_(value)
             grad_w += slope.t() @ h
             del slope  # before the next piece
-        nats, log_z, grad_x = (torch.cat(parts) * counts for parts in zip(*found))
+        nats, log_z, grad_x = (found * counts for found in (nats, log_z, grad_x))
         ctx.save_for_backward(grad_x, grad_w)
         ctx.mark_non_differentiable(nats)
         return (nats + z * log_z.square()).sum(), nats
@@ -1015,6 +1016,7 @@ class GPT(nn.Module):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
         chunks would unroll into a graph that grows with the context: its blocks stay eager."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
+        torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         self.compiled = True
         # Fused, it reads a piece's logits and writes their gradient: eager steps would store both in fp32 between them.
         self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)

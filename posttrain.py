@@ -328,7 +328,7 @@ def answers(run, asked, samples, temperature, seed, stop=None):
     made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
                         seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
                         vocab_size=run.tokenizer.vocab_size,
-                        compile=run.machine.compile and run.recipe.parallel != "fsdp")
+                        compile=run.machine.compile and run.machine.device == "cuda" and run.recipe.parallel != "fsdp")
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
             for (row, _), group in zip(asked, made)]
 
@@ -595,7 +595,7 @@ def prepare_run(recipe, folder, world, resume):
     if resume and train.read_recipe(folder, PostRecipe)[1] != fingerprint:
         raise UserError(f"the data is not what {folder} began with; put that back or start a new run")
     source, machine = find_checkpoint(folder) if resume else recipe.start, world.agree(cost.choose_machine(recipe))
-    context = recipe.model.max_position_embeddings
+    context, compile = recipe.model.max_position_embeddings, recipe.compile
     recipe = cost.settle(recipe, machine, world.size, context)
     if recipe.method == "grpo" and recipe.parallel == "fsdp":
         raise UserError("grpo draws answers from whole weights, which FSDP does not keep; take --parallel ddp")
@@ -610,14 +610,16 @@ def prepare_run(recipe, folder, world, resume):
     run.end = (said or sorted(run.chat_format.stop))[-1]
     run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
         (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
-    if machine.compile:  # finds out now whether the compiler works
-        cost.measure_speed(model, torch.zeros(run.rows[0], 64, dtype=torch.long, device=machine.device), None, 0.0)
     for kind in () if rows else PROBLEMS if recipe.method == "sft" else ["arithmetic"]:
         run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))
     sequences, length = prepare(run, rows)
     if not run.curriculum:
         run.steps = recipe.steps or math.ceil(recipe.epochs * len(run.examples) / count)
     run.tokens_per_step, run.flops = round(count * sequences * length), cost.flops_per_token(recipe.model, length)
+    if recipe.method == "sft":
+        train.training_speed(run, compile)
+    elif machine.compile:  # finds out now whether the compiler works
+        cost.measure_speed(model, torch.zeros(run.rows[0], 64, dtype=torch.long, device=machine.device), None, 0.0)
     run.rate = lambda step: recipe.learning_rate * SCHEDULES[recipe.schedule](
         step, run.steps, recipe.warmup_steps, round(abs(recipe.decay_share) * run.steps),
         recipe.decay_shape, recipe.final_share)

@@ -97,7 +97,8 @@ class Recipe:
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"), group="machine")
     dtype: str = option("auto", "of the matrix products; weights are float32; float16 shows why nobody trains with it",
                         choices=("auto", "bfloat16", "float32", "float16"))
-    compile: str = option("auto", "torch.compile of every block", choices=("auto", "true", "false"))
+    compile: str = option("auto", "torch.compile of every block; auto: on CUDA, and on a CPU for over 10 minutes",
+                         choices=("auto", "true", "false"))
     parallel: str = option("auto", "fsdp shards weights, gradients and moments", choices=("auto", "ddp", "fsdp"))
     activation_checkpointing: bool = option(False, "compute blocks twice instead of keeping their activations")
     deterministic: bool = option(False, "only deterministic kernels on CUDA, slower (a CPU's always are)")
@@ -608,9 +609,26 @@ def make_run(recipe, folder, world, machine, tokenizer, model, steps, rate, begu
             with reading(begun / "training.json"):
                 guard.restore(state)
     if machine.compile:
-        torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         model.compile_blocks()
     return run
+
+
+def training_speed(run, compile):
+    """Tokens/s of all processes on the first rows. A long run on a CPU is compiled if --compile was "auto", and its
+    recipe says so: resumed, it does the same, because compiled code rounds differently."""
+    world, (inputs, _, cu_seqlens) = run.world, run.loader.get((0, 0, run.rows[0]))
+    starts = cu_seqlens if run.recipe.document_mask else None
+    attended = run.curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
+    run.flops = cost.flops_per_token(run.recipe.model, attended)
+    measure = functools.partial(cost.measure_speed, run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
+    speed = world.agree(world.size * measure())
+    minutes = (run.tokens_before(run.steps) - run.tokens_before(run.step)) / speed / 60
+    if cost.compiling_pays(compile, run.machine.device, minutes):
+        print(f"machine   compile on: {minutes:.0f} minutes are planned; compiling, about 25 s, pays after two")
+        run.model.compile_blocks()
+        speed = world.size * measure()
+        run.recipe = replace(run.recipe, compile=str(run.model.compiled).lower())
+    return speed
 
 
 def connect(run):
@@ -629,7 +647,7 @@ def connect(run):
 
 def set_up(recipe, folder, world=None, resume=False):
     """Checks everything that can be wrong, in every stage, prints the plan, and returns what is needed to pre-train."""
-    world, context = world or World(), recipe.model.max_position_embeddings
+    world, context, compile = world or World(), recipe.model.max_position_embeddings, recipe.compile
     longest = max(stage.context or context for stage in recipe.stages)
     if recipe.model.position == "learned" and longest > context:
         raise UserError(f"--position learned ends at {context} tokens, but a stage has {longest}; take rope")
@@ -657,12 +675,7 @@ def set_up(recipe, folder, world=None, resume=False):
     run = make_run(recipe, folder, world, machine, tokenizer, GPT(recipe.model), curriculum.steps,
                    functools.partial(learning_rate, recipe, curriculum), begun, resume, curriculum=curriculum,
                    sources=sources, rows=rows, loader=Loader(curriculum, machine.device), fingerprint=fingerprint)
-    inputs, _, cu_seqlens = run.loader.get((0, 0, rows[0]))
-    starts = cu_seqlens if recipe.document_mask else None
-    speed = world.size * cost.measure_speed(run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
-    attended = curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
-    run.flops = cost.flops_per_token(recipe.model, attended)
-    print_run(run, speed, memory)
+    print_run(run, training_speed(run, compile), memory)
     return run
 
 
@@ -767,7 +780,8 @@ def annealing(start, candidate, given):
     tokens = given.get("tokens", 0.2 * sum(stage.tokens for stage in recipe.stages))
     print(f"anneal    from {begun} for {tokens:,.0f} tokens" +
           f"; with its control: python ablate.py change --anneal {start} --try candidate={candidate}" * bool(candidate))
-    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "seed": recipe.seed + 1,  # not the same order
+    changes = {"schedule": "wsd", "warmup_steps": 0, "decay_share": -1, "compile": "auto",
+               "seed": recipe.seed + 1,  # not the same order
                "mixture": ",".join(f"{name}={share:.9f}" for name, share in shares.items())}
     changes |= given | {"tokens": 0, "start": str(begun)}
     return replace(recipe, stages=(Stage("anneal", tokens),), **changes)
@@ -867,6 +881,8 @@ def start(world):
     args, recipe = parse(sys.argv[1:])
     if args.minutes is not None:
         machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
+        if cost.compiling_pays(recipe.compile, machine.device, args.minutes):
+            machine = replace(machine, compile=True)
         rows, context = cost.stage_rows(recipe, world.size, machine.device)[0], recipe.model.max_position_embeddings
         speed = world.size * cost.measure_training(recipe.model, machine, rows, context, 2, 2.0)
         recipe = replace(recipe, tokens=world.agree(60 * args.minutes * speed))

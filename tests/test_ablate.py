@@ -219,12 +219,15 @@ def test_random_tokens_in_poisoned_batches_alone(here):
 
 
 def test_rewinding_past_poisoned_batches(here):
-    """16 of 400 batches are noise. With nothing done the run ends worse than one that rewinds and skips them."""
+    """16 of 400 batches are noise. In 14 seeds, a run with nothing done ends 1.7 to 5.7 % above the clean one, and
+    rewinding leaves 4 to 68 % of that."""
     found = ablate.spikes([*TINY, "--tokens", str(400 * 256), "--learning-rate", "0.02", "--eval-tokens", "4000"],
                           ablate.AblationOptions())
     loss = {name: score for name, (score, _) in found.items()}
-    assert loss["cause"] > 1.02 * loss["clean"] and loss["guard=rewind"] < 1.015 * loss["clean"], found
-    assert found["clean"][1] == "no spike" and found["cause"][1] == "slow" and "rewound to" in found["guard=rewind"][1]
+    assert loss["cause"] > 1.01 * loss["clean"], found
+    assert loss["guard=rewind"] - loss["clean"] < 0.8 * (loss["cause"] - loss["clean"]), found
+    assert found["clean"][1] == "no spike" and found["cause"][1].startswith("slow")
+    assert "rewound to" in found["guard=rewind"][1]
     assert any(entry.get("dropped") for entry in log_of(Path("runs/spikes/guard=skip")))
     log = log_of(Path("runs/spikes/guard=rewind"))
     rewinds = [entry for entry in log if entry.get("event") == "rewind"]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import ablate
 import cost
 import data as d
 import evals
@@ -396,6 +397,40 @@ def test_annealing_is_one_command(here):
     assert wrong.returncode == 2 and "a --candidate such as math or a --mixture" in wrong.stderr
     wrong = call(train.main, "--anneal", "runs/a", "--candidate", "poems")
     assert wrong.returncode == 2 and "has no poems; it has left, right" in wrong.stderr
+
+
+def test_a_long_run_on_a_cpu_is_compiled(here, monkeypatch, capsys):
+    """More than ten minutes by its measured speed; a resumed run does what it began with, however fast it is then;
+    without a compiler it trains all the same."""
+    def plan(backend, speed, folder, again=False):
+        """Whether a run of 2,560 tokens is compiled that far, and what it prints; a checkpoint is there afterwards."""
+        torch._dynamo.reset()
+        monkeypatch.setattr(cost, "measure_speed", lambda *words: measure_speed(*words[:3], 0.0) and speed)
+        monkeypatch.setattr(GPT, "compile_blocks", functools.partialmethod(compile_blocks, backend=backend))
+        run = train.set_up(train.read_recipe(folder)[0] if again else recipe("--tokens", "2560"), folder, resume=again)
+        out = capsys.readouterr().out
+        if not again:
+            train.train(train.connect(run), evaluate=lambda *_: {})
+            shutil.rmtree(sorted(folder.glob("checkpoints/*"))[-1])
+        assert train.read_recipe(folder)[0].compile == str(run.model.compiled).lower()
+        return run.model.compiled, "machine   compile on: " in out, "compile   off: it failed here" in out
+
+    def fails(*_):
+        raise RuntimeError("no C++ compiler was found")
+
+    compile_blocks, graphs = GPT.compile_blocks, []
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph
+
+    slow, fast, long, short = 2560 / 601, 2560 / 599, Path("runs/long"), Path("runs/short")
+    assert plan(counting, fast, short) == (False, False, False) and not graphs
+    assert plan(counting, slow, short, again=True) == (False, False, False) and not graphs
+    assert plan(counting, slow, long) == (True, True, False) and graphs
+    assert plan(counting, fast, long, again=True) == (True, False, False)
+    assert plan(fails, slow, Path("runs/none")) == (False, True, True) and len(losses(Path("runs/none"))) == 10
+    ablated = ablate.recipe_from([*TINY, "--tokens", "1e6"])  # arms are compared: none is compiled
+    assert ablated.compile == "false"
 
 
 def test_a_mixture_is_a_flag(here):
