@@ -44,7 +44,6 @@ def read_json(path):
 
 
 # ---- a run's folder and its log -------------------------------------------------------------------------------
-
 def new_run_folder(name):
     """runs/name, or runs/name-2, runs/name-3, ... : no run is overwritten."""
     folders = (Path("runs", f"{name}-{number}" if number > 1 else name) for number in range(1, 10**9))
@@ -148,7 +147,6 @@ def draw_log(folder):
 
 
 # ---- our checkpoints ----------------------------------------------------------------------------------------------
-
 def write_json(path, content):
     write_text(path, json.dumps(content, indent=1))
 

@@ -75,7 +75,6 @@ class DataOptions:
 
 
 # ---- text sources ---------------------------------------------------------------------------------------------
-
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "backports.zstd"}  # suffix -> module
 TEXT = {"keep_default_na": False}  # "NA" and "null" in a table are text
 TABLES = {".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".json": ("json", {}), ".csv": ("csv", TEXT),
@@ -418,7 +417,6 @@ def embedded():
 
 
 # ---- what is dropped ------------------------------------------------------------------------------------------
-
 # 14 bands of 8 hash functions x -> x * factor modulo 2**32 (FineWeb: Penedo et al. 2024, 2406.17557)
 FACTORS = np.random.default_rng(0).integers(2**32, size=(14, 8, 1), dtype="u4") | 1
 
@@ -841,7 +839,6 @@ class Packing:
 
 
 # ---- order: which sequence comes when -------------------------------------------------------------------------
-
 def permute(index, n, key):
     """Where the shuffle of range(n) seeded by the integers `key` puts each index [..] int64, without an array of n. A
     Feistel network (Luby and Rackoff 1988) permutes a power of four that holds n; others go again."""
@@ -1069,7 +1066,6 @@ def fit_stages(stages, names, tokens=0, strict=False):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 def summary(data):
     """Prints documents, tokens, bytes per token and what was dropped of each source. Returns (tokenizer, [Split])."""
     tokenizer, splits = load_data(data, verify=False)

@@ -77,7 +77,6 @@ class Score(NamedTuple):
 
 
 # ---- likelihoods ----------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def log_likelihoods(model, pairs):
     """[(log p(after | before) in nats, whether each token of `after` is the most likely one)] for pairs of lists of ids
@@ -126,7 +125,6 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------
-
 class Example(NamedTuple):
     """A question, answered by the choice most likely per character; a single one must be written by greedy sampling."""
     context: str
@@ -283,7 +281,6 @@ def tasks_of(names, data, count=200):
 
 
 # ---- long context ---------------------------------------------------------------------------------------------
-
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -323,7 +320,6 @@ def loss_by_position(model, tokenizer, texts, length, opening):
 
 
 # ---- criteria -------------------------------------------------------------------------------------------------
-
 def signs(x):
     """sign(x_i - x_j) [n, n]; its sums over j order as ranks do, with the mean rank for equal values."""
     return np.sign(np.subtract.outer(x, x))
@@ -369,7 +365,6 @@ def print_criteria(folders):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 HARNESS = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
 
 

@@ -75,7 +75,6 @@ def learning_rate(recipe, curriculum, step):
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------
-
 def parameter_groups(model, weight_decay):
     """Named groups of parameters, all with weight decay but `embedding`, as in SmolLM3: `head` (untied), `gain` (norms,
     other vectors), `matrix` (hidden ones), `stacked` (3 dimensions: experts, convolutions)."""
@@ -175,7 +174,6 @@ def build_optimizer(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), e
 
 
 # ---- loss spikes ----------------------------------------------------------------------------------------------
-
 class Guard:
     """Watches loss and gradient norm for spikes (OLMo-core's rule: more than 6 standard deviations above the mean of
     the last 128 values; silent until there are 63) and does what `--guard` says:
@@ -288,7 +286,6 @@ class Guard:
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------
-
 def check_range(law, value, low, high, unit):
     """Warns unless low <= value <= high."""
     if not low <= value <= high:
@@ -328,7 +325,6 @@ def scale_rate(rate, k):
 
 
 # ---- laws of loss ---------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class LossLaw:
     """loss(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022), nats a token or bits a byte."""
@@ -417,7 +413,6 @@ def fit_law(points, source="fit"):
 
 
 # ---- measuring the batch size and the rate --------------------------------------------------------------------
-
 def gradient_noise(single, mean, n):
     """Unbiased (|G|^2, tr(S)) of n gradients from the mean of their squared norms and the squared norm of their mean
     (McCandlish et al. 2018, appendix A.2). tr(S) / |G|^2 is the noise scale in examples, the batch whose noise equals
@@ -452,7 +447,6 @@ def suggest_rates(rates, losses):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("parameters", nargs="?", type=number, default=1e9, help="without embeddings")
