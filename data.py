@@ -43,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
-                       installed, option, parse_options, reading, run, train_bpe, utf8, write_text)
+                       installed, option, parse_options, read_json, reading, run, train_bpe, utf8, write_json)
 
 FORMAT = 3  # of the token files
 SPLITS = "train", "val"
@@ -190,8 +190,7 @@ class Source:
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """A text file in documents of at most LONGEST_PIECE characters; the offset counts them. Of a file that is cut
-        the last 3 % are held out: the two sides touch at one seam."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. The last 3 % of a file that is cut are held out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
@@ -383,8 +382,7 @@ def note_question(key):
 
 
 def generated_recall(size, documents, seed=0):
-    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between their lines, then a question for
-    each. The text around held-out notes is held out as well."""
+    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between lines, then a question for each."""
     rng, texts = random.Random(seed), ([], [])
     for key, text in embedded_prose():
         texts[uniform(key) < HELD_OUT].append(text)
@@ -437,7 +435,6 @@ def quality(text):
     (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English."""
     def count(pattern):
         return len(re.findall(pattern, text, re.MULTILINE))
-
     words, lines, each_line = count(r"\S+"), count(r"^.*\S"), text.splitlines()
     broken = {
         "too short or too long": not 50 <= words <= 100_000,  # words
@@ -569,7 +566,7 @@ def write_source(folder, source, seen, table, tokenizer, options, runs):
     meta |= {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {}, "sizes": {},
              "examples": {}}
     if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = read_json(folder / "meta.json")
         for key in np.fromfile(folder / "hashes", "<i8", meta["sizes"]["hashes"] // 8).tolist():
             add_new(seen, key)
         add_bands(table, np.fromfile(folder / "hashes.near", "<i8", meta["sizes"]["hashes.near"] // 8))
@@ -622,7 +619,7 @@ def write_shard(folder, meta, documents, last=False):
     if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
         raise UserError(f"{folder.name} has too few documents to hold one out; give more. Dropped: {meta['dropped']}")
     meta["shards"] += 1
-    write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    write_json(folder / "meta.json", meta)
 
 
 def append(path, meta, parts):
@@ -648,7 +645,7 @@ class Split:
 
 def read_meta(folder):
     with reading(folder / "meta.json", AGAIN):
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = read_json(folder / "meta.json", AGAIN)
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
         first = meta.get("examples", {})  # of each reason
@@ -668,10 +665,10 @@ def load_source(folder, tokenizer, verify=True, place="DIR"):
             about, files = meta[split], [folder / f"{split}.{kind}" for kind in ("bin", "starts")]
             if verify and list(map(file_sha256, files)) != about["sha256"]:
                 raise UserError(f"{folder / split} is not as it was written (its sha256 differs): {AGAIN}")
-            tokens = np.memmap(files[0], token_dtype(tokenizer), "r", shape=int(about["tokens"]))
+            tokens = np.memmap(files[0], token_dtype(tokenizer), "r", shape=about["tokens"])
             if (verify or split == "val") and tokens.max() >= tokenizer.vocab_size:
                 raise UserError(f"{files[0]} has ids beyond the vocabulary of {tokenizer.vocab_size:,}: {AGAIN}")
-            starts = np.memmap(files[1], "<i8", "r", shape=int(about["documents"]) + 1)
+            starts = np.memmap(files[1], "<i8", "r", shape=about["documents"] + 1)
             if np.diff(starts, prepend=-1).min() < 1 or starts[-1] != len(tokens):
                 raise UserError(f"{files[1]} is damaged: {AGAIN}")
             splits[split] = Split(folder.name, np.asarray(tokens), np.asarray(starts), int(about["bytes"]),
@@ -712,19 +709,18 @@ def prepare(sources, out, tokenizer=None, options=DataOptions()):
     places = {name: [source.where, source.text_key] for name, source in sources.items()}
     task = [places, tokenizer and tokenizer.hash, vars(options), list(map(file_sha256, evaluations))]
     if (partial / "task.json").exists():
-        with reading(partial / "task.json"):
-            saved, revisions = json.loads((partial / "task.json").read_text("utf-8"))
-            if saved != task:
-                raise UserError(f"{partial} is unfinished work of another command: run that again or remove the folder")
-            tokenizer = Tokenizer.load(partial)
-            sources |= {name: Source(*places[name], revision) for name, revision in revisions.items()}
+        saved = read_json(partial / "task.json")
+        if saved["task"] != task:
+            raise UserError(f"{partial} is unfinished work of another command: run that again or remove the folder")
+        tokenizer = Tokenizer.load(partial)
+        sources |= {name: Source(*places[name], revision) for name, revision in saved["revisions"].items()}
         print(f"resuming {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
         tokenizer = tokenizer or train_bpe(sample(sources, options.sample_bytes, HELD_OUT), options.vocab_size)
         tokenizer.save(partial)
         revisions = {name: source.revision for name, source in sources.items() if source.revision}
-        write_text(partial / "task.json", json.dumps([task, revisions]))
+        write_json(partial / "task.json", {"task": task, "revisions": revisions})
     try:
         for name, source in sources.items():
             write_source(partial / name, source, seen, table, tokenizer, options, runs)
@@ -832,7 +828,6 @@ def permute(index, n, key):
             mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9
             left, right = right, left ^ (mixed >> 32 & mask)
         return left << half | right
-
     out = network(index.astype(np.uint64))
     while (outside := out >= n).any():
         out[outside] = network(out[outside])
@@ -905,7 +900,6 @@ class Curriculum:
         made = {n: [Packing(split, n, packing) for split in sources] for n in set(self.contexts)}
         self.packings = [made[n] for n in self.contexts]
         self.weights = list(map(self.stage_weights, stages, self.packings))
-        self.shares = [[w / sum(weights) for w in weights] for weights in self.weights]
         # per stage: the step at which it begins; tokens before it; rows of each source of its context before it
         self.begins, self.passed, self.before, self.steps = [0], [0], [], 0
         self.used, planned = {length: np.zeros(len(sources), np.int64) for length in made}, 0
@@ -956,7 +950,7 @@ class Curriculum:
                 lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
         # SmolLM3 took 12 % of the whole mixture, which is 14 % of its web text
         foreign = [split.name.startswith("multilingual") for split in self.sources]
-        if share := np.dot(self.shares, foreign).max():
+        if share := max(np.dot(weights, foreign) / sum(weights) for weights in self.weights):
             lines.append(f"languages up to {share:.1%} of a stage is multilingual; the playbook settled on 12 %, and "
                          f"the limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines
@@ -986,7 +980,7 @@ class Curriculum:
         return cut_batch(packings, *self.locate(step, first, self.rows(step) if count is None else count))
 
 
-def validation_batches(split, context, rows, sequences):
+def held_out_batches(split, context, rows, sequences):
     """The first `sequences` sequences of a split, whatever the batch size; rows without targets fill up the last."""
     packing = Packing(split, context)
     count = min(sequences, packing.count)
@@ -1014,13 +1008,14 @@ def load_data(data, vocab_size=8192, verify=True):
 
 def with_mixture(stages, text):
     """The stages with the mixture SOURCE=SHARE,... (--mixture); STAGE:SOURCE=SHARE,... for one, `;` between several."""
+    names = [stage.name for stage in stages]
     for part in filter(None, text.split(";")):
         name, _, shares = part.rpartition(":")
         if not re.fullmatch(r"(?=.*=[.\d]*[1-9])([\w-]+=\d*\.?\d+(,|$))+", shares):  # one share at least is not 0
             raise UserError(f"--mixture {part} is no mixture; write code=.5,prose=.5, or decay:code=.8 for a stage")
         mixture = {source: float(share) for source, share in re.findall(r"([\w-]+)=([.\d]+)", shares)}
-        if name not in ("", *(stage.name for stage in stages)):
-            raise UserError(f"--mixture {part}: the stages are {', '.join(stage.name for stage in stages)}")
+        if name not in ("", *names):
+            raise UserError(f"--mixture {part}: the stages are {', '.join(names)}")
         stages = tuple(replace(stage, mixture=mixture) if name in ("", stage.name) else stage for stage in stages)
     return stages
 
@@ -1028,15 +1023,16 @@ def with_mixture(stages, text):
 def fit_stages(stages, names, tokens=0, strict=False):
     """The stages with a mixture that the sources have, `tokens` in all (0: as they are). `strict`: or UserError."""
     total, wanted = sum(stage.tokens for stage in stages), {name for stage in stages for name in stage.mixture}
-    if strict and wanted - set(names):
-        raise UserError(f"the data has no {', '.join(sorted(wanted - set(names)))}; it has {', '.join(names)}: change "
-                        "--mixture (all stages) or --candidate, or add a folder to --data")
-    if wanted - set(names):
+    missing = ", ".join(sorted(wanted - set(names)))
+    if strict and missing:
+        raise UserError(f"the data has no {missing}; it has {', '.join(names)}: change --mixture (all stages) or "
+                        "--candidate, or add a folder to --data")
+    if missing:
         print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
               "the sources are taken as large as they are")
         stages = tuple(replace(stage, mixture={}) for stage in stages)
-        if all(replace(stage, name="", tokens=0) == Stage("", 0, {}) for stage in stages):  # nothing tells them apart
-            stages = (Stage("train", total, {}),)
+        if all(replace(stage, name="", tokens=0) == Stage() for stage in stages):  # nothing tells them apart
+            stages = (Stage("train", total),)
     return tuple(replace(stage, tokens=stage.tokens * (tokens or total) / total) for stage in stages)
 
 
