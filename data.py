@@ -190,7 +190,7 @@ class Source:
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """Documents of at most LONGEST_PIECE; the offset counts them. The last 3 % of a file that is cut are held out."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. Of a file that is cut the last 3 % are held out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):

@@ -101,8 +101,9 @@ def adamw(weight, gradient, mean, square, step, rate, beta1, beta2, eps, decay):
 
 def newton_schulz(gradient):
     """What Muon steps along instead of a matrix U S V^T: about U V^T, with all singular values near 1, so that rare
-    directions are learned as fast as common ones (Jordan et al. 2024). Each round turns a singular value s into 3.4445
-    s - 4.775 s^3 + 2.0315 s^5; five lift those above 0.01 to 0.68 to 1.14. For reading: training takes torch's."""
+    directions are learned as fast as common ones (Jordan et al. 2024). Each round turns a singular value s into
+    3.4445 s - 4.775 s^3 + 2.0315 s^5, which lifts the small ones; five leave those above 0.01 between 0.68 and 1.14.
+    For reading: training takes torch's, which transposes tall matrices first, so that the products are smaller."""
     x = gradient / gradient.norm()  # no singular value is above 1
     for _ in range(5):
         gram = x @ x.T
