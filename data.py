@@ -190,7 +190,7 @@ class Source:
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """Documents of at most LONGEST_PIECE; the offset counts them. Of a file that is cut the last 3 % are held out."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. If a file is cut, its last 3 % are held out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
@@ -657,7 +657,7 @@ def read_meta(folder):
 def load_source(folder, tokenizer, verify=True, place="DIR"):
     """{"train": Split, "val": Split}. `verify` compares the files' sha256 with meta.json's and their ids with the
     vocabulary. `place`: where the tokenizer is, for the message that the data has another."""
-    folder, splits, meta = Path(folder), {}, read_meta(Path(folder))
+    splits, meta = {}, read_meta(folder := Path(folder))
     with reading(folder, AGAIN):
         if meta["tokenizer"] != tokenizer.hash:
             raise UserError(f"{folder} was encoded with another tokenizer: {AGAIN} and `--tokenizer {place}`")

@@ -383,7 +383,8 @@ def harness(folder, tasks, **options):
         if not is_hugging_face(folder):
             save_pretrained(from_pretrained(folder), f"{place}/model", tokenizer_from=folder)
             folder = f"{place}/model"
-        found = lm_eval.simple_evaluate("hf", {"pretrained": str(folder)}, tasks.split(","), batch_size=8, **options)
+        found = lm_eval.simple_evaluate("hf", {"pretrained": str(folder)}, tasks.split(","), batch_size=8,
+                                        device="cuda" if torch.cuda.is_available() else "cpu", **options)
     for task, metrics in found["results"].items():
         for metric, value in metrics.items():  # metric: name,filter; the filter says which part of an answer counts
             error = metrics.get(metric.replace(",", "_stderr,"))
