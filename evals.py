@@ -278,8 +278,8 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def recall(model, tokenizer, texts, length, opening):
-    """[depths, 20], 1 for each question answered. Held-out text hides one note after the share `depth` of it and three
-    anywhere; the question asks for the first, all in `length` tokens. Chance is naming any of the four values."""
+    """[depths, 20], 1 where greedy sampling writes the answer. Held-out text hides one note after the share `depth` of
+    it and three anywhere; the question asks for the first, all in `length` tokens. Chance: any of the four values."""
     rng, pairs = random.Random(length), []
     text = tokenizer.encode("\n".join(sum(texts.values(), [])) + "\n")
     text *= 1 + length // len(text)
