@@ -122,7 +122,7 @@ class Source:
     readable; in a folder unreadable lines and files are left out and counted."""
     def __init__(self, where, text_key="text", revision=None, unwrap=False):
         self.where, self.text_key, self.revision, self.unwrap = str(where), text_key, revision, unwrap
-        path, self.hub, self.folder = Path(where), self.where.startswith("hf:"), Path(where).is_dir()
+        self.hub, self.folder = self.where.startswith("hf:"), (path := Path(where)).is_dir()
         self.dropped, self.warned = Counter(), set()  # documents left out per reason; reasons that were printed
         root = path if self.folder else path.parent
         self.files = {file.relative_to(root).as_posix(): file for file in files_below(path, set())}
@@ -900,6 +900,7 @@ class Curriculum:
         made = {n: [Packing(split, n, packing) for split in sources] for n in set(self.contexts)}
         self.packings = [made[n] for n in self.contexts]
         self.weights = list(map(self.stage_weights, stages, self.packings))
+        self.shares = [[w / sum(weights) for w in weights] for weights in self.weights]
         # per stage: the step at which it begins; tokens before it; rows of each source of its context before it
         self.begins, self.passed, self.before, self.steps = [0], [0], [], 0
         self.used, planned = {length: np.zeros(len(sources), np.int64) for length in made}, 0
@@ -950,7 +951,7 @@ class Curriculum:
                 lines.append(f"mixture   the weights of stage {stage.name} sum to {total:.5g}: divided by that")
         # SmolLM3 took 12 % of the whole mixture, which is 14 % of its web text
         foreign = [split.name.startswith("multilingual") for split in self.sources]
-        if share := max(np.dot(weights, foreign) / sum(weights) for weights in self.weights):
+        if share := np.dot(self.shares, foreign).max():
             lines.append(f"languages up to {share:.1%} of a stage is multilingual; the playbook settled on 12 %, and "
                          f"the limit of 20 % that summaries give is {'exceeded' if share > 0.2 else 'kept'}")
         return lines

@@ -796,7 +796,7 @@ def test_stages_of_another_context_and_ranks(prepared, tokenizer):
 
 def test_weights_are_renormalised_and_said(prepared, tokenizer):
     curriculum = make(load(prepared, tokenizer), mixture={"words": 1.2, "more": 0.4})
-    assert curriculum.weights[0] == pytest.approx([0.25, 0.75]) and "stage a sum to 1.6" in curriculum.report()[0]
+    assert curriculum.shares[0] == pytest.approx([0.25, 0.75]) and "stage a sum to 1.6" in curriculum.report()[0]
 
 
 def fake_split(name, lengths) -> d.Split:
