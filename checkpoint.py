@@ -126,7 +126,7 @@ def open_trackers(recipe, folder):
 
 
 def draw_log(folder):
-    """The loss and held-out curves of a run as loss.png; False without matplotlib."""
+    """The loss and held-out curves of a run as loss.png; None without matplotlib."""
     trained, judged = ([e for e in Log(folder).entries() if kind in e] for kind in ("loss", "val"))
 
     def paint(axes):

@@ -1015,7 +1015,7 @@ def with_mixture(stages, text):
         if not re.fullmatch(r"(?=.*=[.\d]*[1-9])([\w-]+=\d*\.?\d+(,|$))+", shares):  # one share at least is not 0
             raise UserError(f"--mixture {part} is no mixture; write code=.5,prose=.5, or decay:code=.8 for a stage")
         mixture = {source: float(share) for source, share in re.findall(r"([\w-]+)=([.\d]+)", shares)}
-        if name not in ("", *names):
+        if name and name not in names:
             raise UserError(f"--mixture {part}: the stages are {', '.join(names)}")
         stages = tuple(replace(stage, mixture=mixture) if name in ("", stage.name) else stage for stage in stages)
     return stages

@@ -131,7 +131,7 @@ class Example(NamedTuple):
 def read_task(path):
     """[Example] from lines of {"context": text, "choices": [text, text, ...], "answer": number of the right one}."""
     examples = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if line.strip():
             with reading(f"{path} line {number}"):
                 entry = json.loads(line)  # of bytes: a byte order mark may stand first

@@ -248,11 +248,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of the ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
 
     def stream(self):
         """A function push(ids, final=False) -> text: half a character is held back; push([], final=True) flushes it."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
     def save(self, folder):
@@ -681,14 +681,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def draw(path, paint, columns=1, size=(8, 4)):
-    """Saves what `paint(axes)` draws (a list of axes where there are several columns); False without matplotlib."""
+    """Saves what `paint(axes)` draws (a list of axes where there are several columns); None without matplotlib."""
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
         figure = Figure(size, dpi=120, layout="constrained")
         paint(figure.subplots(1, columns))
         figure.savefig(path)
         return True
-    return False
 
 
 def run(main):
