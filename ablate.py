@@ -36,10 +36,10 @@ from tqdm import tqdm
 import cost
 import schedule
 import train
-from checkpoint import Log, find_checkpoint, new_run_folder, write_json
+from checkpoint import Log, find_checkpoint, new_run_folder
 from data import fit_stages, load_data
 from model import count_parameters
-from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command
+from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command, write_json
 
 
 @dataclass

@@ -10,7 +10,6 @@ processes: the first gathers everything in its host memory (12 bytes a parameter
 to load, broadcasts. A folder is written as NAME.partial, synced and renamed, so one that has its name is whole.
 """
 
-import contextlib
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ import shutil
 import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import GPT, ModelConfig
-from tokenizer import ChatFormat, Tokenizer, UserError, draw, file_sha256, installed, reading, run, write_text
+from tokenizer import (ChatFormat, Tokenizer, UserError, draw, file_sha256, installed, read_json, reading, run,
+                       write_json, write_text)
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
@@ -38,13 +39,7 @@ CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
 EXACT = "e_score_correction_bias"  # chooses experts, so it stays in fp32: in bf16 it would choose others
 
 
-def read_json(path):
-    with reading(path):
-        return dict(json.loads(path.read_text("utf-8")))
-
-
 # ---- a run's folder and its log -------------------------------------------------------------------------------
-
 def new_run_folder(name):
     """runs/name, or runs/name-2, runs/name-3, ... : no run is overwritten."""
     folders = (Path("runs", f"{name}-{number}" if number > 1 else name) for number in range(1, 10**9))
@@ -70,9 +65,9 @@ class Log:
             self.trackers = open_trackers(recipe, folder)
 
     def entries(self):
-        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as lines:
+        with suppress(FileNotFoundError), open(self.path, "rb") as lines:
             for line in lines:  # the last one of a killed run may be torn
-                with contextlib.suppress(Exception):
+                with suppress(Exception):
                     entry = json.loads(line)
                     sum(entry.get(name) or 0 for name in "tokens loss train_seconds".split())  # numbers
                     if isinstance(entry.get("step"), int):
@@ -121,9 +116,8 @@ def open_trackers(recipe, folder):
     for name in recipe.log.split(","):
         module, run_id = installed(TRACKERS[name]), known.read_text("utf-8")
         if name == "tensorboard":
-            writer = module.SummaryWriter(str(folder / "tensorboard"))
-            opened.append((lambda step, numbers, w=writer: [w.add_scalar(k, v, step) for k, v in numbers.items()],
-                           writer.close))
+            board = module.SummaryWriter(str(folder / "tensorboard"))
+            opened.append((lambda step, row, b=board: [b.add_scalar(k, v, step) for k, v in row.items()], board.close))
         else:
             same = {"id": run_id} if name == "wandb" else {}
             module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **same)
@@ -132,7 +126,7 @@ def open_trackers(recipe, folder):
 
 
 def draw_log(folder):
-    """The loss and held-out curves of a run as loss.png; False without matplotlib."""
+    """The loss and held-out curves of a run as loss.png; None without matplotlib."""
     trained, judged = ([e for e in Log(folder).entries() if kind in e] for kind in ("loss", "val"))
 
     def paint(axes):
@@ -148,12 +142,7 @@ def draw_log(folder):
 
 
 # ---- our checkpoints ----------------------------------------------------------------------------------------------
-
-def write_json(path, content):
-    write_text(path, json.dumps(content, indent=1))
-
-
-@contextlib.contextmanager
+@contextmanager
 def _new_folder(place):
     """A folder to write into, beside its place; it gets its name at the end, and is removed if anything fails."""
     partial = place.with_name(place.name + ".partial")
@@ -173,7 +162,7 @@ def copy_chat_format(source, folder, tokenizer, defaults={}):
     chat, last = ChatFormat(source, tokenizer), []
     if not (settings := defaults | chat.content("tokenizer_config.json")):
         return
-    with contextlib.suppress(UserError):  # a template that refuses this conversation
+    with suppress(UserError):  # a template that refuses this conversation
         ids, mask = chat.samples([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[-1]
         last = [id for id, trained in zip(ids, mask) if trained][-1:]
     write_json(folder / "tokenizer_config.json", settings | {
@@ -224,7 +213,6 @@ class Saver:
                 return {name: host(tensor) for name, tensor in tensors.items()}
             whole = tensors.full_tensor() if isinstance(tensors, DTensor) else tensors
             return whole.detach().to("cpu", copy=True) if self.leader else None
-
         trouble = self.finish()  # first: the host holds one copy only
         parts, moments = getattr(optimizer, "optimizers", [optimizer]), {}
         if any(part.state for part in parts):  # before the first update get_state_dict would make moments
@@ -260,8 +248,6 @@ class Saver:
 
 def check_manifest(checkpoint):
     """The same folder; UserError unless every file has the sha256 that manifest.json names."""
-    if (checkpoint / "guard.json").exists():
-        raise UserError(f"{checkpoint} is of this project's first version; export it with that and train the export")
     with reading(checkpoint):
         files = read_json(checkpoint / "manifest.json")["files"]
         for name in sorted({"model.pt", "config.json", "training.json", *files}):
@@ -272,6 +258,8 @@ def check_manifest(checkpoint):
 
 def find_checkpoint(run, before=10**9):
     """A checkpoint as it is, or a run's last whole one from before a step; damaged ones are named and skipped."""
+    if any(Path(run).glob("**/guard.json")):
+        raise UserError(f"{run} is of this project's first version; export it with that and train the export")
     if Path(run, "manifest.json").exists():
         return check_manifest(Path(run))
     for checkpoint in sorted(Path(run).glob("checkpoints/step-????????"), reverse=True):
@@ -279,8 +267,6 @@ def find_checkpoint(run, before=10**9):
             if int(checkpoint.name[5:]) < before:
                 return check_manifest(checkpoint)
         except UserError as error:
-            if (checkpoint / "guard.json").exists():
-                raise
             print(f"skipped: {error}", file=sys.stderr)
     raise UserError(f"{run} does not exist or holds no whole checkpoint; give a run or train one: python train.py")
 
@@ -448,7 +434,7 @@ def config_to_hugging_face(config):
     wanted, lost = _effective(config), {}
     for kind in FAMILIES:
         hf = _write_config(config, kind)
-        with contextlib.suppress(UserError):  # a family of experts, for one, refuses to have none
+        with suppress(UserError):  # a family of experts, for one, refuses to have none
             back = _effective(config_from_hugging_face(hf))
             lost[kind] = [f"{name} = {getattr(config, name)}" for name in wanted if wanted[name] != back[name]]
             if not lost[kind]:

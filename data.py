@@ -7,9 +7,9 @@ token files once. Everything after that is computed from the step number, so no 
     documents -> token files (one folder per source) -> sequences -> mixture of a stage -> batch of a step
 
 Exact duplicates and documents that repeat a span of up to 13 tokens 32 times are dropped (playbook); flags also drop
-near-duplicates, what breaks FineWeb's rules, and quotes of evaluations, each at some speed. Document starts travel with
-each batch as `cu_seqlens`, so that attention can stay inside a document: no effect in short context (loss 2.197 against
-2.198), adopted for long context and because a step gets cheaper.
+near-duplicates, what breaks FineWeb's rules, and quotes of evaluations. Document starts travel with each batch as
+`cu_seqlens`, so that attention can stay inside a document. In short context that changes nothing (loss 2.197 against
+2.198); the playbook adopted it for long context, and because a step gets cheaper.
 
     python data.py prepare                             # the embedded corpus (`embedded`) -> data/laptop
     python data.py prepare my.txt notes/ --out data/mine [--tokenizer data/laptop]
@@ -18,7 +18,6 @@ each batch as `cu_seqlens`, so that attention can stay inside a document: no eff
     python data.py tokenizer dump/ --vocab-size 32768 --out tokenizers/mine
 """
 
-import contextlib
 import glob
 import hashlib
 import importlib.util
@@ -35,7 +34,7 @@ import zlib
 from array import array
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +43,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
-                       installed, option, parse_options, reading, run, train_bpe, utf8, write_text)
+                       installed, option, parse_options, read_json, reading, run, train_bpe, utf8, write_json)
 
 FORMAT = 3  # of the token files
 SPLITS = "train", "val"
@@ -68,14 +67,12 @@ class DataOptions:
     text_key: str = option("text", "the field of a data set that holds the text")
     unwrap: bool = option(False, "join the lines of a paragraph in .txt and .md files that are hard-wrapped")
     near_duplicates: bool = option(False, "prepare: drop near-copies of earlier documents; slower, 470 MB of memory")
-    quality: str = option("", "prepare: `web` drops what breaks FineWeb's rules for English prose, as code and math do",
-                          choices=("", "web"))
+    quality: str = option("", "prepare: `web`: FineWeb's rules for English prose, not code, math", choices=("", "web"))
     decontaminate: str = option("", "prepare: .jsonl files of evaluations, separated by commas; drops what quotes them")
     context: int = option(2048, "show: tokens of a sequence", 1)
 
 
 # ---- text sources ---------------------------------------------------------------------------------------------
-
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "backports.zstd"}  # suffix -> module
 TEXT = {"keep_default_na": False}  # "NA" and "null" in a table are text
 TABLES = {".parquet": ("parquet", {}), ".arrow": ("arrow", {}), ".json": ("json", {}), ".csv": ("csv", TEXT),
@@ -93,9 +90,8 @@ def unpacked(file):
 
 
 def unwrapped(text):
-    """The text with the lines of each paragraph joined; the text as it is unless a quarter of the line breaks stand
-    behind 40 to 90 characters and before a lower-case letter. A break behind a much shorter line, as in verse, or
-    before an indent, a list or a table stays."""
+    """Joins the lines of each paragraph, if a quarter of the line breaks stand behind 40 to 90 characters and before a
+    lower-case letter. A break stays behind a much shorter line, as in verse, or before an indent, a list or a table."""
     widths = sorted(map(len, re.findall(r"(?m)^(.{40,90})\n(?=[a-zß-ÿа-я])", text)))
     if len(widths) < max(5, text.count("\n") / 4):
         return text
@@ -121,35 +117,27 @@ class Document(NamedTuple):
 
 
 class Source:
-    """The documents of a text or data file (packed or not), of a folder, or of hf:DATASET[:CONFIG[:SPLIT]], in a fixed
-    order from any position. Data sets hold documents out by the hash of their text, text files by that of their name. A
-    file that is named must be readable; in a folder unreadable lines and files are left out and counted."""
+    """The documents of a file of text or data, a folder, or hf:DATASET[:CONFIG[:SPLIT]], in a fixed order. The hash of
+    a text in a data set, or of a text file's name, decides whether it is held out. A file that is named must be
+    readable; in a folder unreadable lines and files are left out and counted."""
     def __init__(self, where, text_key="text", revision=None, unwrap=False):
-        self.where, self.text_key, self.revision, path = str(where), text_key, revision, Path(where)
-        self.unwrap = unwrap
-        self.hub, self.folder = self.where.startswith("hf:"), path.is_dir()
+        self.where, self.text_key, self.revision, self.unwrap = str(where), text_key, revision, unwrap
+        self.hub, self.folder = self.where.startswith("hf:"), (path := Path(where)).is_dir()
         self.dropped, self.warned = Counter(), set()  # documents left out per reason; reasons that were printed
+        root = path if self.folder else path.parent
+        self.files = {file.relative_to(root).as_posix(): file for file in files_below(path, set())}
         if self.hub:
-            self.open_data_set()
-        else:
-            root = path if self.folder else path.parent
-            self.files = {file.relative_to(root).as_posix(): file for file in files_below(path, set())}
+            name, config, split = (self.where[3:].split(":") + ["", ""])[:3]
+            with self.checked(label := f"{where} (check its name, DATASET:CONFIG:SPLIT, and the network)"):
+                load = installed("datasets", where).load_dataset
+                if not revision and not Path(name).exists():  # a resumed preparation reads the same revision
+                    self.revision = installed("huggingface_hub", where).HfApi().dataset_info(name).sha
+                self.rows = load(name, config or None, split=split or "train", streaming=True, revision=self.revision)
+                self.files = {str(i): label for i in range(self.rows.num_shards)}
         if not self.files:
             raise UserError(f"there is nothing to read at {where}: give a text file, .jsonl, .parquet or a folder")
 
-    def open_data_set(self):
-        """Opens a data set, on the Hub at one revision, so that a resumed preparation reads what it began with."""
-        name, config, split = (self.where[3:].split(":") + ["", ""])[:3]
-        label = f"{self.where} (check its name, DATASET:CONFIG:SPLIT, and the network)"
-        with self.checked(label):
-            datasets = installed("datasets", self.where)
-            if not self.revision and not Path(name).exists():
-                self.revision = installed("huggingface_hub", self.where).HfApi().dataset_info(name).sha
-            self.rows = datasets.load_dataset(name, config or None, split=split or "train", streaming=True,
-                                              revision=self.revision)
-            self.files = {str(i): label for i in range(self.rows.num_shards)}
-
-    @contextlib.contextmanager
+    @contextmanager
     def checked(self, where, reason="unreadable files"):
         """`reading`, with a hint for text that is not UTF-8. In a folder, what fails is left out instead."""
         try:
@@ -194,16 +182,15 @@ class Source:
                 rows = self.read_rows(self.rows.shard(self.rows.num_shards, int(name)), file, offset)
             elif kind in TABLES:
                 builder, options = TABLES[kind]
-                rows = self.read_rows(installed("datasets", file).load_dataset(
-                    builder, data_files=glob.escape(str(file.absolute())), split="train", streaming=True, **options),
-                    file, offset)
+                table = installed("datasets", file).load_dataset(
+                    builder, data_files=glob.escape(str(file.absolute())), split="train", streaming=True, **options)
+                rows = self.read_rows(table, file, offset)
             else:
                 rows = (self.read_lines if kind in (".jsonl", ".ndjson") else self.read_text)(name, file, offset)
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """A text file in documents of at most LONGEST_PIECE characters; the offset counts them. The last 3 % of a file
-        that is cut are held out, so that the two sides touch at one seam only."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. If a file is cut, its last 3 % are held out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
@@ -306,7 +293,7 @@ def modules(package):
     root = Path(os.__file__ if package == "python" else importlib.util.find_spec(package).origin).parent
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
-        with contextlib.suppress(UnicodeDecodeError, OSError):  # some distributions hold broken links
+        with suppress(UnicodeDecodeError, OSError):  # some distributions hold broken links
             if not SKIPPED.intersection(inside.parts) and (text := path.read_text("utf-8")).strip():
                 yield f"{package}/{inside.as_posix()}", text
 
@@ -316,7 +303,7 @@ def embedded_prose():
     so no held-out docstring stands in a module that the model trains on."""
     for key, text in itertools.chain.from_iterable(map(modules, ("python", "numpy", "torch"))):
         yield from ((key, inspect.cleandoc(words) + "\n") for words in DOCSTRING.findall(text) if len(words) >= 200)
-    with contextlib.suppress(ImportError):  # some distributions leave it out
+    with suppress(ImportError):  # some distributions leave it out
         from pydoc_data.topics import topics
         yield from ((f"reference/{key}", text) for key, text in sorted(topics.items()))
 
@@ -360,8 +347,8 @@ def generated_math(problems=40_000, seed=0):
         yield f"{x}*{y}" if sign == "*" else f"{low}{sign}{high}", f"Question: {question}\nAnswer: {answer}\n"
 
 
-# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash:
-# the pairs that an evaluation asks for never occur in training, so only the text in front of the question can tell.
+# Lookups: notes of a key and a value between the lines of a text, asked for behind it. A pair is held out by its hash,
+# so an evaluation's pairs never occur in training, and only the text in front of the question can tell.
 KEYS = """anchor angle apples archive audio axis barrier basis batch block books boundary branch browser bucket buffer
 button cache canvas cards chain channel chunk client cluster coins color column command comment cookie corner counter
 cover cursor date decoder degree device dialog digits disk display distance document domain email encoder engine event
@@ -395,8 +382,7 @@ def note_question(key):
 
 
 def generated_recall(size, documents, seed=0):
-    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between their lines, then a question for
-    each. The text around held-out notes is held out as well."""
+    """Documents of about `size` bytes: docstrings with 2 to size / 80 notes between lines, then a question for each."""
     rng, texts = random.Random(seed), ([], [])
     for key, text in embedded_prose():
         texts[uniform(key) < HELD_OUT].append(text)
@@ -418,7 +404,6 @@ def embedded():
 
 
 # ---- what is dropped ------------------------------------------------------------------------------------------
-
 # 14 bands of 8 hash functions x -> x * factor modulo 2**32 (FineWeb: Penedo et al. 2024, 2406.17557)
 FACTORS = np.random.default_rng(0).integers(2**32, size=(14, 8, 1), dtype="u4") | 1
 
@@ -450,7 +435,6 @@ def quality(text):
     (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English."""
     def count(pattern):
         return len(re.findall(pattern, text, re.MULTILINE))
-
     words, lines, each_line = count(r"\S+"), count(r"^.*\S"), text.splitlines()
     broken = {
         "too short or too long": not 50 <= words <= 100_000,  # words
@@ -473,9 +457,9 @@ def words_of(text):
 
 
 def band_hashes(text):
-    """MinHash, int64 [14]: the smallest hash of five words in a row, by 8 functions, hashed together. Two texts agree
-    in a smallest hash with the probability s that a run of either is in both (Broder 1997), and in a band or more with
-    1 - (1 - s**8)**14: 0.77 at s = 0.75, 0.99 at 0.85. A text of fewer words: int64 [0]."""
+    """MinHash, int64 [14], [0] for less than five words: in each band the smallest hash of five words in a row, by 8
+    functions, hashed together. Two texts that share s of their runs agree in one function with probability s (Broder
+    1997), in a band or more with 1 - (1 - s**8)**14: 0.77 at s = 0.75, 0.99 at 0.85."""
     words = np.fromiter(map(zlib.crc32, map(str.encode, words_of(text))), "u4")
     if len(words) < 5:
         return np.zeros(0, "i8")
@@ -497,8 +481,7 @@ def runs_of(words, length):
 
 
 def evaluation_runs(files):
-    """{length: hashes of so many words in a row} from all strings in JSON files: of 13 words (GPT-3: Brown et al. 2020,
-    2005.14165); of a string of 8 to 12 words, all."""
+    """{length: hashes of so many words in a row} of JSON files' strings: 13 (GPT-3, 2005.14165); of 8 to 12, all."""
     found = defaultdict(set)
     for file in files:
         with reading(file):
@@ -523,10 +506,8 @@ def drop_reason(text, options, runs):
 
 # ---- token files ----------------------------------------------------------------------------------------------
 # One folder per source: {train,val}.bin hold the ids (uint16 or uint32, little-endian) of documents, each opened by
-# EOS; {train,val}.starts the document starts and the end (int64); meta.json what is in them, and their sha256.
-# EOS opens a document because it is then both the target that ends the document before and the prompt that starts this
-# one: the attention of a document begins at its own EOS.
-#
+# EOS; {train,val}.starts the document starts and the end (int64); meta.json what is in them, and their sha256. An EOS
+# is the target that ends one document and the prompt that starts the next, whose attention begins there.
 # All of it is made in OUT.partial and renamed at the end. After each shard meta.json is replaced; it says how long the
 # files are and which document was last, so that the same command cuts them to these lengths and resumes.
 
@@ -560,8 +541,8 @@ def encode_job(documents, tokenizer, options, runs):
 
 
 def encoded(source, position, *settings):
-    """Yields ([Encoded], the position behind them, Counter of what the source left out), about JOB_BYTES at a time, in
-    order. settings: of `encode_job`. Threads help, since tiktoken releases Python's lock."""
+    """Yields ([Encoded], the position behind them, Counter of what the source left out), about JOB_BYTES at a time.
+    settings: of `encode_job`. Threads help, since tiktoken releases Python's lock."""
     workers, queue, documents, size = os.cpu_count() or 1, [], [], 0
     source.dropped = Counter()
     with closing(source.read(position)) as stream, ThreadPoolExecutor(workers) as pool:
@@ -585,7 +566,7 @@ def write_source(folder, source, seen, table, tokenizer, options, runs):
     meta |= {"format": FORMAT, "tokenizer": tokenizer.hash, "position": None, "shards": 0, "dropped": {}, "sizes": {},
              "examples": {}}
     if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = read_json(folder / "meta.json")
         for key in np.fromfile(folder / "hashes", "<i8", meta["sizes"]["hashes"] // 8).tolist():
             add_new(seen, key)
         add_bands(table, np.fromfile(folder / "hashes.near", "<i8", meta["sizes"]["hashes.near"] // 8))
@@ -638,7 +619,7 @@ def write_shard(folder, meta, documents, last=False):
     if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
         raise UserError(f"{folder.name} has too few documents to hold one out; give more. Dropped: {meta['dropped']}")
     meta["shards"] += 1
-    write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    write_json(folder / "meta.json", meta)
 
 
 def append(path, meta, parts):
@@ -664,7 +645,7 @@ class Split:
 
 def read_meta(folder):
     with reading(folder / "meta.json", AGAIN):
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
+        meta = read_json(folder / "meta.json", AGAIN)
         if meta["format"] != FORMAT:
             raise UserError(f"{folder} has token-file format {meta['format']}, this code reads {FORMAT}: {AGAIN}")
         first = meta.get("examples", {})  # of each reason
@@ -674,9 +655,9 @@ def read_meta(folder):
 
 
 def load_source(folder, tokenizer, verify=True, place="DIR"):
-    """{"train": Split, "val": Split}. `verify` reads the files once, to compare their sha256 with meta.json's and their
-    ids with the vocabulary. `place`: where the tokenizer is, for the message that the data has another."""
-    folder, splits, meta = Path(folder), {}, read_meta(Path(folder))
+    """{"train": Split, "val": Split}. `verify` compares the files' sha256 with meta.json's and their ids with the
+    vocabulary. `place`: where the tokenizer is, for the message that the data has another."""
+    splits, meta = {}, read_meta(folder := Path(folder))
     with reading(folder, AGAIN):
         if meta["tokenizer"] != tokenizer.hash:
             raise UserError(f"{folder} was encoded with another tokenizer: {AGAIN} and `--tokenizer {place}`")
@@ -684,10 +665,10 @@ def load_source(folder, tokenizer, verify=True, place="DIR"):
             about, files = meta[split], [folder / f"{split}.{kind}" for kind in ("bin", "starts")]
             if verify and list(map(file_sha256, files)) != about["sha256"]:
                 raise UserError(f"{folder / split} is not as it was written (its sha256 differs): {AGAIN}")
-            tokens = np.memmap(files[0], token_dtype(tokenizer), "r", shape=int(about["tokens"]))
+            tokens = np.memmap(files[0], token_dtype(tokenizer), "r", shape=about["tokens"])
             if (verify or split == "val") and tokens.max() >= tokenizer.vocab_size:
                 raise UserError(f"{files[0]} has ids beyond the vocabulary of {tokenizer.vocab_size:,}: {AGAIN}")
-            starts = np.memmap(files[1], "<i8", "r", shape=int(about["documents"]) + 1)
+            starts = np.memmap(files[1], "<i8", "r", shape=about["documents"] + 1)
             if np.diff(starts, prepend=-1).min() < 1 or starts[-1] != len(tokens):
                 raise UserError(f"{files[1]} is damaged: {AGAIN}")
             splits[split] = Split(folder.name, np.asarray(tokens), np.asarray(starts), int(about["bytes"]),
@@ -701,9 +682,9 @@ def source_folders(data):
     for name in data.split(","):
         found = [file.parent for place in ("meta.json", "*/meta.json") for file in sorted(Path(name).glob(place))]
         if not found:
-            raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on its result"
-                            if Path(name).exists() else
-                            f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`, or "
+            if Path(name).exists():
+                raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on that")
+            raise UserError(f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`, or "
                             'what a recipe reads by "Data of the recipes" in docs/playbook.md')
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
@@ -719,30 +700,27 @@ def sample(sources, max_bytes, held_out=0.0):
 def prepare(sources, out, tokenizer=None, options=DataOptions()):
     """Tokenizes {name: Source or (key, text) pairs} into `out`/name; without a tokenizer trains one on a sample.
     Interrupted work stays in `out`.partial, and the same call resumes it."""
-    out = Path(out)
-    if out.exists():
+    if (out := Path(out)).exists():
         raise UserError(f"{out} exists already and is left as it is: choose another --out")
     sources = {name: source if isinstance(source, Source) else Listed(source) for name, source in sources.items()}
     evaluations = re.findall("[^,]+", options.decontaminate)
     runs, partial, seen = evaluation_runs(evaluations), out.with_name(out.name + ".partial"), set()
     table = np.zeros(1 + 14 * REMEMBERED * options.near_duplicates, "i8")  # taken as it is filled
-    task = {"sources": {name: [source.where, source.text_key] for name, source in sources.items()},
-            "tokenizer": tokenizer and tokenizer.hash, "options": vars(options),
-            "evaluations": list(map(file_sha256, evaluations))}
+    places = {name: [source.where, source.text_key] for name, source in sources.items()}
+    task = [places, tokenizer and tokenizer.hash, vars(options), list(map(file_sha256, evaluations))]
     if (partial / "task.json").exists():
-        with reading(partial / "task.json"):
-            saved, revisions = json.loads((partial / "task.json").read_text("utf-8"))
-            if saved != task:
-                raise UserError(f"{partial} is unfinished work of another command: run that again or remove the folder")
-            tokenizer = Tokenizer.load(partial)
-            sources |= {name: Source(*task["sources"][name], revision) for name, revision in revisions.items()}
+        saved = read_json(partial / "task.json")
+        if saved["task"] != task:
+            raise UserError(f"{partial} is unfinished work of another command: run that again or remove the folder")
+        tokenizer = Tokenizer.load(partial)
+        sources |= {name: Source(*places[name], revision) for name, revision in saved["revisions"].items()}
         print(f"resuming {partial}")
     else:
         shutil.rmtree(partial, ignore_errors=True)  # killed before anything was finished
         tokenizer = tokenizer or train_bpe(sample(sources, options.sample_bytes, HELD_OUT), options.vocab_size)
         tokenizer.save(partial)
         revisions = {name: source.revision for name, source in sources.items() if source.revision}
-        write_text(partial / "task.json", json.dumps([task, revisions]))
+        write_json(partial / "task.json", {"task": task, "revisions": revisions})
     try:
         for name, source in sources.items():
             write_source(partial / name, source, seen, table, tokenizer, options, runs)
@@ -801,8 +779,7 @@ PACKINGS = {"concat": None, "best-fit": pack_best_fit, "bos": pack_bos}
 
 
 class Packing:
-    """The `count` sequences of a split under one of PACKINGS. All but concat take 16 bytes of memory per document, and
-    a pass over them (about 1 us each) before training."""
+    """The `count` sequences of a split. All PACKINGS but concat take 16 bytes and about 1 us per document at first."""
     def __init__(self, split, context, strategy="concat"):
         self.split, self.context, self.end, self.pack = split, context, len(split.tokens), PACKINGS[strategy]
         self.count = -(-(self.end - 1) // context)  # the last may be shorter; the very first token is no target
@@ -829,11 +806,8 @@ class Packing:
         """(sequences; utilisation: share of their places that hold a token; dropped: share of the tokens in none; cut:
         share of the documents not whole in one; mean squared length of a piece, like attention's work)."""
         starts = self.split.starts
-        if self.pack:
-            begins, sizes = self.begins, self.sizes
-        else:
-            begins = np.union1d(starts[:-1], np.arange(0, self.end, self.context))
-            sizes = np.diff(begins, append=self.end)
+        begins = self.begins if self.pack else np.union1d(starts[:-1], np.arange(0, self.end, self.context))
+        sizes = self.sizes if self.pack else np.diff(begins, append=self.end)
         kept, lengths = sizes.sum(), np.diff(starts)
         whole = (sizes == lengths[np.searchsorted(starts, begins, side="right") - 1]).sum()
         return (self.count, kept / (self.count * self.context), 1 - kept / self.end, 1 - whole / len(lengths),
@@ -841,7 +815,6 @@ class Packing:
 
 
 # ---- order: which sequence comes when -------------------------------------------------------------------------
-
 def permute(index, n, key):
     """Where the shuffle of range(n) seeded by the integers `key` puts each index [..] int64, without an array of n. A
     Feistel network (Luby and Rackoff 1988) permutes a power of four that holds n; others go again."""
@@ -855,7 +828,6 @@ def permute(index, n, key):
             mixed = (mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9
             left, right = right, left ^ (mixed >> 32 & mask)
         return left << half | right
-
     out = network(index.astype(np.uint64))
     while (outside := out >= n).any():
         out[outside] = network(out[outside])
@@ -864,7 +836,6 @@ def permute(index, n, key):
 
 def dealt(n, weights):
     """How many of a stage's first n sequences come from each source, [S, *n.shape] int64.
-
     Half of the sources get floor(n * their share) and the others the rest; then each half deals likewise among its own.
     So each step of n deals exactly one, and each count is exact to within 1 + log2(S) in every stretch. Whole weights
     (rows of the sources) stay whole numbers: the first sum(weights) sequences are exactly one epoch."""
@@ -920,9 +891,8 @@ def cut_batch(packings, sources, sequences):
 
 
 class Curriculum:
-    """The batch of every step, as a pure function: (seed, step) -> rows of the stages' mixtures. A process asks for its
-    rows of the global batch, so the order does not depend on the number of processes. Sequences are shuffled anew each
-    epoch (playbook). context, batch_tokens: where a stage says nothing else."""
+    """The batch of every step, as a pure function of (seed, step). A process asks for its rows of the global batch, so
+    the order does not depend on the number of processes. Sequences are shuffled anew each epoch (playbook)."""
     def __init__(self, sources, stages, context, batch_tokens, seed=0, packing="concat"):
         self.sources, self.stages, self.seed = sources, stages, seed
         self.contexts = [stage.context or context for stage in stages]
@@ -1011,7 +981,7 @@ class Curriculum:
         return cut_batch(packings, *self.locate(step, first, self.rows(step) if count is None else count))
 
 
-def validation_batches(split, context, rows, sequences):
+def held_out_batches(split, context, rows, sequences):
     """The first `sequences` sequences of a split, whatever the batch size; rows without targets fill up the last."""
     packing = Packing(split, context)
     count = min(sequences, packing.count)
@@ -1038,38 +1008,36 @@ def load_data(data, vocab_size=8192, verify=True):
 
 
 def with_mixture(stages, text):
-    """The stages with the mixture SOURCE=SHARE,... (--mixture), or those that STAGE:SOURCE=SHARE,... names;
-    several of them have `;` between. Nothing else changes: lengths, names and the decay are what they were."""
+    """The stages with the mixture SOURCE=SHARE,... (--mixture); STAGE:SOURCE=SHARE,... for one, `;` between several."""
+    names = [stage.name for stage in stages]
     for part in filter(None, text.split(";")):
         name, _, shares = part.rpartition(":")
         if not re.fullmatch(r"(?=.*=[.\d]*[1-9])([\w-]+=\d*\.?\d+(,|$))+", shares):  # one share at least is not 0
-            raise UserError(f"--mixture {part} is no mixture; write code=.5,prose=.5, or decay:code=.8,prose=.2 for a "
-                            "stage")
+            raise UserError(f"--mixture {part} is no mixture; write code=.5,prose=.5, or decay:code=.8 for a stage")
         mixture = {source: float(share) for source, share in re.findall(r"([\w-]+)=([.\d]+)", shares)}
-        if name not in ("", *(stage.name for stage in stages)):
-            raise UserError(f"--mixture {part}: the stages are {', '.join(stage.name for stage in stages)}")
+        if name and name not in names:
+            raise UserError(f"--mixture {part}: the stages are {', '.join(names)}")
         stages = tuple(replace(stage, mixture=mixture) if name in ("", stage.name) else stage for stage in stages)
     return stages
 
 
 def fit_stages(stages, names, tokens=0, strict=False):
-    """The stages with a mixture that the sources have, and `tokens` in all (0: as many as the stages say). `strict`:
-    UserError for a source that is not there, as the mixture was asked for."""
+    """The stages with a mixture that the sources have, `tokens` in all (0: as they are). `strict`: or UserError."""
     total, wanted = sum(stage.tokens for stage in stages), {name for stage in stages for name in stage.mixture}
-    if strict and wanted - set(names):
-        raise UserError(f"the data has no {', '.join(sorted(wanted - set(names)))}; it has {', '.join(names)}: change "
-                        "--mixture (all stages) or --candidate, or add a folder to --data")
-    if wanted - set(names):
+    missing = ", ".join(sorted(wanted - set(names)))
+    if strict and missing:
+        raise UserError(f"the data has no {missing}; it has {', '.join(names)}: change --mixture (all stages) or "
+                        "--candidate, or add a folder to --data")
+    if missing:
         print(f"mixture   the data has {', '.join(sorted(names))}, the recipe's mixture {', '.join(sorted(wanted))}: "
               "the sources are taken as large as they are")
         stages = tuple(replace(stage, mixture={}) for stage in stages)
-        if all(replace(stage, name="", tokens=0) == Stage("", 0, {}) for stage in stages):  # nothing tells them apart
-            stages = (Stage("train", total, {}),)
+        if all(replace(stage, name="", tokens=0) == Stage() for stage in stages):  # nothing tells them apart
+            stages = (Stage("train", total),)
     return tuple(replace(stage, tokens=stage.tokens * (tokens or total) / total) for stage in stages)
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 def summary(data):
     """Prints documents, tokens, bytes per token and what was dropped of each source. Returns (tokenizer, [Split])."""
     tokenizer, splits = load_data(data, verify=False)

@@ -2,10 +2,9 @@
 
 Bits per byte say how well text is predicted, whatever the tokenizer; tasks say what that is good for. The playbook
 asks multiple choice in two ways. Cloze (CF) takes the choice that is most likely per character, without showing the
-others, and gives signal from the start. Letters (MCF) show the choices and compare A, B, C and D; they stay at chance
-until late (MMLU: about 500B tokens at 7B, 6T for SmolLM2 1.7B). Trust a task that passes `criteria` (FineTasks): its
-score rises with training, is over 20 times its noise, and over 3 times its noise above chance. 1000 questions per
-task were enough for SmolLM3's ablations.
+others, and gives signal from the start. Letters (MCF) show the choices; they stay at chance until late (MMLU: about
+500B tokens at 7B, 6T for SmolLM2 1.7B). Trust a task that passes `criteria` (FineTasks): its score rises with training,
+is over 20 times its noise, and 3 times its noise above chance. SmolLM3's ablations took 1000 questions per task.
 
     python evals.py runs/laptop                              # bits per byte and every built-in task
     python evals.py runs/laptop --tasks arithmetic,my.jsonl:letters --json   # lines of {"context", "choices", "answer"}
@@ -38,8 +37,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from checkpoint import Log, from_pretrained, is_hugging_face, save_pretrained
-from data import (HELD_OUT, Split, draw_notes, generated_math, load_data, note, note_question, uniform,
-                  validation_batches)
+from data import HELD_OUT, Split, draw_notes, generated_math, held_out_batches, load_data, note, note_question, uniform
 from sample import ContextOptions, command_options, extended, load, recipe_of
 from tokenizer import ChatFormat, Parser, UserError, option, reading, run, write_text
 
@@ -55,12 +53,11 @@ class Score(NamedTuple):
 
     @classmethod
     def of(cls, values, chance=math.nan, groups=None):
-        """`groups`: what each value is about, since questions about one thing in other words are not independent. n
-        values in G groups have the error sqrt(G / (G - 1) sum over groups of (their summed deviations)^2) / n (cluster-
-        robust; Miller 2024, arXiv 2411.00640); without groups, or with a single one, the usual deviation / sqrt(n).
-
-        That is 0 for 0 of 100 right answers, which claims too much. So the error of values that are all 0 or 1 is at
-        least that of Agresti and Coull (1998): sqrt(p (1 - p) / (G + 4)), p = (mean G + 2) / (G + 4); here 0.013."""
+        """`groups`: what each value is about, since questions about one thing are not independent. n values in G groups
+        have the error sqrt(G / (G - 1) sum over groups of (their summed deviations)^2) / n (cluster-robust; Miller
+        2024, arXiv 2411.00640); without groups, or with a single one, the usual deviation / sqrt(n). That claims too
+        much for 0 of 100 right answers: the error of values that are all 0 or 1 is at least sqrt(p (1 - p) / (G + 4)),
+        p = (mean G + 2) / (G + 4) (Agresti and Coull 1998); here 0.013."""
         x = np.asarray(list(values), np.float64)
         groups = groups if groups and len(set(groups)) > 1 else range(len(x))
         sums = np.bincount(np.unique(groups, return_inverse=True)[1], x - x.mean())  # [G]
@@ -77,7 +74,6 @@ class Score(NamedTuple):
 
 
 # ---- likelihoods ----------------------------------------------------------------------------------------------
-
 @torch.no_grad()
 def log_likelihoods(model, pairs):
     """[(log p(after | before) in nats, whether each token of `after` is the most likely one)] for pairs of lists of ids
@@ -97,24 +93,22 @@ def log_likelihoods(model, pairs):
             logits = logits[:len(ids[i]) - 1][-len(targets):]  # [targets, V]
             log_p = logits.float().log_softmax(-1)[range(len(targets)), targets].sum().item()
             scores[i] = log_p, bool((logits.argmax(-1) == targets).all())
-    return [scores[i] for i in range(len(ids))]
+    return [scores[i] for i in sorted(scores)]
 
 
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, world=None):
-    """Bits that the model needs per byte of held-out text, comparable between tokenizers: the negative log-likelihood
-    of every target, each document's end included, over the bytes of the targets' text, for the first `tokens` tokens
-    of the split whatever the batch of `rows` is. `world`: the processes (train.World) that share the batches.
-    Standard error of a ratio over n sequences (Cochran): sqrt(n / (n - 1) sum (bits - ratio bytes)^2) / bytes."""
+    """Bits per byte of held-out text, comparable between tokenizers: -log2 p of all targets, document ends included,
+    over the bytes of their text, for the first `tokens` tokens whatever `rows` is. `world`: the processes that share
+    the batches. Error of a ratio over n sequences (Cochran): sqrt(n / (n - 1) sum (bits - ratio bytes)^2) / bytes."""
     device, context = model.model.embed_tokens.weight.device, model.config.max_position_embeddings
-    batches = list(validation_batches(split, context, rows, max(1, round(tokens / context))))
+    batches = list(held_out_batches(split, context, rows, max(1, round(tokens / context))))
     (rank, processes), count = (world.rank, world.size) if world else (0, 1), len(batches)
     batches += batches[-1:] * (-count % processes)  # a sharded model needs every process for every batch
     token_bytes = torch.tensor(tokenizer.token_bytes, device=device)
     sums = torch.zeros(2, len(batches), rows, dtype=torch.float64)
     for k, batch in list(enumerate(batches))[rank::processes]:
-        arrays = batch.tokens, batch.targets, batch.cu_seqlens
-        inputs, targets, starts = (torch.from_numpy(array).to(device) for array in arrays)
+        inputs, targets, starts = (torch.from_numpy(array).to(device) for array in batch)
         _, nats = model(inputs, starts if document_mask else None, targets=targets)
         for i, (row, target) in enumerate(zip(nats, targets)):
             sums[0, k, i] = row.sum() / math.log(2)
@@ -126,7 +120,6 @@ def bits_per_byte(model, tokenizer, split, tokens, rows=8, document_mask=True, w
 
 
 # ---- tasks ----------------------------------------------------------------------------------------------------
-
 class Example(NamedTuple):
     """A question, answered by the choice most likely per character; a single one must be written by greedy sampling."""
     context: str
@@ -138,7 +131,7 @@ class Example(NamedTuple):
 def read_task(path):
     """[Example] from lines of {"context": text, "choices": [text, text, ...], "answer": number of the right one}."""
     examples = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if line.strip():
             with reading(f"{path} line {number}"):
                 entry = json.loads(line)  # of bytes: a byte order mark may stand first
@@ -162,8 +155,7 @@ FORMS = {"cloze": lambda example: example, "letters": as_letters,
 
 
 def encode_pair(tokenizer, opening, context, choice):
-    """Ids (before, after) of a context and a choice, with a space between them where neither has white space. A token
-    that straddles them counts as after: the model has to predict it whole."""
+    """Ids (before, after) of context and choice, a space between if neither has one; a straddling token is after."""
     space = " " if context[-1:].strip() and choice[0].strip() else ""
     whole = tokenizer.encode(context + space + choice)
     same = len(os.path.commonprefix([tokenizer.encode(context), whole]))
@@ -186,7 +178,6 @@ def evaluate(model, tokenizer, tasks, opening=None):
 
 # ---- built-in tasks -------------------------------------------------------------------------------------------
 # Examples made from a seed, without a network, of what training has never seen; `data`: folders of prepared data.
-
 
 def held_out_problems(kinds):
     """[(question up to "Answer:", worked answer, problem without its story)] that the math source held out."""
@@ -283,14 +274,12 @@ def tasks_of(names, data, count=200):
 
 
 # ---- long context ---------------------------------------------------------------------------------------------
-
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def recall(model, tokenizer, texts, length, opening):
-    """[depths, 20], 1 for each question that was answered. A stretch of held-out text hides one note after the share
-    `depth` of it and three anywhere; the question asks for the first, all in `length` tokens, and greedy sampling has
-    to write its value. Chance is naming the value of any of the four."""
+    """[depths, 20], 1 where greedy sampling writes the answer. Held-out text hides one note after the share `depth` of
+    it and three anywhere; the question asks for the first, all in `length` tokens. Chance: any of the four values."""
     rng, pairs = random.Random(length), []
     text = tokenizer.encode("\n".join(sum(texts.values(), [])) + "\n")
     text *= 1 + length // len(text)
@@ -323,7 +312,6 @@ def loss_by_position(model, tokenizer, texts, length, opening):
 
 
 # ---- criteria -------------------------------------------------------------------------------------------------
-
 def signs(x):
     """sign(x_i - x_j) [n, n]; its sums over j order as ranks do, with the mean rank for equal values."""
     return np.sign(np.subtract.outer(x, x))
@@ -331,11 +319,10 @@ def signs(x):
 
 @np.errstate(all="ignore")  # nan where a criterion cannot be told
 def criteria(runs):
-    """The playbook's four criteria of one task, over runs [{step: Score}], at the steps that all of them have.
-    monotonic: mean over runs of Spearman's correlation of score and step (Pearson's of the ranks), >= 0.5. noise: last
-    score over its noise, > 20; the noise is the deviation between runs (of other seeds), with one run the standard
-    error. above: the best last score's distance from chance in noises, > 3. order: whether neighbouring steps rank the
-    runs alike, the mean of Kendall's tau-a: (pairs in the same order - in opposite order) / all pairs."""
+    """The playbook's criteria of a task over runs [{step: Score}], at common steps. monotonic: mean Spearman
+    correlation of score and step (Pearson's of ranks), >= 0.5. noise: last score over its noise, > 20: the deviation
+    between runs of other seeds, of one run its error. above: the best last score's distance from chance in noises, > 3.
+    order: whether neighbouring steps rank runs alike: mean Kendall tau-a, (same - opposite order) / all pairs."""
     steps, count = sorted(set.intersection(*map(set, runs))), len(runs)
     means = np.array([[run[step].mean for step in steps] for run in runs])  # [runs, steps]
     last, score = means[:, -1], runs[0][steps[-1]]
@@ -369,7 +356,6 @@ def print_criteria(folders):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 HARNESS = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
 
 
@@ -378,7 +364,6 @@ def fetch(tasks, out):
     lm-evaluation-harness downloads them with `datasets` and cleans them: what is asked is what --harness asks."""
     with reading(f"fetch {tasks}", HARNESS):
         from lm_eval.tasks import TaskManager
-
         Path(out).mkdir(parents=True, exist_ok=True)
         for name, task in TaskManager().load(tasks.split(","))["tasks"].items():
             docs, path = list(task.eval_docs), Path(out, f"{name}.jsonl")
@@ -395,7 +380,6 @@ def harness(folder, tasks, **options):
     """Yields (task/metric, Score) of lm-evaluation-harness on the folder or the run's export; options: of lm_eval."""
     with reading(f"--harness {tasks}", HARNESS), tempfile.TemporaryDirectory() as place:
         import lm_eval
-
         if not is_hugging_face(folder):
             save_pretrained(from_pretrained(folder), f"{place}/model", tokenizer_from=folder)
             folder = f"{place}/model"
@@ -449,8 +433,7 @@ def measure_run(folder, asked):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="+", help="run folder, checkpoint or Hugging Face folder; or: criteria RUN..., "
-                        "fetch TASK,...")
+    parser.add_argument("run", nargs="+", help="run, checkpoint or transformers folder; criteria RUN... or fetch TASK")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument("--chat", action="store_true", help="--harness asks in the model's chat template")
     asked = command_options(parser, EvalOptions)

@@ -22,7 +22,6 @@ from tokenizer import Parser, UserError, number, run
 
 # ---- learning-rate schedules ----------------------------------------------------------------------------------
 # The last step, `total - 1`, has exactly the final rate.
-
 # The shape of a decay: 1 at its start (progress 0), 0 at its end (progress 1). Add yours here.
 DECAYS = {
     "linear": lambda progress: 1 - progress,
@@ -59,15 +58,14 @@ SCHEDULES = {"wsd": wsd, "cosine": cosine, "multistep": multistep}
 
 
 def learning_rate(recipe, curriculum, step):
-    """The rate of the update that begins at a step, for a train.Recipe and its data.Curriculum. A stage with a rate of
-    its own warms up and follows a cosine to 0 (SmolLM3's long-context stages). The others share the run's schedule,
-    times the square root of how much larger the stage's batch is than the recipe's."""
-    ends, number = curriculum.ends, curriculum.stage(step)
-    stage, begin = curriculum.stages[number], ends[number - 1] if number else 0
+    """The rate of the update that begins at a step, for a Recipe and its Curriculum. A stage with its own rate warms up
+    and follows a cosine to 0. The others share the run's schedule, times sqrt(their batch / the recipe's)."""
+    begins, number = curriculum.begins, curriculum.stage(step)
+    stage, begin = curriculum.stages[number], begins[number]
     if stage.learning_rate:
-        return stage.learning_rate * cosine(step - begin, ends[number] - begin, stage.warmup_steps, final=0.0)
+        return stage.learning_rate * cosine(step - begin, begins[number + 1] - begin, stage.warmup_steps, final=0.0)
     last = max(i for i, stage in enumerate(curriculum.stages) if not stage.learning_rate)
-    total, before = ends[last], ends[last - 1] if last else 0
+    before, total = begins[last:last + 2]
     decay = total - before if recipe.decay_share == -1 else round(recipe.decay_share * total)
     shape = SCHEDULES[recipe.schedule]
     share = shape(step, total, recipe.warmup_steps, decay, recipe.decay_shape, recipe.final_share)
@@ -75,7 +73,6 @@ def learning_rate(recipe, curriculum, step):
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------------
-
 def parameter_groups(model, weight_decay):
     """Named groups of parameters, all with weight decay but `embedding`, as in SmolLM3: `head` (untied), `gain` (norms,
     other vectors), `matrix` (hidden ones), `stacked` (3 dimensions: experts, convolutions)."""
@@ -95,9 +92,8 @@ def adam_direction(mean, square, step, beta1, beta2, eps):
 
 
 def adamw(weight, gradient, mean, square, step, rate, beta1, beta2, eps, decay):
-    """(weight, mean, square) after update number `step`, counted from 1; mean and square start at 0 (Loshchilov and
-    Hutter 2019). Decay added to the gradient would be divided by the root, too; here all weights shrink by one share.
-    For reading: training does the same with torch's fused AdamW."""
+    """(weight, mean, square) after update number `step`, from 1; both start at 0 (Loshchilov and Hutter 2019). Decay
+    added to the gradient would be divided, too; here all weights shrink alike. For reading: training takes torch's."""
     mean = beta1 * mean + (1 - beta1) * gradient
     square = beta2 * square + (1 - beta2) * gradient**2
     return weight - rate * (adam_direction(mean, square, step, beta1, beta2, eps) + decay * weight), mean, square
@@ -156,36 +152,31 @@ class Float32Muon(torch.optim.Muon):
 OPTIMIZERS = {"adamw": (), "muon": ("matrix",)}  # the parameter groups that Muon updates; AdamW updates the others
 
 
-def build_optimizer(model, learning_rate, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, name="adamw",
-                    dtype=torch.bfloat16):
-    """torch's fused AdamW (Loshchilov and Hutter 2019); with "muon", torch's Muon (Jordan et al. 2024) for OPTIMIZERS'
-    groups. Muon has Moonlight's settings (Liu et al. 2025), as in the playbook: updates times 0.2 sqrt(max(rows,
-    columns)), so that AdamW's rate and decay fit; 5 Newton-Schulz steps in `dtype`. The playbook found Muon better than
-    AdamW when tuned at 1B, but it diverged more often at 3B, so SmolLM3 stayed with AdamW."""
+def build_optimizer(model, rate, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, name="adamw", dtype=torch.bfloat16):
+    """torch's fused AdamW; with "muon", torch's Muon for OPTIMIZERS' groups, with Moonlight's settings (Liu et al.
+    2025), as in the playbook: updates times 0.2 sqrt(max(rows, columns)), so that AdamW's rate and decay fit; 5 steps
+    in `dtype`. The playbook found Muon better when tuned at 1B, but it diverged more at 3B: SmolLM3 kept AdamW."""
     mine, rest = [], []
     for group in parameter_groups(model, weight_decay):
         (mine if group["name"] in OPTIMIZERS[name] else rest).append(group)
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    adamw = torch.optim.AdamW(rest, lr=learning_rate, betas=betas, eps=eps, fused=fused)
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=betas, eps=eps, fused=fused)
     if not mine:
         return Optimizers(adamw)
     muon = torch.optim.Muon if dtype == torch.bfloat16 else Float32Muon
-    return Optimizers(adamw, muon(mine, lr=learning_rate, weight_decay=weight_decay, momentum=0.95, nesterov=True,
-                                  ns_steps=5, adjust_lr_fn="match_rms_adamw"))
+    return Optimizers(adamw, muon(mine, lr=rate, weight_decay=weight_decay, momentum=0.95, nesterov=True, ns_steps=5,
+                                  adjust_lr_fn="match_rms_adamw"))
 
 
 # ---- loss spikes ----------------------------------------------------------------------------------------------
-
 class Guard:
     """Watches loss and gradient norm for spikes (OLMo-core's rule: more than 6 standard deviations above the mean of
     the last 128 values; silent until there are 63) and does what `--guard` says:
-
     warn    log it: the playbook lets a run continue through spikes that it recovers from
     skip    also leave this update out (OLMo-core's SkipStepAdamW)
     rewind  also, if the loss is not back after FAST updates, load a checkpoint from before the spike, skip the batches
             around it and clip at half for a while (PaLM: the same batches did no harm with other weights). Each
             further try skips twice as many; after TRIES the run ends.
-
     A spike is over after three losses in a row within 2 standard deviations of the mean before it: `fast` in at most
     FAST updates, `slow` in at most LOST. A smoothed loss that stays HIGH above its lowest, or above guessing, for LEAST
     updates is trouble: `diverged`, or `plateaued higher` below guessing."""
@@ -288,7 +279,6 @@ class Guard:
 
 
 # ---- laws of rate and batch -----------------------------------------------------------------------------------
-
 def check_range(law, value, low, high, unit):
     """Warns unless low <= value <= high."""
     if not low <= value <= high:
@@ -328,7 +318,6 @@ def scale_rate(rate, k):
 
 
 # ---- laws of loss ---------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class LossLaw:
     """loss(N, D) = E + A / N^alpha + B / D^beta (Hoffmann et al. 2022), nats a token or bits a byte."""
@@ -402,9 +391,9 @@ def fit_law(points, source="fit"):
     """The law with the least squared error on points (parameters, tokens, loss): for each pair of exponents on a grid,
     the best E, A and B >= 0 solve a linear problem. UserError if no law fits."""
     N, D, L = np.array(points, dtype=float).T
-    fits = []
-    for alpha in np.arange(0.05, 1.21, 0.025):
-        for beta in np.arange(0.05, 1.21, 0.025):
+    grid, fits = np.arange(0.05, 1.21, 0.025), []
+    for alpha in grid:
+        for beta in grid:
             columns = np.stack([np.ones(len(N)), N**-alpha, D**-beta], 1)
             scale = columns.max(0)
             solution = np.linalg.lstsq(columns / scale, L, rcond=None)[0] / scale
@@ -417,12 +406,10 @@ def fit_law(points, source="fit"):
 
 
 # ---- measuring the batch size and the rate --------------------------------------------------------------------
-
 def gradient_noise(single, mean, n):
-    """Unbiased (|G|^2, tr(S)) of n gradients from the mean of their squared norms and the squared norm of their mean
-    (McCandlish et al. 2018, appendix A.2). tr(S) / |G|^2 is the noise scale in examples, the batch whose noise equals
-    its signal; of several batches, average both and divide last. The critical batch size is far larger (Merrill et al.
-    2025); `python ablate.py branch` measures it directly."""
+    """Unbiased (|G|^2, tr(S)) from n gradients' mean squared norm and the squared norm of their mean (McCandlish et al.
+    2018, appendix A.2). tr(S) / |G|^2 is the noise scale in examples, the batch whose noise equals its signal; of
+    several batches average both, then divide. The critical batch size (see `ablate.py branch`) is far larger."""
     noise = (single - mean) * n / (n - 1)
     return mean - noise / n, noise
 
@@ -452,7 +439,6 @@ def suggest_rates(rates, losses):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-
 def main():
     parser = Parser(__doc__)
     parser.add_argument("parameters", nargs="?", type=number, default=1e9, help="without embeddings")

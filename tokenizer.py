@@ -7,10 +7,10 @@
 
 The playbook: take an existing tokenizer if it covers your languages and domain; train one for low-resource languages or
 an unusual mix. About 50k tokens are enough for English (SmolLM2 49,152), 100k or more for many languages (SmolLM3
-128,256), in a multiple of 128; in a small model the embedding should not take more than half of the parameters. Judge
-by fertility (tokens per word) and PCW (proportion of continued words: two tokens or more), lower is better. English:
-Llama 3 1.48 and .322, Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and .328. Most modern tokenizers
-split numbers into single digits, Llama 3 into groups of up to three.
+128,256), in a multiple of 128; a small model's embedding should take at most half of its parameters. Judge by fertility
+(tokens per word) and PCW (share of words continued in a second token), lower is better. English: Llama 3 1.48 and .322,
+Gemma 3 1.41 and .260, Mistral Small 1.59 and .368, Qwen3 1.54 and .328. Most modern tokenizers split numbers into
+single digits, Llama 3 into groups of up to three.
 
     python data.py tokenizer PATH... --vocab-size 4096 --out DIR      # trains one on text of any kind
     python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each path
@@ -116,11 +116,10 @@ def count_chunks(texts, pattern):
 
 def bpe_merges(chunk_counts, num_merges):
     """The first `num_merges` merges [(left, right)], fewer if no pair is left (Sennrich et al. 2016, arXiv 1508.07909).
-
     Rule: merge the most frequent pair of neighbouring tokens, left to right without overlap ("aaa" -> "aa" "a"); of
     equally frequent pairs, the one whose (left bytes, right bytes) sort first. Every position counts: "aaa" has (a, a)
     twice. A merge visits only the chunks that hold its pair. The heap is lazy: once a pair is there its count only
-    falls, so an entry is an upper bound, and one that is out of date is replaced when it comes to the top."""
+    falls, so an entry is an upper bound, and an outdated one is replaced when it comes to the top."""
     tokens, merges = SINGLE.copy(), []
     chunks, counts = [*map(list, chunk_counts)], [*chunk_counts.values()]  # a chunk: indices into `tokens`
     pair_count, pair_chunks = defaultdict(int), defaultdict(set)  # by (left, right); chunks that hold or held it
@@ -131,7 +130,6 @@ def bpe_merges(chunk_counts, num_merges):
 
     def entry(pair):
         return -pair_count[pair], tokens[pair[0]], tokens[pair[1]], pair
-
     heap = sorted(map(entry, pair_count))  # a sorted list is a heap
     for new in progress(range(256, 256 + num_merges), desc="merging"):
         while heap and heap[0] != (now := entry(heap[0][3])):
@@ -179,9 +177,8 @@ class Tokenizer:
     """Text to ids and back; made by `train_bpe` or `Tokenizer.load`. A loaded one drops bytes that it lacks.
     pattern: pre-tokenizer expression       cuts: expressions that cut the text before it (DeepSeek-V3 has two)
     ranks: token bytes -> id                merges: (left, right) bytes, in order; [] if they follow from the ranks
-    special: control token -> id, never produced from text
     added: tokens that a file adds and does not call special (Qwen3's <think>): found in text, as in transformers
-    nfc: text is NFC-normalised before encoding (Qwen's files ask for it), so decoding returns normalised text
+    special: control token -> id            nfc: text is NFC-normalised before encoding, as Qwen's files ask for
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token"""
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
@@ -251,11 +248,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of the ids; bytes that are not UTF-8, such as half a character, become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+        return self.decode_bytes(ids).decode(errors="replace")
 
     def stream(self):
         """A function push(ids, final=False) -> text: half a character is held back; push([], final=True) flushes it."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda ids, final=False: decoder.decode(self.decode_bytes(ids), final)
 
     def save(self, folder):
@@ -358,7 +355,6 @@ def parse_tokenizer_json(file):
 
     def raw(token):  # KeyError for a token that is not byte-level
         return bytes(CHAR_TO_BYTE[c] for c in token)
-
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     names = special.keys() | added.keys() - CHAR_TO_BYTE.keys() - {a + b for a, b in pairs}  # added may be merged too
     ranks = {raw(token): i for token, i in model["vocab"].items() if token not in names}
@@ -426,8 +422,7 @@ class ChatFormat:
 
     def content(self, name):
         file = self.folder / name
-        with reading(file):
-            return dict(json.loads(file.read_bytes())) if file.exists() else {}
+        return read_json(file) if file.exists() else {}
 
     def text(self, prompt):
         """ids of a text to continue."""
@@ -441,9 +436,8 @@ class ChatFormat:
     def samples(self, messages, tools=None):
         """[(ids, mask)] to train on; mask is 1 on what the assistant must produce, with the token that ends its turn:
         without it a model never learns to stop. One sample for the whole conversation; or, where the template changes
-        earlier turns (Qwen3 drops their thinking), one per assistant turn, rendered as at inference. The assistant's
-        part is what the template has in {% generation %} tags, or, without them, what a reply adds to the prompt before
-        it; a greeting that opens the conversation has no such prompt and is not trained on."""
+        earlier turns (Qwen3 drops their thinking), one per assistant turn, as at inference. The assistant's part is in
+        {% generation %} tags, or else what a reply adds to the prompt before it: an opening greeting has none."""
         whole, tags, outline = self.render(messages, tools)
         turns, seen = [], 0
         for i, message in enumerate(messages):
@@ -478,7 +472,6 @@ class ChatFormat:
         a control token's name that the user, a tool or the system wrote. UserError for what the format cannot show."""
         def hidden(value):
             return json.loads(self.control.sub(lambda name: "x" * len(name[0]), json.dumps(value, ensure_ascii=False)))
-
         with reading("this conversation", "the model's chat format refuses it."):
             for name, given in ("tools", tools), ("tool_calls", any(m.get("tool_calls") for m in messages)):
                 if given and name not in (self.template or CHATML):
@@ -496,7 +489,7 @@ class ChatFormat:
     def program(self):
         """The compiled template: (messages, tools, add_generation_prompt) -> text, spans of {% generation %} blocks,
         counted while the text is written, as in transformers; no character of the text marks them."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # which torch brings
+        from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox  # which torch brings
         written, said = [], []  # pieces of text so far; (start, text) of each block
 
         def generation(caller):
@@ -514,9 +507,7 @@ class ChatFormat:
             if not all(text.startswith(words, start) for start, words in said):
                 refuse("it has {% generation %} inside a macro or a {% set %}")
             return text, [(start, start + len(words)) for start, words in said]
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                    extensions=["jinja2.ext.loopcontrols"])
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime, "generation": generation}
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         source = regex.sub(r"(\{%[-+]?\s*)generation\b", r"\1call generation()", self.template or CHATML)
@@ -550,10 +541,10 @@ def fertility(tokenizer, text):
     words = Counter(WORDS.findall(text))
     if not words:
         raise UserError("fertility is undefined for a text without words: give more text.")
-    tokens = {word: len(tokenizer.encode(word)) for word in words}
-    return {"fertility": sum(n * tokens[word] for word, n in words.items()) / words.total(),
-            "pcw": sum(n for word, n in words.items() if tokens[word] >= 2) / words.total(),
-            "words": words.total(), "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
+    tokens, total = {word: len(tokenizer.encode(word)) for word in words}, words.total()
+    return {"fertility": sum(n * tokens[word] for word, n in words.items()) / total,
+            "pcw": sum(n for word, n in words.items() if tokens[word] >= 2) / total,
+            "words": total, "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
 
 
 # ----- what every command line shares -----------------------------------------------------------------------
@@ -590,6 +581,15 @@ def write_text(path, text):
     return partial.replace(path)
 
 
+def read_json(path, *advice):
+    with reading(path, *advice):
+        return dict(json.loads(path.read_bytes()))
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1))
+
+
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -611,8 +611,7 @@ def true_or_false(text):
 
 
 def option(default, help, low=None, high=math.inf, choices=(), group=""):
-    """A dataclass field with all that its flag, its help and its check need; `low` and `high` are allowed values. In
-    --help a `group` has this option and those that follow."""
+    """A dataclass field with all that its flag, help and check need. A `group` in --help begins with this option."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices, "group": group})
 
 
@@ -633,8 +632,7 @@ def check_options(config):
 
 
 def add_options(parser, *classes, without=()):
-    """A flag for each option of dataclasses, or of instances, whose values are then the defaults in --help; a flag that
-    is not given is None."""
+    """A flag for each option of dataclasses or instances, whose values --help then shows; None if not given."""
     kinds, group = {bool: true_or_false, int: whole_number, float: number, str: str}, parser
     for cls in classes:
         for name, (kind, rule) in options_of(cls).items():
@@ -652,9 +650,8 @@ def parse_options(parser, argv, intermixed=False):
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         near = difflib.get_close_matches(name, vars(args), 1)
-        hint = parser.aliases.get(name) or (
-            f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`")
-        raise UserError(f"{unknown[0]} is not understood; {hint}")
+        hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
+        raise UserError(f"{unknown[0]} is not understood; {parser.aliases.get(name, hint)}")
     return args
 
 
@@ -684,14 +681,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def draw(path, paint, columns=1, size=(8, 4)):
-    """Saves what `paint(axes)` draws (a list of axes where there are several columns); False without matplotlib."""
+    """Saves what `paint(axes)` draws (a list of axes where there are several columns); None without matplotlib."""
     with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure
         figure = Figure(size, dpi=120, layout="constrained")
         paint(figure.subplots(1, columns))
         figure.savefig(path)
         return True
-    return False
 
 
 def run(main):

@@ -43,15 +43,14 @@ from tqdm import tqdm
 
 import cost
 import evals
-from checkpoint import (Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder,
-                        write_json)
+from checkpoint import Log, Saver, check_trackers, draw_log, find_checkpoint, load_checkpoint, new_run_folder
 from data import PACKINGS, Curriculum, Stage, fit_stages, load_data, with_mixture
 from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, RMSNorm, Router, count_parameters,
                    watch_attention)
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
-                       parse_options, reading)
+                       parse_options, reading, write_json)
 from tokenizer import run as run_command
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import evals
 from checkpoint import Log, from_pretrained
-from data import load_source, validation_batches
+from data import load_source, held_out_batches
 from tokenizer import Tokenizer
 from train import read_recipe
 
@@ -72,7 +72,7 @@ def main() -> None:
     context, val = recipe.model.max_position_embeddings, splits["val"]
     sequences = len(val.tokens) // context
     held_out = "".join(tokenizer.decode(row[row >= 0].tolist())
-                       for batch in validation_batches(val, context, 8, sequences) for row in batch.targets)
+                       for batch in held_out_batches(val, context, 8, sequences) for row in batch.targets)
     ours = evals.bits_per_byte(from_pretrained(args.run).eval(), tokenizer, val, sequences * context).mean
     held_out = held_out.replace("<|endoftext|>", "\n")
     index = {c: i for i, c in enumerate(sorted(set(text)))}

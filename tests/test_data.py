@@ -380,7 +380,7 @@ def test_every_interrupted_shard_goes_on(tmp_path, tokenizer, monkeypatch):
     sources = {"words": some_documents(300), "more": some_documents(200, 1)}
     d.prepare(sources, tmp_path / "straight", tokenizer)
     stop = [0]
-    for name in ("append", "write_text"):
+    for name in ("append", "write_json"):
         def interrupted(*parts, write=getattr(d, name)):
             stop[0] -= 1
             if stop[0] == 1:  # written, but not known
@@ -906,7 +906,7 @@ def test_cu_seqlens_are_padded_to_a_power_of_two():
 
 def test_validation_slice_does_not_depend_on_the_batch_size(prepared, tokenizer):
     split = d.load_source(prepared / "words", tokenizer)["val"]
-    a, b = (np.concatenate([x.targets for x in d.validation_batches(split, 16, rows, 9)]) for rows in (2, 5))
+    a, b = (np.concatenate([x.targets for x in d.held_out_batches(split, 16, rows, 9)]) for rows in (2, 5))
     a, b = (x[(x >= 0).any(1)] for x in (a, b))  # without the rows that fill up the last batch
     assert (a == b).all() and len(a) == min(9, d.Packing(split, 16).count)
 
