@@ -557,7 +557,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (["--anneal", "runs/none"], "takes that run's recipe and model"),
     (["--mixture", "poems=1"], "the data has no poems; it has left, right"),
     (["--mixture", "late:left=1"], "the stages are base, quality, decay"),
-    (["--data", "data/english"], "mlfoundations/dclm-baseline-1.0"),
+    (["--data", "data/english"], '"Data of the recipes" in docs/playbook.md'),
     (["--decay-share", "-0.5"], "neither"),
     (["--log", "excel"], "tensorboard, wandb"),
 ])
