@@ -30,12 +30,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer import UserError, check_options, option, run
 
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
-RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # of `recomputed`; no random number is drawn
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing random is drawn
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
@@ -58,10 +58,8 @@ class ModelConfig:
     tie_word_embeddings: bool = option(True, "one matrix for input embedding and output head")
     rms_norm_eps: float = amount(1e-6, "added to the mean square before its root", 1e-12)
     initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
-    initializer: str = option("normal", "or scaled: what writes to the residual stream is smaller, / sqrt(2 layers)",
-                              choices=("normal", "scaled"))
-    layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)",
-                              group="attention")
+    initializer: str = option("normal", "scaled: residual writes / sqrt(2 layers)", choices=("normal", "scaled"))
+    layer_types: str = option("full", "full, sliding, chunked, linear, in turn: sliding,full", group="attention")
     sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
     attention_chunk_size: int = amount(0, "tokens of the chunk that a chunked layer sees (Llama 4: 8192)")
     attention_sinks: bool = option(False, "a learned logit per head that takes probability from the tokens (gpt-oss)")
@@ -69,9 +67,8 @@ class ModelConfig:
     attention_bias: bool = option(False, "biases on the q, k, v and o projections (gpt-oss)")
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
     qk_norm_across_heads: bool = option(False, "that norm over all heads of a layer at once (OLMo 2)")
-    position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
-                           choices=(*ROPE, "none", "learned", "relative", "alibi"), group="positions")
-    rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
+    rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12, group="positions")
+    position: str = option("rope", "llama3, yarn: rescaled", choices=(*ROPE, "none", "learned", "relative", "alibi"))
     partial_rotary_factor: float = amount(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
     no_rope_layer_interval: int = amount(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never")
     rope_factor: float = amount(1.0, "how many times longer llama3 and yarn make the context", 1)
@@ -80,8 +77,7 @@ class ModelConfig:
     yarn_beta_slow: float = amount(1.0, "pairs that rotate less often than this are slowed by rope_factor", 0.001)
     yarn_truncate: bool = option(True, "round those two borders to whole pairs (gpt-oss: false)")
     yarn_mscale_all_dim: float = amount(0.0, "MLA: YaRN's temperature, on the whole head (DeepSeek: 1)")
-    kv_lora_rank: int = amount(0, "width of the latent that keys and values are made from and cached as; 0: no MLA",
-                               group="multi-head latent attention (DeepSeek, Kimi)")
+    kv_lora_rank: int = amount(0, "width of the latent, which is cached; 0: no MLA", group="MLA (DeepSeek, Kimi)")
     q_lora_rank: int = amount(0, "the same for queries; 0: queries straight from the residual stream")
     qk_nope_head_dim: int = amount(0, "part of a query and key head without position")
     qk_rope_head_dim: int = amount(0, "part of it with RoPE, whose key all heads share")
@@ -106,9 +102,8 @@ class ModelConfig:
     router_aux_loss_coef: float = amount(0.01, "weight of the load-balancing loss, over the global batch")
     router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
     router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
-    norm_position: str = option("pre", "norms on what a branch reads (pre), returns (post, OLMo 2) or both (sandwich)",
-                                choices=("pre", "post", "sandwich"), group="details of the model")
-    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS)
+    hidden_act: str = option("silu", "activation of the MLPs' gate", choices=ACTIVATIONS, group="details of the model")
+    norm_position: str = option("pre", "post: OLMo 2; sandwich: both", choices=("pre", "post", "sandwich"))
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
     swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
     norm_zero_centered: bool = option(False, "RMSNorm's gain is 1 + weight (Qwen3-Next)")
@@ -118,19 +113,19 @@ class ModelConfig:
         check_options(self)
         kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
         latent, experts, chosen = self.kv_lora_rank, self.num_experts, self.num_experts_per_tok
-        given = 0 if latent else self.head_dim
-        head_dim = given or (self.qk_nope_head_dim + self.qk_rope_head_dim if latent else self.hidden_size // heads)
-        derived = {"moe_intermediate_size": max(1, self.intermediate_size // chosen)}  # together as wide as the MLP
+        parts = self.qk_nope_head_dim + self.qk_rope_head_dim
+        head_dim = parts if latent else self.head_dim or self.hidden_size // heads
+        derived = {"head_dim": head_dim, "moe_intermediate_size": max(1, self.intermediate_size // chosen)}
         if "linear" in kinds:
             derived |= {"linear_num_key_heads": groups, "linear_num_value_heads": heads,
                         "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
-        derived = {name: value for name, value in derived.items() if not getattr(self, name)}
-        derived |= {} if given else {"head_dim": head_dim}
+        derived = {name: value for name, value in derived.items()
+                   if not getattr(self, name) or latent and name == "head_dim"}
         vars(self).update(derived, _derived=derived)  # a frozen class forbids only to write self.head_dim = ...
         for wrong, sentence in (
             (heads % groups, "num_key_value_heads must divide num_attention_heads: take one of "
              f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
-            (not latent and not given and self.hidden_size % heads,
+            (not latent and "head_dim" in derived and self.hidden_size % heads,
              "hidden_size does not divide by num_attention_heads: change one of them or give head_dim"),
             (kinds - {"full", "sliding", "chunked", "linear"}, "layer_types may list full, sliding, chunked, linear"),
             ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
@@ -257,24 +252,26 @@ def repeated(x, heads):
 DENSE_ROWS = {torch.bfloat16: 512, torch.float32: 128}
 
 
+def fused_attention(q, k, v, mask=None, causal=False):
+    """PyTorch's kernel for `dense_attention`, without a sink."""
+    q, k, v = (x.transpose(1, 2) for x in (q, repeated(k, q.shape[2]), repeated(v, q.shape[2])))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
+
+
 def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype.
 
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S] -> [B, T, H, Dv]"""
-    (B, T, H, D), G = q.shape, k.shape[2]
+    S, G = k.shape[1:3]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)  # [B or 1, H or 1, T, S]
-    if sink is None and not q.is_cpu:  # the equation below, fused by PyTorch
-        q, k, v = (x.transpose(1, 2) for x in (q, repeated(k, H), repeated(v, H)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    q = (q / D ** 0.5).transpose(1, 2).reshape(B, G, -1, D)  # a KV head serves H / G query heads
-    scores = (q @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) + mask  # [B, H, T, S]
-    if sink is None:
-        p = scores.softmax(-1)
-    else:  # one more score, whose value is zero
-        sinks = sink.view(-1, 1, 1).expand(B, H, T, 1)
-        p = torch.cat((scores.float(), sinks.float()), -1).softmax(-1)[..., :-1].to(v.dtype)
-    y = p.reshape(B, G, H // G * T, -1) @ v.transpose(1, 2)  # [B, G, H / G * T, Dv]
-    return y.reshape(B, H, T, -1).transpose(1, 2)
+    if sink is None and not q.is_cpu:
+        return fused_attention(q, k, v, mask)
+    q = (q / q.shape[-1] ** 0.5).unflatten(2, (G, -1))  # a KV head g serves n = H / G query heads
+    scores = torch.einsum("btgnd,bsgd->bgnts", q, k).flatten(1, 2) + mask  # [B, H, T, S]
+    if sink is not None:  # one more score, whose value is zero
+        scores = torch.cat((scores, sink.to(q.dtype)[:, None, None].expand_as(scores[..., :1])), -1)
+    p = scores.softmax(-1)[..., :S].unflatten(1, (G, -1))
+    return torch.einsum("bgnts,bsgd->btgnd", p, v).flatten(2, 3)
 
 
 def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
@@ -397,15 +394,14 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
     one = T == 1 and bias is sink is None
     if one:  # a KV head's H / G query heads become its queries, so that keys and values are read once
-        q = q.view(len(q), k.shape[2], -1, q.shape[3]).transpose(1, 2)  # [B, H / G, G, D]
-    if layout.distance is bias is sink is None and not chunk and not short and (one or S == T and not window):
-        k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
-        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=not one).transpose(1, 2)
+        q = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, H / G, G, D]
+    if starts is layout.distance is bias is sink is None and not chunk and not short and (one or S == T and not window):
+        y = fused_attention(q, k, v, causal=not one)
     else:
         distance = distances(T, S, q.device) if layout.distance is None else layout.distance
         visible = visible_keys(distance, layout.positions, window, chunk)
         y = dense_attention(q, k, v, visible, bias and bias(distance), sink)
-    return y.transpose(1, 2).reshape(len(y), 1, -1, y.shape[3]) if one else y
+    return y.transpose(1, 2).flatten(1, 2)[:, None] if one else y
 
 
 _watched = None
@@ -430,7 +426,7 @@ def attention_extremes(q, k, positions, window, chunk):
 
     Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a
     first token of any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
-    q, k = q[0, -128:].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], 1)  # [t, H, D], [T, H, D]
+    q, k = q[0, -128:].float(), repeated(k, q.shape[2])[0].float()  # [t, H, D], [T, H, D]
     distance, positions = distances(len(q), len(k), q.device), positions[:1, -128:]
     visible = visible_keys(distance, positions, window, chunk)[0]  # [1, t, T]
     scores = (torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
@@ -548,7 +544,7 @@ class KVCache:
 
     def replace(self, layer, *new):
         """Stores a state of fixed size at the address of the one before."""
-        for stored, x in zip(self.layers.setdefault(layer, [x.clone() for x in new]), new):
+        for stored, x in zip(self.layers.setdefault(layer, new), new):
             stored.copy_(x)
 
     def restart(self):
@@ -562,10 +558,14 @@ class KVCache:
 
 def multiply(x, weight, bias=None):
     """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides. Most CPUs take
-    hundreds of times longer in float16: there the products are float32's, rounded."""
+    hundreds of times longer in float16: there the products are float32's, rounded. They also multiply few fp32 rows
+    slowly, a single one in one thread: the weight then stands on the left, and a row of zeros is added."""
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return multiply(x.float(), weight.half().float(), bias).half()
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight = weight.to(x.dtype)
+    if bias is None and x.is_cpu and x.dtype == torch.float32 and x[..., 0].numel() < 7 and not torch.is_grad_enabled():
+        return F.linear(weight, F.pad(x.flatten(0, -2), (0, 0, 0, 1)))[:, :-1].t().unflatten(0, x.shape[:-1])
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -616,12 +616,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         c, D = self.config, self.config.head_dim
         q = self.q_proj(x).view(B, T, c.num_attention_heads, -1)  # [B, T, H, D]
-        q, *gate = q.split(D, -1) if c.attn_output_gate else [q]
+        q, *gate = q.split(D, -1)
         k, v = self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)  # [B, T, G, D]
-        if c.qk_norm_across_heads:
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        elif c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if c.qk_norm:
+            q, k = (norm(y.reshape(B, T, -1, *norm.normalized_shape)).view_as(y)
+                    for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if self.uses_rope:
             k = apply_rope(k, *layout.rope)
         if cache:
@@ -670,7 +669,7 @@ class LatentAttention(nn.Module):
         value_parts = [c.qk_nope_head_dim, c.v_head_dim]
         temperature = yarn_temperature(c) ** 2 if c.yarn_mscale_all_dim else 1.0
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
-        q_nope, q_rope = q.view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_nope, q_rope = (q * temperature).view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
         q_rope, k_rope = self.rotate(q_rope, layout), self.rotate(k_rope[:, :, None], layout)  # [B, T, H or 1, Dr]
         latent = self.kv_a_layernorm(latent)  # [B, T, R]
@@ -679,13 +678,12 @@ class LatentAttention(nn.Module):
         if cache and T == 1:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
             q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)  # [B, 1, H, R + Dr]
-            k, v = torch.cat((latent, k_rope[:, :, 0]), -1)[:, None], latent[:, None]  # [B, 1, S, R + Dr or R]
-            mask = None if layout.distance is None else visible_keys(layout.distance, layout.positions)
-            y = F.scaled_dot_product_attention(q, k, v, mask, scale=temperature / c.head_dim ** 0.5)
+            k = torch.cat((latent[:, :, None], k_rope), -1)  # [B, S, 1, R + Dr]
+            y = attention(q * (k.shape[-1] / c.head_dim) ** 0.5, k, latent[:, :, None], layout)
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
             k_nope, v = self.kv_b_proj(latent).view(B, -1, H, sum(value_parts)).split(value_parts, -1)
-            q = torch.cat((q_nope, q_rope), -1) * temperature
+            q = torch.cat((q_nope, q_rope), -1)
             k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1)
             v = F.pad(v, (0, c.head_dim - c.v_head_dim))  # flash kernels want values as wide as keys
             y = attention(q, k, v, layout)[..., :c.v_head_dim]
@@ -751,13 +749,13 @@ class GatedDeltaNet(nn.Module):
             inside = layout.positions >= len(kernel) - 1 - start  # [B or 1, T]
             y = y + mixed[:, start:start + T] * inside[..., None] * weight
         q, k, v = F.silu(y).split([G * D, G * D, H * V], -1)
-        q, k = (y.float().view(B, T, G, D).repeat_interleave(H // G, 2) for y in (q, k))
+        q, k = (repeated(y.float().view(B, T, G, D), H) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
         y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
         if cache:
-            cache.replace(self.layer, mixed[:, T:], state)
+            cache.replace(self.layer, mixed[:, T:].clone(), state)
         y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, V))
         return self.out_proj(y.flatten(2))
 
@@ -939,7 +937,7 @@ def pieces_of(x, targets):
 
 def token_nats(x, targets, weight, cap):
     """Negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100: x [P, C], the head's weight [V, C]."""
-    logits = soft_capped(F.linear(x, weight.to(x.dtype)).float(), cap)
+    logits = soft_capped(multiply(x, weight).float(), cap)
     if _watched is not None:
         _watched[1].append(logits.abs().max())
     return F.cross_entropy(logits, targets, reduction="none")
@@ -953,13 +951,10 @@ def losses_and_slope(logits, targets, cap, z):
     and left it out; OLMo 2 trains with a z of 1e-5."""
     dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
     at = torch.arange(len(targets), device=targets.device)[:, None], targets[:, None].clamp(min=0)
-    if torch.compiler.is_compiling():  # the same twice: this is fused into passes that store nothing but the slope
-        log_z = logits.logsumexp(-1, True)
-        p = (logits - log_z).exp()
-    else:  # eager, this needs a third of the time
-        p = logits.softmax(-1)
-        log_z = logits.amax(-1, True) - p.amax(-1, True).log()
-    nats, factor = log_z - logits[at], 1 + 2 * z * log_z
+    log_p = logits.log_softmax(-1)
+    p, nats = log_p.exp(), -log_p[at]
+    log_z = nats + logits[at]
+    factor = 1 + 2 * z * log_z
     slope = (p * factor if z else p).to(dtype)
     slope[at] = (factor * (-nats).exp() - 1).to(dtype)  # rounded once: p of the target may be almost 1
     if cap:
@@ -1066,7 +1061,7 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             call = layer if compiled else layer._call_impl
             if self.recompute and training:  # Chen et al. 2016
-                call = functools.partial(recomputed, call, **RECOMPUTED)
+                call = functools.partial(recomputed, call)
             x = call(x, layout, cache)
         if cache:
             cache.length = layout.end
@@ -1075,14 +1070,14 @@ class GPT(nn.Module):
         x = x.float() if x.is_cpu and x.dtype == torch.float16 else x  # see `multiply`
         cap = self.config.final_logit_softcapping
         if targets is None:
-            return soft_capped(F.linear(x, head.weight.to(x.dtype)), cap)  # [B, T, V]
+            return soft_capped(multiply(x, head.weight), cap)  # [B, T, V]
         x, flat = x.flatten(0, 1), targets.flatten()
         if training and temperature is None:
             of_piece = self.of_piece if compiled else losses_and_slope
             minimised, nats = HeadLoss.apply(x, head.weight, flat, cap, z_loss, of_piece)
         else:
             scale = temperature or 1.0
-            call = functools.partial(recomputed, token_nats, **RECOMPUTED) if x.is_cuda else token_nats
+            call = functools.partial(recomputed, token_nats) if x.is_cuda else token_nats
             nats = torch.cat([call(*piece, head.weight, cap / scale) for piece in pieces_of(x / scale, flat)])
             minimised = nats.sum()
         return minimised, nats.view_as(targets)
@@ -1130,8 +1125,7 @@ def count_parameters(config):
         for name, p in GPT(config).named_parameters():
             used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
             total, active = total + p.numel(), active + used
-            if p.ndim > 1 and not name.endswith(("_proj_bias", "embed_tokens.weight", "embed_positions.weight",
-                                                 "relative_bias.weight")):
+            if p.ndim > 1 and "bias" not in name and "embed_" not in name:
                 matmul += used
     tied, look_up = config.tie_word_embeddings, config.vocab_size * config.hidden_size
     embedding = look_up * (2 - tied)
