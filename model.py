@@ -1,27 +1,24 @@
 """Chapter 2: the decoder. Llama 3, Qwen3, SmolLM3, gpt-oss, DeepSeek, Kimi and Qwen3-Next in one file.
 
-The playbook's advice for a small dense model is to start from a proven one: pre-norm decoder, RMSNorm, SwiGLU,
-RoPE, grouped-query attention. Its ablations (1B, 45B tokens, differences under 0.012 are noise): GQA with 2 to 8
-query heads per KV head equals MHA (2.195-2.197 against 2.204), MQA is clearly worse (2.236); tying the embeddings
-saves a fifth of a small model for nothing (tied 2.198, untied at equal size 2.243); NoPE in every 4th layer and
-document masking cost nothing in short context (2.195) and pay in long context. Take a mixture of experts where memory
-is no limit and a hybrid for very long context; everything in this file beyond the dense decoder is for those two.
+The playbook starts from a proven dense model: pre-norm decoder, RMSNorm, SwiGLU, RoPE, grouped-query attention. Its
+ablations (1B, 45B tokens, differences under 0.012 are noise): GQA with 2 to 8 query heads per KV head equals MHA
+(2.195-2.197 against 2.204), MQA is clearly worse (2.236); tied embeddings save a fifth of a small model for nothing
+(2.198, untied at equal size 2.243); NoPE in every 4th layer and document masking cost nothing in short context (2.195)
+and pay in long context. Take a mixture of experts where memory is no limit, a hybrid for very long context.
 
     python model.py                                      # the presets: parameters, KV cache, RoPE, experts
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
-Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
-and GPT.
+Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention to GPT.
 
-Modules and parameters have Hugging Face's names, so that a published checkpoint loads by a strict `load_state_dict`
-(`checkpoint.py`). Parameters are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B
-batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E
-experts, K experts per token, M width of an MLP.
+Modules and parameters have Hugging Face's names: published checkpoints load by a strict `load_state_dict`. Parameters
+are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B batch, T sequence, S keys,
+N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M
+width of an MLP.
 """
 
 import contextlib
 import functools
-import itertools
 import math
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -208,11 +205,10 @@ PRESETS = {
 
 
 # ---- attention ------------------------------------------------------------------------------------------------
-# Packed sequences hold several documents, and attention must not cross from one to the next. `cu_seqlens` (int32,
-# [M]) lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work is
-# then proportional to the sum of squared document lengths instead of B*T^2. One operator, two routes: CUDA's
-# variable-length flash kernel, and the CPU's flash kernel once per document. Elsewhere, and in rows so short that a CPU
-# is faster without, a dense mask does it.
+# Packed sequences hold several documents, and attention must not cross from one to the next. `cu_seqlens` (int32, [M])
+# lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work grows with
+# the sum of squared document lengths, not B*T^2. One operator, two routes: CUDA's variable-length flash kernel, and the
+# CPU's flash kernel once per document. Elsewhere, and in rows too short for them, a dense mask does it.
 #
 # A window keeps the last W keys, the query's own included. A sink (gpt-oss) is a learned logit s per head that joins
 # the softmax and is then dropped: with lse' = logaddexp(lse, s) the output is out * exp(lse - lse'). Passing out' and
@@ -233,8 +229,8 @@ def distances(T, S, device):
 
 
 def visible_keys(distance, positions, window=0, chunk=0):
-    """The mask: which keys a query sees, bool [B or 1, 1, T, S]: itself and those before it in its document, its
-    window, its chunk. `distance` [T, S] from the key to the query, `positions` [B or 1, T] of queries in documents."""
+    """bool [B or 1, 1, T, S]: a query sees itself and the keys before it in its document, its window, its chunk.
+    `distance` [T, S] from the key to the query, `positions` [B or 1, T] of queries in documents."""
     if window:
         positions = positions.clamp(max=window - 1)
     if chunk:
@@ -247,8 +243,7 @@ def repeated(x, heads):
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
-# The longest rows in which a CPU's batched products are faster than its flash kernel, which runs once per document: up
-# to 5 times with bfloat16.
+# The longest rows in which a CPU's batched products are faster than its flash kernel: up to 5 times with bfloat16.
 DENSE_ROWS = {torch.bfloat16: 512, torch.float32: 128}
 
 
@@ -283,8 +278,8 @@ def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
 
 
 def _spans(cu_seqlens, window):
-    """(queries, the keys they see, mask) of a flattened batch: whole documents, causal where the mask is None. With a
-    window, bands of a document, so that the work grows as length times window."""
+    """(queries, keys, mask) of whole documents, causal where the mask is None; with a window, of bands of them, so that
+    the work grows as length times window."""
     starts = cu_seqlens.tolist()
     for start, end in zip(starts, starts[1:]):
         band = max(window, 128) if window else max(1, end - start)
@@ -373,17 +368,15 @@ def _backward(ctx, grad, _):
 _document_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# Where the tokens of a forward pass are, worked out once for all layers. end: tokens of a row so far, with those of
-# this pass; positions [B or 1, T] in the document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens:
-# document starts; chunks: the same with the starts of chunked layers' chunks; distance [T, capacity]: from all that a
-# compiled step's cache has room for. The last four may be None.
+# Where the tokens of a pass are, for all layers. end: tokens of a row, this pass included; positions [B or 1, T] in the
+# document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens: document starts; chunks: those of chunked
+# layers; distance [T, capacity]: from all that a compiled step's cache has room for. The last four may be None.
 Layout = namedtuple("Layout", "end positions rope cu_seqlens chunks distance")
 
 
 def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
-    """`dense_attention` by the cheapest kernel that can do it: q [B, T, H, D] are the last T tokens of k and v
-    [B, S, G, D]; without a cache S = T. `bias` maps distances [T, S] in tokens to what is added to the scores,
-    [H, T, S]. Returns [B, T, H, D]."""
+    """`dense_attention` by the cheapest kernel: q [B, T, H, D] are the last T tokens of k and v [B, S, G, D]; without a
+    cache S = T. `bias` maps distances [T, S] to what is added to the scores, [H, T, S]. Returns [B, T, H, D]."""
     T, S = q.shape[1], k.shape[1]
     if _watched is not None and layout.end == T:
         _watched[0].append(attention_extremes(q, k, layout.positions, window, chunk))
@@ -409,8 +402,8 @@ _watched = None
 
 @contextlib.contextmanager
 def watch_attention():
-    """Inside, forward passes are eager; every softmax attention appends its `attention_extremes` to the first list, and
-    every piece of `token_nats` its largest absolute logit to the second."""
+    """Inside, passes are eager: each softmax attention appends its `attention_extremes` to the first list, and each
+    piece of `token_nats` its largest absolute logit to the second."""
     global _watched
     _watched = [], []
     try:
@@ -424,8 +417,8 @@ def attention_extremes(q, k, positions, window, chunk):
     """Of the first row's last queries (128 at most): [largest score, smallest and largest entropy of a head in nats,
     mean share of attention that goes to the first token of the document, by those later ones that see it].
 
-    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a
-    first token of any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
+    Growing scores and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a first token of
+    any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
     q, k = q[0, -128:].float(), repeated(k, q.shape[2])[0].float()  # [t, H, D], [T, H, D]
     distance, positions = distances(len(q), len(k), q.device), positions[:1, -128:]
     visible = visible_keys(distance, positions, window, chunk)[0]  # [1, t, T]
@@ -476,9 +469,9 @@ def yarn_temperature(config):
 def apply_rope(x, cos, sin):
     """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
     half = cos.shape[-1]
-    x, *rest = x.split((2 * half, x.shape[-1] - 2 * half), -1) if 2 * half < x.shape[-1] else [x]
+    x, rest = x.split((2 * half, x.shape[-1] - 2 * half), -1)
     y = x * torch.cat((cos, cos), -1) + torch.cat(x.split(half, -1)[::-1], -1) * torch.cat((-sin, sin), -1)
-    return torch.cat((y, *rest), -1) if rest else y
+    return torch.cat((y, rest), -1) if rest.numel() else y
 
 
 def alibi(heads, distance):
@@ -496,10 +489,9 @@ def distance_bucket(distance):
 def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None):
     """Dual chunk attention (An et al. 2024): reads beyond the trained context c without training. For inference only.
 
-    Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys
-    of their own piece; for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest
-    distances true; for all others they stand at c - 1. No distance is new to the model.
-    q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries."""
+    Keys are rotated by their place in their piece of s = 3c/4 positions. So are queries for keys of their own piece;
+    for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest distances true; for all
+    others they stand at c - 1. q [B, T, H, D] is not rotated yet and ends with k, v [B, S, G, D]."""
     size = max(1, 3 * context // 4)
     distance = distances(q.shape[1], k.shape[1], q.device) if distance is None else distance
     k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
@@ -516,17 +508,17 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None
 
 
 class KVCache:
-    """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: the
-    latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
+    """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: latent and
+    the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
 
-    A cache of a fixed number of `rows` is static: no shape or address depends on `length`, so that one compiled step
-    makes every token. All layers keep all tokens; masks hide what is not written yet. `length` is then a tensor."""
+    With `rows` it is static: no shape or address depends on `length`, then a tensor, so that one compiled step makes
+    every token. All layers keep all tokens; masks hide what is not written yet."""
     def __init__(self, capacity, rows=0):
         self.capacity, self.rows = capacity, rows
-        self.length, self.layers = 0, {}  # in tokens; `GPT.forward` increases length
+        self.length, self.layers = 0, {}  # length in tokens; `GPT.forward` increases it
 
     def append(self, layer, *new, sees=0):
-        """Stores new [B, T, ...]; returns all that is stored. `sees`: tokens that a query sees, others go; 0: all."""
+        """Stores new [B, T, ...] and returns all that is stored. `sees`: so many tokens a query sees; 0: all."""
         sees = 0 if self.rows else sees
         if layer not in self.layers:  # zeros, because a masked key still multiplies its value, by 0
             self.layers[layer] = [x.new_zeros(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
@@ -542,17 +534,6 @@ class KVCache:
             stored[:, self.length:end] = x
         return [stored[:, :end] for stored in old]
 
-    def replace(self, layer, *new):
-        """Stores a state of fixed size at the address of the one before."""
-        for stored, x in zip(self.layers.setdefault(layer, new), new):
-            stored.copy_(x)
-
-    def restart(self):
-        """Forgets all tokens."""
-        self.length = 0
-        for stored in itertools.chain(*self.layers.values()):
-            stored.zero_()
-
 
 # ---- the modules ----------------------------------------------------------------------------------------------
 
@@ -563,7 +544,7 @@ def multiply(x, weight, bias=None):
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return multiply(x.float(), weight.half().float(), bias).half()
     weight = weight.to(x.dtype)
-    if bias is None and x.is_cpu and x.dtype == torch.float32 and x[..., 0].numel() < 7 and not torch.is_grad_enabled():
+    if bias is None and x.is_cpu and x.dtype == torch.float32 and x[..., 0].numel() < 7:
         return F.linear(weight, F.pad(x.flatten(0, -2), (0, 0, 0, 1)))[:, :-1].t().unflatten(0, x.shape[:-1])
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -640,9 +621,8 @@ class Attention(nn.Module):
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small latent.
 
-    The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to every
-    old one but moved to the other side: into the query, (q_nope W_k) . latent, and behind the weighted sum. All heads
-    then share one key, so they are its queries."""
+    The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to old
+    ones but moved into the query, (q_nope W_k) . latent, and behind the weighted sum: all heads then share one key."""
     def __init__(self, config, layer):
         super().__init__()
         C, H, R, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
@@ -694,9 +674,8 @@ def gated_delta_rule(q, k, v, decay, beta, state):
     """Gated DeltaNet's recurrence (Yang et al. 2024) in chunks of 64: outputs [B, T, H, Dv] and the last state, fp32.
 
     Token by token: S <- e^decay S; S <- S + k (beta (v - S^T k))^T; o = S^T q. q, k [B, T, H, Dk], v [B, T, H, Dv],
-    decay <= 0 and beta [B, T, H], state S [B, H, Dk, Dv]. Inside a chunk the corrections of all tokens solve one
-    triangular system (the UT transform); from chunk to chunk only S is passed on. With T = 1 this is the recurrence
-    itself. A decay of -10,000 forgets everything before, exactly: e^-10000 is 0."""
+    decay <= 0 and beta [B, T, H], state S [B, H, Dk, Dv]. The corrections of a chunk's tokens solve one triangular
+    system (the UT transform); only S passes from chunk to chunk. A decay of -10,000 forgets exactly: e^-10000 is 0."""
     T, size = q.shape[1], min(64, q.shape[1])
 
     def chunks(x):  # [B, T, H, ...] -> [B, H, chunks, size, ...], padded with zeros, which change no state
@@ -704,8 +683,7 @@ def gated_delta_rule(q, k, v, decay, beta, state):
 
     q, k, v, decay, beta = (chunks(x) for x in (q, k, v, decay, beta[..., None]))
     causal = torch.ones(size, size, device=q.device).tril()
-    # sums[i, j]: the decays after j up to i, summed from j on so that no earlier decay enters. A triangular product,
-    # because CUDA's cumsum of floats is not deterministic.
+    # sums[i, j]: the decays after j up to i, and no earlier one; CUDA's cumsum of floats is not deterministic
     sums = causal @ (causal.tril(-1) * decay[..., :, None])
     between = sums.exp() * causal
     reach = (sums[..., :1] + decay[..., :1, None]).exp()  # from the chunk's start to i
@@ -753,9 +731,11 @@ class GatedDeltaNet(nn.Module):
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
-        y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
-        if cache:
-            cache.replace(self.layer, mixed[:, T:].clone(), state)
+        y, after = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
+        if cache:  # in place: a compiled step knows the addresses
+            cache.layers.setdefault(self.layer, (tail, state))
+            tail.copy_(mixed[:, T:])
+            state.copy_(after)
         y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, V))
         return self.out_proj(y.flatten(2))
 
@@ -853,8 +833,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Mixture of experts: a router, its experts, and shared experts for every token (DeepSeekMoE, Dai et al. 2024).
 
-    After a forward pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean
-    squared log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
+    After a pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean squared
+    log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
     def __init__(self, config):
         super().__init__()
         self.gate = Router(config)
@@ -880,9 +860,9 @@ class MoE(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm. A linear layer has `linear_attn` instead of `self_attn`.
 
-    `norm_position` post is OLMo 2's (2024) x + norm(attention(x)), which keeps a branch's output small and leaves the
-    residual stream as it is; Vaswani et al. (2017) normalised the sum. Sandwich is Gemma 2's, before and after.
-    Hugging Face's post_attention_layernorm is the MLP's norm in pre-norm models, and attention's in the others."""
+    `norm_position` post is OLMo 2's x + norm(attention(x)), which keeps a branch's output small; Vaswani et al. (2017)
+    normalised the sum. Sandwich is Gemma 2's, before and after. Hugging Face's post_attention_layernorm is the MLP's
+    norm in pre-norm models, and attention's in the others."""
     def __init__(self, config, layer):
         super().__init__()
         self.norm_position = config.norm_position
@@ -929,8 +909,7 @@ def soft_capped(logits, cap):
 
 
 def pieces_of(x, targets):
-    """Pieces of x [N, C] and targets [N] whose logits exist at one time: a CPU's cache holds 512 tokens' or so, and on
-    a GPU the products of fewer, larger pieces are faster."""
+    """Pieces of x [N, C] and targets [N] whose logits exist at one time: a CPU's cache holds about 512 tokens'."""
     size = 2048 if x.is_cuda else 512
     return zip(x.split(size), targets.split(size))
 
@@ -944,17 +923,20 @@ def token_nats(x, targets, weight, cap):
 
 
 def losses_and_slope(logits, targets, cap, z):
-    """Of logits [P, V] without their soft-cap and targets [P]: nats and log(Z) in fp32, [P, 1] each, and the gradient
-    [P, V] of nats + z log(Z)^2 by the logits, in their dtype, all as if the target were 0 where it is -100.
+    """Of logits [P, V] without their soft-cap and targets [P] (-100 counts as 0): nats and log(Z) in fp32, [P, 1] each,
+    and the gradient [P, V] of nats + z log(Z)^2 by the logits, in their dtype.
 
     The squared log-partition (PaLM) keeps logits from drifting. The playbook saw no effect (2.200 without, 2.194 with)
     and left it out; OLMo 2 trains with a z of 1e-5."""
     dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
     at = torch.arange(len(targets), device=targets.device)[:, None], targets[:, None].clamp(min=0)
-    log_p = logits.log_softmax(-1)
-    p, nats = log_p.exp(), -log_p[at]
-    log_z = nats + logits[at]
-    factor = 1 + 2 * z * log_z
+    if torch.compiler.is_compiling():  # the same twice: this is fused into passes that store nothing but the slope
+        log_z = logits.logsumexp(-1, True)
+        p = (logits - log_z).exp()
+    else:  # eager, this needs a third of the time
+        p = logits.softmax(-1)
+        log_z = logits.amax(-1, True) - p.amax(-1, True).log()
+    nats, factor = log_z - logits[at], 1 + 2 * z * log_z
     slope = (p * factor if z else p).to(dtype)
     slope[at] = (factor * (-nats).exp() - 1).to(dtype)  # rounded once: p of the target may be almost 1
     if cap:
@@ -963,9 +945,8 @@ def losses_and_slope(logits, targets, cap, z):
 
 
 class HeadLoss(torch.autograd.Function):
-    """x [N, C], the head's weight [V, C], targets [N] -> (sum of nats + z log(Z)^2, nats [N, 1] without gradient). Its
-    gradients are made in the forward pass, piece by piece, while the logits are at hand: no [N, V] is ever stored. The
-    backward pass scales them in place, so a second one raises."""
+    """x [N, C], the head's weight [V, C], targets [N] -> (sum of nats + z log(Z)^2, nats [N, 1] without gradient). The
+    forward pass makes the gradients, piece by piece: no [N, V] is stored. Backward scales them in place, once."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, z, of_piece):
         w, grad_w, found = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32), []
@@ -1007,8 +988,8 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std * scale if writes else std)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
-        chunks would unroll into a graph that grows with the context: its blocks stay eager."""
+        """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's blocks
+        stay eager: their loop over chunks would unroll."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
         self.compiled = True
         # Fused, it reads a piece's logits and writes their gradient: eager steps would store both in fp32 between them.
@@ -1040,12 +1021,12 @@ class GPT(nn.Module):
         return Layout(start + T, positions, rope, cu_seqlens, chunks, distance)
 
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False, targets=None, z_loss=0.0, temperature=None):
-        """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
-        `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
+        """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row. `cache`: the
+        tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
 
-        With `targets` [B, T], -100 ignored, returns no logits but what to minimise, the sum of nats and, in training,
-        of `z_loss` times log(Z)^2; and nats [B, T] in fp32 without a gradient. A `temperature` divides the logits; then
-        nats have a gradient, and there is no z-loss."""
+        With `targets` [B, T], -100 ignored, returns (what to minimise: the sum of nats and, in training, of `z_loss`
+        log(Z)^2; nats [B, T] in fp32 without gradient). With a `temperature`, which divides the logits, nats have a
+        gradient, and there is no z-loss."""
         layout = self.layout(tokens, cu_seqlens, cache)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
@@ -1066,28 +1047,28 @@ class GPT(nn.Module):
         if cache:
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        weight = (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
         x = x.float() if x.is_cpu and x.dtype == torch.float16 else x  # see `multiply`
         cap = self.config.final_logit_softcapping
         if targets is None:
-            return soft_capped(multiply(x, head.weight), cap)  # [B, T, V]
+            return soft_capped(multiply(x, weight), cap)  # [B, T, V]
         x, flat = x.flatten(0, 1), targets.flatten()
         if training and temperature is None:
             of_piece = self.of_piece if compiled else losses_and_slope
-            minimised, nats = HeadLoss.apply(x, head.weight, flat, cap, z_loss, of_piece)
+            minimised, nats = HeadLoss.apply(x, weight, flat, cap, z_loss, of_piece)
         else:
             scale = temperature or 1.0
             call = functools.partial(recomputed, token_nats) if x.is_cuda else token_nats
-            nats = torch.cat([call(*piece, head.weight, cap / scale) for piece in pieces_of(x / scale, flat)])
+            nats = torch.cat([call(*piece, weight, cap / scale) for piece in pieces_of(x / scale, flat)])
             minimised = nats.sum()
         return minimised, nats.view_as(targets)
 
     def routing_loss(self):
-        """The routers' losses of the last forward pass in training, to be added to its mean loss; 0 without experts.
+        """The routers' losses of the last pass in training, to be added to its mean loss; 0 without experts.
 
-        Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), f the share of tokens that went to expert i,
-        P its mean score; 1 when even. f is counted over all processes and the step's micro-batches so far, as the
-        playbook advises: balanced only within each, experts could not specialise. Plus the router's z-loss (ST-MoE)."""
+        Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), P_i expert i's mean score, plus the z-loss
+        (ST-MoE). f_i, its share of tokens, is counted over all processes and the step's micro-batches so far, as the
+        playbook advises: balanced only within each, experts could not specialise."""
         total, c = 0.0, self.config
         if self.mixtures:
             counts = torch.stack([moe.routing[1] for moe in self.mixtures])
@@ -1115,11 +1096,9 @@ class GPT(nn.Module):
 
 @functools.cache
 def count_parameters(config):
-    """{"total", "active", "embedding", "non_embedding", "matmul"} of a config, without allocating any weights.
-
-    `embedding`: input embedding and output head (once if tied). `active`: what one token uses, all but the experts it
-    does not visit, embeddings included. `matmul`: weights that a token is multiplied with, the head included and the
-    look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
+    """{"total", "active", "embedding", "non_embedding", "matmul"} of a config, without allocating any weights. active:
+    all but the experts that a token does not visit. embedding: input and output (once if tied). matmul: weights that a
+    token is multiplied with, head included, look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
     total = active = matmul = 0
     with torch.device("meta"):
         for name, p in GPT(config).named_parameters():
@@ -1134,10 +1113,9 @@ def count_parameters(config):
 
 
 def cache_bytes(config, length):
-    """Bytes of the KVCache of one sequence of `length` tokens, in bf16.
-
-    A layer keeps 2 G D numbers a token (MHA: G = H, MQA: G = 1), MLA its latent and one key part; sliding and chunked
-    layers only of tokens that a next one can see, linear layers a state in fp32 and the convolution's last inputs."""
+    """Bytes of the KVCache of one sequence of `length` tokens, in bf16. A layer keeps 2 G D numbers a token, MLA its
+    latent and one key part, sliding and chunked layers those of tokens that a next one can see, linear layers a state
+    in fp32 and the convolution's last inputs."""
     c = config
     token = c.kv_lora_rank + c.qk_rope_head_dim if c.kv_lora_rank else 2 * c.num_key_value_heads * c.head_dim
     seen = {"sliding": c.sliding_window - 1, "chunked": c.attention_chunk_size - 1, "linear": 0}
