@@ -10,7 +10,6 @@ and pay in long context. Take a mixture of experts where memory is no limit, a h
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
 Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention to GPT.
-
 Modules and parameters have Hugging Face's names: published checkpoints load by a strict `load_state_dict`. Parameters
 are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B batch, T sequence, S keys,
 N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M
@@ -255,7 +254,6 @@ def fused_attention(q, k, v, mask=None, causal=False):
 
 def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype.
-
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S] -> [B, T, H, Dv]"""
     S, G = k.shape[1:3]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)  # [B or 1, H or 1, T, S]
@@ -271,7 +269,6 @@ def dense_attention(q, k, v, visible, bias=None, sink=None):
 
 def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, causal in each document of a flattened batch; CPU, or bf16 and fp16 on CUDA.
-
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
     no document is longer (a constant in compiled code); window: see so many tokens, 0: all; sink [H]. [N, H, D]"""
     return _document_attention(q, k, v, cu_seqlens, max_length, window, sink)[0]
@@ -416,7 +413,6 @@ def watch_attention():
 def attention_extremes(q, k, positions, window, chunk):
     """Of the first row's last queries (128 at most): [largest score, smallest and largest entropy of a head in nats,
     mean share of attention that goes to the first token of the document, by those later ones that see it].
-
     Growing scores and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a first token of
     any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
     q, k = q[0, -128:].float(), repeated(k, q.shape[2])[0].float()  # [t, H, D], [T, H, D]
@@ -430,11 +426,9 @@ def attention_extremes(q, k, positions, window, chunk):
 
 
 # ---- positions ------------------------------------------------------------------------------------------------
-
 def rope_frequencies(config, device="cpu"):
     """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
     The base theta belongs to the context (`rope_reach`): SmolLM3 took 50k for 4k tokens, 2M for 32k and 5M for 64k.
-
     `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`. Llama 3.1
     blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the pair, from yarn_beta_slow to yarn_beta_fast."""
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
@@ -488,7 +482,6 @@ def distance_bucket(distance):
 
 def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None):
     """Dual chunk attention (An et al. 2024): reads beyond the trained context c without training. For inference only.
-
     Keys are rotated by their place in their piece of s = 3c/4 positions. So are queries for keys of their own piece;
     for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest distances true; for all
     others they stand at c - 1. q [B, T, H, D] is not rotated yet and ends with k, v [B, S, G, D]."""
@@ -510,7 +503,6 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None
 class KVCache:
     """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: latent and
     the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
-
     With `rows` it is static: no shape or address depends on `length`, then a tensor, so that one compiled step makes
     every token. All layers keep all tokens; masks hide what is not written yet."""
     def __init__(self, capacity, rows=0):
@@ -536,11 +528,10 @@ class KVCache:
 
 
 # ---- the modules ----------------------------------------------------------------------------------------------
-
 def multiply(x, weight, bias=None):
-    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides. Most CPUs take
-    hundreds of times longer in float16: there the products are float32's, rounded. They also multiply few fp32 rows
-    slowly, a single one in one thread: the weight then stands on the left, and a row of zeros is added."""
+    """x @ weight.T + bias in the dtype of x: the casts that autocast hides. Most CPUs take hundreds of times longer in
+    float16: there the products are float32's, rounded. They multiply few fp32 rows slowly, and a single one in one
+    thread: those stand on the right, with a row of zeros."""
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return multiply(x.float(), weight.half().float(), bias).half()
     weight = weight.to(x.dtype)
@@ -620,7 +611,6 @@ class Attention(nn.Module):
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small latent.
-
     The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to old
     ones but moved into the query, (q_nope W_k) . latent, and behind the weighted sum: all heads then share one key."""
     def __init__(self, config, layer):
@@ -672,7 +662,6 @@ class LatentAttention(nn.Module):
 
 def gated_delta_rule(q, k, v, decay, beta, state):
     """Gated DeltaNet's recurrence (Yang et al. 2024) in chunks of 64: outputs [B, T, H, Dv] and the last state, fp32.
-
     Token by token: S <- e^decay S; S <- S + k (beta (v - S^T k))^T; o = S^T q. q, k [B, T, H, Dk], v [B, T, H, Dv],
     decay <= 0 and beta [B, T, H], state S [B, H, Dk, Dv]. The corrections of a chunk's tokens solve one triangular
     system (the UT transform); only S passes from chunk to chunk. A decay of -10,000 forgets exactly: e^-10000 is 0."""
@@ -832,7 +821,6 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """Mixture of experts: a router, its experts, and shared experts for every token (DeepSeekMoE, Dai et al. 2024).
-
     After a pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean squared
     log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
     def __init__(self, config):
@@ -859,7 +847,6 @@ class MoE(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm. A linear layer has `linear_attn` instead of `self_attn`.
-
     `norm_position` post is OLMo 2's x + norm(attention(x)), which keeps a branch's output small; Vaswani et al. (2017)
     normalised the sum. Sandwich is Gemma 2's, before and after. Hugging Face's post_attention_layernorm is the MLP's
     norm in pre-norm models, and attention's in the others."""
@@ -925,7 +912,6 @@ def token_nats(x, targets, weight, cap):
 def losses_and_slope(logits, targets, cap, z):
     """Of logits [P, V] without their soft-cap and targets [P] (-100 counts as 0): nats and log(Z) in fp32, [P, 1] each,
     and the gradient [P, V] of nats + z log(Z)^2 by the logits, in their dtype.
-
     The squared log-partition (PaLM) keeps logits from drifting. The playbook saw no effect (2.200 without, 2.194 with)
     and left it out; OLMo 2 trains with a z of 1e-5."""
     dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
@@ -992,7 +978,6 @@ class GPT(nn.Module):
         stay eager: their loop over chunks would unroll."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
         self.compiled = True
-        # Fused, it reads a piece's logits and writes their gradient: eager steps would store both in fp32 between them.
         self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)
         for layer in self.model.layers:
             if hasattr(layer, "self_attn"):
@@ -1023,7 +1008,6 @@ class GPT(nn.Module):
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False, targets=None, z_loss=0.0, temperature=None):
         """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row. `cache`: the
         tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
-
         With `targets` [B, T], -100 ignored, returns (what to minimise: the sum of nats and, in training, of `z_loss`
         log(Z)^2; nats [B, T] in fp32 without gradient). With a `temperature`, which divides the logits, nats have a
         gradient, and there is no z-loss."""
@@ -1065,7 +1049,6 @@ class GPT(nn.Module):
 
     def routing_loss(self):
         """The routers' losses of the last pass in training, to be added to its mean loss; 0 without experts.
-
         Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), P_i expert i's mean score, plus the z-loss
         (ST-MoE). f_i, its share of tokens, is counted over all processes and the step's micro-batches so far, as the
         playbook advises: balanced only within each, experts could not specialise."""

@@ -282,7 +282,7 @@ def main():
         made = [speak(model, tokenizer, prompt, length, **options)]
     else:
         made, = continue_all(model, [prompt], length, asked.samples, **options)
-        for number, ids in enumerate(made, start=1):
+        for number, ids in enumerate(made, 1):
             print(f"--- {number}\n{text}{tokenizer.decode(ids)}")
     if max(map(len, made)) == length < asked.max_tokens:
         print(f"(the context of {model.config.max_position_embeddings} tokens is full)", file=sys.stderr)
