@@ -1,27 +1,23 @@
 """Chapter 2: the decoder. Llama 3, Qwen3, SmolLM3, gpt-oss, DeepSeek, Kimi and Qwen3-Next in one file.
 
-The playbook's advice for a small dense model is to start from a proven one: pre-norm decoder, RMSNorm, SwiGLU,
-RoPE, grouped-query attention. Its ablations (1B, 45B tokens, differences under 0.012 are noise): GQA with 2 to 8
-query heads per KV head equals MHA (2.195-2.197 against 2.204), MQA is clearly worse (2.236); tying the embeddings
-saves a fifth of a small model for nothing (tied 2.198, untied at equal size 2.243); NoPE in every 4th layer and
-document masking cost nothing in short context (2.195) and pay in long context. Take a mixture of experts where memory
-is no limit and a hybrid for very long context; everything in this file beyond the dense decoder is for those two.
+The playbook starts from a proven dense model: pre-norm decoder, RMSNorm, SwiGLU, RoPE, grouped-query attention. Its
+ablations (1B, 45B tokens, differences under 0.012 are noise): GQA with 2 to 8 query heads per KV head equals MHA
+(2.195-2.197 against 2.204), MQA is clearly worse (2.236); tied embeddings save a fifth of a small model for nothing
+(2.198, untied at equal size 2.243); NoPE in every 4th layer and document masking cost nothing in short context (2.195)
+and pay in long context. Take a mixture of experts where memory is no limit, a hybrid for very long context.
 
     python model.py                                      # the presets: parameters, KV cache, RoPE, experts
     >>> logits = GPT(PRESETS["qwen3-0.6b"])(tokens)      # [B, T] int64 -> [B, T, vocab_size]
 
-Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention, MLP, Block
-and GPT.
-
-Modules and parameters have Hugging Face's names, so that a published checkpoint loads by a strict `load_state_dict`
-(`checkpoint.py`). Parameters are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B
-batch, T sequence, S keys, N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E
-experts, K experts per token, M width of an MLP.
+Only Llama? Read ModelConfig, dense_attention, document_attention, attention, rope_frequencies, Attention to GPT.
+Modules and parameters have Hugging Face's names: published checkpoints load by a strict `load_state_dict`. Parameters
+are fp32; `GPT.compute_dtype` is the dtype of activations and matrix products. Shapes: B batch, T sequence, S keys,
+N = B*T, C hidden_size, H query heads, G key/value heads, D head_dim, V vocab_size, E experts, K experts per token, M
+width of an MLP.
 """
 
 import contextlib
 import functools
-import itertools
 import math
 from collections import namedtuple
 from dataclasses import dataclass, replace
@@ -30,12 +26,12 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer import UserError, check_options, option, run
 
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
-RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # of `recomputed`; no random number is drawn
+recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing random is drawn
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu2": lambda x: F.relu(x).square()}  # SwiGLU, GEGLU, ReLU squared
 
 
@@ -58,10 +54,8 @@ class ModelConfig:
     tie_word_embeddings: bool = option(True, "one matrix for input embedding and output head")
     rms_norm_eps: float = amount(1e-6, "added to the mean square before its root", 1e-12)
     initializer_range: float = amount(0.02, "deviation of matrices at the start; 0: 1/sqrt(hidden_size) (SmolLM2)")
-    initializer: str = option("normal", "or scaled: what writes to the residual stream is smaller, / sqrt(2 layers)",
-                              choices=("normal", "scaled"))
-    layer_types: str = option("full", "full, sliding, chunked, linear, repeated: sliding,full (gpt-oss)",
-                              group="attention")
+    initializer: str = option("normal", "scaled: residual writes / sqrt(2 layers)", choices=("normal", "scaled"))
+    layer_types: str = option("full", "full, sliding, chunked, linear, in turn: sliding,full", group="attention")
     sliding_window: int = amount(0, "tokens that a sliding layer sees, itself included")
     attention_chunk_size: int = amount(0, "tokens of the chunk that a chunked layer sees (Llama 4: 8192)")
     attention_sinks: bool = option(False, "a learned logit per head that takes probability from the tokens (gpt-oss)")
@@ -69,9 +63,8 @@ class ModelConfig:
     attention_bias: bool = option(False, "biases on the q, k, v and o projections (gpt-oss)")
     qk_norm: bool = option(False, "RMSNorm of every query and key head before RoPE (Qwen3)")
     qk_norm_across_heads: bool = option(False, "that norm over all heads of a layer at once (OLMo 2)")
-    position: str = option("rope", "rope, llama3 or yarn (RoPE rescaled), dual_chunk, none, learned, relative or alibi",
-                           choices=(*ROPE, "none", "learned", "relative", "alibi"), group="positions")
-    rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12)
+    rope_theta: float = amount(1e4, "RoPE's base; raise it for longer contexts", 2, 1e12, group="positions")
+    position: str = option("rope", "llama3, yarn: rescaled", choices=(*ROPE, "none", "learned", "relative", "alibi"))
     partial_rotary_factor: float = amount(1.0, "share of each head that RoPE rotates (Qwen3-Next: 0.25)", 0, 1)
     no_rope_layer_interval: int = amount(0, "n: every n-th layer has no RoPE (RNoPE, SmolLM3: 4); 0: never")
     rope_factor: float = amount(1.0, "how many times longer llama3 and yarn make the context", 1)
@@ -80,8 +73,7 @@ class ModelConfig:
     yarn_beta_slow: float = amount(1.0, "pairs that rotate less often than this are slowed by rope_factor", 0.001)
     yarn_truncate: bool = option(True, "round those two borders to whole pairs (gpt-oss: false)")
     yarn_mscale_all_dim: float = amount(0.0, "MLA: YaRN's temperature, on the whole head (DeepSeek: 1)")
-    kv_lora_rank: int = amount(0, "width of the latent that keys and values are made from and cached as; 0: no MLA",
-                               group="multi-head latent attention (DeepSeek, Kimi)")
+    kv_lora_rank: int = amount(0, "width of the latent, which is cached; 0: no MLA", group="MLA (DeepSeek, Kimi)")
     q_lora_rank: int = amount(0, "the same for queries; 0: queries straight from the residual stream")
     qk_nope_head_dim: int = amount(0, "part of a query and key head without position")
     qk_rope_head_dim: int = amount(0, "part of it with RoPE, whose key all heads share")
@@ -106,9 +98,8 @@ class ModelConfig:
     router_aux_loss_coef: float = amount(0.01, "weight of the load-balancing loss, over the global batch")
     router_bias_update_rate: float = amount(0.0, "step of the bias that balances without a loss (DeepSeek-V3: 0.001)")
     router_z_loss_coef: float = amount(0.0, "weight of the router's squared log-partition (ST-MoE: 0.001)")
-    norm_position: str = option("pre", "norms on what a branch reads (pre), returns (post, OLMo 2) or both (sandwich)",
-                                choices=("pre", "post", "sandwich"), group="details of the model")
-    hidden_act: str = option("silu", "activation of the gate in MLPs and experts", choices=ACTIVATIONS)
+    hidden_act: str = option("silu", "activation of the MLPs' gate", choices=ACTIVATIONS, group="details of the model")
+    norm_position: str = option("pre", "post: OLMo 2; sandwich: both", choices=("pre", "post", "sandwich"))
     mlp_bias: bool = option(False, "biases on MLPs, experts and router (gpt-oss)")
     swiglu_limit: float = amount(0.0, "clamp of gpt-oss' SwiGLU (7); 0: the usual SwiGLU")
     norm_zero_centered: bool = option(False, "RMSNorm's gain is 1 + weight (Qwen3-Next)")
@@ -118,19 +109,19 @@ class ModelConfig:
         check_options(self)
         kinds, heads, groups = set(self.layer_types.split(",")), self.num_attention_heads, self.num_key_value_heads
         latent, experts, chosen = self.kv_lora_rank, self.num_experts, self.num_experts_per_tok
-        given = 0 if latent else self.head_dim
-        head_dim = given or (self.qk_nope_head_dim + self.qk_rope_head_dim if latent else self.hidden_size // heads)
-        derived = {"moe_intermediate_size": max(1, self.intermediate_size // chosen)}  # together as wide as the MLP
+        parts = self.qk_nope_head_dim + self.qk_rope_head_dim
+        head_dim = parts if latent else self.head_dim or self.hidden_size // heads
+        derived = {"head_dim": head_dim, "moe_intermediate_size": max(1, self.intermediate_size // chosen)}
         if "linear" in kinds:
             derived |= {"linear_num_key_heads": groups, "linear_num_value_heads": heads,
                         "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim}
-        derived = {name: value for name, value in derived.items() if not getattr(self, name)}
-        derived |= {} if given else {"head_dim": head_dim}
+        derived = {name: value for name, value in derived.items()
+                   if not getattr(self, name) or latent and name == "head_dim"}
         vars(self).update(derived, _derived=derived)  # a frozen class forbids only to write self.head_dim = ...
         for wrong, sentence in (
             (heads % groups, "num_key_value_heads must divide num_attention_heads: take one of "
              f"{[g for g in range(1, heads + 1) if heads % g == 0]}"),
-            (not latent and not given and self.hidden_size % heads,
+            (not latent and "head_dim" in derived and self.hidden_size % heads,
              "hidden_size does not divide by num_attention_heads: change one of them or give head_dim"),
             (kinds - {"full", "sliding", "chunked", "linear"}, "layer_types may list full, sliding, chunked, linear"),
             ("sliding" in kinds and not self.sliding_window or "chunked" in kinds and not self.attention_chunk_size,
@@ -213,11 +204,10 @@ PRESETS = {
 
 
 # ---- attention ------------------------------------------------------------------------------------------------
-# Packed sequences hold several documents, and attention must not cross from one to the next. `cu_seqlens` (int32,
-# [M]) lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work is
-# then proportional to the sum of squared document lengths instead of B*T^2. One operator, two routes: CUDA's
-# variable-length flash kernel, and the CPU's flash kernel once per document. Elsewhere, and in rows so short that a CPU
-# is faster without, a dense mask does it.
+# Packed sequences hold several documents, and attention must not cross from one to the next. `cu_seqlens` (int32, [M])
+# lists where documents start in the flattened batch; N, its end, may be repeated to pad the list. The work grows with
+# the sum of squared document lengths, not B*T^2. One operator, two routes: CUDA's variable-length flash kernel, and the
+# CPU's flash kernel once per document. Elsewhere, and in rows too short for them, a dense mask does it.
 #
 # A window keeps the last W keys, the query's own included. A sink (gpt-oss) is a learned logit s per head that joins
 # the softmax and is then dropped: with lse' = logaddexp(lse, s) the output is out * exp(lse - lse'). Passing out' and
@@ -238,8 +228,8 @@ def distances(T, S, device):
 
 
 def visible_keys(distance, positions, window=0, chunk=0):
-    """The mask: which keys a query sees, bool [B or 1, 1, T, S]: itself and those before it in its document, its
-    window, its chunk. `distance` [T, S] from the key to the query, `positions` [B or 1, T] of queries in documents."""
+    """bool [B or 1, 1, T, S]: a query sees itself and the keys before it in its document, its window, its chunk.
+    `distance` [T, S] from the key to the query, `positions` [B or 1, T] of queries in documents."""
     if window:
         positions = positions.clamp(max=window - 1)
     if chunk:
@@ -252,42 +242,41 @@ def repeated(x, heads):
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
-# The longest rows in which a CPU's batched products are faster than its flash kernel, which runs once per document: up
-# to 5 times with bfloat16.
+# The longest rows in which a CPU's batched products are faster than its flash kernel: up to 5 times with bfloat16.
 DENSE_ROWS = {torch.bfloat16: 512, torch.float32: 128}
+
+
+def fused_attention(q, k, v, mask=None, causal=False):
+    """PyTorch's kernel for `dense_attention`, without a sink."""
+    q, k, v = (x.transpose(1, 2) for x in (q, repeated(k, q.shape[2]), repeated(v, q.shape[2])))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
 
 
 def dense_attention(q, k, v, visible, bias=None, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, the definition of attention (Vaswani et al. 2017): any device and dtype.
-
     q [B, T, H, D], k [B, S, G, D], v [B, S, G, Dv], visible [B or 1, 1, T, S], bias [H, T, S] -> [B, T, H, Dv]"""
-    (B, T, H, D), G = q.shape, k.shape[2]
+    S, G = k.shape[1:3]
     mask = torch.where(visible, 0.0 if bias is None else bias, -torch.inf).to(q.dtype)  # [B or 1, H or 1, T, S]
-    if sink is None and not q.is_cpu:  # the equation below, fused by PyTorch
-        q, k, v = (x.transpose(1, 2) for x in (q, repeated(k, H), repeated(v, H)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    q = (q / D ** 0.5).transpose(1, 2).reshape(B, G, -1, D)  # a KV head serves H / G query heads
-    scores = (q @ k.permute(0, 2, 3, 1)).reshape(B, H, T, -1) + mask  # [B, H, T, S]
-    if sink is None:
-        p = scores.softmax(-1)
-    else:  # one more score, whose value is zero
-        sinks = sink.view(-1, 1, 1).expand(B, H, T, 1)
-        p = torch.cat((scores.float(), sinks.float()), -1).softmax(-1)[..., :-1].to(v.dtype)
-    y = p.reshape(B, G, H // G * T, -1) @ v.transpose(1, 2)  # [B, G, H / G * T, Dv]
-    return y.reshape(B, H, T, -1).transpose(1, 2)
+    if sink is None and not q.is_cpu:
+        return fused_attention(q, k, v, mask)
+    q = (q / q.shape[-1] ** 0.5).unflatten(2, (G, -1))  # a KV head g serves n = H / G query heads
+    scores = torch.einsum("btgnd,bsgd->bgnts", q, k).flatten(1, 2) + mask  # [B, H, T, S]
+    if sink is not None:  # one more score, whose value is zero
+        scores = torch.cat((scores, sink.to(q.dtype)[:, None, None].expand_as(scores[..., :1])), -1)
+    p = scores.softmax(-1)[..., :S].unflatten(1, (G, -1))
+    return torch.einsum("bgnts,bsgd->btgnd", p, v).flatten(2, 3)
 
 
 def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
     """softmax(q k^T / sqrt(d) + mask) v, causal in each document of a flattened batch; CPU, or bf16 and fp16 on CUDA.
-
     q [N, H, D], k and v [N, G, D], G divides H; cu_seqlens int32 [M] ascending from 0, padded with N; max_length:
     no document is longer (a constant in compiled code); window: see so many tokens, 0: all; sink [H]. [N, H, D]"""
     return _document_attention(q, k, v, cu_seqlens, max_length, window, sink)[0]
 
 
 def _spans(cu_seqlens, window):
-    """(queries, the keys they see, mask) of a flattened batch: whole documents, causal where the mask is None. With a
-    window, bands of a document, so that the work grows as length times window."""
+    """(queries, keys, mask) of whole documents, causal where the mask is None; with a window, of bands of them, so that
+    the work grows as length times window."""
     starts = cu_seqlens.tolist()
     for start, end in zip(starts, starts[1:]):
         band = max(window, 128) if window else max(1, end - start)
@@ -376,17 +365,15 @@ def _backward(ctx, grad, _):
 _document_attention.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-# Where the tokens of a forward pass are, worked out once for all layers. end: tokens of a row so far, with those of
-# this pass; positions [B or 1, T] in the document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens:
-# document starts; chunks: the same with the starts of chunked layers' chunks; distance [T, capacity]: from all that a
-# compiled step's cache has room for. The last four may be None.
+# Where the tokens of a pass are, for all layers. end: tokens of a row, this pass included; positions [B or 1, T] in the
+# document; rope: cos and sin of RoPE's angles, [T, 1, R/2] each; cu_seqlens: document starts; chunks: those of chunked
+# layers; distance [T, capacity]: from all that a compiled step's cache has room for. The last four may be None.
 Layout = namedtuple("Layout", "end positions rope cu_seqlens chunks distance")
 
 
 def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
-    """`dense_attention` by the cheapest kernel that can do it: q [B, T, H, D] are the last T tokens of k and v
-    [B, S, G, D]; without a cache S = T. `bias` maps distances [T, S] in tokens to what is added to the scores,
-    [H, T, S]. Returns [B, T, H, D]."""
+    """`dense_attention` by the cheapest kernel: q [B, T, H, D] are the last T tokens of k and v [B, S, G, D]; without a
+    cache S = T. `bias` maps distances [T, S] to what is added to the scores, [H, T, S]. Returns [B, T, H, D]."""
     T, S = q.shape[1], k.shape[1]
     if _watched is not None and layout.end == T:
         _watched[0].append(attention_extremes(q, k, layout.positions, window, chunk))
@@ -397,15 +384,14 @@ def attention(q, k, v, layout, window=0, chunk=0, sink=None, bias=None):
             return document_attention(*(x.flatten(0, 1) for x in (q, k, v)), starts, T, window, sink).view_as(q)
     one = T == 1 and bias is sink is None
     if one:  # a KV head's H / G query heads become its queries, so that keys and values are read once
-        q = q.view(len(q), k.shape[2], -1, q.shape[3]).transpose(1, 2)  # [B, H / G, G, D]
-    if layout.distance is bias is sink is None and not chunk and not short and (one or S == T and not window):
-        k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
-        y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=not one).transpose(1, 2)
+        q = q[:, 0].unflatten(1, (k.shape[2], -1)).transpose(1, 2)  # [B, H / G, G, D]
+    if starts is layout.distance is bias is sink is None and not chunk and not short and (one or S == T and not window):
+        y = fused_attention(q, k, v, causal=not one)
     else:
         distance = distances(T, S, q.device) if layout.distance is None else layout.distance
         visible = visible_keys(distance, layout.positions, window, chunk)
         y = dense_attention(q, k, v, visible, bias and bias(distance), sink)
-    return y.transpose(1, 2).reshape(len(y), 1, -1, y.shape[3]) if one else y
+    return y.transpose(1, 2).flatten(1, 2)[:, None] if one else y
 
 
 _watched = None
@@ -413,8 +399,8 @@ _watched = None
 
 @contextlib.contextmanager
 def watch_attention():
-    """Inside, forward passes are eager; every softmax attention appends its `attention_extremes` to the first list, and
-    every piece of `token_nats` its largest absolute logit to the second."""
+    """Inside, passes are eager: each softmax attention appends its `attention_extremes` to the first list, and each
+    piece of `token_nats` its largest absolute logit to the second."""
     global _watched
     _watched = [], []
     try:
@@ -427,10 +413,9 @@ def watch_attention():
 def attention_extremes(q, k, positions, window, chunk):
     """Of the first row's last queries (128 at most): [largest score, smallest and largest entropy of a head in nats,
     mean share of attention that goes to the first token of the document, by those later ones that see it].
-
-    Scores that grow without bound and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a
-    first token of any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
-    q, k = q[0, -128:].float(), k[0].float().repeat_interleave(q.shape[2] // k.shape[2], 1)  # [t, H, D], [T, H, D]
+    Growing scores and entropies that fall to 0 come before a divergence (Zhai et al. 2023). Much on a first token of
+    any content is a sink (Xiao et al. 2024): a head must look somewhere and has nothing to find."""
+    q, k = q[0, -128:].float(), repeated(k, q.shape[2])[0].float()  # [t, H, D], [T, H, D]
     distance, positions = distances(len(q), len(k), q.device), positions[:1, -128:]
     visible = visible_keys(distance, positions, window, chunk)[0]  # [1, t, T]
     scores = (torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
@@ -441,11 +426,9 @@ def attention_extremes(q, k, positions, window, chunk):
 
 
 # ---- positions ------------------------------------------------------------------------------------------------
-
 def rope_frequencies(config, device="cpu"):
     """RoPE (Su et al. 2021): pair i of R numbers rotates by theta^(-2i/R) radians a token. [R/2]
     The base theta belongs to the context (`rope_reach`): SmolLM3 took 50k for 4k tokens, 2M for 32k and 5M for 64k.
-
     `llama3` and `yarn` slow the pairs that rotate seldom in the original context down by `rope_factor`. Llama 3.1
     blends by rotations, from 1 to 4; YaRN (Peng et al. 2023) by the pair, from yarn_beta_slow to yarn_beta_fast."""
     R, theta, context = config.rotary_dim, config.rope_theta, config.original_max_position_embeddings
@@ -480,9 +463,9 @@ def yarn_temperature(config):
 def apply_rope(x, cos, sin):
     """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
     half = cos.shape[-1]
-    x, *rest = x.split((2 * half, x.shape[-1] - 2 * half), -1) if 2 * half < x.shape[-1] else [x]
+    x, rest = x.split((2 * half, x.shape[-1] - 2 * half), -1)
     y = x * torch.cat((cos, cos), -1) + torch.cat(x.split(half, -1)[::-1], -1) * torch.cat((-sin, sin), -1)
-    return torch.cat((y, *rest), -1) if rest else y
+    return torch.cat((y, rest), -1) if rest.numel() else y
 
 
 def alibi(heads, distance):
@@ -499,11 +482,9 @@ def distance_bucket(distance):
 
 def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None):
     """Dual chunk attention (An et al. 2024): reads beyond the trained context c without training. For inference only.
-
-    Positions are cut into pieces of s = 3c/4. Keys are rotated by their place in their piece. So are queries for keys
-    of their own piece; for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest
-    distances true; for all others they stand at c - 1. No distance is new to the model.
-    q [B, T, H, D] not rotated yet, the last T tokens of k, v [B, S, G, D]; positions [B or 1, T] of queries."""
+    Keys are rotated by their place in their piece of s = 3c/4 positions. So are queries for keys of their own piece;
+    for the piece before, queries count on from s, up to c - 1, which keeps the c - s nearest distances true; for all
+    others they stand at c - 1. q [B, T, H, D] is not rotated yet and ends with k, v [B, S, G, D]."""
     size = max(1, 3 * context // 4)
     distance = distances(q.shape[1], k.shape[1], q.device) if distance is None else distance
     k, v = repeated(k, q.shape[2]), repeated(v, q.shape[2])
@@ -520,17 +501,16 @@ def dual_chunk_attention(q, k, v, positions, frequencies, context, distance=None
 
 
 class KVCache:
-    """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: the
-    latent and the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
-
-    A cache of a fixed number of `rows` is static: no shape or address depends on `length`, so that one compiled step
-    makes every token. All layers keep all tokens; masks hide what is not written yet. `length` is then a tensor."""
+    """What each layer keeps of `length` tokens. Full attention: keys and values [B, capacity, G, D]; MLA: latent and
+    the shared key's RoPE part; sliding and chunked: what a later token can see; linear: a fixed state.
+    With `rows` it is static: no shape or address depends on `length`, then a tensor, so that one compiled step makes
+    every token. All layers keep all tokens; masks hide what is not written yet."""
     def __init__(self, capacity, rows=0):
         self.capacity, self.rows = capacity, rows
-        self.length, self.layers = 0, {}  # in tokens; `GPT.forward` increases length
+        self.length, self.layers = 0, {}  # length in tokens; `GPT.forward` increases it
 
     def append(self, layer, *new, sees=0):
-        """Stores new [B, T, ...]; returns all that is stored. `sees`: tokens that a query sees, others go; 0: all."""
+        """Stores new [B, T, ...] and returns all that is stored. `sees`: so many tokens a query sees; 0: all."""
         sees = 0 if self.rows else sees
         if layer not in self.layers:  # zeros, because a masked key still multiplies its value, by 0
             self.layers[layer] = [x.new_zeros(len(x), 0 if sees else self.capacity, *x.shape[2:]) for x in new]
@@ -546,26 +526,18 @@ class KVCache:
             stored[:, self.length:end] = x
         return [stored[:, :end] for stored in old]
 
-    def replace(self, layer, *new):
-        """Stores a state of fixed size at the address of the one before."""
-        for stored, x in zip(self.layers.setdefault(layer, [x.clone() for x in new]), new):
-            stored.copy_(x)
-
-    def restart(self):
-        """Forgets all tokens."""
-        self.length = 0
-        for stored in itertools.chain(*self.layers.values()):
-            stored.zero_()
-
 
 # ---- the modules ----------------------------------------------------------------------------------------------
-
 def multiply(x, weight, bias=None):
-    """x @ weight.T + bias in the dtype of x, whatever the weights' own: the casts that autocast hides. Most CPUs take
-    hundreds of times longer in float16: there the products are float32's, rounded."""
+    """x @ weight.T + bias in the dtype of x: the casts that autocast hides. Most CPUs take hundreds of times longer in
+    float16: there the products are float32's, rounded. They multiply few fp32 rows slowly, and a single one in one
+    thread: those stand on the right, with a row of zeros."""
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return multiply(x.float(), weight.half().float(), bias).half()
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight = weight.to(x.dtype)
+    if bias is None and x.is_cpu and x.dtype == torch.float32 and x[..., 0].numel() < 7:
+        return F.linear(weight, F.pad(x.flatten(0, -2), (0, 0, 0, 1)))[:, :-1].t().unflatten(0, x.shape[:-1])
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 class Linear(nn.Linear):
@@ -616,12 +588,11 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         c, D = self.config, self.config.head_dim
         q = self.q_proj(x).view(B, T, c.num_attention_heads, -1)  # [B, T, H, D]
-        q, *gate = q.split(D, -1) if c.attn_output_gate else [q]
+        q, *gate = q.split(D, -1)
         k, v = self.k_proj(x).view(B, T, -1, D), self.v_proj(x).view(B, T, -1, D)  # [B, T, G, D]
-        if c.qk_norm_across_heads:
-            q, k = self.q_norm(q.flatten(2)).view_as(q), self.k_norm(k.flatten(2)).view_as(k)
-        elif c.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if c.qk_norm:
+            q, k = (norm(y.reshape(B, T, -1, *norm.normalized_shape)).view_as(y)
+                    for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if self.uses_rope:
             k = apply_rope(k, *layout.rope)
         if cache:
@@ -640,10 +611,8 @@ class Attention(nn.Module):
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2): keys and values of all heads come from one small latent.
-
-    The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to every
-    old one but moved to the other side: into the query, (q_nope W_k) . latent, and behind the weighted sum. All heads
-    then share one key, so they are its queries."""
+    The cache holds that latent and the one key part with position. For a new token, kv_b_proj is not applied to old
+    ones but moved into the query, (q_nope W_k) . latent, and behind the weighted sum: all heads then share one key."""
     def __init__(self, config, layer):
         super().__init__()
         C, H, R, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank, config.q_lora_rank
@@ -670,7 +639,7 @@ class LatentAttention(nn.Module):
         value_parts = [c.qk_nope_head_dim, c.v_head_dim]
         temperature = yarn_temperature(c) ** 2 if c.yarn_mscale_all_dim else 1.0
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
-        q_nope, q_rope = q.view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        q_nope, q_rope = (q * temperature).view(B, T, H, -1).split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([R, c.qk_rope_head_dim], -1)
         q_rope, k_rope = self.rotate(q_rope, layout), self.rotate(k_rope[:, :, None], layout)  # [B, T, H or 1, Dr]
         latent = self.kv_a_layernorm(latent)  # [B, T, R]
@@ -679,13 +648,12 @@ class LatentAttention(nn.Module):
         if cache and T == 1:
             w_k, w_v = self.kv_b_proj.weight.to(x.dtype).view(H, -1, R).split(value_parts, 1)
             q = torch.cat((torch.einsum("bthd,hdr->bthr", q_nope, w_k), q_rope), -1)  # [B, 1, H, R + Dr]
-            k, v = torch.cat((latent, k_rope[:, :, 0]), -1)[:, None], latent[:, None]  # [B, 1, S, R + Dr or R]
-            mask = None if layout.distance is None else visible_keys(layout.distance, layout.positions)
-            y = F.scaled_dot_product_attention(q, k, v, mask, scale=temperature / c.head_dim ** 0.5)
+            k = torch.cat((latent[:, :, None], k_rope), -1)  # [B, S, 1, R + Dr]
+            y = attention(q * (k.shape[-1] / c.head_dim) ** 0.5, k, latent[:, :, None], layout)
             y = torch.einsum("bthr,hdr->bthd", y, w_v)
         else:
             k_nope, v = self.kv_b_proj(latent).view(B, -1, H, sum(value_parts)).split(value_parts, -1)
-            q = torch.cat((q_nope, q_rope), -1) * temperature
+            q = torch.cat((q_nope, q_rope), -1)
             k = torch.cat((k_nope, k_rope.expand(-1, -1, H, -1)), -1)
             v = F.pad(v, (0, c.head_dim - c.v_head_dim))  # flash kernels want values as wide as keys
             y = attention(q, k, v, layout)[..., :c.v_head_dim]
@@ -694,11 +662,9 @@ class LatentAttention(nn.Module):
 
 def gated_delta_rule(q, k, v, decay, beta, state):
     """Gated DeltaNet's recurrence (Yang et al. 2024) in chunks of 64: outputs [B, T, H, Dv] and the last state, fp32.
-
     Token by token: S <- e^decay S; S <- S + k (beta (v - S^T k))^T; o = S^T q. q, k [B, T, H, Dk], v [B, T, H, Dv],
-    decay <= 0 and beta [B, T, H], state S [B, H, Dk, Dv]. Inside a chunk the corrections of all tokens solve one
-    triangular system (the UT transform); from chunk to chunk only S is passed on. With T = 1 this is the recurrence
-    itself. A decay of -10,000 forgets everything before, exactly: e^-10000 is 0."""
+    decay <= 0 and beta [B, T, H], state S [B, H, Dk, Dv]. The corrections of a chunk's tokens solve one triangular
+    system (the UT transform); only S passes from chunk to chunk. A decay of -10,000 forgets exactly: e^-10000 is 0."""
     T, size = q.shape[1], min(64, q.shape[1])
 
     def chunks(x):  # [B, T, H, ...] -> [B, H, chunks, size, ...], padded with zeros, which change no state
@@ -706,8 +672,7 @@ def gated_delta_rule(q, k, v, decay, beta, state):
 
     q, k, v, decay, beta = (chunks(x) for x in (q, k, v, decay, beta[..., None]))
     causal = torch.ones(size, size, device=q.device).tril()
-    # sums[i, j]: the decays after j up to i, summed from j on so that no earlier decay enters. A triangular product,
-    # because CUDA's cumsum of floats is not deterministic.
+    # sums[i, j]: the decays after j up to i, and no earlier one; CUDA's cumsum of floats is not deterministic
     sums = causal @ (causal.tril(-1) * decay[..., :, None])
     between = sums.exp() * causal
     reach = (sums[..., :1] + decay[..., :1, None]).exp()  # from the chunk's start to i
@@ -751,13 +716,15 @@ class GatedDeltaNet(nn.Module):
             inside = layout.positions >= len(kernel) - 1 - start  # [B or 1, T]
             y = y + mixed[:, start:start + T] * inside[..., None] * weight
         q, k, v = F.silu(y).split([G * D, G * D, H * V], -1)
-        q, k = (y.float().view(B, T, G, D).repeat_interleave(H // G, 2) for y in (q, k))
+        q, k = (repeated(y.float().view(B, T, G, D), H) for y in (q, k))
         q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
         decay = -self.A_log.float().exp() * F.softplus(a + self.dt_bias)
         decay = decay.masked_fill((layout.positions == 0)[..., None], -1e4)  # a document starts with an empty state
-        y, state = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
-        if cache:
-            cache.replace(self.layer, mixed[:, T:], state)
+        y, after = gated_delta_rule(q * D ** -0.5, k, v.reshape(B, T, H, V), decay, b.sigmoid(), state)
+        if cache:  # in place: a compiled step knows the addresses
+            cache.layers.setdefault(self.layer, (tail, state))
+            tail.copy_(mixed[:, T:])
+            state.copy_(after)
         y = self.norm(y.to(x.dtype)) * F.silu(z.reshape(B, T, H, V))
         return self.out_proj(y.flatten(2))
 
@@ -854,9 +821,8 @@ class Experts(nn.Module):
 
 class MoE(nn.Module):
     """Mixture of experts: a router, its experts, and shared experts for every token (DeepSeekMoE, Dai et al. 2024).
-
-    After a forward pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean
-    squared log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
+    After a pass in training, `routing` holds (share of the scores [E], tokens of each expert [E], mean squared
+    log-partition) for `GPT.routing_loss`, and `load` the tokens of each expert in this step so far."""
     def __init__(self, config):
         super().__init__()
         self.gate = Router(config)
@@ -881,10 +847,9 @@ class MoE(nn.Module):
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm. A linear layer has `linear_attn` instead of `self_attn`.
-
-    `norm_position` post is OLMo 2's (2024) x + norm(attention(x)), which keeps a branch's output small and leaves the
-    residual stream as it is; Vaswani et al. (2017) normalised the sum. Sandwich is Gemma 2's, before and after.
-    Hugging Face's post_attention_layernorm is the MLP's norm in pre-norm models, and attention's in the others."""
+    `norm_position` post is OLMo 2's x + norm(attention(x)), which keeps a branch's output small; Vaswani et al. (2017)
+    normalised the sum. Sandwich is Gemma 2's, before and after. Hugging Face's post_attention_layernorm is the MLP's
+    norm in pre-norm models, and attention's in the others."""
     def __init__(self, config, layer):
         super().__init__()
         self.norm_position = config.norm_position
@@ -931,23 +896,21 @@ def soft_capped(logits, cap):
 
 
 def pieces_of(*tensors):
-    """Pieces of tensors [N, ...] whose logits exist at one time: a CPU's cache holds 512 tokens' or so, and on a GPU
-    the products of fewer, larger pieces are faster."""
+    """Pieces of tensors [N, ...] whose logits exist at one time: a CPU's cache holds about 512 tokens'."""
     return zip(*(tensor.split(2048 if tensor.is_cuda else 512) for tensor in tensors))
 
 
 def token_nats(x, targets, weight, cap):
     """Negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100: x [P, C], the head's weight [V, C]."""
-    logits = soft_capped(F.linear(x, weight.to(x.dtype)).float(), cap)
+    logits = soft_capped(multiply(x, weight).float(), cap)
     if _watched is not None:
         _watched[1].append(logits.abs().max())
     return F.cross_entropy(logits, targets, reduction="none")
 
 
 def losses_and_slope(logits, targets, cap, z):
-    """Of logits [P, V] without their soft-cap and targets [P]: nats and log(Z) in fp32, [P, 1] each, and the gradient
-    [P, V] of nats + z log(Z)^2 by the logits, in their dtype, all as if the target were 0 where it is -100.
-
+    """Of logits [P, V] without their soft-cap and targets [P] (-100 counts as 0): nats and log(Z) in fp32, [P, 1] each,
+    and the gradient [P, V] of nats + z log(Z)^2 by the logits, in their dtype.
     The squared log-partition (PaLM) keeps logits from drifting. The playbook saw no effect (2.200 without, 2.194 with)
     and left it out; OLMo 2 trains with a z of 1e-5."""
     dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
@@ -967,9 +930,8 @@ def losses_and_slope(logits, targets, cap, z):
 
 
 class HeadLoss(torch.autograd.Function):
-    """x [N, C], the head's weight [V, C], targets [N] -> (sum of nats + z log(Z)^2, nats [N, 1] without gradient). Its
-    gradients are made in the forward pass, piece by piece, while the logits are at hand: no [N, V] is ever stored. The
-    backward pass scales them in place, so a second one raises."""
+    """x [N, C], the head's weight [V, C], targets [N] -> (sum of nats + z log(Z)^2, nats [N, 1] without gradient). The
+    forward pass makes the gradients, piece by piece: no [N, V] is stored. Backward scales them in place, once."""
     @staticmethod
     def forward(ctx, x, weight, targets, cap, z, of_piece):
         w, grad_w = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32)
@@ -1013,12 +975,11 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=std * scale if writes else std)
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's loop over
-        chunks would unroll into a graph that grows with the context: its blocks stay eager."""
+        """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's blocks
+        stay eager: their loop over chunks would unroll."""
         torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
         torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         self.compiled = True
-        # Fused, it reads a piece's logits and writes their gradient: eager steps would store both in fp32 between them.
         self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)
         for layer in self.model.layers:
             if hasattr(layer, "self_attn"):
@@ -1047,12 +1008,11 @@ class GPT(nn.Module):
         return Layout(start + T, positions, rope, cu_seqlens, chunks, distance)
 
     def forward(self, tokens, cu_seqlens=None, cache=None, last_only=False, targets=None, z_loss=0.0, temperature=None):
-        """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row.
-        `cache`: the tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
-
-        With `targets` [B, T], -100 ignored, returns no logits but what to minimise, the sum of nats and, in training,
-        of `z_loss` times log(Z)^2; and nats [B, T] in fp32 without a gradient. A `temperature` divides the logits; then
-        nats have a gradient, and there is no z-loss."""
+        """Logits in the compute dtype. `cu_seqlens`: see `document_attention`; None: one document a row. `cache`: the
+        tokens continue those in it. `last_only`: logits of the last position, [B, 1, V].
+        With `targets` [B, T], -100 ignored, returns (what to minimise: the sum of nats and, in training, of `z_loss`
+        log(Z)^2; nats [B, T] in fp32 without gradient). With a `temperature`, which divides the logits, nats have a
+        gradient, and there is no z-loss."""
         layout = self.layout(tokens, cu_seqlens, cache)
         x = self.model.embed_tokens(tokens)
         if self.config.position == "learned":
@@ -1068,33 +1028,32 @@ class GPT(nn.Module):
         for layer in self.model.layers:
             call = layer if compiled else layer._call_impl
             if self.recompute and training:  # Chen et al. 2016
-                call = functools.partial(recomputed, call, **RECOMPUTED)
+                call = functools.partial(recomputed, call)
             x = call(x, layout, cache)
         if cache:
             cache.length = layout.end
         x = self.model.norm(x[:, -1:] if last_only else x)
-        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        weight = (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
         x = x.float() if x.is_cpu and x.dtype == torch.float16 else x  # see `multiply`
         cap = self.config.final_logit_softcapping
         if targets is None:
-            return soft_capped(F.linear(x, head.weight.to(x.dtype)), cap)  # [B, T, V]
+            return soft_capped(multiply(x, weight), cap)  # [B, T, V]
         x, flat = x.flatten(0, 1), targets.flatten()
         if training and temperature is None:
             of_piece = self.of_piece if compiled else losses_and_slope
-            minimised, nats = HeadLoss.apply(x, head.weight, flat, cap, z_loss, of_piece)
+            minimised, nats = HeadLoss.apply(x, weight, flat, cap, z_loss, of_piece)
         else:
             scale = temperature or 1.0
-            call = functools.partial(recomputed, token_nats, **RECOMPUTED) if x.is_cuda else token_nats
-            nats = torch.cat([call(*piece, head.weight, cap / scale) for piece in pieces_of(x / scale, flat)])
+            call = functools.partial(recomputed, token_nats) if x.is_cuda else token_nats
+            nats = torch.cat([call(*piece, weight, cap / scale) for piece in pieces_of(x / scale, flat)])
             minimised = nats.sum()
         return minimised, nats.view_as(targets)
 
     def routing_loss(self):
-        """The routers' losses of the last forward pass in training, to be added to its mean loss; 0 without experts.
-
-        Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), f the share of tokens that went to expert i,
-        P its mean score; 1 when even. f is counted over all processes and the step's micro-batches so far, as the
-        playbook advises: balanced only within each, experts could not specialise. Plus the router's z-loss (ST-MoE)."""
+        """The routers' losses of the last pass in training, to be added to its mean loss; 0 without experts.
+        Per layer: coefficient * E * sum_i f_i P_i (Switch Transformer), P_i expert i's mean score, plus the z-loss
+        (ST-MoE). f_i, its share of tokens, is counted over all processes and the step's micro-batches so far, as the
+        playbook advises: balanced only within each, experts could not specialise."""
         total, c = 0.0, self.config
         if self.mixtures:
             counts = torch.stack([moe.routing[1] for moe in self.mixtures])
@@ -1122,18 +1081,15 @@ class GPT(nn.Module):
 
 @functools.cache
 def count_parameters(config):
-    """{"total", "active", "embedding", "non_embedding", "matmul"} of a config, without allocating any weights.
-
-    `embedding`: input embedding and output head (once if tied). `active`: what one token uses, all but the experts it
-    does not visit, embeddings included. `matmul`: weights that a token is multiplied with, the head included and the
-    look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
+    """{"total", "active", "embedding", "non_embedding", "matmul"} of a config, without allocating any weights. active:
+    all but the experts that a token does not visit. embedding: input and output (once if tied). matmul: weights that a
+    token is multiplied with, head included, look-up not: 6 x matmul FLOPs train a token, attention's scores aside."""
     total = active = matmul = 0
     with torch.device("meta"):
         for name, p in GPT(config).named_parameters():
             used = p.numel() // config.num_experts * config.num_experts_per_tok if ".experts." in name else p.numel()
             total, active = total + p.numel(), active + used
-            if p.ndim > 1 and not name.endswith(("_proj_bias", "embed_tokens.weight", "embed_positions.weight",
-                                                 "relative_bias.weight")):
+            if p.ndim > 1 and "bias" not in name and "embed_" not in name:
                 matmul += used
     tied, look_up = config.tie_word_embeddings, config.vocab_size * config.hidden_size
     embedding = look_up * (2 - tied)
@@ -1142,10 +1098,9 @@ def count_parameters(config):
 
 
 def cache_bytes(config, length):
-    """Bytes of the KVCache of one sequence of `length` tokens, in bf16.
-
-    A layer keeps 2 G D numbers a token (MHA: G = H, MQA: G = 1), MLA its latent and one key part; sliding and chunked
-    layers only of tokens that a next one can see, linear layers a state in fp32 and the convolution's last inputs."""
+    """Bytes of the KVCache of one sequence of `length` tokens, in bf16. A layer keeps 2 G D numbers a token, MLA its
+    latent and one key part, sliding and chunked layers those of tokens that a next one can see, linear layers a state
+    in fp32 and the convolution's last inputs."""
     c = config
     token = c.kv_lora_rank + c.qk_rope_head_dim if c.kv_lora_rank else 2 * c.num_key_value_heads * c.head_dim
     seen = {"sliding": c.sliding_window - 1, "chunked": c.attention_chunk_size - 1, "linear": 0}

@@ -1,5 +1,4 @@
-"""Sampling: text from a trained model, one token at a time through a KV cache.
-The cache, for whose size the playbook chooses grouped-query attention, makes a new token cost one column of attention.
+"""Sampling: text from a trained model, one token at a time through a KV cache (small with grouped-query attention).
     python sample.py                                   # the newest run, a sample from nothing
     python sample.py runs/laptop --prompt "def" --samples 3 --temperature 0.7 --top-p 0.9 --seed 1
     python sample.py SmolLM3-3B                        # a Hugging Face folder with a template: --chat --prompt "Why?"
@@ -28,8 +27,8 @@ from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, ch
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """Logits [B, V] divided by the temperature, -inf where top-k, top-p or min-p exclude a token; 0, 1 and 0 exclude
-    none. Each applies to what the one before it left, as in transformers; the most likely token always stays."""
+    """Logits [B, V] divided by the temperature, -inf where top-k, top-p or min-p exclude a token; each applies to what
+    the one before it left, as in transformers. The most likely token always stays."""
     logits = (logits.float() - logits.amax(-1, keepdim=True)) / temperature  # the shift prevents an overflow
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
@@ -44,8 +43,8 @@ def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 
 
 def draw_tokens(probabilities, generator):
-    """A token per row of probabilities [B, V] -> [B, 1]: where a running sum passes a random number (faster than
-    torch.multinomial); on a GPU, where sums are not deterministic, the shortest of exponential waiting times."""
+    """A token per row of probabilities [B, V] -> [B, 1]: where a running sum passes a random number; on a GPU, where
+    sums are not deterministic, the shortest of exponential waiting times."""
     if probabilities.is_cuda:
         waiting = torch.empty_like(probabilities).exponential_(generator=generator)
         return (probabilities / waiting).argmax(-1, keepdim=True)
@@ -55,19 +54,9 @@ def draw_tokens(probabilities, generator):
     return torch.minimum(torch.searchsorted(sums, height, right=True), last)
 
 
-def static_cache(model, rows, tokens):
-    """The model's one static KVCache, empty, with room for `tokens` in each of `rows`. It is kept, because a CUDA graph
-    knows its address, and only grows, to powers of two, so that few steps are compiled."""
-    old = model.cache
-    if rows > old.rows or tokens > old.capacity:
-        model.cache = KVCache(*(1 << (n - 1).bit_length() for n in (max(tokens, old.capacity), max(rows, old.rows))))
-    model.cache.restart()
-    return model.cache
-
-
 def compiled_step(model, tokens, cache, last_only):
     """The model's logits for tokens [rows, 1] after those in a static KVCache, compiled once for each of its sizes. On
-    CUDA a graph, which reads weights where training changes them. Where compiling fails, the model itself is called."""
+    CUDA a graph, which reads weights where training changes them. Where compiling fails, the model is called."""
     if not torch.is_tensor(cache.length):  # the first token after the prompt
         for stored in itertools.chain(*cache.layers.values()):
             torch._dynamo.mark_static_address(stored)  # a graph writes to it, not to a copy
@@ -92,9 +81,8 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
              vocab_size=None, first=None, compile=False):
     """Yields a token id for each of `samples` continuations of the prompt, None for those that have ended, until all
     have produced one of `stop`. Several prompts of one length are continued together, each with its samples in a row.
-    `vocab_size`: ids from there on, which pad the vocabulary, are never drawn. `first`: ids that may come first.
-    `compile`: every token after the prompt by `compiled_step`; not for weights that FSDP shards. In bf16 its rounding
-    is not the plain model's: where two tokens are almost as likely, even a greedy choice may differ."""
+    Ids from `vocab_size` on are never drawn. `first`: ids that may come first. `compile`: every token after the prompt
+    by `compiled_step`; not for weights that FSDP shards. In bf16 it rounds otherwise: a greedy choice may differ."""
     device = model.model.embed_tokens.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     tokens = torch.atleast_2d(torch.tensor(prompt, device=device)).repeat_interleave(samples, 0)
@@ -104,15 +92,19 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
     # inference_mode is faster, but must not run the first forward pass of a model that FSDP then trains.
     mode = torch.no_grad if torch.distributed.is_initialized() else torch.inference_mode
     # A compiled step cannot say where learned positions end.
-    fits = model.config.position != "learned" or length + max_tokens <= model.config.max_position_embeddings + 1
+    fits = model.config.position != "learned" or cache.capacity <= model.config.max_position_embeddings + 1
     if compile and fits and model.step is not False:
-        with mode():
-            cache = static_cache(model, rows, length + max_tokens)
+        # One cache is kept, whose addresses a CUDA graph knows; it only grows, so that few steps are compiled. What a
+        # text before left in it is masked.
+        sizes = max(cache.capacity, model.cache.capacity), max(rows, model.cache.rows)
+        if sizes != (model.cache.capacity, model.cache.rows):
+            model.cache = KVCache(*(1 << (n - 1).bit_length() for n in sizes))
+        cache = model.cache
+        cache.length = 0
         step, padding = functools.partial(compiled_step, model), cache.rows - rows
     for made in range(max_tokens):
-        tokens = F.pad(tokens, (0, 0, 0, padding)) if padding else tokens
         with mode():
-            logits = (step if made else model)(tokens, cache=cache, last_only=True)
+            logits = (step if made else model)(F.pad(tokens, (0, 0, 0, padding)), cache=cache, last_only=True)
         logits = logits[:rows, -1, :vocab_size]  # [rows, V]
         if first:
             allowed = torch.full_like(logits, -torch.inf)
@@ -291,7 +283,7 @@ def main():
         made = [speak(model, tokenizer, prompt, length, **options)]
     else:
         made, = continue_all(model, [prompt], length, asked.samples, **options)
-        for number, ids in enumerate(made, start=1):
+        for number, ids in enumerate(made, 1):
             print(f"--- {number}\n{text}{tokenizer.decode(ids)}")
     if max(map(len, made)) == length < asked.max_tokens:
         print(f"(the context of {model.config.max_position_embeddings} tokens is full)", file=sys.stderr)

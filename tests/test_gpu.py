@@ -75,12 +75,13 @@ def test_training_and_sampling_call_nothing_that_cuda_refuses_when_deterministic
 
 def test_fp32_on_cuda_asks_for_the_kernel_that_keeps_no_scores():
     """That kernel wants as many KV heads as query heads; else 4,096 tokens make scores of [B, H, T, T]."""
-    asked = []
+    asked, masked = [], []
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
             if function is torch.nn.functional.scaled_dot_product_attention:
                 asked.append([x.shape[1] for x in args[:3]])
+                masked.append(args[3] is not None)
             return function(*args, **(kwargs or {}))
 
     with FakeTensorMode(), Watch():
@@ -88,7 +89,10 @@ def test_fp32_on_cuda_asks_for_the_kernel_that_keeps_no_scores():
         attention(q, k, v, Layout(4096, None, None, None, None, None))
         visible = torch.empty(1, 1, 4096, 4096, dtype=torch.bool, device="cuda")
         dense_attention(q, k, v, visible)  # what documents take in fp32
-    assert asked == [[8, 8, 8]] * 2
+        q, k, v, at = torch.empty(1, 64, 8, 16), *torch.empty(2, 1, 64, 2, 16), torch.zeros(1, 64, dtype=torch.int64)
+        cu_seqlens = torch.zeros(5, dtype=torch.int32)  # documents, where no flash kernel takes them
+        attention(*(x.to("meta") for x in (q, k, v)), Layout(64, at.to("meta"), None, cu_seqlens, None, None))
+    assert asked == [[8, 8, 8]] * 3 and masked == [False, True, True]
 
 
 def test_the_thread_that_saves_sees_no_device(tmp_path, monkeypatch):
