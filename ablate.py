@@ -156,7 +156,6 @@ def change(words, o):
     interruption, and one with more tries or seeds trains only those."""
     base, folder, runs = recipe_from(words), Path(o.out), {}
     recipes = {"baseline": base}
-    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]  # for all arms
     for name in o.tries:
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
@@ -296,7 +295,6 @@ def spikes(words, o):
     what = f"random tokens in steps {poison[0] + 1} to {poison[-1] + 1}" if poison else cause
     print(f"cause     {what}; {steps} steps; runs are in {root}\n"
           f"{'':42}bits per byte   to clean  largest loss  how it went")
-    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]
     for name in ("clean", "cause", *fixes):
         flags = {"clean": "", "cause": cause}.get(name, f"{cause} {name}").split()
         recipe = replace(recipe_from([*words, *(f"--{flag}" for flag in flags)]),
