@@ -653,6 +653,7 @@ def parse_options(parser, argv, intermixed=False):
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         near = difflib.get_close_matches(name, vars(args), 1)
         hint = parser.aliases.get(name) or (
+            f"give it without --{name}" if name in vars(args) else
             f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`")
         raise UserError(f"{unknown[0]} is not understood; {hint}")
     return args

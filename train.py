@@ -51,8 +51,7 @@ from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, R
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
-                       parse_options, reading)
-from tokenizer import run as run_command
+                       parse_options, reading, run as run_command)
 
 
 @dataclass(frozen=True)
@@ -225,9 +224,8 @@ class Run:
 
 def update(run, losses, rate):
     """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns, of a piece,
-    what is minimised, z-loss and routing loss included, and its share of the batch's mean loss, for the log. The
-    `Report` has sums over all processes: loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not
-    finite, none changes its weights."""
+    what is minimised, z-loss and routing loss included, and its share of the batch's mean loss. The `Report` has sums
+    over all processes. After a loss or norm that is not finite, none changes its weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -436,8 +434,7 @@ class Meter:
         run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, **entry, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0)
         left = tqdm.format_interval((run.tokens_before(run.steps) - end) / self.pace)
-        names = [name for name in ("loss", "lr", "grad_norm", *run.found) if name in entry]
-        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in names)
+        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in ("loss", "lr", "grad_norm", *run.found))
         self.bar.set_postfix_str(f"{left} left; {stage}: {shown}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(at + 1 - self.bar.n)
 
@@ -452,13 +449,14 @@ class Meter:
 
 def blame(run, report, values):
     """Why an update was not made, naming processes and their pieces of the batch; every process calls it."""
-    rows = run.rows[run.curriculum.stage(report.step)] if run.curriculum else 0
-    bad = [(run.world.rank, i) for i, part in enumerate(report.parts) if not part.isfinite()]
+    world, rows = run.world, run.rows[run.curriculum.stage(report.step)] if run.curriculum else 0
     places = []
-    for rank, i in sum(run.world.gather(bad), []):
-        first = (i * run.world.size + rank) * rows
-        sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
-        places.append(f"process {rank}, micro-batch {i + 1}{sequences}")
+    for i, part in enumerate(report.parts):
+        if not part.isfinite():
+            first = (i * world.size + world.rank) * rows
+            sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
+            places.append(f"process {world.rank}, micro-batch {i + 1}{sequences}")
+    places = sum(world.gather(places), [])
     what = f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
     return "; ".join([what, *places[:4], "this update was not made and nothing was saved; resume the last checkpoint "
                       f"with a lower --learning_rate or --clip: {run.command} --resume {run.folder}"])
@@ -503,15 +501,15 @@ def evaluate_text(run, last):
     tasks = evals.evaluate(run.model, tokenizer, evals.tasks_of(recipe.eval_tasks, recipe.data))
     listed = [f"{name} {score:.3f}" for name, score in scores.items()]
     listed += [f"{name} {score}" for name, score in tasks.items()]
-    lines = [f"step {run.step:,}: held-out bits per byte (lower is better): {', '.join(listed)}"]
+    say(f"step {run.step:,}: held-out bits per byte (lower is better): {', '.join(listed)}")
     count, length = len(run.sources), min(96, recipe.model.max_position_embeddings // 2)
     turn = run.step // recipe.eval_every % count
     for i in range(max(3, count)) if last and not recipe.sample_prompt else [turn]:
         prompt = recipe.sample_prompt or opening(tokenizer, run.sources[i % count]["val"], i // count)
         text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step)
         samples.append(prompt + text)
-        lines.append(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
-    say("\n".join(lines) + "\n")
+        say(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
+    say("")
     return {"val": scores, "samples": samples, "tasks": tasks, **watch(run)}
 
 
@@ -685,7 +683,8 @@ def print_run(run, speed, memory):
         pieces = plan.batches[i] // context // rows // size
         print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a step of {plan.batches[i]:,} tokens: "
               f"{pieces} x {rows} rows of {context:,} a process; RoPE base {base:g}")
-    print("".join(line + "\n" for line in plan.report()), end="")
+    for line in plan.report():
+        print(line)
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
           f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "
           f"x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
@@ -757,8 +756,7 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
 
 def annealing(start, candidate, given):
     """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
-    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Without a candidate its
-    control: the base mixture alone, since the falling rate helps every source."""
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). None: the control."""
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run

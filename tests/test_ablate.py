@@ -126,7 +126,6 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     assert len(begun) == 16 and len(set(begun)) == 15  # the fifth twice
     out = capsys.readouterr().out
     assert "training 5 of 15: " in out
-    assert ("The picture is in runs/changes/changes.png" in out) == bool(find_spec("matplotlib"))
     table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
     assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
     assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
@@ -206,8 +205,8 @@ def test_lr_range_test_stops_where_training_diverges(here, capsys):
     steepest, tenth = ablate.lr_range(TINY, ablate.AblationOptions(low=1e-4, high=1e3, steps=60))
     assert 0.01 < steepest < 0.05 and 0.03 < tenth < 0.1
     out = capsys.readouterr().out
-    assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
-    last = float(out.splitlines()[-3].split()[0])
+    assert "a peak to try" in out and not Path("runs").exists()
+    last = float(out.splitlines()[-2].split()[0])
     assert last < 10  # it ended early
 
 
