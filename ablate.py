@@ -9,10 +9,8 @@ would train, in one process; the first four take its recipe and flags, too.
     python ablate.py lr-range laptop        # one short run whose rate grows until the loss diverges
     python ablate.py spikes laptop --cause rate    # what causes of loss spikes cost: rate, data, init, precision
     python ablate.py fit                    # a ladder of sizes and its scaling law
-    python ablate.py branch runs/laptop     # the critical batch size at its newest checkpoint
+    python ablate.py branch runs/laptop     # the critical batch size at its newest checkpoint, or one given; it grows
     python ablate.py noise runs/laptop      # the gradient noise scale there, without training
-
-`branch` and `noise` also take one checkpoint. The critical batch grows during training, so ask again later.
 """
 
 import contextlib
@@ -273,10 +271,9 @@ def spikes(words, o):
             loss = mean_loss(trained(run, functools.partial(poisoned_losses, poison=poison if late else ())))
         except train.Diverged:
             stopped = [f"not recovered: stopped at step {run.step}"]
-        events = run.log.events
-        went = [event["kind"] for event in events if "kind" in event]
+        went = [event["kind"] for event in run.log.events if "kind" in event]
         went += ["not recovered"] * (run.guard.began is not None)
-        went += [f"rewound to step {event['to']}" for event in events if event["event"] == "rewind"] + stopped
+        went += [f"rewound to step {event['to']}" for event in run.log.events if event["event"] == "rewind"] + stopped
         points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if entry.get("loss")]
         worse = loss / found.get("clean", (loss,))[0] - 1
         went += ["plateaued higher"] * (worse > 0.05)

@@ -61,8 +61,6 @@ def flops_per_token(config, length, counted="causal"):
     return 6 * count_parameters(config)["matmul"] + attention_flops_per_token(config, length, counted)
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------
-
 def training_memory(config, rows, context, compute_bytes=2, device="cuda", accumulates=True, recompute=False, shards=1):
     """Bytes of all tensors on one device at the peak of an eager step: "weights", "gradients" and "optimizer" (AdamW's
     moments) in fp32; "activations": what autograd keeps of each block, the cast weights, a piece of the logits, both

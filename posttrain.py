@@ -480,7 +480,7 @@ def answer_pair(run, row):
 
 def preference_losses(run, step):
     """The losses of this process's pairs of a step. Unlikely tokens of a rejected answer have far larger gradients than
-    likely ones of the chosen one, so that both can fall (Ren & Sutherland 2024); --nll trains the chosen as SFT does."""
+    likely ones of the chosen one, so that both can fall (Ren & Sutherland 2024); --nll trains the chosen one too."""
     recipe, share = run.recipe, 1 / run.recipe.pairs
     def loss_of(piece):
         pairs, reference = zip(*piece)

@@ -13,7 +13,7 @@ and token files from the Python installation, trains on them for a few minutes a
     python train.py --mixture code=.9,prose=.1          # or "decay:code=.8,math=.2;base:prose=1"
     python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
 
-torchrun kills 30 s after SIGTERM; to save 3B, give more by --shutdown-timeout (torch 2.13 on), or a lower --save_every.
+torchrun kills 30 s after SIGTERM; to save 3B, raise --shutdown-timeout (torch 2.13 on) or lower --save_every.
 
 Read `update`, then `train`, then what they call. Each field of `Recipe` but `stages`, and of its model, is a flag.
 """
@@ -747,8 +747,6 @@ def check(recipe, world):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---- command line ---------------------------------------------------------------------------------------------
-
 # What a resumed run may change; everything else would make the step number mean something else.
 RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_tasks save_every log data sample_prompt
     device dtype compile keep keep_every guard parallel activation_checkpointing deterministic""".split())
@@ -756,7 +754,7 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
 
 def annealing(start, candidate, given):
     """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
-    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). None: the control."""
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from 7T on); or the base alone."""
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
