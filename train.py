@@ -517,7 +517,7 @@ def opening(tokenizer, split, number=0):
     """The first line of a held-out document that has three words and is no comment; of a long one the first words."""
     begin, end = split.starts[number % (len(split.starts) - 1):][:2]
     text = tokenizer.decode(split.tokens[begin + 1:end][:999].tolist())
-    found = re.search(r"(?m)^(?! *#)(?=.*\S +\S+ +\S).{1,64}(?!\S)", text) or re.match(".{,64}", text)
+    found = re.search(r"(?m)^(?! *#)(?=.*\S +\S+ +\S).{1,40}(?!\S)", text) or re.match(".{,40}", text)
     return found[0]
 
 
