@@ -9,14 +9,12 @@ would train, in one process; the first four take its recipe and flags, too.
     python ablate.py lr-range laptop        # one short run whose rate grows until the loss diverges
     python ablate.py spikes laptop --cause rate    # what causes of loss spikes cost: rate, data, init, precision
     python ablate.py fit                    # a ladder of sizes and its scaling law
-    python ablate.py branch runs/laptop     # the critical batch size at its newest checkpoint
+    python ablate.py branch runs/laptop     # the critical batch size at its newest checkpoint, or one given; it grows
     python ablate.py noise runs/laptop      # the gradient noise scale there, without training
-
-`branch` and `noise` also take one checkpoint, such as runs/laptop/checkpoints/step-00000859: the critical batch grows
-during training, so ask again later.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -102,18 +100,6 @@ def mean_loss(bits):
     return float(np.mean([bits[name] for name in bits if name != "math"] or [*bits.values()]))
 
 
-def draw_lines(path, lines, **labels):
-    """Draws {label: (x, y)} where matplotlib is installed."""
-    def paint(axes):
-        for label, points in lines.items():
-            axes.plot(*points, label=label)
-        axes.set(**labels)
-        axes.legend()
-
-    if draw(path, paint):
-        print(f"The picture is in {path}")
-
-
 # ---- one change at a time -------------------------------------------------------------------------------------
 
 # Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
@@ -121,9 +107,8 @@ T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
 
 def paired_difference(baseline, changed):
-    """The mean difference of runs of the same seed, and the half width of its 95 % confidence interval. Such runs read
-    the same data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels,
-    so pairs show smaller differences than two means do."""
+    """The mean difference of runs of the same seed, and the half width of its 95 % interval. Such runs read the same
+    data in the same order and, where shapes agree, begin with the same weights: luck that both share cancels."""
     differences, n = np.subtract(changed, baseline), len(baseline)
     return differences.mean(), T95[min(n, 10) - 2] * differences.std(ddof=1) / math.sqrt(n)
 
@@ -131,8 +116,7 @@ def paired_difference(baseline, changed):
 def fingerprint(recipe, data):
     """A hash of what a training depends on: the recipe, its first weights, the code, and `data`, a list of hashes."""
     start = (find_checkpoint(recipe.start) / "manifest.json").read_text("utf-8") if recipe.start else ""
-    code = [Path(__file__).with_name(f"{name}.py").read_text("utf-8")
-            for name in ("ablate", "cost", "train", "data", "schedule", "model", "evals")]
+    code = [path.read_text("utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
     return hashlib.sha256(json.dumps([asdict(recipe), start, code, data]).encode()).hexdigest()[:16]
 
 
@@ -151,12 +135,10 @@ def train_arm(recipe, folder):
 
 
 def change(words, o):
-    """Trains a recipe as it is and with each of the tries alone, with every seed; prints, draws and returns
-    `compare_runs`. A finished training is a line of log.jsonl in the folder: the same command resumes after an
-    interruption, and one with more tries or seeds trains only those."""
+    """Trains a recipe as it is and with each of the tries alone, with every seed; returns `compare_runs`. A finished
+    training is a line of log.jsonl in the folder: the same command, or one with more tries, trains what is missing."""
     base, folder, runs = recipe_from(words), Path(o.out), {}
     recipes = {"baseline": base}
-    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]  # for all arms
     for name in o.tries:
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
@@ -180,9 +162,6 @@ def change(words, o):
             log.write(key=key, change=name, **done[key])
         runs.setdefault(name, []).append(done[key])
     found = compare_runs(runs)
-    lines = {name: ([x - half, x, x + half], [i] * 3, "o-") for i, (name, (x, half)) in enumerate(found.items())}
-    draw_lines(folder / "changes.png", lines | {"baseline": ([0, 0], [0, len(found)], "k-")}, yticks=[],
-               xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
     print(f"The trainings are in {folder}")
     return found
 
@@ -240,9 +219,6 @@ def lr_range(words, o):
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
           f"first and a tenth of the second, such as {math.sqrt(steepest * tenth):.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
-    Path("runs").mkdir(exist_ok=True)
-    draw_lines("runs/lr-range.png", {"smoothed": (rates[:len(smooth)], smooth)}, xscale="log", xlabel="learning rate",
-               ylabel="loss, nats per token")
     return steepest, tenth
 
 
@@ -257,9 +233,9 @@ def poisoned_losses(run, step, poison):
     return train.pretraining_losses(replace(run, loader=SimpleNamespace(get=load)) if step in poison else run, step)
 
 
-# The playbook's causes of spikes: {cause: (the flags that bring it about, what is tried on top of them: fixes, and
-# more of the same)}. What is set again overrides the cause. Bad data is no flag: random tokens in 4 % of the batches,
-# 80 % of the way. float16 loses small gradients in silence; at a rate that bfloat16 survives, it overflows.
+# The playbook's causes of spikes: {cause: (its flags, what is tried after them: fixes, and more of the same)}. Bad data
+# is no flag: random tokens in 4 % of the batches, 80 % of the way. float16 loses small gradients in silence; at a rate
+# that bfloat16 survives, it overflows.
 CAUSES = {
     "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
                                    "learning_rate=1", "learning_rate=1 guard=rewind"]),
@@ -271,20 +247,6 @@ CAUSES = {
 }
 
 
-def train_spiking(recipe, folder, resume, poison):
-    """Trains a recipe; returns the run, its held-out bits per byte (nan if it was stopped), and how its spikes ended,
-    in the words of its guard."""
-    run, loss, stopped = prepared(recipe, folder, resume), math.nan, []
-    try:
-        loss = mean_loss(trained(run, lambda run, step: poisoned_losses(run, step, poison)))
-    except train.Diverged:
-        stopped = [f"not recovered: stopped at step {run.step}"]
-    events = run.log.events
-    went = [event["kind"] for event in events if "kind" in event] + ["not recovered"] * (run.guard.began is not None)
-    went += [f"rewound to step {event['to']}" for event in events if event["event"] == "rewind"]
-    return run, loss, went + stopped
-
-
 def spikes(words, o):
     """Trains a recipe as it is (`clean`), with a cause of CAUSES (`cause`), and with each of its fixes; all that comes
     before bad data is trained once. Prints a table, draws the losses; returns {arm: (bits per byte, how it went)}."""
@@ -292,20 +254,26 @@ def spikes(words, o):
     tokens = base.tokens or 200 * base.batch_tokens * (o.cause != "data")  # bad data: all of the recipe
     if (steps := prepared(replace(base, tokens=tokens)).steps) < 200:
         raise UserError(f"{steps} steps are too few for this; give --tokens {200 * base.batch_tokens} or more")
-    poison = range(round(0.8 * steps), round(0.84 * steps)) if o.cause == "data" else range(0)
+    poison = range(round(0.8 * steps), round(0.84 * steps)) if o.cause == "data" else ()
     what = f"random tokens in steps {poison[0] + 1} to {poison[-1] + 1}" if poison else cause
     print(f"cause     {what}; {steps} steps; runs are in {root}\n"
           f"{'':42}bits per byte   to clean  largest loss  how it went")
-    words = [*words, *(f"--{name}={getattr(base, name)}" for name in ("device", "dtype", "compile"))]
     for name in ("clean", "cause", *fixes):
         flags = {"clean": "", "cause": cause}.get(name, f"{cause} {name}").split()
         recipe = replace(recipe_from([*words, *(f"--{flag}" for flag in flags)]),
                          tokens=tokens, save_every=steps // 20, keep=20)
-        if late := bool(poison) and name != "clean":
+        if late := poison and name != "clean":
             early = find_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
                 file for file in names if file.startswith("step-") and file != early])
-        run, loss, went = train_spiking(recipe, root / name, late, poison if late else range(0))
+        run, loss, stopped = prepared(recipe, root / name, late), math.nan, []
+        try:
+            loss = mean_loss(trained(run, functools.partial(poisoned_losses, poison=poison if late else ())))
+        except train.Diverged:
+            stopped = [f"not recovered: stopped at step {run.step}"]
+        went = [event["kind"] for event in run.log.events if "kind" in event]
+        went += ["not recovered"] * (run.guard.began is not None)
+        went += [f"rewound to step {event['to']}" for event in run.log.events if event["event"] == "rewind"] + stopped
         points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if entry.get("loss")]
         worse = loss / found.get("clean", (loss,))[0] - 1
         went += ["plateaued higher"] * (worse > 0.05)
@@ -313,7 +281,15 @@ def spikes(words, o):
         lines[f"{name}: {found[name][1]}"] = tuple(zip(*points))
         largest = max((y for _, y in points), default=math.nan)
         train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{largest:14.2f}  {found[name][1]}")
-    draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token", yscale="log")
+
+    def paint(axes):
+        for label, points in lines.items():
+            axes.plot(*points, label=label)
+        axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
+        axes.legend()
+
+    if draw(root / "spikes.png", paint):
+        print(f"The picture is in {root}/spikes.png")
     return found
 
 
@@ -358,10 +334,9 @@ def at_checkpoint(words):
 
 
 def branch(words, o):
-    """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; prints and returns {k: held-
-    out bits per byte}. Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read the
-    same sequences: those that come next in the run, whose last stage continues if need be. The optimizer starts anew
-    and the rate warms up again over a fifth of the tokens, as in the playbook."""
+    """Trains branches from a checkpoint with k times the batch and sqrt(k) times the rate; returns {k: bits per byte}.
+    Critical is the largest k within epsilon of all smaller ones (Merrill et al. 2025). All read the sequences that come
+    next in the run. The optimizer starts anew and the rate warms up over a fifth of the tokens, as in the playbook."""
     run, losses, largest = at_checkpoint(words), {}, 2**o.doublings
     recipe, curriculum, step = run.recipe, run.curriculum, run.step
     stage, batch = (of[curriculum.stage(step)] for of in (curriculum.stages, curriculum.batches))
@@ -408,13 +383,11 @@ def noise(words, o):
             train.say(f"{n:9,} sequences: |G|^2 {signal:.3g}, tr(S) {variance:.3g}, noise scale {scale:,.0f} tokens")
     batch = rows * context
     print("noise hides the gradient; give more tokens to --read" if math.isnan(scale) else
-          f"noise scale {scale:,.0f} tokens: a batch of this size needs twice the fewest possible steps and tokens\n"
-          f"(McCandlish et al. 2018). This run's {batch:,} need {1 + scale / batch:.2f} times the fewest steps and "
-          f"{1 + batch / scale:.2f}\ntimes the fewest tokens. Adam may bear a larger batch: see `branch`.")
+          f"noise scale {scale:,.0f} tokens: a batch of this size needs twice the fewest steps and tokens; this run's\n"
+          f"{batch:,} need {1 + scale / batch:.2f} times the fewest steps and {1 + batch / scale:.2f} times the fewest "
+          "tokens. Adam may bear a larger batch: see `branch`.")
     return scale
 
-
-# ---- command line ---------------------------------------------------------------------------------------------
 
 COMMANDS = {"change": (change, "tries seeds out"), "lr-range": (lr_range, "low high steps"),
             "spikes": (spikes, "cause"), "fit": (fit_ladder, ""), "branch": (branch, "doublings epsilon read"),

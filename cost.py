@@ -61,15 +61,12 @@ def flops_per_token(config, length, counted="causal"):
     return 6 * count_parameters(config)["matmul"] + attention_flops_per_token(config, length, counted)
 
 
-# ---- memory ---------------------------------------------------------------------------------------------------
-
 def training_memory(config, rows, context, compute_bytes=2, device="cuda", accumulates=True, recompute=False, shards=1):
-    """Bytes of all tensors on one device at the peak of an eager step on `rows` sequences of `context` tokens:
-    "weights", "gradients" and "optimizer" (AdamW's moments) in fp32; "activations": what autograd keeps of each block,
-    the weights cast to the compute dtype, a piece of the logits, and both gradients of the head; "total".
-    `accumulates`: gradients of earlier micro-batches, or DDP's buckets, exist during the forward pass.
-    `recompute`: blocks keep only their inputs, and are computed again one at a time (Chen et al. 2016).
-    `shards`: processes of FSDP share weights, moments and gradients, and gather the weights of one block at a time."""
+    """Bytes of all tensors on one device at the peak of an eager step: "weights", "gradients" and "optimizer" (AdamW's
+    moments) in fp32; "activations": what autograd keeps of each block, the cast weights, a piece of the logits, both
+    gradients of the head; "total". `accumulates`: gradients of earlier micro-batches, or DDP's buckets, exist in the
+    forward pass. `recompute`: blocks keep only their inputs and are computed again (Chen et al. 2016). `shards`:
+    processes of FSDP, which gather the weights of one block at a time."""
     count = count_parameters(config)
     C, M, V, layers = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     if config.num_experts:  # those that a token visits
@@ -176,13 +173,12 @@ def choose_dtype(device):
 
 
 def fast_attention():
-    """Takes FlashAttention 4 or 3 where torch knows it, the package is there and the GPU is of its kind; in words.
-    With torch 2.11 the backward pass of FA4 knows no windows, which `document_attention` always states."""
-    activate = getattr(torch.nn.attention, "activate_flash_attention_impl", None)
+    """Takes FlashAttention 4 or 3 where the package is there and the GPU is of its kind; in words. With torch 2.11 the
+    backward pass of FA4 knows no windows, which `document_attention` always states."""
     for kernels, generations in ("FA4", (9, 10) if torch.__version__ >= (2, 13) else ()), ("FA3", (9,)):
-        if activate and torch.cuda.get_device_capability()[0] in generations:
+        if torch.cuda.get_device_capability()[0] in generations:
             with contextlib.suppress(ImportError, RuntimeError):  # no package, or another version of it
-                activate(kernels)
+                torch.nn.attention.activate_flash_attention_impl(kernels)
                 return f"; attention by {kernels}"
     return "; attention by FA2"
 
@@ -508,8 +504,8 @@ def plan_machine(machine, minutes, vocab_size):
                    "unit": "bits per byte of held-out text", "machine": machine.reason, "sizes": sizes}
 
 
-# Published runs: active parameters, tokens, GPU, GPU-hours, layers x width of all heads (DeepSeek: mean of key, value),
-# context, remark. Sources: Llama's model cards, TinyLlama's README, SmolLM3's post, DeepSeek-V3's report.
+# Active parameters, tokens, GPU, GPU-hours, layers x width of heads (DeepSeek: mean of key, value), context, remark;
+# from Llama's model cards, TinyLlama's README, SmolLM3's post, DeepSeek-V3's report.
 PUBLISHED = {
     "Llama-2 7B": (6.738e9, 2e12, "A100", 184_320, 32 * 4096, 4096, ""),
     "Llama-2 70B": (68.98e9, 2e12, "A100", 1_720_320, 80 * 8192, 4096, ""),
@@ -602,11 +598,10 @@ def main():
         add_options(p, kind, without=["preset"])
     commands.choices["plan"].add_argument("--json", action="store_true", help="print the plan as JSON")
     given = {name: value for name, value in vars(parse_options(parser, sys.argv[1:])).items() if value is not None}
-    command, kind = kinds.get(given.pop("command"), (None, None))
-    if not command:
+    if (name := given.pop("command")) == "published":
         return print_published()
-    options = kind(**given)
-    check_options(options)
+    command, kind = kinds[name]
+    check_options(options := kind(**given))
     command(options)
 
 

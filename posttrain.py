@@ -17,14 +17,13 @@ All may have "tools", and messages "tool_calls", for models whose chat template 
 
 The playbook: SmolLM3 is SFT, then APO-zero, then a merge of checkpoints; GRPO came later. SFT: a rate of 3e-6 to 1e-5
 was best (SmolLM3's recipe has 2e-5), batches of 128 sequences, 4 to 5 epochs of some 8B tokens, loss on the
-assistant's turns only (a small gain, mostly in following instructions), sources balanced by tokens. Packing is 3.8 to
-5.3 times as fast, but on small data 128 packed rows are few updates: IFEval lost 12 points, so lower --batch_tokens
-there. Preferences: APO-zero did best; a rate 5 to 20 times below SFT's, beta 0.1 (0.01 to 0.5; SmolLM3 0.05), one
-epoch; a high beta stays close to the start (the playbook's text once says the opposite). RL: without an overlong
-penalty the answers' length exploded.
+assistant's turns only (a small gain), sources balanced by tokens. Packing is 3.8 to 5.3 times as fast, but makes few
+updates of small data: IFEval lost 12 points, so lower --batch_tokens there. Preferences: APO-zero did best; a rate 5 to
+20 times below SFT's, beta 0.1 (0.01 to 0.5; SmolLM3 0.05; high is close to the start, though the playbook's text once
+says the opposite), one epoch. RL: without an overlong penalty the answers' length exploded.
 
-Each method prepares its data and hands its losses to the loop in train.py. Below, a sequence is (ids, mask), with 1 on
-the tokens to train on; an example is a list of sequences, a conversation alone or a chosen and a rejected answer.
+The loop is train.py's. A sequence is (ids, mask), 1 on the tokens to train on; an example is a list of sequences: a
+conversation, or a chosen and a rejected answer.
 """
 
 import io
@@ -197,8 +196,7 @@ def advantages(rewards, normalization):
 
 def token_weights(mask, normalization, samples, tokens, longest):
     """Each token's weight in the loss; the mask [B, T] is part of `samples` answers with `tokens` tokens in all. grpo:
-    the mean of the answers' means, so that long wrong answers cost little; dapo: the mean over all tokens; dr_grpo: the
-    sum divided by a constant, the only one without a bias by length."""
+    the mean of means, so that long wrong answers cost little; dapo: of all tokens; dr_grpo: unbiased by length."""
     share = {"grpo": samples * mask.sum(1, keepdim=True).clamp(min=1), "dapo": tokens, "dr_grpo": samples * longest}
     return mask / share[normalization]
 
@@ -235,8 +233,6 @@ def reward_of(reward, problem, answer):
             return value
         raise ValueError(f"it is {value}")
 
-
-# ---- recipes --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class PostRecipe(train.Recipe):
@@ -301,10 +297,10 @@ def encode_rows(run, rows, encode, what):
     long = [a != b for a, b in zip(short, whole)]
     fitting = [example for example, cuts in zip(short, long) if cut or not cuts]
     kept = [example for example in fitting if all(any(mask) for _, mask in example) and example[1:] != example[:1]]
-    print(f"data      {len(kept):,} {what}" + f"; {sum(long):,} have more than {context} tokens and are " * any(long)
-          + ("cut" if cut else "left out (--too_long cut keeps their beginnings)") * any(long)
-          + f"; {len(fitting) - len(kept):,} have no token to train on, or the same ones twice, and are left out"
-          * (len(fitting) > len(kept)))
+    done, empty = "cut" if cut else "left out (--too_long cut keeps their beginnings)", len(fitting) - len(kept)
+    print(f"data      {len(kept):,} {what}"
+          + f"; {sum(long):,} have more than {context} tokens and are {done}" * any(long)
+          + f"; {empty:,} have no token to train on, or the same ones twice, and are left out" * bool(empty))
     if not kept:
         raise UserError(f"nothing is left of {what} in {context} tokens; give other data or a larger --context")
     return kept
@@ -443,8 +439,7 @@ def prepare_sft(run, rows):
 # ---- DPO and APO ----------------------------------------------------------------------------------------------
 
 def prepare_preferences(run, rows):
-    """Pairs as sequences, and the start's log-probabilities of them, computed once, so that no second model is kept: a
-    resumed run finds what was drawn and computed in its folder."""
+    """Pairs, and the start's log-probabilities of them, kept in the folder for a resumed run: no second model stays."""
     file = run.folder / "reference.pt"
     with reading(file):
         rows, reference = torch.load(file, weights_only=True) if file.exists() else (rows, None)
@@ -484,9 +479,8 @@ def answer_pair(run, row):
 
 
 def preference_losses(run, step):
-    """The losses of this process's pairs of a step. An unlikely token of a rejected answer has a far larger gradient
-    than the likely ones of the chosen answer, so that both can fall and the model with them (Ren & Sutherland 2024);
-    --nll also trains the chosen one as SFT does."""
+    """The losses of this process's pairs of a step. Unlikely tokens of a rejected answer have far larger gradients than
+    likely ones of the chosen one, so that both can fall (Ren & Sutherland 2024); --nll trains the chosen one too."""
     recipe, share = run.recipe, 1 / run.recipe.pairs
     def loss_of(piece):
         pairs, reference = zip(*piece)
@@ -577,8 +571,6 @@ def grpo_losses(run, step):
     return losses
 
 
-# ---- command line ---------------------------------------------------------------------------------------------
-
 METHODS = {"sft": (prepare_sft, train.pretraining_losses, "batch_tokens"),  # the last must divide by the processes
            "dpo": (prepare_preferences, preference_losses, "pairs"), "grpo": (prepare_grpo, grpo_losses, "prompts")}
 METHODS["apo_zero"] = METHODS["dpo"]
@@ -631,7 +623,7 @@ def prepare_run(recipe, folder, world, resume):
 def post_train(recipe, folder, resume=False, world=train.World()):
     """Runs or resumes a recipe in a run folder; returns the last evaluation."""
     run = train.connect(prepare_run(recipe, folder, world, resume))
-    for entry in run.log.entries() if resume and run.log else ():
+    for entry in run.log.entries() if run.log else ():
         run.before = entry.get("before", run.before)
     if not resume:
         scores = evaluate_answers(run, False)

@@ -651,6 +651,7 @@ def parse_options(parser, argv, intermixed=False):
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         near = difflib.get_close_matches(name, vars(args), 1)
         hint = f"did you mean --{near[0]}?" if near else f"see `python {parser.prog} --help`"
+        hint = f"give it without --{name}" if name in vars(args) else hint
         raise UserError(f"{unknown[0]} is not understood; {parser.aliases.get(name, hint)}")
     return args
 

@@ -8,13 +8,12 @@ and token files from the Python installation, trains on them for a few minutes a
     python train.py --minutes 5                         # as many tokens as this machine reads in 5 minutes
     python train.py laptop --data data/mine --tokens 2M
     torchrun --nproc_per_node=8 train.py baseline-1b    # the same code on eight GPUs
-    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py smollm3    # see below
+    torchrun --nproc_per_node=8 --shutdown-timeout=600 train.py smollm3
     python train.py --resume runs/laptop
     python train.py --mixture code=.9,prose=.1          # or "decay:code=.8,math=.2;base:prose=1"
     python train.py --anneal runs/laptop --candidate math    # is this source worth more of the mixture?
 
-torchrun (and so a preemption) kills its processes 30 s after it passes SIGTERM on, and saving a 3B model takes longer:
-from torch 2.13 on, --shutdown-timeout gives them as many seconds; before, save more often with --save_every.
+torchrun kills 30 s after SIGTERM; to save 3B, raise --shutdown-timeout (torch 2.13 on) or lower --save_every.
 
 Read `update`, then `train`, then what they call. Each field of `Recipe` but `stages`, and of its model, is a flag.
 """
@@ -24,6 +23,7 @@ import functools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -50,8 +50,7 @@ from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, R
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
 from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
-                       parse_options, reading, write_json)
-from tokenizer import run as run_command
+                       parse_options, reading, run as run_command, write_json)
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,7 @@ class Recipe:
     tokens: float = option(0.0, "how long to train; 0: the sum of the stages, which otherwise shrink or grow", 0, 1e18)
     batch_tokens: int = option(8192, "global batch, in tokens", 1, 10**12)
     micro_batch: int = option(0, "sequences that a process computes at once; 0: as many as fit", 0)
-    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=OPTIMIZERS,
-                           group="optimizer and learning rate")
+    optimizer: str = option("adamw", "adamw, or muon for the hidden matrices", choices=OPTIMIZERS, group="optimizer")
     learning_rate: float = option(3e-3, "peak rate", 1e-12, 1e30)
     schedule: str = option("wsd", "shape of the rate: wsd, cosine or multistep", choices=SCHEDULES)
     warmup_steps: int = option(50, "steps until the peak rate", 0)
@@ -77,12 +75,10 @@ class Recipe:
     beta2: float = option(0.95, "AdamW's memory of its square", 0, 0.999999)
     eps: float = option(1e-8, "added to AdamW's denominator", 0, 1)
     clip: float = option(1.0, "largest norm of the gradient", 1e-12, 1e30)
-    z_loss: float = option(0.0, "weight of the mean squared log-partition of the output (OLMo 2: 1e-5)", 0, 1e6,
-                           group="loss and sequences")
+    z_loss: float = option(0.0, "weight of mean squared log-partition (OLMo 2: 1e-5)", 0, 1e6, group="loss, sequences")
     packing: str = option("concat", "how documents become sequences", choices=PACKINGS)
     document_mask: bool = option(True, "attention stays inside each document")
-    eval_every: int = option(100, "steps between evaluations, each with a sample", 1,
-                            group="evaluations and checkpoints")
+    eval_every: int = option(100, "steps between evaluations, each with a sample", 1, group="evaluation, checkpoints")
     eval_tokens: int = option(32_768, "held-out tokens of each source in an evaluation, always the same", 1)
     eval_tasks: str = option("", "tasks of evals.py in each evaluation, such as arithmetic,tasks/hellaswag.jsonl")
     save_every: int = option(500, "steps between checkpoints", 1)
@@ -96,8 +92,7 @@ class Recipe:
     device: str = option("auto", "where to train", choices=("auto", "cuda", "mps", "cpu"), group="machine")
     dtype: str = option("auto", "of the matrix products; weights are float32; float16 shows why nobody trains with it",
                         choices=("auto", "bfloat16", "float32", "float16"))
-    compile: str = option("auto", "torch.compile of every block; auto: on CUDA, and on a CPU for over 10 minutes",
-                         choices=("auto", "true", "false"))
+    compile: str = option("auto", "blocks; auto: on CUDA, or over 10 minutes of CPU", choices=("auto", "true", "false"))
     parallel: str = option("auto", "fsdp shards weights, gradients and moments", choices=("auto", "ddp", "fsdp"))
     activation_checkpointing: bool = option(False, "compute blocks twice instead of keeping their activations")
     deterministic: bool = option(False, "only deterministic kernels on CUDA, slower (a CPU's always are)")
@@ -228,9 +223,8 @@ class Run:
 
 def update(run, losses, rate):
     """One optimizer step from a batch in pieces, without waiting for the device. Each of `losses` returns, of a piece,
-    what is minimised, z-loss and routing loss included, and its share of the batch's mean loss, for the log. The
-    `Report` has sums over all processes: loss, `run.found`, what `Guard.judge` says. After a loss or norm that is not
-    finite, none changes its weights."""
+    what is minimised, z-loss and routing loss included, and its share of the batch's mean loss. The `Report` has sums
+    over all processes. After a loss or norm that is not finite, none changes its weights."""
     world, parts, run.found = run.world, [], {}
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -352,10 +346,9 @@ def enter_stage(run):
 
 
 def go_back(run, event):
-    """Rewinds a run to a checkpoint from before a spike, and has its guard skip the batches around it. PaLM (Chowdhery
-    et al. 2022, section 5.1) trained on such batches again from another, earlier checkpoint and saw no spike: it takes
-    certain batches and a certain state of the weights together. So the weights meet other batches, which is enough, and
-    the skipped ones need not be bad data."""
+    """Rewinds a run to a checkpoint from before a spike, and has its guard skip the batches around it. They need not be
+    bad data: PaLM (Chowdhery et al. 2022, section 5.1) trained on such batches from an earlier checkpoint and saw no
+    spike. It takes certain batches and a certain state of the weights together."""
     guard, began, at = run.guard, event["began"], event["step"]
     rewinds = guard.rewinds + 1 if began <= guard.tight_until else 1  # the same trouble, or a new one
     what = f"step {at:,}: the loss has not recovered from the spike at step {began:,}"
@@ -440,8 +433,7 @@ class Meter:
         run.log.write(step=at + 1, tokens=end, batch_tokens=end - begin, **entry, train_seconds=self.seconds,
                       data_seconds=run.loader.seconds if run.loader else 0.0)
         left = tqdm.format_interval((run.tokens_before(run.steps) - end) / self.pace)
-        names = [name for name in ("loss", "lr", "grad_norm", *run.found) if name in entry]
-        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in names)
+        shown = ", ".join(f"{name} {entry[name]:.3g}" for name in ("loss", "lr", "grad_norm", *run.found))
         self.bar.set_postfix_str(f"{left} left; {stage}: {shown}, {speed:,.0f} tokens/s", refresh=False)
         self.bar.update(at + 1 - self.bar.n)
 
@@ -456,13 +448,14 @@ class Meter:
 
 def blame(run, report, values):
     """Why an update was not made, naming processes and their pieces of the batch; every process calls it."""
-    rows = run.rows[run.curriculum.stage(report.step)] if run.curriculum else 0
-    bad = [(run.world.rank, i) for i, part in enumerate(report.parts) if not part.isfinite()]
+    world, rows = run.world, run.rows[run.curriculum.stage(report.step)] if run.curriculum else 0
     places = []
-    for rank, i in sum(run.world.gather(bad), []):
-        first = (i * run.world.size + rank) * rows
-        sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
-        places.append(f"process {rank}, micro-batch {i + 1}{sequences}")
+    for i, part in enumerate(report.parts):
+        if not part.isfinite():
+            first = (i * world.size + world.rank) * rows
+            sequences = f" (sequences {first} to {first + rows - 1})" * bool(rows)
+            places.append(f"process {world.rank}, micro-batch {i + 1}{sequences}")
+    places = sum(world.gather(places), [])
     what = f"step {report.step + 1}: the loss is {values['loss']} and the gradient norm {values['grad_norm']}"
     return "; ".join([what, *places[:4], "this update was not made and nothing was saved; resume the last checkpoint "
                       f"with a lower --learning_rate or --clip: {run.command} --resume {run.folder}"])
@@ -507,40 +500,37 @@ def evaluate_text(run, last):
     tasks = evals.evaluate(run.model, tokenizer, evals.tasks_of(recipe.eval_tasks, recipe.data))
     listed = [f"{name} {score:.3f}" for name, score in scores.items()]
     listed += [f"{name} {score}" for name, score in tasks.items()]
-    lines = [f"step {run.step:,}: held-out bits per byte (lower is better): {', '.join(listed)}"]
+    say(f"step {run.step:,}: held-out bits per byte (lower is better): {', '.join(listed)}")
     count, length = len(run.sources), min(96, recipe.model.max_position_embeddings // 2)
     turn = run.step // recipe.eval_every % count
     for i in range(max(3, count)) if last and not recipe.sample_prompt else [turn]:
         prompt = recipe.sample_prompt or opening(tokenizer, run.sources[i % count]["val"], i // count)
         text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step)
         samples.append(prompt + text)
-        lines.append(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
-    say("\n".join(lines) + "\n")
+        say(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
+    say("")
     return {"val": scores, "samples": samples, "tasks": tasks, **watch(run)}
 
 
 def opening(tokenizer, split, number=0):
-    """The first line of a held-out document; of a long one the words in its first 16 tokens that are whole."""
-    begin = split.starts[number % (len(split.starts) - 1)] + 1
-    text = tokenizer.decode(split.tokens[begin:begin + 16].tolist())
-    line, whole, _ = text.replace(tokenizer.decode([tokenizer.eos_id]), "\n").partition("\n")
-    return line if whole else line.rpartition(" ")[0] or line
+    """The first line of a held-out document that has three words and is no comment; of a long one the first words."""
+    begin, end = split.starts[number % (len(split.starts) - 1):][:2]
+    text = tokenizer.decode(split.tokens[begin + 1:end][:999].tolist())
+    found = re.search(r"(?m)^(?! *#)(?=.*\S +\S+ +\S).{1,40}(?!\S)", text) or re.match(".{,40}", text)
+    return found[0]
 
 
 def conclude(run):
     """Prints what the held-out bits per byte may be compared with."""
-    with contextlib.suppress(ImportError):
-        import lzma  # some installations of Python lack it
-        needs = []
+    with contextlib.suppress(ImportError):  # some installations of Python lack lzma
+        import lzma
         for split in (source["val"] for source in run.sources):
             ids = split.tokens[:run.recipe.eval_tokens].tolist()
             text = run.tokenizer.decode_bytes(id for id in ids if id != run.tokenizer.eos_id)
-            packed = lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)
-            needs.append(f"{split.name} {8 * len(packed) / len(text):.3f}")
-        print(f"compare   xz -9e needs for the same text: {', '.join(needs)}; guessing needs 8")
+            bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
+            print(f"compare   xz -9e needs for the same text: {split.name} {bits / len(text):.3f}; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
-        print("          measured for all held-out code (docs/results.md): this recipe 1.502; nanoGPT's for "
-              "characters, trained on the same text for as long, 1.916")
+        print("compare   of all held-out code this recipe has 1.502; nanoGPT's CPU recipe, trained as long, 1.916")
 
 
 @torch.no_grad()
@@ -692,7 +682,8 @@ def print_run(run, speed, memory):
         pieces = plan.batches[i] // context // rows // size
         print(f"stage     {stage.name:8} steps {begin:,} to {end:,}: {mixture}; a step of {plan.batches[i]:,} tokens: "
               f"{pieces} x {rows} rows of {context:,} a process; RoPE base {base:g}")
-    print("".join(line + "\n" for line in plan.report()), end="")
+    for line in plan.report():
+        print(line)
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
           f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "
           f"x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
@@ -714,8 +705,8 @@ def pretrain(recipe, folder, resume=False, world=None):
             print(f"verdict   {verdict}")
     if run.world.leader and draw_log(folder):
         print(f"The curves are in {folder}/loss.png")
-    ended = "Ended" if verdict else "Done"
     prompt = shlex.quote(opening(run.tokenizer, run.sources[0]["val"]))
+    ended = "Ended" if verdict else "Done"
     print(f"{ended}: {folder}. Try next:\n  python sample.py {folder} --samples 3 --prompt {prompt}\n"
           f"  python posttrain.py sft {folder}      # teaches it to answer, then python sample.py {folder}-sft --chat\n"
           f"  python ablate.py change laptop --data {recipe.data} --tokens 4e5 --try optimizer=muon  # is it better?")
@@ -755,8 +746,6 @@ def check(recipe, world):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# ---- command line ---------------------------------------------------------------------------------------------
-
 # What a resumed run may change; everything else would make the step number mean something else.
 RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_tasks save_every log data sample_prompt
     device dtype compile keep keep_every guard parallel activation_checkpointing deterministic""".split())
@@ -764,8 +753,7 @@ RESUMABLE = set("""micro_batch learning_rate clip eval_every eval_tokens eval_ta
 
 def annealing(start, candidate, given):
     """The playbook's test of a data set: from a checkpoint, or a run's after its first stage, 40 % of the base mixture
-    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from about 7T on). Without a candidate its
-    control: the base mixture alone, since the falling rate helps every source."""
+    and 60 % of the candidate while the rate falls to 0 (SmolLM3: 50B tokens from 7T on); or the base alone."""
     begun = find_checkpoint(start)
     recipe, _ = read_recipe(begun.parent.parent)
     if begun != Path(start):  # a run
@@ -806,10 +794,9 @@ def resumed(args, given, others, kind, allowed):
 
 # What nanoGPT and others call our flags, or what to type instead.
 ALIASES = {
-    "block_size context context_length seq_len": "max_position_embeddings",
-    "n_layer n_layers layers": "num_hidden_layers", "n_head n_heads heads": "num_attention_heads",
-    "n_embd d_model width": "hidden_size", "dataset": "data",
-    "lr": "learning_rate", "grad_clip": "clip", "warmup_iters": "warmup_steps", "eval_interval": "eval_every",
+    "block_size context": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "n_embd": "hidden_size", "dataset": "data", "lr": "learning_rate", "grad_clip": "clip",
+    "warmup_iters": "warmup_steps", "eval_interval": "eval_every",
     "max_iters max_steps iters steps": "steps follow from tokens: give --tokens N, where N is steps x --batch_tokens",
     "batch_size": "a batch is counted in tokens: give --batch_tokens N, where N is sequences x context",
     "gradient_accumulation_steps": "it follows from --batch_tokens and --micro_batch",
@@ -825,8 +812,7 @@ def parse(argv):
     parser.add_argument("recipe", nargs="?", help=", ".join(RECIPES) + " (default: laptop; so are the defaults below)")
     parser.add_argument("--resume", metavar="RUN", help="continue this run folder from its newest checkpoint")
     parser.add_argument("--anneal", metavar="RUN", help="test --candidate, from this run or checkpoint on")
-    parser.add_argument("--candidate", metavar="SOURCE", default="", help="the source that --anneal tests; none: the "
-                        "control, the base mixture alone")
+    parser.add_argument("--candidate", metavar="SOURCE", default="", help="none: the control, the base mixture alone")
     parser.add_argument("--minutes", type=number, metavar="M", help="train for about so long on this machine")
     parser.add_argument("--check", action="store_true", help="try all that could fail later, and say when it would end")
     parser.add_argument("--name", metavar="NAME", help="of the folder in runs/ (default: the recipe's or the data's)")
@@ -835,19 +821,18 @@ def parse(argv):
     args = parse_options(parser, argv)
     given, sizes = given_options(args, Recipe), given_options(args, ModelConfig)
     if args.resume:
-        others = [*sizes, *(name for name in ("recipe", "model", "name", "minutes") if getattr(args, name))]
-        return args, resumed(args, given, [f"--{name}" for name in others], Recipe, RESUMABLE)
+        fixed = ("recipe", "model", "name", "minutes", *sizes)
+        others = [f"--{name}" for name in fixed if vars(args)[name] is not None]
+        return args, resumed(args, given, others, Recipe, RESUMABLE)
     if args.anneal:
         if args.recipe or args.model or sizes or args.candidate and args.mixture:
-            raise UserError("--anneal RUN takes that run's recipe and model, and a --candidate such as math or a "
-                            "--mixture")
+            raise UserError("--anneal takes its run's recipe and model, and a --candidate such as math or a --mixture")
         args.recipe = f"anneal-{args.candidate or 'control'}"
         recipe = annealing(args.anneal, args.candidate, given)
     else:
         recipe = RECIPES.get(args.recipe or "laptop")
         if not recipe:
-            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data to train on a "
-                            "folder")
+            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or give a folder to --data")
         recipe = replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
     return args, replace(recipe, stages=with_mixture(recipe.stages, recipe.mixture))
 
@@ -880,8 +865,7 @@ def start(world):
     args, recipe = parse(sys.argv[1:])
     if args.minutes is not None:
         machine = cost.find_machine(recipe.device, recipe.dtype, recipe.compile)
-        if cost.compiling_pays(recipe.compile, machine.device, args.minutes):
-            machine = replace(machine, compile=True)
+        machine.compile |= cost.compiling_pays(recipe.compile, machine.device, args.minutes)
         rows, context = cost.stage_rows(recipe, world.size, machine.device)[0], recipe.model.max_position_embeddings
         speed = world.size * cost.measure_training(recipe.model, machine, rows, context, 2, 2.0)
         recipe = replace(recipe, tokens=world.agree(60 * args.minutes * speed))

@@ -126,7 +126,6 @@ def test_one_change_at_a_time(here, capsys, monkeypatch):
     assert len(begun) == 16 and len(set(begun)) == 15  # the fifth twice
     out = capsys.readouterr().out
     assert "training 5 of 15: " in out
-    assert ("The picture is in runs/changes/changes.png" in out) == bool(find_spec("matplotlib"))
     table = {line.split("  ")[0]: line for line in out.splitlines() if line.startswith(("base", *tries))}
     assert found["learning_rate=1e-6"][0] > 0.1 and "worse" in table["learning_rate=1e-6"]
     assert found["save-every=3"] == (0.0, 0.0) and "exactly the same losses" in table["save-every=3"]
@@ -168,19 +167,21 @@ def test_a_stopped_arm_is_resumed(here, monkeypatch):
 
 
 def test_all_arms_compute_alike_even_if_a_probe_wavers(here, monkeypatch):
-    """FAULTS A17: where every look at the machine would choose another dtype, the arms share the first choice."""
-    looked, recipes, chosen = [], [], cost.find_machine
+    """FAULTS A17: where bfloat16 seems fast in the first probes alone, the arms share that choice."""
+    looked, recipes = [], []
 
-    def wavering(device, dtype, compile):
+    def wavering(device, dtype, size, seconds=0.15):
         looked.append(dtype)
-        return replace(chosen(device, "float32", compile), dtype=torch.bfloat16 if dtype == "auto" and
-                       len(looked) % 2 else torch.float32 if dtype == "auto" else getattr(torch, dtype))
+        return 1e9 if dtype == torch.float32 or len(looked) > 20 else 2e9
 
-    monkeypatch.setattr(cost, "find_machine", wavering)
+    monkeypatch.setattr(cost, "matmul_flops", wavering)
     monkeypatch.setattr(ablate, "train_arm", lambda recipe, folder: recipes.append(recipe) or finished(recipe, folder))
-    ablate.change([*SHORT, "--dtype", "auto"], ablate.AblationOptions(seeds=2, tries=["clip=2", "dtype=float32"]))
+    cost.choose_dtype.cache_clear()
+    try:
+        ablate.change([*SHORT, "--dtype", "auto"], ablate.AblationOptions(seeds=2, tries=["clip=2", "dtype=float32"]))
+    finally:
+        cost.choose_dtype.cache_clear()
     assert [recipe.dtype for recipe in recipes] == ["bfloat16", "bfloat16", "float32"] * 2
-    assert looked.count("auto") == 1
 
 
 def test_a_fingerprint_changes_with_what_changes_a_training(here, monkeypatch):
@@ -204,8 +205,8 @@ def test_lr_range_test_stops_where_training_diverges(here, capsys):
     steepest, tenth = ablate.lr_range(TINY, ablate.AblationOptions(low=1e-4, high=1e3, steps=60))
     assert 0.01 < steepest < 0.05 and 0.03 < tenth < 0.1
     out = capsys.readouterr().out
-    assert "a peak to try" in out and [path.name for path in Path("runs").iterdir()] in ([], ["lr-range.png"])
-    last = float(out.splitlines()[-3].split()[0])
+    assert "a peak to try" in out and not Path("runs").exists()
+    last = float(out.splitlines()[-2].split()[0])
     assert last < 10  # it ended early
 
 
