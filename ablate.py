@@ -100,6 +100,18 @@ def mean_loss(bits):
     return float(np.mean([bits[name] for name in bits if name != "math"] or [*bits.values()]))
 
 
+def draw_lines(path, lines, **labels):
+    """Draws {label: (x, y)} where matplotlib is installed."""
+    def paint(axes):
+        for label, points in lines.items():
+            axes.plot(*points, label=label)
+        axes.set(**labels)
+        axes.legend()
+
+    if draw(path, paint):
+        print(f"The picture is in {path}")
+
+
 # ---- one change at a time -------------------------------------------------------------------------------------
 
 # Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
@@ -162,6 +174,9 @@ def change(words, o):
             log.write(key=key, change=name, **done[key])
         runs.setdefault(name, []).append(done[key])
     found = compare_runs(runs)
+    lines = {name: ([x - half, x, x + half], [i] * 3, "o-") for i, (name, (x, half)) in enumerate(found.items())}
+    draw_lines(folder / "changes.png", lines | {"baseline": ([0, 0], [0, len(found)], "k-")}, yticks=[],
+               xlabel="difference in held-out bits per byte, with 95 % intervals (left is better)")
     print(f"The trainings are in {folder}")
     return found
 
@@ -219,6 +234,9 @@ def lr_range(words, o):
     print(f"the loss falls fastest at {steepest:.1e} and is lowest at {10 * tenth:.1e}; a peak to try lies between the "
           f"first and a tenth of the second, such as {math.sqrt(steepest * tenth):.1e}"
           + "; the loss was still falling: raise --high" * (10 * tenth > 0.99 * rates[-1]))
+    Path("runs").mkdir(exist_ok=True)
+    draw_lines("runs/lr-range.png", {"smoothed": (rates[:len(smooth)], smooth)}, xscale="log", xlabel="learning rate",
+               ylabel="loss, nats per token")
     return steepest, tenth
 
 
@@ -234,8 +252,7 @@ def poisoned_losses(run, step, poison):
 
 
 # The playbook's causes of spikes: {cause: (its flags, what is tried after them: fixes, and more of the same)}. Bad data
-# is no flag: random tokens in 4 % of the batches, 80 % of the way. float16 loses small gradients in silence; at a rate
-# that bfloat16 survives, it overflows.
+# is no flag: random tokens in 4 % of the batches, 80 % of the way. float16 overflows at a rate that bfloat16 survives.
 CAUSES = {
     "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
                                    "learning_rate=1", "learning_rate=1 guard=rewind"]),
@@ -281,15 +298,7 @@ def spikes(words, o):
         lines[f"{name}: {found[name][1]}"] = tuple(zip(*points))
         largest = max((y for _, y in points), default=math.nan)
         train.say(f"{name:42}{loss:13.4f}{worse:+11.1%}{largest:14.2f}  {found[name][1]}")
-
-    def paint(axes):
-        for label, points in lines.items():
-            axes.plot(*points, label=label)
-        axes.set(xlabel="step", ylabel="loss, nats per token", yscale="log")
-        axes.legend()
-
-    if draw(root / "spikes.png", paint):
-        print(f"The picture is in {root}/spikes.png")
+    draw_lines(root / "spikes.png", lines, xlabel="step", ylabel="loss, nats per token", yscale="log")
     return found
 
 
