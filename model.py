@@ -264,7 +264,7 @@ def dense_attention(q, k, v, visible, bias=None, sink=None):
     if sink is not None:  # one more score, whose value is zero
         scores = torch.cat((scores, sink.to(q.dtype)[:, None, None].expand_as(scores[..., :1])), -1)
     p = scores.softmax(-1)[..., :S].unflatten(1, (G, -1))
-    return torch.einsum("bgnts,bsgd->btgnd", p, v).flatten(2, 3)
+    return torch.einsum("bgnts,bsgd->bgntd", p, v).flatten(1, 2).transpose(1, 2)
 
 
 def document_attention(q, k, v, cu_seqlens, max_length, window=0, sink=None):
