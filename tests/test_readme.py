@@ -109,8 +109,8 @@ def test_a_schedule_needs_one_line(monkeypatch):
     monkeypatch.setitem(schedule.SCHEDULES, "half", lambda *words: 0.5)
     recipe = train.parse([*TINY, "--schedule", "half", "--learning_rate", "0.2"])[1]
 
+    class Whole:
         stages, begins, batches, stage = recipe.stages[:1], [0, 10], [recipe.batch_tokens], lambda self, step: 0
-        stages, begins, ends, batches, stage = recipe.stages[:1], [0], [10], [recipe.batch_tokens], lambda self, step: 0
 
     assert train.learning_rate(recipe, Whole(), 3) == pytest.approx(0.1)
 
