@@ -530,8 +530,8 @@ def conclude(run):
             bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
             print(f"compare   xz -9e needs for the same text: {split.name} {bits / len(text):.3f}; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
-        print("compare   measured on all held-out code (docs/results.md): this recipe 1.501, nanoGPT's for a CPU, as long "
-              "in training, 2.150")
+        print("compare   measured on all held-out code (docs/results.md): this recipe 1.501, nanoGPT's CPU recipe, "
+              "trained as long, 2.150")
 
 
 @torch.no_grad()
