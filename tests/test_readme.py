@@ -78,6 +78,8 @@ def test_command_of_the_pages(command, place, monkeypatch):
     elif "--minutes" in words:
         pytest.skip("it times this machine; test_cost.py plans from given speeds")
     else:
+        if "export" in words:
+            pytest.importorskip("safetensors")
         if "prepare" in words:  # data/mine is there
             words = [word.replace("data/mine", "data/new") for word in words] + ["--tokenizer", "bytes"]
         words += ["--tasks", "bpb"] * (name == "evals") + ["--context", "64"] * ("--chat" in words)
