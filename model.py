@@ -937,8 +937,9 @@ class HeadLoss(torch.autograd.Function):
         w, grad_w = weight.to(x.dtype), torch.zeros_like(weight, dtype=torch.float32)
         counts, grad_x = (targets >= 0)[:, None], torch.empty_like(x)
         nats, log_z = torch.empty(2, len(x), 1, device=x.device)
-        for h, t, *places in pieces_of(x * counts, targets, nats, log_z, grad_x):  # made between pieces, results would
-            *found, slope = of_piece(F.linear(h, w), t, cap, z)  # lie where a CPU's heap needs room for large logits
+        # Results have their places before the loop: made in it, they would split a CPU's heap between large logits.
+        for h, t, *places in pieces_of(x * counts, targets, nats, log_z, grad_x):
+            *found, slope = of_piece(F.linear(h, w), t, cap, z)
             for place, value in zip(places, (*found, slope @ w)):
                 place.copy_(value)
             grad_w += slope.t() @ h

@@ -520,15 +520,16 @@ def opening(tokenizer, split, number=0):
     return found[0]
 
 
-def conclude(run):
-    """Prints what the held-out bits per byte may be compared with."""
+def conclude(run, scores):
+    """Prints the held-out bits per byte {source: score} beside what they may be compared with."""
     with contextlib.suppress(ImportError):  # some installations of Python lack lzma
         import lzma
         for split in (source["val"] for source in run.sources):
             ids = split.tokens[:run.recipe.eval_tokens].tolist()
             text = run.tokenizer.decode_bytes(id for id in ids if id != run.tokenizer.eos_id)
             bits = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))
-            print(f"compare   xz -9e needs for the same text: {split.name} {bits / len(text):.3f}; guessing needs 8")
+            print(f"compare   {split.name}: {scores[split.name]:.3f} bits per byte, where xz -9e needs "
+                  f"{bits / len(text):.3f} for the same text; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
         print("compare   measured on all held-out code (docs/results.md): this recipe 1.501, nanoGPT's CPU recipe, "
               "trained as long, 2.150")
@@ -697,7 +698,7 @@ def pretrain(recipe, folder, resume=False, world=None):
         print(f"finished  all {run.steps:,} steps are done; {train_longer(folder)}")
     scores, verdict = train(run), ""
     if run.world.leader and scores:
-        conclude(run)
+        conclude(run, scores["val"])
         held_out = sum(share * scores["val"][source["val"].name] * math.log(2) * source["val"].bytes
                        / len(source["val"].tokens) for source, share in zip(run.sources, run.curriculum.shares[-1]))
         excess = laptop_excess(scores["val"], count_parameters(run.recipe.model)["active"],

@@ -1,11 +1,12 @@
 """Speed beside transformers' Llama of the same shape, in one run: training steps, document masks, greedy sampling.
 
-    python tests/bench_transformers.py [--compile] [--rounds 10] [--only training masks sampling]
+    python tests/bench_transformers.py [--compile] [--rounds 10] [--only training masks sampling limits]
 
 Training: bf16 products over fp32 weights, fused AdamW, clipping; theirs under autocast; 12M parameters at 16 rows of
 256 tokens, and the shape of nanoGPT's CPU recipe. Masks: a step on 2,048 tokens of documents of about 300, each
-attending to itself, against one document, both ours. Sampling: 200 greedy tokens. Everything is timed in turn, several
-rounds, so that a machine whose speed drifts is fair to both; the figures are medians.
+attending to itself, against one document, both ours. Sampling: 200 greedy tokens.
+Limits: the matrix products of a token alone, and attention in the laptop's rows by both of its routes. Everything is
+timed in turn, several rounds, so that a machine whose speed drifts is fair to both; the figures are medians.
 """
 
 import argparse
@@ -16,10 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cost import keep_freed_memory
-from model import GPT, ModelConfig
+from model import GPT, PRESETS, ModelConfig, dense_attention, document_attention
 from sample import generate
 from schedule import build_optimizer
 
@@ -116,11 +118,34 @@ def sampling(args):
                   f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
 
 
+def limits(args):
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = [p.detach().to(dtype) for p in GPT(MIDDLE).parameters() if p.ndim == 2]
+        for rows in (1, 16):
+            inputs = {width: torch.randn(rows, width).to(dtype) for width in (384, 1152)}
+            seconds = in_turn(30, products=lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])["products"]
+            read = sum(w.nbytes for w in weights) / seconds / 1e9
+            print(f"limits    products alone, batch {rows}, {str(dtype)[6:]}: {rows / seconds:,.0f} tok/s, weights "
+                  f"read at {read:.0f} GB/s", flush=True)
+    memory = torch.randn(2**24)
+    print(f"limits    a sum over 64 MiB reads {memory.nbytes / in_turn(10, sum=memory.sum)['sum'] / 1e9:.0f} GB/s")
+    heads, groups = (getattr(PRESETS["laptop"], f"num_{name}_heads") for name in ("attention", "key_value"))
+    q, k, v = (torch.randn(16, 128, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (heads, groups, groups))
+    starts = torch.cat((torch.arange(0, 2048, 40), torch.arange(0, 2049, 128))).unique().int()
+    document = torch.searchsorted(starts, torch.arange(2048), right=True).view(16, 1, 128)
+    visible = (document.mT == document) & torch.ones(128, 128, dtype=torch.bool).tril()
+    flat = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
+    found = in_turn(args.rounds, dense=lambda: dense_attention(q, k, v, visible[:, None]).sum().backward(),
+                    flash=lambda: document_attention(*flat, starts, 128).sum().backward())
+    print(f"limits    attention forward and backward, 16 rows of 128 in documents of 40: batched products "
+          f"{1e3 * found['dense']:.1f} ms, a flash kernel per document {1e3 * found['flash']:.1f} ms")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="torch.compile our blocks")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", nargs="+", default=["training", "masks", "sampling"])
+    parser.add_argument("--only", nargs="+", default=["training", "masks", "sampling", "limits"])
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)
