@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command, write_json
+
 import numpy as np
 import torch
 from torch.nn.utils import get_total_norm
@@ -37,7 +39,6 @@ import train
 from checkpoint import Log, find_checkpoint, new_run_folder
 from data import fit_stages, load_data
 from model import count_parameters
-from tokenizer import Parser, UserError, add_options, check_options, draw, option, run as run_command, write_json
 
 
 @dataclass

@@ -22,6 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tokenizer import (ChatFormat, Tokenizer, UserError, draw, file_sha256, installed, read_json, reading, run,
+                       write_json, write_text)
+
 import torch
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
@@ -29,8 +32,6 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from model import GPT, ModelConfig
-from tokenizer import (ChatFormat, Tokenizer, UserError, draw, file_sha256, installed, read_json, reading, run,
-                       write_json, write_text)
 
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}  # name -> module
 CHAT_TEMPLATE = ("{{ bos_token }}{% for message in messages %}"

@@ -24,12 +24,13 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 
+from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
+
 import torch
 
 import schedule
 from model import DENSE_ROWS, GPT, PRESETS, ModelConfig, count_parameters
 from schedule import CHINCHILLA, LAPTOP_LAW
-from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
 
 # Dense bf16 peak in FLOP/s (data sheets, without sparsity) and GB of memory, by a part of the device's name.
 GPUS = {"H200": (989.4e12, 141), "H100 PCIe": (756e12, 80), "H100": (989.4e12, 80), "H800": (989.4e12, 80),

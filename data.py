@@ -39,11 +39,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
+                       installed, option, parse_options, read_json, reading, run, train_bpe, utf8, write_json)
+
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
-                       installed, option, parse_options, read_json, reading, run, train_bpe, utf8, write_json)
 
 FORMAT = 3  # of the token files
 SPLITS = "train", "val"

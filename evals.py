@@ -31,6 +31,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
+from tokenizer import ChatFormat, Parser, UserError, option, reading, run, write_text
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -39,7 +41,6 @@ from tqdm import tqdm
 from checkpoint import Log, from_pretrained, is_hugging_face, save_pretrained
 from data import HELD_OUT, Split, draw_notes, generated_math, held_out_batches, load_data, note, note_question, uniform
 from sample import ContextOptions, command_options, extended, load, recipe_of
-from tokenizer import ChatFormat, Parser, UserError, option, reading, run, write_text
 
 AT_ONCE = 2048  # tokens whose logits are computed together
 

@@ -22,13 +22,14 @@ import math
 from collections import namedtuple
 from dataclasses import dataclass, replace
 
+from tokenizer import UserError, check_options, option, run
+
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import UserError, check_options, option, run
 
 ROPE = ("rope", "llama3", "yarn", "dual_chunk")
 recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing random is drawn

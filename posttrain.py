@@ -39,6 +39,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, given_options, option, parse_options,
+                       reading, run as run_command)
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,8 +58,6 @@ from evals import Score
 from model import count_parameters
 from sample import continue_all
 from schedule import SCHEDULES
-from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, given_options, option, parse_options,
-                       reading, run as run_command)
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
 

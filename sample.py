@@ -16,14 +16,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, check_options, option, parse_options,
+                       read_json, run)
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import from_pretrained, is_hugging_face
 from model import GPT, KVCache
-from tokenizer import (ChatFormat, Parser, Tokenizer, UserError, add_options, check_options, option, parse_options,
-                       read_json, run)
 
 
 def filter_logits(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):

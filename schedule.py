@@ -14,11 +14,12 @@ import warnings
 from dataclasses import dataclass
 from unittest.mock import patch
 
+from tokenizer import Parser, UserError, number, run
+
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from tokenizer import Parser, UserError, number, run
 
 # ---- learning-rate schedules ----------------------------------------------------------------------------------
 # The last step, `total - 1`, has exactly the final rate.

@@ -30,6 +30,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import unicodedata
@@ -39,6 +40,9 @@ from functools import cached_property, partial
 from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
+
+if Path(sys.argv[0]).resolve().parent == Path(__file__).parent:  # a command: Ctrl-C in its imports prints no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`; hence each file imports this one before torch
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -695,6 +699,7 @@ def run(main):
     """Runs a command line. A user's mistake ends it in one sentence and status 2; any other exception is a bug."""
     if hasattr(sys.stdout, "reconfigure"):  # a redirected Windows console, for one, cannot hold every character
         sys.stdout.reconfigure(errors="replace")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except BrokenPipeError:  # the reader, `head` for one, has read enough

@@ -35,6 +35,9 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
+from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
+                       parse_options, reading, run as run_command, write_json)
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -49,8 +52,6 @@ from model import (GPT, PRESETS, Attention, Block, GatedDeltaNet, ModelConfig, R
                    watch_attention)
 from sample import complete
 from schedule import DECAYS, OPTIMIZERS, SCHEDULES, Guard, Optimizers, build_optimizer, laptop_excess, learning_rate
-from tokenizer import (Parser, Tokenizer, UserError, add_options, check_options, given_options, number, option,
-                       parse_options, reading, run as run_command, write_json)
 
 
 @dataclass(frozen=True)
@@ -845,12 +846,13 @@ def command_line(work):
     world = World.join()
     if not world.leader:
         sys.stdout = open(os.devnull, "w")
+    status = 0
     try:
         work(world)
     except Interrupted as stop:
         if world.leader:
             print(stop, file=sys.stderr)
-        sys.exit(75)  # EX_TEMPFAIL, for `until python train.py --resume RUN; do [ $? = 75 ] || break; done`
+        status = 75  # EX_TEMPFAIL, for `until python train.py --resume RUN; do [ $? = 75 ] || break; done`
     except torch.OutOfMemoryError:
         raise UserError("GPU memory is full; halve --micro_batch or take --activation_checkpointing true") from None
     except BaseException:
@@ -861,6 +863,10 @@ def command_line(work):
     if world.size > 1:
         world.agree()
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)  # FSDP's groups live on in threads of gloo, which may abort an interpreter that ends
+    if status:
+        sys.exit(status)
 
 
 def start(world):

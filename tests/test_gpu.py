@@ -181,7 +181,7 @@ def test_post_training_looks_at_few_models_before_it_starts(base, monkeypatch):
 # ---- two processes --------------------------------------------------------------------------------------------
 
 TWO = f"""
-import sys
+import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import sample, torch, torch._dynamo.testing, train
 from dataclasses import replace
@@ -247,7 +247,8 @@ hook = register_module_forward_hook(note)
 updates("fsdp", EVERYTHING, replace(machine, dtype=torch.bfloat16, compile=False), fsdp, parallel="fsdp")
 world.leader and print("dtypes", *sorted(seen))
 world.agree()
-torch.distributed.destroy_process_group()
+sys.stdout.flush()
+os._exit(0)  # as train.command_line ends
 """
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,20 @@ def test_command_of_the_pages(command, place, monkeypatch):
         done = call(FILES[name].main, *words)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
         assert SHOWS.get(command, "") in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what a process has loaded")
+@pytest.mark.parametrize("name", FILES)
+def test_ctrl_c_during_imports(name):
+    """It ends a command without a word, not with the traceback of whatever was being imported."""
+    process = subprocess.Popen([sys.executable, f"{name}.py", "--help"], cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while "/_regex" not in maps.read_text():  # what tokenizer.py imports first
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out, errors) == (-signal.SIGINT, "", "")
 
 
 def test_try_your_own_idea(place, monkeypatch, tmp_path):
