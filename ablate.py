@@ -253,11 +253,11 @@ def poisoned_losses(run, step, poison):
 
 
 # The playbook's causes of spikes: {cause: (its flags, what is tried after them: fixes, and more of the same)}. Bad data
-# is no flag: random tokens in 4 % of the batches, 80 % of the way. float16 overflows at a rate that bfloat16 survives.
+# is no flag: random tokens in 4 % of the batches (or in 3), 80 % of the way. float16 overflows where bfloat16 does not.
 CAUSES = {
     "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
                                    "learning_rate=1", "learning_rate=1 guard=rewind"]),
-    "data": ("", ["guard=skip", "guard=rewind", "clip=0.1"]),
+    "data": ("", ["3 batches", "guard=skip", "guard=rewind", "clip=0.1"]),
     "init": ("initializer_range=0.5", ["initializer=scaled", "initializer_range=0.02",
                                        "initializer_range=0.02 initializer=scaled", "qk_norm=true", "clip=0.1"]),
     "precision": ("dtype=float16", ["dtype=bfloat16", "dtype=float32", "learning_rate=1",
@@ -277,7 +277,7 @@ def spikes(words, o):
     print(f"cause     {what}; {steps} steps; runs are in {root}\n"
           f"{'':42}bits per byte   to clean  largest loss  how it went")
     for name in ("clean", "cause", *fixes):
-        flags = {"clean": "", "cause": cause}.get(name, f"{cause} {name}").split()
+        flags = {"clean": "", "cause": cause, "3 batches": ""}.get(name, f"{cause} {name}").split()
         recipe = replace(recipe_from([*words, *(f"--{flag}" for flag in flags)]),
                          tokens=tokens, save_every=steps // 20, keep=20)
         if late := poison and name != "clean":
@@ -286,7 +286,8 @@ def spikes(words, o):
                 file for file in names if file.startswith("step-") and file != early])
         run, loss, stopped = prepared(recipe, root / name, late), math.nan, []
         try:
-            loss = mean_loss(trained(run, functools.partial(poisoned_losses, poison=poison if late else ())))
+            bad = poison[:3] if name == "3 batches" else poison if late else ()
+            loss = mean_loss(trained(run, functools.partial(poisoned_losses, poison=bad)))
         except train.Diverged:
             stopped = [f"not recovered: stopped at step {run.step}"]
         went = [event["kind"] for event in run.log.events if "kind" in event]
@@ -294,7 +295,6 @@ def spikes(words, o):
         went += [f"rewound to step {event['to']}" for event in run.log.events if event["event"] == "rewind"] + stopped
         points = [(entry["step"], entry["loss"]) for entry in run.log.entries() if entry.get("loss")]
         worse = loss / found.get("clean", (loss,))[0] - 1
-        went += ["plateaued higher"] * (worse > 0.05)
         found[name] = loss, ", ".join(went) or "no spike"
         lines[f"{name}: {found[name][1]}"] = tuple(zip(*points))
         largest = max((y for _, y in points), default=math.nan)

@@ -532,8 +532,8 @@ def conclude(run, scores):
             print(f"compare   {split.name}: {scores[split.name]:.3f} bits per byte, where xz -9e needs "
                   f"{bits / len(text):.3f} for the same text; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
-        print("compare   measured on all held-out code (docs/results.md): this recipe 1.501, nanoGPT's CPU recipe, "
-              "trained as long, 2.150")
+        print("compare   measured on all held-out code (docs/results.md): the whole laptop recipe 1.501, nanoGPT's CPU "
+              "recipe, trained as long, 2.150")
 
 
 @torch.no_grad()
