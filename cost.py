@@ -29,7 +29,7 @@ from tokenizer import Parser, UserError, add_options, check_options, draw, optio
 import torch
 
 import schedule
-from model import DENSE_ROWS, GPT, PRESETS, ModelConfig, count_parameters
+from model import DENSE_ROWS, GPT, PRESETS, ModelConfig, cache_bytes, count_parameters
 from schedule import CHINCHILLA, LAPTOP_LAW
 
 # Dense bf16 peak in FLOP/s (data sheets, without sparsity) and GB of memory, by a part of the device's name.
@@ -188,8 +188,8 @@ def find_machine(device="auto", dtype="auto", compile="auto"):
     """Picks device, dtype and compilation, and tries a tiny training step. UserError if that fails, also on a CPU."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     asked, device = device, best if device == "auto" else device
-    kernels = fast_attention() if device == "cuda" else ""
     try:
+        kernels = fast_attention() if device == "cuda" else ""
         chosen, why = choose_dtype(device) if dtype == "auto" else (getattr(torch, dtype), "as asked")
         measure_training(ModelConfig(64, 64, 128, 1, 1, 1), Machine(device, chosen, False, 0.0, ""), 2, 32, 2, 0.0)
     except Exception as error:  # a device fails in many ways
@@ -277,15 +277,22 @@ def settle(recipe, machine, processes, context):
     recipe = replace(recipe, device=machine.device, dtype=str(machine.dtype)[6:], compile=str(machine.compile).lower())
     if recipe.parallel == "auto":
         needs = recipe_memory(recipe, 1, context, processes, machine.device)["total"]
-        sharded = processes > 1 and needs > 0.9 * machine_memory(machine.device)
+        sharded = processes > 1 and needs > 0.85 * machine_memory(machine.device)
         recipe = replace(recipe, parallel="fsdp" if sharded else "auto")
     return recipe
 
 
-def fits(recipe, rows, context, processes, device):
-    """Whether so many sequences fit into 85 % of a GPU, or into 1 GiB of activations, past which a CPU is no faster."""
+def fits(recipe, rows, context, processes, device, share=0.85):
+    """Whether so many sequences fit into a share of a GPU, or 1 GiB of activations: a CPU is no faster with more."""
     memory = recipe_memory(recipe, rows, context, processes, device)
-    return memory["total"] <= 0.85 * machine_memory(device) if device == "cuda" else memory["activations"] <= 2**30
+    return memory["total"] <= share * machine_memory(device) if device == "cuda" else memory["activations"] <= 2**30
+
+
+def rows_at_once(recipe):
+    """Answers that are drawn together: the cache, which stays while GRPO trains, takes at most 10 % of a GPU."""
+    row = cache_bytes(recipe.model, 1 << (recipe.model.max_position_embeddings - 1).bit_length())
+    fit = max(1, int(0.1 * machine_memory(recipe.device) / row)) if recipe.device == "cuda" else 256
+    return min(256, 1 << fit.bit_length() - 1)
 
 
 def stage_rows(recipe, processes, device):
@@ -314,7 +321,8 @@ def check_memory(recipe, machine, processes, rows, curriculum):
     """Bytes that a process needs in its largest stage; UserError where this machine does not have them."""
     device, room, before = machine.device, machine_memory(machine.device), peak_memory("cpu", "VmRSS")
     need = max(process_memory(
-        recipe_memory(recipe, n, context, processes, device, batch // context > n * processes), device, before)
+        recipe_memory(recipe, n, context, processes, device,
+                      batch // context > n * (processes if recipe.parallel == "fsdp" else 1)), device, before)
         for n, context, batch in zip(rows, curriculum.contexts, curriculum.batches))
     if need > room:
         raise UserError(f"a process needs {need / 2**30:.2f} GiB of memory and {room / 2**30:.2f} are there; take "

@@ -743,8 +743,9 @@ def prepare(sources, out, tokenizer=None, options=DataOptions()):
 
 def pack_best_fit(starts, context):
     """Documents whole, longest first, in the row that they fill most (Ding et al. 2024, 2404.10830); only longer ones
-    are cut; the rest of a row is padding. `room[c]` lists the rows with c places left, bit c of `some` says whether
-    there is one: the lowest bit from a piece's size on is its best fit."""
+    are cut; the rest of a row is padding. Returns the row, the begin and the size of each piece, in the order of the
+    text. `room[c]` lists the rows with c places left, bit c of `some` says whether there is one: the lowest bit from a
+    piece's size on is its best fit."""
     cuts = -(-np.diff(starts) // context)  # pieces of each document
     number = np.arange(cuts.sum()) - np.repeat(np.cumsum(cuts) - cuts, cuts)
     begins = np.repeat(starts[:-1], cuts) + number * context
@@ -996,7 +997,8 @@ def load_data(data, vocab_size=8192, verify=True):
     data/laptop (with a tokenizer of `vocab_size`) and data/recall are made if they are missing."""
     missing = [name for name in data.split(",") if verify and not Path(name).exists()]
     if "data/laptop" in missing:
-        print("data      data/laptop is not there yet: reading the Python installation, training a tokenizer, encoding")
+        print(f"data      {Path('data/laptop').resolve()} is not there yet: reading the Python installation, "
+              "training a tokenizer, encoding")
         prepare(embedded(), "data/laptop", None, DataOptions(vocab_size=vocab_size))
     first = source_folders(data.split(",")[0])[0]
     place = first if (first / "tokenizer.json").exists() else first.parent  # in a source alone, or beside sources

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 
@@ -462,7 +463,8 @@ def yarn_temperature(config):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles [T, 1, R/2]; numbers from R on stay."""
+    """RoPE (Su et al. 2021): rotates the pairs (x[i], x[i + R/2]) of x [B, T, H, D] by angles whose cosines and sines
+    are given, [T, 1, R/2]; numbers from R on, the rotated part of a head, stay."""
     half = cos.shape[-1]
     x, rest = x.split((2 * half, x.shape[-1] - 2 * half), -1)
     y = x * torch.cat((cos, cos), -1) + torch.cat(x.split(half, -1)[::-1], -1) * torch.cat((-sin, sin), -1)
@@ -902,19 +904,20 @@ def pieces_of(*tensors):
 
 
 def token_nats(x, targets, weight, cap):
-    """Negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100: x [P, C], the head's weight [V, C]."""
+    """The loss: negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100; x [P, C], the head's weight
+    [V, C]. Training takes the same from `HeadLoss`, with the gradients."""
     logits = soft_capped(multiply(x, weight).float(), cap)
     if _watched is not None:
         _watched[1].append(logits.abs().max())
     return F.cross_entropy(logits, targets, reduction="none")
 
 
-def losses_and_slope(logits, targets, cap, z):
-    """Of logits [P, V] without their soft-cap and targets [P] (-100 counts as 0): nats and log(Z) in fp32, [P, 1] each,
-    and the gradient [P, V] of nats + z log(Z)^2 by the logits, in their dtype.
+def losses_and_slope(x, weight, targets, cap, z):
+    """Of x [P, C], the head's weight [V, C] and targets [P] (-100 counts as 0): nats and log(Z) in fp32, [P, 1] each,
+    and the gradient [P, V] of nats + z log(Z)^2 by the logits without their soft-cap, in the dtype of x.
     The squared log-partition (PaLM) keeps logits from drifting. The playbook saw no effect (2.200 without, 2.194 with)
     and left it out; OLMo 2 trains with a z of 1e-5."""
-    dtype, logits = logits.dtype, soft_capped(logits.float(), cap)
+    dtype, logits = x.dtype, soft_capped(F.linear(x, weight).float(), cap)
     at = torch.arange(len(targets), device=targets.device)[:, None], targets[:, None].clamp(min=0)
     if torch.compiler.is_compiling():  # the same twice: this is fused into passes that store nothing but the slope
         log_z = logits.logsumexp(-1, True)
@@ -940,7 +943,7 @@ class HeadLoss(torch.autograd.Function):
         nats, log_z = torch.empty(2, len(x), 1, device=x.device)
         # Results have their places before the loop: made in it, they would split a CPU's heap between large logits.
         for h, t, *places in pieces_of(x * counts, targets, nats, log_z, grad_x):
-            *found, slope = of_piece(F.linear(h, w), t, cap, z)
+            *found, slope = of_piece(h, w, t, cap, z)
             for place, value in zip(places, (*found, slope @ w)):
                 place.copy_(value)
             grad_w += slope.t() @ h
@@ -979,13 +982,15 @@ class GPT(nn.Module):
     def compile_blocks(self, backend="inductor"):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's blocks
         stay eager: their loop over chunks would unroll."""
-        torch._dynamo.config.recompile_limit = 64  # a graph for every kind of layer at every context of a curriculum
+        torch._dynamo.config.recompile_limit = 256  # a graph for every kind of layer at each of up to 16 lengths
         torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         self.compiled = True
         self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)
+        self.nats_of_piece = torch.compile(token_nats, backend=backend)  # of answers, whose lengths differ
         for layer in self.model.layers:
-            if hasattr(layer, "self_attn"):
-                layer.compile(fullgraph=True, dynamic=False, backend=backend)
+            if hasattr(layer, "self_attn"):  # FSDP gathers what it shards inside a block between graphs
+                whole = not any(isinstance(part, FSDPModule) for part in [*layer.modules()][1:])
+                layer.compile(fullgraph=whole, dynamic=False, backend=backend)
 
     def layout(self, tokens, cu_seqlens, cache):
         """The Layout of tokens [B, T] that follow those in the cache, if any."""
@@ -1046,7 +1051,9 @@ class GPT(nn.Module):
             minimised, nats = HeadLoss.apply(x, weight, flat, cap, z_loss, of_piece)
         else:
             scale = temperature or 1.0
-            call = functools.partial(recomputed, token_nats) if x.is_cuda else token_nats
+            call = self.nats_of_piece if compiled else token_nats
+            if x.is_cuda or 10 * len(x) * len(weight) > 2**30:  # bytes of all logits: on a CPU, keeping them is faster
+                call = functools.partial(recomputed, call)
             nats = torch.cat([call(*piece, weight, cap / scale) for piece in pieces_of(x / scale, flat)])
             minimised = nats.sum()
         return minimised, nats.view_as(targets)

@@ -323,7 +323,7 @@ def askable(run, rows):
 def answers(run, asked, samples, temperature, seed, stop=None):
     """[problems][samples] of what the model answers, at most --max_tokens ids, and its reward."""
     made = continue_all(run.model, [ids for _, ids in asked], run.recipe.max_tokens, samples, temperature=temperature,
-                        seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=256,
+                        seed=seed, stop=stop or run.chat_format.stop | {run.end}, at_once=cost.rows_at_once(run.recipe),
                         vocab_size=run.tokenizer.vocab_size,
                         compile=run.machine.compile and run.machine.device == "cuda" and run.recipe.parallel != "fsdp")
     return [[(ids, reward_of(run.reward, row, run.tokenizer.decode(ids))) for ids in group]
@@ -602,7 +602,7 @@ def prepare_run(recipe, folder, world, resume):
     said = [i for i, trained in zip(ids, mask) if trained and i in tokenizer.special.values()]
     run.end = (said or sorted(run.chat_format.stop))[-1]
     run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
-        (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device)), 1)])
+        (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device, 0.75)), 1)])
     for kind in () if rows else PROBLEMS if recipe.method == "sft" else ["arithmetic"]:
         run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))
     sequences, length = prepare(run, rows)

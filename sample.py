@@ -64,7 +64,7 @@ def compiled_step(model, tokens, cache, last_only):
     # Not a constant, or each token would compile again; a copy, because a graph's next run overwrites what it returns.
     cache.length = torch.as_tensor(cache.length, device=tokens.device).clone()
     if model.step is not False:
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 256
         model.step = model.step or torch.compile(model.forward, fullgraph=True, dynamic=False,
                                                  mode="reduce-overhead" if tokens.is_cuda else None)
         try:
@@ -127,7 +127,7 @@ def continue_all(model, prompts, max_tokens, samples=1, *, seed=0, at_once=128, 
     for i, prompt in enumerate(prompts):
         groups.setdefault(len(prompt), []).append(i)
     batches = (group[i:i + count] for group in groups.values() for i in range(0, len(group), count))
-    for number, batch in enumerate(tqdm(list(batches), "answering", leave=False, delay=2, disable=None)):
+    for number, batch in enumerate(tqdm(list(batches), "sampling", leave=False, delay=2, disable=None)):
         rows = [ids for i in batch for ids in made[i]]
         for step in generate(model, [prompts[i] for i in batch], max_tokens, samples,
                              seed=seed + 1_000_003 * number, **options):

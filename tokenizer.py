@@ -563,7 +563,7 @@ def reading(path, advice="it is damaged, incomplete or in another format; make i
     except UserError:
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        reason = getattr(error, "strerror", "") or (str(error) if isinstance(error, ValueError) else repr(error))
         raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
 
 
@@ -645,6 +645,7 @@ def add_options(parser, *classes, without=()):
                 value = getattr(cls, name)
                 text = rule["help"] + f" (default: {value})" * (value != "")
                 group.add_argument(f"--{name}", type=kinds[kind], help=text.replace("%", "%%"),
+                                   **{"nargs": "?", "const": True} if kind is bool else {},  # --qk_norm alone: true
                                    metavar="|".join(filter(None, rule["choices"])) or kind.__name__)
 
 
@@ -682,6 +683,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
+        for name, means in (("whole_number", "a whole number such as 1000, 1e6 or 2M"),
+                            ("number", "a number such as 1000, 1e6 or 2M"), ("true_or_false", "true or false")):
+            message = message.replace(f"invalid {name} value", f"give {means}, not")
         raise UserError(f"{message}; see `python {self.prog} --help`")
 
 

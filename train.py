@@ -212,6 +212,7 @@ class Run:
     fingerprint: dict = field(default_factory=dict)  # {source: sha256 of what it trains on}
     flops: float = 0.0  # per token
     tokens_per_step: float = 0.0  # where there is no curriculum
+    speed: float = 0.0  # tokens per second of all processes, measured before the run
     found: dict = field(default_factory=dict)  # {name: tensor} that losses report besides, summed over pieces
     signals: list = field(default_factory=list)  # SIGINT and SIGTERM that arrived
     command: str = "python train.py"
@@ -237,7 +238,8 @@ def update(run, losses, rate):
     clip = run.recipe.clip / (2 if run.step < run.guard.tight_until else 1)
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), clip)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's is sharded
-    local = {"loss": torch.stack(parts).sum(), "signals": torch.tensor(float(len(run.signals))), **run.found}
+    signals = torch.full_like(norm, len(run.signals))  # made on the device: copying a number there would wait
+    local = {"loss": torch.stack(parts).sum(), "signals": signals, **run.found}
     summed = world.sum(torch.stack([value.float().to(norm.device) for value in local.values()]))
     values = dict(zip(local, summed)) | {"grad_norm": norm}
     values |= run.guard.judge(values["loss"], norm)
@@ -384,7 +386,7 @@ class Meter:
         self.bar = tqdm(total=run.steps, initial=run.step, disable=not run.world.leader, dynamic_ncols=True,
                         mininterval=0.5 if sys.stderr.isatty() else 10,
                         bar_format="{n_fmt}/{total_fmt} steps [{elapsed}]{postfix}")
-        self.pace = 0.0  # tokens per second, averaged; evaluations would spoil tqdm's own estimate of the time left
+        self.pace = run.speed  # then averaged; evaluations would spoil tqdm's own estimate of the time left
         self.mark = time.perf_counter()  # when the last update was read, or something else than training ended
 
     def write(self, **entry):
@@ -506,7 +508,7 @@ def evaluate_text(run, last):
     turn = run.step // recipe.eval_every % count
     for i in range(max(3, count)) if last and not recipe.sample_prompt else [turn]:
         prompt = recipe.sample_prompt or opening(tokenizer, run.sources[i % count]["val"], i // count)
-        text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step)
+        text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step + i)
         samples.append(prompt + text)
         say(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
     say("")
@@ -532,8 +534,8 @@ def conclude(run, scores):
             print(f"compare   {split.name}: {scores[split.name]:.3f} bits per byte, where xz -9e needs "
                   f"{bits / len(text):.3f} for the same text; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
-        print("compare   measured on all held-out code (docs/results.md): the whole laptop recipe 1.501, nanoGPT's CPU "
-              "recipe, trained as long, 2.150")
+        print("compare   all held-out code, not only the part above, gave (docs/results.md): the whole laptop recipe "
+              "1.501, nanoGPT's CPU recipe, trained as long, 2.150")
 
 
 @torch.no_grad()
@@ -620,6 +622,7 @@ def training_speed(run, compile):
         run.model.compile_blocks()
         speed = world.size * measure()
         run.recipe = replace(run.recipe, compile=str(run.model.compiled).lower())
+    run.speed = speed
     return speed
 
 
@@ -675,7 +678,8 @@ def print_run(run, speed, memory):
     """`speed` in tokens per second, all processes together; `memory` in bytes of one."""
     recipe, plan, config, size = run.recipe, run.curriculum, run.recipe.model, run.world.size
     count, tokens, epochs = count_parameters(config), plan.tokens(plan.steps), plan.epochs()
-    print("data      " + "; ".join(f"{s.name} {len(s.tokens):,} tokens x {epochs[s.name]:.2f}" for s in plan.sources))
+    read = [f"{s.name} {len(s.tokens):,} tokens, read {epochs[s.name]:.2f} times" for s in plan.sources]
+    print("data      " + "; ".join(read))
     print(f"model     {count['total']:,} parameters ({count['non_embedding']:,} without embeddings): "
           f"{config.num_hidden_layers} layers, width {config.hidden_size}, vocabulary {config.vocab_size:,}; "
           f"{memory / 2**20:,.0f} MiB at the peak; {size} process(es)" + ", FSDP" * (recipe.parallel == "fsdp"))
@@ -688,8 +692,8 @@ def print_run(run, speed, memory):
     for line in plan.report():
         print(line)
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
-          f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now), share of peak = tokens/s "
-          f"x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
+          f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now); the log's share_of_peak "
+          f"= tokens/s x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
 
 
 def pretrain(recipe, folder, resume=False, world=None):
@@ -782,8 +786,9 @@ def train_longer(folder, tokens=None):
     recipe, rates = read_recipe(folder)[0], {e["step"]: e["lr"] for e in Log(folder).entries() if "lr" in e}
     peak = max((step for step, rate in rates.items() if rate == max(rates.values())), default=0)
     early = [path for path in sorted(folder.glob("checkpoints/step-*[0-9]")) if 0 < int(path.name[5:]) <= peak]
-    return (f"to train longer, start a new run: python train.py --data {recipe.data} --start {(early or [folder])[-1]} "
-            f"--tokens {tokens or recipe.tokens:g} --seed {recipe.seed + 1}, and the flags of this model if any")
+    return ("to train longer, start a new run, with the flags of this model if any: "
+            f"python train.py --data {recipe.data} --start {(early or [folder])[-1]} "
+            f"--tokens {tokens or recipe.tokens:g} --seed {recipe.seed + 1}")
 
 
 def resumed(args, given, others, kind, allowed):
@@ -797,9 +802,11 @@ def resumed(args, given, others, kind, allowed):
 
 # What nanoGPT and others call our flags, or what to type instead.
 ALIASES = {
-    "block_size context": "max_position_embeddings", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "block_size context context_length seq_len n_positions": "max_position_embeddings",
+    "n_layer layers": "num_hidden_layers", "n_head heads": "num_attention_heads", "width": "hidden_size",
     "n_embd": "hidden_size", "dataset": "data", "lr": "learning_rate", "grad_clip": "clip",
     "warmup_iters": "warmup_steps", "eval_interval": "eval_every",
+    "epochs": "give --tokens N: the line `data` says how often each source is then read",
     "max_iters max_steps iters steps": "steps follow from tokens: give --tokens N, where N is steps x --batch_tokens",
     "batch_size": "a batch is counted in tokens: give --batch_tokens N, where N is sequences x context",
     "gradient_accumulation_steps": "it follows from --batch_tokens and --micro_batch",
@@ -835,7 +842,7 @@ def parse(argv):
     else:
         recipe = RECIPES.get(args.recipe or "laptop")
         if not recipe:
-            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or give a folder to --data")
+            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data {args.recipe}")
         recipe = replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
     return args, replace(recipe, stages=with_mixture(recipe.stages, recipe.mixture))
 

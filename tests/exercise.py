@@ -94,15 +94,15 @@ def check(name, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "start", "check", "solution"))
-    parser.add_argument("name", nargs="?", choices=EXERCISES, metavar="NAME")
+    parser.add_argument("name", nargs="?", metavar="NAME")
     args = parser.parse_args()
     if args.command == "list":
         for name, (file, function, about, _) in EXERCISES.items():
             print(f"{name:14} {file:13} {function:16} {about}")
         return
-    if not args.name:
-        parser.error(f"{args.command} which? give one of {', '.join(EXERCISES)}")
-    folder, (file, function, about, _) = ROOT / "exercises" / args.name, EXERCISES[args.name]
+    if args.name not in EXERCISES:
+        parser.error(f"{args.command} which? Give one of {', '.join(EXERCISES)}")
+    folder, (file, function, about, tests) = ROOT / "exercises" / args.name, EXERCISES[args.name]
     if args.command == "solution":
         source = (ROOT / file).read_text("utf-8")
         print(ast.get_source_segment(source, find(source, function)))
@@ -111,7 +111,7 @@ def main():
             parser.error(f"{folder.relative_to(ROOT)} exists: go on there, or remove it to begin again")
         path, line = start(args.name, folder)
         print(f"{about}: write {function} in {path.relative_to(ROOT)}, line {line}\n"
-              f"then: python tests/exercise.py check {args.name}")
+              f"then: python tests/exercise.py check {args.name}\nwhich runs {', '.join(tests)}")
     elif not folder.exists():
         parser.error(f"begin with: python tests/exercise.py start {args.name}")
     else:

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -425,7 +426,7 @@ def test_a_skipped_update_leaves_weights_and_moments(here):
 
 
 def test_nothing_in_an_update_waits_for_the_device(here):
-    """`.item()` and its like: none in an update; the report is read later."""
+    """`.item()` and its like, `torch.tensor(number)`: none in an update; the report is read later."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Count(TorchDispatchMode):
@@ -433,11 +434,13 @@ def test_nothing_in_an_update_waits_for_the_device(here):
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             self.waits += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default,
-                                       torch.ops.aten.nonzero.default)
+                                       torch.ops.aten.nonzero.default, torch.ops.aten.lift_fresh.default)
             return function(*args, **(kwargs or {}))
 
     run = prepared("--guard", "skip", "--num-experts", "4")
     one_update(run, 0)
+    batch = run.loader.get((1, 0, run.rows[0]))
+    run.loader = SimpleNamespace(get=lambda *_: batch)  # a thread of its own makes it ahead
     with Count() as count:
         train.update(run, train.pretraining_losses(run, 1), 1e-3)
     assert count.waits == 0

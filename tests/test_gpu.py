@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +23,8 @@ import sample
 import train
 from checkpoint import Saver, save_weights
 from conftest import ROOT, torchrun
-from model import GPT, Layout, ModelConfig, attention, dense_attention
-from tokenizer import train_bpe
+from model import GPT, PRESETS, Layout, ModelConfig, attention, dense_attention
+from tokenizer import UserError, train_bpe
 
 EVERYTHING = ModelConfig(64, 64, 128, 2, 4, 2, 0, 64, layer_types="linear,full", attention_sinks=True, num_experts=4,
                          mlp_bias=True)
@@ -121,6 +122,29 @@ def test_every_way_to_a_device_turns_cudnn_attention_off(tmp_path):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+def test_a_gpu_that_is_not_there_is_one_sentence():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="^cuda with auto failed .* try --device cpu --dtype float32$"):
+        cost.find_machine("cuda")
+
+
+def test_a_micro_batch_fills_85_percent_of_a_gpu(monkeypatch):
+    recipe = replace(train.Recipe(), model=PRESETS["smollm2-135m"], dtype="bfloat16")
+    needs = cost.recipe_memory(recipe, 16, 2048, 1, "cuda")["total"]
+    for memory, fit in ((needs / 0.84, True), (needs / 0.86, False)):
+        monkeypatch.setattr(cost, "machine_memory", lambda device: memory)
+        assert cost.fits(recipe, 16, 2048, 1, "cuda") == fit
+
+
+def test_the_cache_of_answers_takes_a_tenth_of_a_gpu(monkeypatch):
+    """SmolLM3 keeps 73,728 bytes a token, so 302 MB for 4,096: 26 rows in a tenth of 80 GB; 16 as a power of 2."""
+    monkeypatch.setattr(cost, "machine_memory", lambda device: 80e9)
+    recipe = replace(p.PostRecipe(), model=PRESETS["smollm3-3b"].change(max_position_embeddings=4096), device="cuda")
+    assert cost.rows_at_once(recipe) == 16
+    assert cost.rows_at_once(replace(recipe, device="cpu")) == 256
+
+
 # ---- compiling ------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +167,7 @@ def test_post_training_compiles_for_16_lengths_at_most(monkeypatch):
     run = SimpleNamespace(model=model, machine=SimpleNamespace(compile=True, device="cpu"), rows=[2])
     for number, length in enumerate(range(70, 2048, 64)):
         p.logprobs(run, model, [([1] * length, [1] * length)] * (1 + number % 2))
-    assert counter.frame_count <= 16
+    assert counter.frame_count <= 16 + 2  # the head's: one for the first length, one for all others
 
 
 @pytest.fixture
@@ -245,6 +269,7 @@ updates("ddp", wide, machine, ddp)
 world.leader and print("graphs", counter.frame_count)
 hook = register_module_forward_hook(note)
 updates("fsdp", EVERYTHING, replace(machine, dtype=torch.bfloat16, compile=False), fsdp, parallel="fsdp")
+updates("both", EVERYTHING, replace(machine, dtype=torch.bfloat16), lambda run: None, parallel="fsdp")
 world.leader and print("dtypes", *sorted(seen))
 world.agree()
 sys.stdout.flush()

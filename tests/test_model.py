@@ -619,16 +619,16 @@ def test_gradients_of_single_losses_at_a_temperature():
 
 
 def test_a_compiled_loss_stores_no_logits_in_fp32():
-    """Inductor's program for a piece of bf16 logits has one large buffer, their gradient, and computes the same."""
+    """Inductor's program for a piece has two large buffers, bf16 logits and their gradient, and computes the same."""
     from torch._inductor.utils import run_and_get_code
 
     torch._dynamo.reset()
-    logits, targets = torch.randn(64, 700).bfloat16(), torch.randint(700, (64,))
+    x, weight, targets = torch.randn(64, 16).bfloat16(), torch.randn(700, 16).bfloat16(), torch.randint(700, (64,))
     compiled = torch.compile(losses_and_slope, dynamic=False)
-    found, (code,) = run_and_get_code(compiled, logits, targets, 0.0, 1e-4)
-    for a, b in zip(found, losses_and_slope(logits, targets, 0.0, 1e-4)):
+    found, (code,) = run_and_get_code(compiled, x, weight, targets, 0.0, 1e-4)
+    for a, b in zip(found, losses_and_slope(x, weight, targets, 0.0, 1e-4)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=2e-2)
-    assert re.findall(r"empty_strided_cpu\(\(64, 700\), .*?, torch\.(\w+)\)", code) == ["bfloat16"]
+    assert re.findall(r"empty_strided_cpu\(\(64, 700\), .*?, torch\.(\w+)\)", code) == 2 * ["bfloat16"]
 
 
 def test_soft_cap_by_hand():

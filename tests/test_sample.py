@@ -249,6 +249,16 @@ def test_compiled_sampling_is_one_graph_with_the_same_greedy_ids(name, monkeypat
     assert said.count("experts need bfloat16") == ("moe" in name) and said.count("\n") == ("moe" in name)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_static_cache_gives_the_same_greedy_ids(name, monkeypatch):
+    """For every architecture, with the step called as it is."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    model = build(VARIANTS[name].change(initializer_range=0.3)).eval()
+    for prompt in [1, 2, 3], [*range(4, 13)], [[1, 2, 3], [4, 5, 6], [7, 8, 9]]:
+        plain, made = (list(generate(model, prompt, 30, temperature=0, compile=way)) for way in (False, True))
+        assert made == plain
+
+
 def test_a_compiled_step_sees_weights_that_change_and_groups_experts(monkeypatch):
     """In bf16, where experts compile; rounding may change an id, so the logits are compared."""
     compile, seen = torch.compile, []
