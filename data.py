@@ -39,8 +39,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
-                       installed, option, parse_options, read_json, reading, run, train_bpe, utf8, write_json)
+from tokenizer import (PATTERNS, WORDS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256,
+                       given_options, installed, option, parse_options, read_json, reading, run, train_bpe, utf8,
+                       write_json)
 
 import numpy as np
 from tqdm import tqdm
@@ -453,8 +454,9 @@ def quality(text):
 
 
 def words_of(text):
-    """Words in lower case. Text written without spaces has few, so what compares words finds little there."""
-    return re.findall(r"\w+", text.lower())
+    """Words in lower case; each character in scripts that write no spaces, as in `fertility`."""
+    words = re.findall(r"\w+", text.lower())
+    return words if text.isascii() else WORDS.findall(" ".join(words))
 
 
 def band_hashes(text):

@@ -87,6 +87,20 @@ def test_punctuation_and_case_are_not_compared():
     assert all(len(d.band_hashes(text)) == 0 for text in ("", "one two three four", "?! " * 50))
 
 
+def test_text_without_spaces_is_compared_character_by_character(tmp_path):
+    """60 Chinese pairs that differ in 1 character of 400, and a document that quotes 13 characters of an evaluation."""
+    rng, letters = random.Random(0), [chr(c) for c in range(0x4E00, 0x5200)]
+    firsts = [rng.choices(letters, k=400) for _ in range(60)]
+    twins = ["".join(changed(rng, text)).replace("elsewhere", "龜") for text in firsts]
+    jar = list(map("".join, firsts)) + twins
+    _, meta = prepared_texts(tmp_path / "near", jar, near_duplicates=True)
+    assert meta["dropped"] == {"near duplicates": 60}
+    (tmp_path / "task.jsonl").write_text(json.dumps({"q": "".join(firsts[0][:13]) + "？"}))
+    _, meta = prepared_texts(tmp_path / "quote", jar, decontaminate=str(tmp_path / "task.jsonl"))
+    assert meta["dropped"]["quotes of evaluations"] >= 1
+    assert d.words_of("Die Straße, 東京都。 ひら ที่ 2024年") == ["die", "straße", *"東京都ひらท", "2024", "年"]
+
+
 def test_bands_are_remembered_in_bounded_memory():
     table, rng, found = np.zeros(1401, np.int64), np.random.default_rng(0), 0
     for _ in range(5000):
