@@ -488,11 +488,11 @@ def evaluation_runs(files):
     found = defaultdict(set)
     for file in files:
         with reading(file):
-            for text in map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8"))):
-                words = words_of(text)
-                if (length := min(13, len(words))) >= 8:
-                    found[length].update(runs_of(words, length))
-        if not found:
+            texts = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8")))
+            long = [words for words in map(words_of, texts) if len(words) >= 8]
+        for words in long:
+            found[length := min(13, len(words))].update(runs_of(words, length))
+        if not long:
             raise UserError(f"{file} has no text of 8 words to look for in the documents")
     return found
 
@@ -501,7 +501,7 @@ def drop_reason(text, options, runs):
     """Why a document is dropped before it is encoded, or "". runs: of evaluations."""
     if not text.strip():
         return "empty documents"
-    words = words_of(text) if runs else []
+    words = runs and words_of(text)
     if any(not known.isdisjoint(runs_of(words, length)) for length, known in runs.items()):
         return "quotes of evaluations"
     return options.quality and quality(text)

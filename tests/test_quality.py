@@ -184,7 +184,9 @@ def test_documents_that_quote_an_evaluation_are_dropped(tmp_path):
 
 def test_wrong_evaluation_files_are_a_sentence_and_nothing_is_written(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text('{"context": "2 + 2 =", "answer": "4"}\n')
-    for name, words in (("empty.jsonl", "no text of 8 words"), ("nowhere.jsonl", "cannot be read")):
+    (tmp_path / "good.jsonl").write_text(json.dumps({"context": " ".join(random_text(random.Random(0), 20))}))
+    for name, words in (("empty.jsonl", "no text of 8 words"), ("nowhere.jsonl", "cannot be read"),
+                        (f"good.jsonl,{tmp_path}/empty.jsonl", "empty.jsonl has no text of 8 words")):
         with pytest.raises(UserError, match=words) as error:
             prepared_texts(tmp_path, ["a text"] * 50, decontaminate=str(tmp_path / name))
         assert "\n" not in str(error.value) and not (tmp_path / "set.partial").exists()
