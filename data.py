@@ -434,7 +434,8 @@ def repeats_spans(documents):
 
 def quality(text):
     """The first rule that a text breaks, or "": Gopher's (Rae et al. 2021, 2112.11446, appendix A), FineWeb's own three
-    (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English."""
+    (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English. Left out are
+    Gopher's on repeated paragraphs, on the most frequent 2- to 4-grams and on duplicate 5- to 10-grams."""
     def count(pattern):
         return len(re.findall(pattern, text, re.MULTILINE))
     words, lines, each_line = count(r"\S+"), count(r"^.*\S"), text.splitlines()
