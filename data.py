@@ -68,7 +68,7 @@ class DataOptions:
     pretokenizer: str = option("qwen", "tokenizer: how text is cut before merging", choices=tuple(PATTERNS))
     text_key: str = option("text", "the field of a data set that holds the text")
     unwrap: bool = option(False, "join the lines of a paragraph in .txt and .md files that are hard-wrapped")
-    near_duplicates: bool = option(False, "prepare: drop near-copies of earlier documents; slower, 470 MB of memory")
+    near_duplicates: bool = option(False, "prepare: drop near-copies of about the last 2^22 documents; 470 MB; slower")
     quality: str = option("", "prepare: `web`: FineWeb's rules for English prose, not code, math", choices=("", "web"))
     decontaminate: str = option("", "prepare: .jsonl files of evaluations, separated by commas; drops what quotes them")
     context: int = option(2048, "show: tokens of a sequence", 1)
