@@ -688,8 +688,8 @@ def source_folders(data):
         if not found:
             if Path(name).exists():
                 raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on that")
-            raise UserError(f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`; the "
-                            'commands for each recipe stand under "Data of the recipes" in docs/playbook.md')
+            raise UserError(f'{name} does not exist: the commands for each recipe stand under "Data of the recipes" in '
+                            f"docs/playbook.md; of text of your own, `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
