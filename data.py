@@ -192,7 +192,7 @@ class Source:
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """Documents of at most LONGEST_PIECE; the offset counts them. If a file is cut, its last 3 % are held out."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. Of a cut or named file the end is held out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
@@ -200,10 +200,10 @@ class Source:
                 if "\0" in block:
                     raise UserError(f"{file} is not UTF-8 text, but binary or UTF-16: convert it with `iconv`")
             stream.seek(0)
-            seam = size - int(HELD_OUT * size)
+            seam = size - int(HELD_OUT * size) * (cut := size > LONGEST_PIECE or not self.folder)
             while rest := rest + stream.read(LONGEST_PIECE - len(rest)):
                 end, line = len(rest), rest.rfind("\n", 0, max(0, seam - begin)) + 1
-                if size > LONGEST_PIECE and begin + end > seam and line:
+                if begin + end > seam and line:
                     end = line  # the last line break before the seam
                 elif begin + end < size:  # after a blank line, or else a line or a space
                     end = next((i + len(mark) for mark in ("\n\n", "\n", " ")
@@ -216,7 +216,7 @@ class Source:
                     elif text != joined:
                         self.say_once("wraps", f"{file} looks hard-wrapped; --unwrap true joins the lines of a "
                                       "paragraph (more such files are not named)")
-                    yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
+                    yield text, uniform(name) if not cut else 0.0 if begin > seam else 0.999, count
 
     def read_lines(self, name, file, skip):
         """One document per line of JSON; the offset is the number of the line."""
@@ -620,8 +620,9 @@ def write_shard(folder, meta, documents, last=False):
         about["bytes"] += sum(document.bytes for document in chosen)
         if last:
             about["sha256"] = [file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]
-    if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
-        raise UserError(f"{folder.name} has too few documents to hold one out; give more. Dropped: {meta['dropped']}")
+    if last and not all(meta[split]["documents"] for split in SPLITS):
+        raise UserError(f"{folder.name} has too few documents to hold one out; give more text or lines. Dropped: "
+                        f"{', '.join(f'{n:,} {reason}' for reason, n in meta['dropped'].items()) or 'nothing'}")
     meta["shards"] += 1
     write_json(folder / "meta.json", meta)
 
@@ -1049,7 +1050,7 @@ def summary(data):
         train, val = split.values()
         print(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
               f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
-              f"{len(val.tokens):9,} tokens", read_meta(folder)["dropped"], sep="")
+              f"{len(val.tokens):9,} tokens{read_meta(folder)['dropped']}")
     return tokenizer, [split["train"] for split in splits]
 
 

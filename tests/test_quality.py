@@ -161,6 +161,24 @@ def test_rules_are_off_until_wanted_and_counted_apart(tmp_path):
     assert sorted(sides["train"] + sides["val"]) == sorted(jar) and not meta["dropped"]
 
 
+def test_too_few_documents_are_a_sentence_of_words(tmp_path):
+    bullets = ["- a\n- b", "- c\n- d"]
+    for name, jar, words in (("a", bullets, "Dropped: 2 too short or too long$"), ("b", ["one"], "Dropped: nothing$")):
+        with pytest.raises(UserError, match=words) as error:
+            prepared_texts(tmp_path / name, jar, quality="web" if name == "a" else "")
+        assert "{" not in str(error.value)
+
+
+def test_a_single_short_text_can_be_prepared(tmp_path):
+    text = "\n".join(f"{line} {i}" for i in range(9) for line in LINES) + "\n"
+    (tmp_path / "note.txt").write_text(text)
+    done = call(d.main, "prepare", tmp_path / "note.txt", "--out", tmp_path / "set", "--tokenizer", "bytes")
+    assert done.returncode == 0, done.stderr
+    sides = texts_of(tmp_path / "set/note", Tokenizer.load("bytes"))
+    assert sides["train"][0] + sides["val"][0] == text and len(sides["val"][0]) <= 0.03 * len(text) + 90
+    same_from_any_position(lambda: Source(tmp_path / "note.txt"), sides["train"] + sides["val"])
+
+
 # ---- evaluations
 
 
