@@ -39,8 +39,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizer import (PATTERNS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256, given_options,
-                       installed, option, parse_options, read_json, reading, run, train_bpe, utf8, write_json)
+from tokenizer import (PATTERNS, WORDS, Parser, Tokenizer, UserError, add_options, check_options, file_sha256,
+                       given_options, installed, option, parse_options, read_json, reading, run, train_bpe, utf8,
+                       write_json)
 
 import numpy as np
 from tqdm import tqdm
@@ -67,7 +68,7 @@ class DataOptions:
     pretokenizer: str = option("qwen", "tokenizer: how text is cut before merging", choices=tuple(PATTERNS))
     text_key: str = option("text", "the field of a data set that holds the text")
     unwrap: bool = option(False, "join the lines of a paragraph in .txt and .md files that are hard-wrapped")
-    near_duplicates: bool = option(False, "prepare: drop near-copies of earlier documents; slower, 470 MB of memory")
+    near_duplicates: bool = option(False, "prepare: drop near-copies of about the last 2^22 documents; 470 MB; slower")
     quality: str = option("", "prepare: `web`: FineWeb's rules for English prose, not code, math", choices=("", "web"))
     decontaminate: str = option("", "prepare: .jsonl files of evaluations, separated by commas; drops what quotes them")
     context: int = option(2048, "show: tokens of a sequence", 1)
@@ -191,7 +192,7 @@ class Source:
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """Documents of at most LONGEST_PIECE; the offset counts them. If a file is cut, its last 3 % are held out."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. Of a cut or named file the end is held out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
@@ -199,10 +200,10 @@ class Source:
                 if "\0" in block:
                     raise UserError(f"{file} is not UTF-8 text, but binary or UTF-16: convert it with `iconv`")
             stream.seek(0)
-            seam = size - int(HELD_OUT * size)
+            seam = size - int(HELD_OUT * size) * (cut := size > LONGEST_PIECE or not self.folder)
             while rest := rest + stream.read(LONGEST_PIECE - len(rest)):
                 end, line = len(rest), rest.rfind("\n", 0, max(0, seam - begin)) + 1
-                if size > LONGEST_PIECE and begin + end > seam and line:
+                if begin + end > seam and line:
                     end = line  # the last line break before the seam
                 elif begin + end < size:  # after a blank line, or else a line or a space
                     end = next((i + len(mark) for mark in ("\n\n", "\n", " ")
@@ -215,7 +216,7 @@ class Source:
                     elif text != joined:
                         self.say_once("wraps", f"{file} looks hard-wrapped; --unwrap true joins the lines of a "
                                       "paragraph (more such files are not named)")
-                    yield text, uniform(name) if size <= LONGEST_PIECE else 0.0 if begin > seam else 0.999, count
+                    yield text, uniform(name) if not cut else 0.0 if begin > seam else 0.999, count
 
     def read_lines(self, name, file, skip):
         """One document per line of JSON; the offset is the number of the line."""
@@ -433,7 +434,8 @@ def repeats_spans(documents):
 
 def quality(text):
     """The first rule that a text breaks, or "": Gopher's (Rae et al. 2021, 2112.11446, appendix A), FineWeb's own three
-    (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English."""
+    (Penedo et al. 2024, 2406.17557) and C4's for code (Raffel et al. 2020). The stop words are English. Left out are
+    Gopher's on repeated paragraphs, on the most frequent 2- to 4-grams and on duplicate 5- to 10-grams."""
     def count(pattern):
         return len(re.findall(pattern, text, re.MULTILINE))
     words, lines, each_line = count(r"\S+"), count(r"^.*\S"), text.splitlines()
@@ -453,8 +455,9 @@ def quality(text):
 
 
 def words_of(text):
-    """Words in lower case. Text written without spaces has few, so what compares words finds little there."""
-    return re.findall(r"\w+", text.lower())
+    """Words in lower case; each character in scripts that write no spaces, as in `fertility`."""
+    words = re.findall(r"\w+", text.lower())
+    return words if text.isascii() else WORDS.findall(" ".join(words))
 
 
 def band_hashes(text):
@@ -486,11 +489,11 @@ def evaluation_runs(files):
     found = defaultdict(set)
     for file in files:
         with reading(file):
-            for text in map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8"))):
-                words = words_of(text)
-                if (length := min(13, len(words))) >= 8:
-                    found[length].update(runs_of(words, length))
-        if not found:
+            texts = map(json.loads, re.findall(r'"(?:[^"\\]|\\.)*"', Path(file).read_text("utf-8")))
+            long = [words for words in map(words_of, texts) if len(words) >= 8]
+        for words in long:
+            found[length := min(13, len(words))].update(runs_of(words, length))
+        if not long:
             raise UserError(f"{file} has no text of 8 words to look for in the documents")
     return found
 
@@ -499,7 +502,7 @@ def drop_reason(text, options, runs):
     """Why a document is dropped before it is encoded, or "". runs: of evaluations."""
     if not text.strip():
         return "empty documents"
-    words = words_of(text) if runs else []
+    words = runs and words_of(text)
     if any(not known.isdisjoint(runs_of(words, length)) for length, known in runs.items()):
         return "quotes of evaluations"
     return options.quality and quality(text)
@@ -617,8 +620,9 @@ def write_shard(folder, meta, documents, last=False):
         about["bytes"] += sum(document.bytes for document in chosen)
         if last:
             about["sha256"] = [file_sha256(folder / f"{split}.{kind}") for kind in ("bin", "starts")]
-    if last and not (meta["train"]["documents"] and meta["val"]["documents"]):
-        raise UserError(f"{folder.name} has too few documents to hold one out; give more. Dropped: {meta['dropped']}")
+    if last and not all(meta[split]["documents"] for split in SPLITS):
+        raise UserError(f"{folder.name} has too few documents to hold one out; give more text or lines. Dropped: "
+                        f"{', '.join(f'{n:,} {reason}' for reason, n in meta['dropped'].items()) or 'nothing'}")
     meta["shards"] += 1
     write_json(folder / "meta.json", meta)
 
@@ -685,8 +689,8 @@ def source_folders(data):
         if not found:
             if Path(name).exists():
                 raise UserError(f"{name} is not prepared data: run `python data.py prepare {name}` and train on that")
-            raise UserError(f"{name} does not exist: make it with `python data.py prepare YOUR_TEXT --out {name}`; the "
-                            'commands for each recipe stand under "Data of the recipes" in docs/playbook.md')
+            raise UserError(f'{name} does not exist: the commands for each recipe stand under "Data of the recipes" in '
+                            f"docs/playbook.md; of text of your own, `python data.py prepare YOUR_TEXT --out {name}`")
         folders += found
     if len({folder.name for folder in folders}) < len(folders):
         raise UserError(f"two sources of {data} have the same name; prepare one again as NAME=PATH")
@@ -1048,7 +1052,7 @@ def summary(data):
         train, val = split.values()
         print(f"{folder.name:12} {len(train.starts) - 1:9,} documents {len(train.tokens):13,} tokens "
               f"{train.bytes / len(train.tokens):5.2f} bytes/token | held out {len(val.starts) - 1:6,} documents "
-              f"{len(val.tokens):9,} tokens", read_meta(folder)["dropped"], sep="")
+              f"{len(val.tokens):9,} tokens{read_meta(folder)['dropped']}")
     return tokenizer, [split["train"] for split in splits]
 
 

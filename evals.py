@@ -31,7 +31,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from tokenizer import ChatFormat, Parser, UserError, option, reading, run, write_text
+from tokenizer import ChatFormat, Parser, UserError, installed, option, reading, run, write_text
 
 import numpy as np
 import torch
@@ -182,7 +182,7 @@ def evaluate(model, tokenizer, tasks, opening=None):
 
 def held_out_problems(kinds):
     """[(question up to "Answer:", worked answer, problem without its story)] that the math source held out."""
-    parts = ((key, *text.rstrip("\n").split("Answer:")) for key, text in generated_math(40_000, seed=1))
+    parts = ((key, *text.rstrip("\n").split("Answer:")) for key, text in generated_math(seed=1))
     return [(question + "Answer:", answer, key) for key, question, answer in dict.fromkeys(parts)
             if uniform(key) < HELD_OUT and set(kinds) & set(key)]
 
@@ -206,7 +206,7 @@ def carry(data, count):
     rng = random.Random(0)
     for question, answer, key in held_out_problems("+"):
         steps, _, result = answer.rstrip(".").rpartition(" = ")
-        if len(result) > 1:
+        if result[1:]:
             near = {str(int(result) + sign * 10**i) for i in range(len(result)) for sign in (1, -1)}
             yield mixed(rng, question + steps + " =", result, sorted(near), key)
 
@@ -219,7 +219,7 @@ def continuation(data, count):
                   for i in range(0, min(len(text) - 359, 7200), 360) if text[i + 240:i + 360].strip()]
         for number, piece in rng.sample(pieces, min(count, len(pieces))):
             others = sorted({other[240:] for n, other in pieces if n != number} - {piece[240:]})
-            if len(others) > 2:
+            if others[2:]:
                 examples.append(mixed(rng, piece[:240], piece[240:], others, piece[:240]))
     return rng.sample(examples, min(count, len(examples)))
 
@@ -292,7 +292,7 @@ def recall(model, tokenizer, texts, length, opening):
         if room < 1:
             raise UserError(f"recall needs a context that holds its notes, more than {length} tokens")
         start = rng.randint(0, len(text) - room)
-        hay, shares = text[start:start + room], [depth, rng.random(), rng.random(), rng.random()]
+        hay, shares = text[start:start + room], [depth, *(rng.random() for _ in range(3))]
         for share, needle in sorted(zip(shares, needles), reverse=True):  # from the back: no place moves
             hay[int(share * room):int(share * room)] = needle
         pairs.append((opening + hay + question, answer))
@@ -357,16 +357,16 @@ def print_criteria(folders):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-HARNESS = 'it needs pip install "lm_eval[hf]", and `lm_eval ls tasks` shows its tasks'
+HARNESS = "`lm_eval ls tasks` shows its tasks; what they ask is downloaded at first use"
 
 
 def fetch(tasks, out):
     """Writes at most 1000 questions of each multiple-choice task, drawn with a fixed seed, as lines for `read_task`.
-    lm-evaluation-harness downloads them with `datasets` and cleans them: what is asked is what --harness asks."""
+    lm-evaluation-harness, which is needed too, downloads them with `datasets` and cleans them, as for --harness."""
     with reading(f"fetch {tasks}", HARNESS):
-        from lm_eval.tasks import TaskManager
+        manager = installed("lm_eval.tasks", "fetch", '"lm_eval[hf]"').TaskManager()
         Path(out).mkdir(parents=True, exist_ok=True)
-        for name, task in TaskManager().load(tasks.split(","))["tasks"].items():
+        for name, task in manager.load(tasks.split(","))["tasks"].items():
             docs, path = list(task.eval_docs), Path(out, f"{name}.jsonl")
             rows = [{"context": task.doc_to_text(doc) + "", "choices": task.doc_to_choice(doc),
                      "answer": task.doc_to_target(doc)}
@@ -380,7 +380,7 @@ def fetch(tasks, out):
 def harness(folder, tasks, **options):
     """Yields (task/metric, Score) of lm-evaluation-harness on the folder or the run's export; options: of lm_eval."""
     with reading(f"--harness {tasks}", HARNESS), tempfile.TemporaryDirectory() as place:
-        import lm_eval
+        lm_eval = installed("lm_eval", "--harness", '"lm_eval[hf]"')
         if not is_hugging_face(folder):
             save_pretrained(from_pretrained(folder), f"{place}/model", tokenizer_from=folder)
             folder = f"{place}/model"
@@ -402,7 +402,7 @@ class EvalOptions(ContextOptions):
     limit: int = option(300, "questions per task", 1)
     tokens: float = option(2**17, "held-out tokens of each source for bits per byte", 1)
     data: str = option("", "prepared data; without it what the run learned from, or data/laptop")
-    out: str = option("tasks", "fetch: folder of the files")
+    out: str = option("tasks", "fetch: folder of the files (it needs lm_eval, and datasets through it)")
     harness: str = option("", "tasks of lm-evaluation-harness instead of ours, with commas; at the trained context")
 
 
@@ -444,7 +444,7 @@ def main():
             found = print_criteria(folders[1:])
         elif asked.run[0] == "fetch" and folders[1:]:
             fetch(asked.run[1], asked.out)
-        elif len(folders) > 1:
+        elif folders[1:]:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:
             scores = (harness(folders[0], asked.harness, limit=asked.limit, apply_chat_template=asked.chat)

@@ -15,8 +15,8 @@ single digits, Llama 3 into groups of up to three.
     python data.py tokenizer PATH... --vocab-size 4096 --out DIR      # trains one on text of any kind
     python tokenizer.py fertility DIR hf:ORG/NAME bytes -- text/*     # compares tokenizers on each path
 
-A word is what stands between white space; in scripts that write no spaces (Chinese, Japanese, Thai, Lao, Khmer,
-Burmese, Tibetan) a character with the marks and punctuation after it. `fertility` counts with any tokenizer.json.
+A word stands between white space; in scripts without it (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan) it is
+a character and its marks. `fertility` counts with any tokenizer.json; unknown tokens flatter all its other numbers.
 """
 
 import argparse
@@ -185,6 +185,7 @@ class Tokenizer:
     special: control token -> id            nfc: text is NFC-normalised before encoding, as Qwen's files ask for
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token"""
+    unknown = None  # the id of what is unknown: no text is
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
         self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
         self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
@@ -525,7 +526,7 @@ WORDS = regex.compile(rf"[{UNSPACED}][\p{{M}}\p{{P}}]*|[^\s{UNSPACED}]+")
 
 def load_any(name):
     """A tokenizer to count with: ours or, for a tokenizer.json of another kind (Unigram, WordPiece, BPE of characters
-    with byte fallback), the `tokenizers` library's, with ids without control tokens. It has `encode` only."""
+    with byte fallback), the `tokenizers` library's, with ids without control tokens. `encode` and `unknown` only."""
     try:
         return Tokenizer.load(name)
     except UserError:
@@ -535,20 +536,22 @@ def load_any(name):
             raise
     theirs = installed("tokenizers", f"{file}, no byte-level BPE of a known kind,")
     with reading(file):
-        theirs = theirs.Tokenizer.from_file(str(file))
-    return SimpleNamespace(encode=lambda text: theirs.encode(text, add_special_tokens=False).ids)
+        theirs, model = theirs.Tokenizer.from_file(str(file)), read_json(file)["model"]
+    return SimpleNamespace(unknown=model.get("unk_id", theirs.token_to_id(model.get("unk_token") or "")),
+                           encode=lambda text: theirs.encode(text, add_special_tokens=False).ids)
 
 
 def fertility(tokenizer, text):
-    """fertility: tokens per word; pcw: share of continued words (2 tokens or more); words; bytes_per_token of all text.
-    Words are encoded alone, without a leading space, as in the playbook's code (Rust et al. 2021, arXiv 2012.15613)."""
+    """words; fertility: tokens per word; pcw: share of continued words (2 tokens or more); of all text, bytes_per_token
+    and the share of unknown tokens. Words are encoded alone, without a space, like the playbook's (Rust 2012.15613)."""
     words = Counter(WORDS.findall(text))
     if not words:
         raise UserError("fertility is undefined for a text without words: give more text.")
-    tokens, total = {word: len(tokenizer.encode(word)) for word in words}, words.total()
-    return {"fertility": sum(n * tokens[word] for word, n in words.items()) / total,
-            "pcw": sum(n for word, n in words.items() if tokens[word] >= 2) / total,
-            "words": total, "bytes_per_token": len(utf8(text)) / max(1, len(tokenizer.encode(text)))}
+    total, ids = words.total(), tokenizer.encode(text) or [0]
+    counts = [(n, len(tokenizer.encode(word))) for word, n in words.items()]
+    return {"words": total, "fertility": sum(n * size for n, size in counts) / total,
+            "pcw": sum(n for n, size in counts if size >= 2) / total,
+            "bytes_per_token": len(utf8(text)) / len(ids), "unknown": ids.count(tokenizer.unknown) / len(ids)}
 
 
 # ----- what every command line shares -----------------------------------------------------------------------
@@ -731,21 +734,21 @@ def plain_texts(path):
 
 def main():
     words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
+    cut = (words + ["--"]).index("--")
     parser = Parser(__doc__)
     parser.add_argument("command", choices=["fertility"])
     parser.add_argument("names", nargs="+", metavar="TOKENIZER or PATH")
     names, paths = parser.parse_args(words[:cut]).names, words[cut + 1:]
-    names, paths = (names, paths) if paths else (names[:1], names[1:])
+    if not paths:
+        names, paths = names[:1], names[1:]
     if not paths:
         raise UserError("fertility needs text: write `python tokenizer.py fertility TOKENIZER... -- PATH...`")
     tokenizers = [(name, load_any(name)) for name in names]
-    print("    words  fertility     PCW  bytes/token  path, tokenizer")
+    print("    words  fertility     PCW  bytes/token  unknown  path, tokenizer")
     for path in paths:
         text = "\n".join(plain_texts(path))
         for name, tokenizer in tokenizers:
-            row = fertility(tokenizer, text)
-            print("{words:9}{fertility:11.3f}{pcw:8.3f}{bytes_per_token:13.2f}".format(**row), f" {path}, {name}")
+            print("{:9}{:11.3f}{:8.3f}{:13.2f}{:9.3f} ".format(*fertility(tokenizer, text).values()), f"{path}, {name}")
 
 
 if __name__ == "__main__":

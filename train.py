@@ -108,6 +108,7 @@ class Recipe:
 # Smallest first. The laptop's stages are SmolLM3's first three in miniature: code and math take over from prose, and
 # the rate decays in the last fifth (SmolLM3: a ninth). Sizes, batch and rate were measured (docs/results.md).
 AT_SCALE = dict(warmup_steps=2000, save_every=2000, eval_every=1000, eval_tokens=2**20)
+LONG = dict(learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21)
 RECIPES = {
     "laptop": Recipe(
         stages=(Stage("base", 1.76e6, {"prose": 0.28, "code": 0.65, "math": 0.07}),
@@ -132,21 +133,21 @@ RECIPES = {
         data="data/fineweb-edu,data/stack-edu-python,data/finemath",
         stages=(Stage("base", 45e9, {"fineweb-edu": 0.7, "stack-edu-python": 0.2, "finemath": 0.1}),),
         batch_tokens=8 * 16 * 3 * 4096, learning_rate=5e-4, schedule="cosine", final_share=0.1, **AT_SCALE),
-    # huggingface/smollm, text/pretraining/smollm3. `english`: FineWeb-Edu and DCLM (0.333 : 0.370), books, papers; code
+    # huggingface/smollm, text/pretraining/smollm3; FineWeb-Edu and DCLM share what papers and Wikipedia had; code
     # counts StackExchange. It kept its batch in long context; 2.1M tokens also divide by 8 and 32 processes.
     "smollm3": Recipe(
         model=replace(PRESETS["smollm3-3b"], rope_theta=5e4, max_position_embeddings=4096),
         data="data/english,data/multilingual,data/code,data/math,data/reasoning",
-        stages=(Stage("base", 8.14e12, {"english": 0.724, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
-                Stage("quality", 1.76e12, {"english": 0.647, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
-                Stage("decay", 1.2359e12,
-                      {"english": 0.512, "multilingual": 0.123, "code": 0.234, "math": 0.131, "reasoning": 0.001}),
-                Stage("long-32k", 47.2e9,
-                      {"english": 0.407, "multilingual": 0.111, "code": 0.228, "math": 0.148, "reasoning": 0.106},
-                      context=32768, rope_theta=2e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21),
-                Stage("long-64k", 51.9e9,
-                      {"english": 0.466, "multilingual": 0.108, "code": 0.200, "math": 0.130, "reasoning": 0.096},
-                      context=65536, rope_theta=5e6, learning_rate=2e-5, warmup_steps=1000, batch_tokens=2**21)),
+        stages=(Stage("base", 8.14e12,
+                      {"fineweb-edu": 0.343, "dclm": 0.381, "multilingual": 0.120, "code": 0.129, "math": 0.027}),
+                Stage("quality", 1.76e12,
+                      {"fineweb-edu": 0.308, "dclm": 0.339, "multilingual": 0.117, "code": 0.145, "math": 0.091}),
+                Stage("decay", 1.2359e12, {"fineweb-edu": 0.205, "dclm": 0.307, "multilingual": 0.123, "code": 0.234,
+                                           "math": 0.131, "reasoning": 0.001}),
+                Stage("long-32k", 47.2e9, {"fineweb-edu": 0.142, "dclm": 0.265, "multilingual": 0.111, "code": 0.228,
+                                           "math": 0.148, "reasoning": 0.106}, context=32768, rope_theta=2e6, **LONG),
+                Stage("long-64k", 51.9e9, {"fineweb-edu": 0.163, "dclm": 0.303, "multilingual": 0.108, "code": 0.200,
+                                           "math": 0.130, "reasoning": 0.096}, context=65536, rope_theta=5e6, **LONG)),
         batch_tokens=2_359_296, learning_rate=2e-4, decay_share=-1, activation_checkpointing=True, **AT_SCALE),
 }
 

@@ -77,9 +77,13 @@ def test_the_data_of_the_recipes_has_its_commands(monkeypatch):
         assert f"**`{name}`**" in page and set(folders) <= set(made), name
         sources = set().union(*(made[folder] for folder in folders))
         assert all(set(stage.mixture) <= sources for stage in train.RECIPES[name].stages)
+        parts, tokens, size, disk = re.search(rf"\| `{name}` \| (.*) = (.*)T \| (.) \| (.*) TB \|", page).groups()
+        assert float(tokens) == pytest.approx(sum(map(float, re.findall(r"[\d.]+(?= \+|$)", parts))), abs=6e-3)
+        assert int(size) == (2 if train.RECIPES[name].model.vocab_size <= 2**16 else 4)
+        assert float(disk) == pytest.approx(float(tokens) * int(size), rel=0.02)
         assert len({shared[folder] for folder in folders}) == 1 and None not in shared.values()
-        with pytest.raises(data.UserError, match='"Data of the recipes" in docs/playbook.md'):
-            data.source_folders(folders[0])
+        with pytest.raises(data.UserError, match='"Data of the recipes" in docs/playbook.md.* prepare YOUR_TEXT'):
+            data.source_folders(folders[0])  # the commands come first
 
 
 def test_readme_is_short():

@@ -5,6 +5,7 @@ import math
 import pathlib
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -429,11 +430,26 @@ def test_standard_tasks_are_fetched_as_the_harness_reads_them(tmp_path, monkeypa
     scores = evals.evaluate(small(max_position_embeddings=256), TOKENIZER,
                             evals.tasks_of(f"{tmp_path}/tasks/arc_easy.jsonl", ""))
     assert [name.rpartition(".jsonl")[2] for name in scores] == ["", ":letters"]
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
     for name, words in (("winogrande", "fetch winogrande"), ("commonsense_qa", "as :letters does"),
-                        ("nonesuch", "lm_eval ls tasks")):
+                        ("nonesuch", "lm_eval ls tasks"), ("piqa", "fetch piqa cannot be read (Couldn't reach")):
+        if name == "piqa":
+            monkeypatch.setattr(datasets, "load_dataset", offline)
+            (tmp_path / "tasks/piqa.jsonl").unlink()
         done = call(evals.main, "fetch", name, "--out", tmp_path / "tasks")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("error:") == 1, done.stderr
-        assert not (tmp_path / f"tasks/{name}.jsonl").exists()
+        assert not (tmp_path / f"tasks/{name}.jsonl").exists() and "pip install" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("fetch", "piqa"), ("runs/any", "--harness", "piqa")])
+def test_without_the_harness_the_advice_is_to_install_it(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    done = call(evals.main, *words)
+    assert done.returncode == 2 and 'pip install "lm_eval[hf]"' in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_the_harness_scores_an_export(run, tmp_path, monkeypatch):

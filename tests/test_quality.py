@@ -87,6 +87,20 @@ def test_punctuation_and_case_are_not_compared():
     assert all(len(d.band_hashes(text)) == 0 for text in ("", "one two three four", "?! " * 50))
 
 
+def test_text_without_spaces_is_compared_character_by_character(tmp_path):
+    """60 Chinese pairs that differ in 1 character of 400, and a document that quotes 13 characters of an evaluation."""
+    rng, letters = random.Random(0), [chr(c) for c in range(0x4E00, 0x5200)]
+    firsts = [rng.choices(letters, k=400) for _ in range(60)]
+    twins = ["".join(changed(rng, text)).replace("elsewhere", "龜") for text in firsts]
+    jar = list(map("".join, firsts)) + twins
+    _, meta = prepared_texts(tmp_path / "near", jar, near_duplicates=True)
+    assert meta["dropped"] == {"near duplicates": 60}
+    (tmp_path / "task.jsonl").write_text(json.dumps({"q": "".join(firsts[0][:13]) + "？"}))
+    _, meta = prepared_texts(tmp_path / "quote", jar, decontaminate=str(tmp_path / "task.jsonl"))
+    assert meta["dropped"]["quotes of evaluations"] >= 1
+    assert d.words_of("Die Straße, 東京都。 ひら ที่ 2024年") == ["die", "straße", *"東京都ひらท", "2024", "年"]
+
+
 def test_bands_are_remembered_in_bounded_memory():
     table, rng, found = np.zeros(1401, np.int64), np.random.default_rng(0), 0
     for _ in range(5000):
@@ -147,6 +161,24 @@ def test_rules_are_off_until_wanted_and_counted_apart(tmp_path):
     assert sorted(sides["train"] + sides["val"]) == sorted(jar) and not meta["dropped"]
 
 
+def test_too_few_documents_are_a_sentence_of_words(tmp_path):
+    bullets = ["- a\n- b", "- c\n- d"]
+    for name, jar, words in (("a", bullets, "Dropped: 2 too short or too long$"), ("b", ["one"], "Dropped: nothing$")):
+        with pytest.raises(UserError, match=words) as error:
+            prepared_texts(tmp_path / name, jar, quality="web" if name == "a" else "")
+        assert "{" not in str(error.value)
+
+
+def test_a_single_short_text_can_be_prepared(tmp_path):
+    text = "\n".join(f"{line} {i}" for i in range(9) for line in LINES) + "\n"
+    (tmp_path / "note.txt").write_text(text)
+    done = call(d.main, "prepare", tmp_path / "note.txt", "--out", tmp_path / "set", "--tokenizer", "bytes")
+    assert done.returncode == 0, done.stderr
+    sides = texts_of(tmp_path / "set/note", Tokenizer.load("bytes"))
+    assert sides["train"][0] + sides["val"][0] == text and len(sides["val"][0]) <= 0.03 * len(text) + 90
+    same_from_any_position(lambda: Source(tmp_path / "note.txt"), sides["train"] + sides["val"])
+
+
 # ---- evaluations
 
 
@@ -170,7 +202,9 @@ def test_documents_that_quote_an_evaluation_are_dropped(tmp_path):
 
 def test_wrong_evaluation_files_are_a_sentence_and_nothing_is_written(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text('{"context": "2 + 2 =", "answer": "4"}\n')
-    for name, words in (("empty.jsonl", "no text of 8 words"), ("nowhere.jsonl", "cannot be read")):
+    (tmp_path / "good.jsonl").write_text(json.dumps({"context": " ".join(random_text(random.Random(0), 20))}))
+    for name, words in (("empty.jsonl", "no text of 8 words"), ("nowhere.jsonl", "cannot be read"),
+                        (f"good.jsonl,{tmp_path}/empty.jsonl", "empty.jsonl has no text of 8 words")):
         with pytest.raises(UserError, match=words) as error:
             prepared_texts(tmp_path, ["a text"] * 50, decontaminate=str(tmp_path / name))
         assert "\n" not in str(error.value) and not (tmp_path / "set.partial").exists()

@@ -470,7 +470,7 @@ def test_fertility_by_hand():
     # words ab (1 token), ab (1), abc (2), xyz (3): 7 tokens / 4 words; 2 words of >= 2 tokens; the whole text
     # is 13 bytes in ab, space, ab, newline, ab, c, space, x, y, z = 10 tokens
     row = T.fertility(small, "ab ab\nabc xyz")
-    assert row == {"fertility": 7 / 4, "pcw": 2 / 4, "words": 4, "bytes_per_token": 13 / 10}
+    assert row == {"fertility": 7 / 4, "pcw": 2 / 4, "words": 4, "bytes_per_token": 13 / 10, "unknown": 0}
     assert T.fertility(small, "é")["bytes_per_token"] == 1  # bytes, not characters
     with pytest.raises(UserError) as error:
         T.fertility(small, " \n")
@@ -961,7 +961,7 @@ def test_fertility_of_several_tokenizers_at_once(tmp_path, monkeypatch):
         for known in ("A", "bytes"):
             row, expected = next(rows).split(), T.fertility(Tokenizer.load(known), text)
             assert row == [str(expected["words"]), f"{expected['fertility']:.3f}", f"{expected['pcw']:.3f}",
-                           f"{expected['bytes_per_token']:.2f}", f"{name},", known]
+                           f"{expected['bytes_per_token']:.2f}", "0.000", f"{name},", known]
 
 
 BAD_COMMANDS = {
@@ -1129,6 +1129,8 @@ def test_fertility_of_other_kinds_of_tokenizer(tmp_path):
         assert row["fertility"] == sum(counts) / 4 and row["pcw"] == sum(n > 1 for n in counts) / 4
         assert row["bytes_per_token"] == len(text.encode()) / len(made.encode(text, add_special_tokens=False).ids)
         assert len(T.load_any(tmp_path / name / "tokenizer.json").encode("cats")) == counts[1]
+        foreign = T.fertility(found, "漢字 かな кот")["unknown"]  # fewer tokens than any other, but they say nothing
+        assert foreign == 0 if name == "gemma" else foreign >= 0.5
     with pytest.raises(UserError, match="there is no tokenizer at"):
         T.load_any(tmp_path / "nothing")
     (tmp_path / "gemma/tokenizer.json").write_text("{}")

@@ -343,7 +343,11 @@ def test_the_smollm3_recipe_is_the_published_one():
         "decay": (51.2, 12.3, 23.4, 13.1, 0.1),
         "long-32k": (40.7, 11.1, 22.8, 14.8, 10.6), "long-64k": (46.6, 10.8, 20.0, 13.0, 9.6)}
     for stage in job.stages:
-        shares = [100 * stage.mixture.get(name, 0) for name in ("english", "multilingual", "code", "math", "reasoning")]
+        names = ("fineweb-edu", "dclm", "multilingual", "code", "math", "reasoning")
+        edu, dclm, *others = (100 * stage.mixture.get(name, 0) for name in names)
+        shares = [edu + dclm, *others]
+        ratio = {"base": 0.333 / 0.370, "quality": 0.30 / 0.33, "decay": 0.20 / 0.30}.get(stage.name, 0.35 / 0.65)
+        assert edu / dclm == pytest.approx(ratio, rel=5e-3)
         assert shares == pytest.approx(published[stage.name]) and sum(shares) == pytest.approx(100, abs=0.11)
     laptop = train.RECIPES["laptop"].stages
     assert [stage.name for stage in laptop] == [stage.name for stage in job.stages[:3]]
