@@ -120,6 +120,23 @@ def sampling(args):
                   f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
 
 
+def compiled(args):
+    for dtype in (torch.float32, torch.bfloat16):
+        model, theirs, n = GPT(MIDDLE).eval().to(dtype), theirs_like(MIDDLE).eval().to(dtype), 100
+        model.compute_dtype, prompt = dtype, torch.randint(MIDDLE.vocab_size, (1, 8))
+        start = time.perf_counter()
+        list(generate(model, prompt.tolist(), n, temperature=0, compile=True))
+        first = time.perf_counter() - start
+        found = in_turn(5, ours=lambda: list(generate(model, prompt.tolist(), n, temperature=0, compile=True)),
+                        eager=lambda: list(generate(model, prompt.tolist(), n, temperature=0)),
+                        theirs=lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                                       pad_token_id=0, use_cache=True))
+        speed = {name: n / seconds for name, seconds in found.items()}
+        print(f"compiled  greedy, batch 1, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s after {first:.0f} s of "
+              f"compiling{' that failed' * (not model.step)}, eager {speed['eager']:,.0f}, transformers "
+              f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
+
+
 def parts_of_a_step(decode, steps):
     """{part: share of a step's time under the profiler}, which slows small operators most; operators; seconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -144,7 +161,8 @@ def limits(args):
         model.compute_dtype = dtype
         weights = [p.detach() for p in model.parameters() if p.ndim == 2]
         for rows in (1, 16):
-            inputs = {width: torch.randn(rows, width).to(dtype) for width in (384, 1152)}
+            widths = MIDDLE.hidden_size, MIDDLE.intermediate_size
+            inputs = {width: torch.randn(rows, width).to(dtype) for width in widths}
             prompt = torch.randint(MIDDLE.vocab_size, (rows, 8)).tolist()
 
             def products(product):
