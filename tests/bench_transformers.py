@@ -1,12 +1,14 @@
 """Speed beside transformers' Llama of the same shape, in one run: training steps, document masks, greedy sampling.
 
-    python tests/bench_transformers.py [--compile] [--rounds 10] [--only training masks sampling limits]
+    python tests/bench_transformers.py [--compile] [--rounds 10] [--only training masks sampling compiled limits]
 
 Training: bf16 products over fp32 weights, fused AdamW, clipping; theirs under autocast; 12M parameters at 16 rows of
 256 tokens, and the shape of nanoGPT's CPU recipe. Masks: a step on 2,048 tokens of documents of about 300, each
 attending to itself, against one document, both ours. Sampling: 200 greedy tokens.
-Limits: the matrix products of a token alone, and attention in the laptop's rows by both of its routes. Everything is
-timed in turn, several rounds, so that a machine whose speed drifts is fair to both; the figures are medians.
+Compiled: 100 by the compiled step, which takes a minute to compile. Limits: where a step of sampling spends its time,
+beside its matrix products alone and one reading of the weights; attention in the laptop's rows by both of its routes.
+Everything is timed in turn, several rounds, so that a machine whose speed drifts is fair to both; the figures are
+medians.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cost import keep_freed_memory
-from model import GPT, PRESETS, ModelConfig, dense_attention, document_attention
+from model import GPT, PRESETS, ModelConfig, dense_attention, document_attention, multiply
 from sample import generate
 from schedule import build_optimizer
 
@@ -118,17 +120,74 @@ def sampling(args):
                   f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
 
 
-def limits(args):
+def compiled(args):
     for dtype in (torch.float32, torch.bfloat16):
-        weights = [p.detach().to(dtype) for p in GPT(MIDDLE).parameters() if p.ndim == 2]
-        for rows in (1, 16):
-            inputs = {width: torch.randn(rows, width).to(dtype) for width in (384, 1152)}
-            seconds = in_turn(30, products=lambda: [F.linear(inputs[w.shape[1]], w) for w in weights])["products"]
-            read = sum(w.nbytes for w in weights) / seconds / 1e9
-            print(f"limits    products alone, batch {rows}, {str(dtype)[6:]}: {rows / seconds:,.0f} tok/s, weights "
-                  f"read at {read:.0f} GB/s", flush=True)
+        model, theirs, n = GPT(MIDDLE).eval().to(dtype), theirs_like(MIDDLE).eval().to(dtype), 100
+        model.compute_dtype, prompt = dtype, torch.randint(MIDDLE.vocab_size, (1, 8))
+        start = time.perf_counter()
+        list(generate(model, prompt.tolist(), n, temperature=0, compile=True))
+        first = time.perf_counter() - start
+        found = in_turn(5, ours=lambda: list(generate(model, prompt.tolist(), n, temperature=0, compile=True)),
+                        eager=lambda: list(generate(model, prompt.tolist(), n, temperature=0)),
+                        theirs=lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
+                                                       pad_token_id=0, use_cache=True))
+        speed = {name: n / seconds for name, seconds in found.items()}
+        print(f"compiled  greedy, batch 1, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s after {first:.0f} s of "
+              f"compiling{' that failed' * (not model.step)}, eager {speed['eager']:,.0f}, transformers "
+              f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
+
+
+def parts_of_a_step(decode, steps):
+    """{part: share of a step's time under the profiler}, which slows small operators most; operators; seconds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        decode()
+        seconds = time.perf_counter() - start
+    parts, calls = dict.fromkeys(("products", "attention", "norms, elementwise, copies", "argmax"), 0.0), 0
+    for event in profile.key_averages():
+        part = ("products" if event.key in ("aten::mm", "aten::addmm") else "argmax" if event.key == "aten::argmax" else
+                "attention" if "scaled_dot_product" in event.key else "norms, elementwise, copies")
+        parts[part] += event.self_cpu_time_total / 1e6 / seconds
+        calls += event.count
+    return parts | {"Python between them": 1 - sum(parts.values())}, calls / steps, seconds / steps
+
+
+def limits(args):
     memory = torch.randn(2**24)
-    print(f"limits    a sum over 64 MiB reads {memory.nbytes / in_turn(10, sum=memory.sum)['sum'] / 1e9:.0f} GB/s")
+    read = memory.nbytes / min(in_turn(10, sum=memory.sum, dot=lambda: torch.dot(memory, memory)).values())
+    print(f"limits    a sum over 64 MiB reads {read / 1e9:.0f} GB/s")
+    for dtype in (torch.float32, torch.bfloat16):
+        model, n = GPT(MIDDLE).eval().to(dtype), 50
+        model.compute_dtype = dtype
+        weights = [p.detach() for p in model.parameters() if p.ndim == 2]
+        for rows in (1, 16):
+            widths = MIDDLE.hidden_size, MIDDLE.intermediate_size
+            inputs = {width: torch.randn(rows, width).to(dtype) for width in widths}
+            prompt = torch.randint(MIDDLE.vocab_size, (rows, 8)).tolist()
+
+            def products(product):
+                return [product(inputs[w.shape[1]], w) for _ in range(5) for w in weights]
+
+            def without():
+                with torch.backends.mkldnn.flags(False, None, None):
+                    products(F.linear)
+
+            def step():
+                list(generate(model, prompt, n, temperature=0))
+
+            ways = {"F.linear": lambda: products(F.linear), "model.multiply": lambda: products(multiply),
+                    "F.linear without oneDNN": without}
+            with torch.inference_mode():
+                found = in_turn(args.rounds, step=step, **ways)
+            spent, found = found["step"] / n, {way: found[way] / 5 for way in ways}
+            parts, calls, slowed = parts_of_a_step(step, n)
+            size, best = sum(w.nbytes for w in weights), min(found, key=found.get)
+            print(f"limits    batch {rows}, {str(dtype)[6:]}: a step takes {1e3 * spent:.2f} ms, reading "
+                  f"{size / 1e6:.0f} MB of weights {1e3 * size / read:.2f}, its products alone "
+                  + ", ".join(f"{1e3 * seconds:.2f} by {way}" for way, seconds in found.items())
+                  + f": {found[best] / spent:.0%} of the step\n"
+                  f"limits        {slowed * 1e3:.2f} ms under the profiler, {calls:,.0f} operators: "
+                  + ", ".join(f"{part} {share:.0%}" for part, share in parts.items()), flush=True)
     heads, groups = (getattr(PRESETS["laptop"], f"num_{name}_heads") for name in ("attention", "key_value"))
     q, k, v = (torch.randn(16, 128, n, 64, dtype=torch.bfloat16, requires_grad=True) for n in (heads, groups, groups))
     starts = torch.cat((torch.arange(0, 2048, 40), torch.arange(0, 2049, 128))).unique().int()
@@ -145,7 +204,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compile", action="store_true", help="torch.compile our blocks")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--only", nargs="+", default=["training", "masks", "sampling", "limits"])
+    parser.add_argument("--only", nargs="+", default=["training", "masks", "sampling", "compiled", "limits"])
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     torch.manual_seed(0)

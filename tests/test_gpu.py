@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cost
 import data as d
+import gpu_check
 import model as model_
 import posttrain as p
 import sample
@@ -337,3 +338,41 @@ def test_every_item_of_the_gpu_check_runs(name, items, tmp_path, monkeypatch):
     assert len({line["item"] for line in found["rows"]}) == items
     assert not [line for line in found["rows"] if line["good"] is False]
     assert [p.name for p in Path("results").iterdir()] == [f"gpu_check_{name}.json"]
+
+
+@pytest.fixture
+def dry(monkeypatch):
+    """gpu_check as --dry sets it, in this process."""
+    for name, value in {"DRY": True, "DEVICE": "cpu", "DTYPE": torch.float32}.items():
+        monkeypatch.setattr(gpu_check, name, value, raising=False)
+    monkeypatch.setattr(cost, "GPT", gpu_check.built)
+    torch._dynamo.reset()
+
+
+def test_gpu_check_calls_no_eager_figure_compiled(dry, monkeypatch):
+    from functools import partial, partialmethod
+
+    def fails(*_):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(GPT, "compile_blocks", partialmethod(GPT.compile_blocks, backend=fails))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fails))
+    training, tokens = [*gpu_check.measured("tiny", gpu_check.TINY, 2, 0)], [*gpu_check.decoding()]
+    assert len(training) == 4 and all("not compiled" in line["case"] and line["good"] is False for line in training)
+    assert ["not compiled" in line["case"] for line in tokens] == [False, False, True]
+    assert [line["good"] for line in tokens] == [None, None, False]
+
+
+def test_gpu_check_compiles_before_it_measures_tokens(dry, monkeypatch):
+    """The compiled step is traced once, before the clock starts."""
+    events, generate, clock = [], sample.generate, gpu_check.perf_counter
+    monkeypatch.setattr(sample, "generate", lambda *words, **options: (
+        events.append("token") or token for token in generate(*words, **options)))
+    monkeypatch.setattr(gpu_check, "perf_counter", lambda: events.append("clock") or clock())
+    monkeypatch.setattr(torch, "compile", lambda call, **_: lambda *words, **options: (
+        events.append("compiled") or call(*words, **options)))
+    rows = [*gpu_check.decoding()]
+    assert [line["case"].rsplit(", ")[-1] for line in rows] == ["cuDNN True", "cuDNN False", "compiled"]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    eager, step = ["token"] * 4 + ["clock"] + ["token"] * 10 + ["clock"], ["compiled", "token"]
+    assert events == 2 * eager + ["token"] + 3 * step + ["clock"] + 10 * step + ["clock"]
