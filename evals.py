@@ -206,7 +206,7 @@ def carry(data, count):
     rng = random.Random(0)
     for question, answer, key in held_out_problems("+"):
         steps, _, result = answer.rstrip(".").rpartition(" = ")
-        if result[1:]:
+        if len(result) > 1:
             near = {str(int(result) + sign * 10**i) for i in range(len(result)) for sign in (1, -1)}
             yield mixed(rng, question + steps + " =", result, sorted(near), key)
 
@@ -219,7 +219,7 @@ def continuation(data, count):
                   for i in range(0, min(len(text) - 359, 7200), 360) if text[i + 240:i + 360].strip()]
         for number, piece in rng.sample(pieces, min(count, len(pieces))):
             others = sorted({other[240:] for n, other in pieces if n != number} - {piece[240:]})
-            if others[2:]:
+            if len(others) > 2:
                 examples.append(mixed(rng, piece[:240], piece[240:], others, piece[:240]))
     return rng.sample(examples, min(count, len(examples)))
 
@@ -444,7 +444,7 @@ def main():
             found = print_criteria(folders[1:])
         elif asked.run[0] == "fetch" and folders[1:]:
             fetch(asked.run[1], asked.out)
-        elif folders[1:]:
+        elif len(folders) > 1:
             raise UserError(f"one model at a time, not {' and '.join(asked.run)}; or `criteria` and runs to compare")
         else:
             scores = (harness(folders[0], asked.harness, limit=asked.limit, apply_chat_template=asked.chat)
