@@ -3,6 +3,7 @@
 import ast
 import functools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,24 @@ def test_the_data_of_the_recipes_has_its_commands(monkeypatch):
         assert len({shared[folder] for folder in folders}) == 1 and None not in shared.values()
         with pytest.raises(data.UserError, match='"Data of the recipes" in docs/playbook.md.* prepare YOUR_TEXT'):
             data.source_folders(folders[0])  # the commands come first
+
+
+def test_every_claim_has_a_command_that_parses():
+    """Each row of "Claim by claim" names a command or links to it; each `change --try` is one that ablate.py takes."""
+    import ablate
+
+    page = (ROOT / "docs/playbook.md").read_text("utf-8").split("## Claim by claim")[1].split("\n## ")[0]
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "| claim |" not in line]
+    assert len(rows) > 45 and all(len(row) == 4 for row in rows)
+    shown = re.compile(r"`(python|change) |\]\((results\.md)?#|in the rows above")
+    assert not (bare := [row[0] for row in rows if not shown.search(row[3])]), bare
+    changes = re.findall(r"`change (?:--seeds 2 )?(--try [^`]+)`", page)
+    assert len(changes) > 15
+    for words in map(shlex.split, changes):
+        assert words[::2] == ["--try"] * (len(words) // 2)
+        for change in words[1::2]:
+            ablate.recipe_from(["laptop", "--device", "cpu", "--dtype", "float32", "--compile", "false",
+                                *(f"--{word}" for word in change.split())])
 
 
 def test_readme_is_short():
