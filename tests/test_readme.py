@@ -1,6 +1,11 @@
 """Every command of README.md and docs/workshop.md: what takes seconds is run on a tiny run, the rest is parsed."""
 
+import ast
+import contextlib
+import io
+import math
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -21,6 +26,7 @@ import schedule
 import tokenizer
 import train
 from conftest import ROOT, call
+from exercise import EXERCISES, find
 from test_train import TINY, corpus, hasten, quick  # noqa: F401 (fixtures)
 
 PAGES = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "docs/workshop.md"))
@@ -30,8 +36,40 @@ COMMANDS = sorted({match[1].strip() for place in PLACES if (match := re.search(
     r"(?:^|&& |until )(?:python|torchrun [-\w= ]*?) ?(\w+\.py\b[^#;]*)", place))})
 FILES = {file.__name__: file for file in (ablate, checkpoint, cost, data, evals, model, posttrain, sample, schedule,
                                           tokenizer, train)}
-SHOWS = {"cost.py published": "437,760", "tokenizer.py fertility bytes -- README.md": "README.md, bytes",
-         "data.py show data/laptop": "left", "sample.py --prompt \"def\" --samples 3": "--- 3"}
+TEXT, PACKED, N = " ".join(PAGES.split()), "mean square of lengths\nconcat .*\nbest-fit ", r"(\d[\d,]*\.?\d*)"
+SHOWS = {  # what a command prints on the tiny run; its groups are figures, which the pages state where SAYS looks
+    "checkpoint.py export runs/laptop exported": "^exported is written",
+    "cost.py plan --budget 100k": f"model .*tokens .*batch .* rate .*time .*H100-hours .*bill .*, {N}% more .* 100,000",
+    "cost.py published": f"bill +{N} H100-hours, {N}% .*At {N} to {N} USD an hour: {N} to {N} million",
+    "data.py prepare my.txt notes/ --out data/mine": r"my .*notes .* held out .*dropped \d exact dup.*\nPrepared",
+    "data.py show data/laptop": PACKED, "data.py show data/mine": PACKED,
+    "data.py show data/laptop --context 128": f"sequences of 128\n.*{PACKED}",
+    "evals.py runs/laptop": r"bits per byte/left +[\d.]+ ± [\d.]+",
+    "model.py": "laptop +1,836,160 .*KV cache .*\nlaptop +128 ",
+    "sample.py --prompt \"Once\"": "^Once.", "sample.py --temperature 0": r"^.+\n\(runs/\w+ is the newest run",
+    "sample.py runs/laptop-sft --chat --prompt \"What is 12 + 30?\"": "^.+was never trained on chats",
+    "schedule.py": "wsd linear .* cosine .*\n  39 ", "schedule.py 3B 11T": r"3e\+09 parameters .* 1.1e\+13 tokens",
+    "tokenizer.py fertility bytes -- README.md": r"([\d.]+) +[\d.]+ +[\d.]+  README.md, bytes",
+    "tokenizer.py fertility bytes data/laptop -- README.md": r"README.md, bytes\n.* README.md, data/laptop",
+    "train.py --help": "--learning_rate .*--hidden_act "}
+SAYS = {
+    "cost.py plan --budget 100k": f"with the {N} % that ablations",
+    "cost.py published": f": {N} GPU-hours, {N} % more than the main run; at {N} to {N} USD an hour {N} to {N} million",
+    "tokenizer.py fertility bytes -- README.md": f"{N} with bytes"}
+HOPS = {  # what stands in the body of each function that README's "Start with" names
+    "dense_attention": (r"where\(visible", r"\.softmax\(-1\)"), "visible_keys": ("distance >= 0", "<= positions"),
+    "losses_and_slope": (r"logits\.logsumexp\(-1", "nats"), "Curriculum": (r"def batch\(", r"def locate\("),
+    "train": (r"update\(run, losses_of\(",), "update": (r"world\.size\)\.backward\(\)", r"world\.sum\("),
+    "load_checkpoint": (r"set_model_state_dict\(", r"set_optimizer_state_dict\(", "'step'")}
+
+
+def agree(said, found):
+    """The figures that the pages state at one place are the `found` ones, rounded as there."""
+    place, = re.finditer(said, TEXT)
+    for figure, value in zip(place.groups(), found, strict=True):
+        figure = {"eleven": "11", "eighteen": "18"}.get(figure, figure).replace(",", "")
+        value = float(str(value).replace(",", ""))
+        assert round(value, len(figure.partition(".")[2])) == float(figure), (place[0], value)
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +84,7 @@ def place(corpus, tmp_path_factory) -> Path:  # noqa: F811
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text((ROOT / "README.md").read_text("utf-8") if name == "README.md" else
                                    "".join(f"{name} has line {i}.\n" for i in range(2000)))
+    (folder / "notes/b.txt").write_text((folder / "notes/a.txt").read_text())  # a duplicate
     with pytest.MonkeyPatch.context() as patch:
         hasten(patch)
         patch.chdir(folder)
@@ -63,10 +102,9 @@ def test_command_of_the_pages(command, place, monkeypatch):
     """A long training is parsed: the flags exist, their values fit. Everything else is run."""
     monkeypatch.chdir(place)
     name, words = command.partition(".")[0], shlex.split(command)[1:]
-    words = [word for word in words if word != "--help"]
     if "runs/killed" in words or "runs/baseline-1b" in words or "runs/laptop-sft" in words:
         words = [re.sub("runs/(killed|baseline-1b|laptop-sft)", "runs/laptop", word) for word in words]
-    if name == "train":
+    if name == "train" and "--help" not in words:
         if "math" in words:
             words[words.index("math")] = "left"  # a source of the tiny run
         monkeypatch.setattr(train, "check_trackers", lambda names: None)  # which may not be installed
@@ -86,7 +124,51 @@ def test_command_of_the_pages(command, place, monkeypatch):
         words += ["--tasks", "bpb"] * (name == "evals") + ["--context", "64"] * ("--chat" in words)
         done = call(FILES[name].main, *words)
         assert done.returncode == 0 and done.stdout.strip(), done.stderr
-        assert SHOWS.get(command, "") in done.stdout
+        said = f"{done.stdout}\n{done.stderr}"
+        assert (found := re.search(SHOWS[command], said, re.DOTALL)), said
+        if found.groups():
+            agree(SAYS[command], found.groups())
+
+
+def test_figures_that_follow_from_the_code():
+    big, small, V = model.PRESETS["smollm3-3b"], model.PRESETS["laptop"], train.RECIPES["laptop"].model.vocab_size
+    heads, count = (big.num_hidden_layers, big.num_key_value_heads, big.head_dim), model.count_parameters(small)
+    token, tokens = model.cache_bytes(big, 1), sum(stage.tokens for stage in train.RECIPES["laptop"].stages)
+    agree(r"as (\w+) flat Python files", [len([*ROOT.glob("*.py")])])
+    agree(f"{N}M parameters that have read {N}M tokens", [count["total"] / 1e6, tokens / 1e6])
+    agree(f"and holds out {N} %", [100 * data.HELD_OUT])
+    agree(r"`list` names all (\w+)\.", [len(EXERCISES)])
+    agree(f"ln {N} = {N}, and", [V, math.log(V)])
+    agree(rf"\({N} layers x {N} KV heads x {N} x 2 .*? = {N} bytes; {N} GB.*? its {N} query heads",
+          [*heads, token, model.cache_bytes(big, 2**16) / 1e9, big.num_attention_heads])
+    agree(f"vocabulary of {N} has .*? {N}M parameters, beside {N}M in all",
+          [big.vocab_size, big.vocab_size * small.hidden_size / 1e6, count["non_embedding"] / 1e6])
+    assert sum(map(int, re.findall(r"^\| \d [^|]+\| (\d+) \|", PAGES, re.MULTILINE))) == 180  # three hours
+    assert set(re.findall(r"`(?:\S+exercise\.py )?start ([a-z-]+)`", TEXT)) < set(EXERCISES)
+
+
+def test_what_readme_starts_with_is_there():
+    file, found = "", {}
+    for name in re.findall(r"`([\w.]+)`", re.search("Start with .*?On disk", TEXT)[0]):
+        file, found = (name, found) if name.endswith(".py") else (file, found | {name: file})
+    assert set(found) == set(HOPS)
+    for name, file in found.items():
+        node = find((ROOT / file).read_text("utf-8"), name)
+        body = "\n".join(map(ast.unparse, node.body[bool(ast.get_docstring(node)):]))
+        assert all(re.search(thing, body) for thing in HOPS[name]), name
+
+
+def test_python_blocks_of_the_workshop(place, monkeypatch):
+    """Lab 3's prints 0 with the starts of documents and more without; lab 8's is a reward."""
+    leak, reward = re.findall(r"```python\n(.*?)```", PAGES.partition("# A workshop")[2], re.DOTALL)
+    monkeypatch.chdir(place)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(leak, {})
+    with_starts, without = map(float, re.findall(r"tensor\((.*?)\)", out.getvalue()))
+    assert with_starts == 0 < without and "0.0 with document starts" in TEXT
+    Path("FILE.py").write_text(reward)
+    run = posttrain.read_words(["grpo", "runs/laptop", "--reward", "FILE.py:reward"])[1].reward.rpartition(":")
+    assert posttrain.reward_of(runpy.run_path(run[0])[run[2]], {}, "five!") == -0.05
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc for what a process has loaded")
