@@ -49,7 +49,7 @@ SHOWS = {  # what a command prints on the tiny run; its groups are figures, whic
     "sample.py --prompt \"Once\"": "^Once.", "sample.py --temperature 0": r"^.+\n\(runs/\w+ is the newest run",
     "sample.py runs/laptop-sft --chat --prompt \"What is 12 + 30?\"": "^.+was never trained on chats",
     "schedule.py": "wsd linear .* cosine .*\n  39 ", "schedule.py 3B 11T": r"3e\+09 parameters .* 1.1e\+13 tokens",
-    "tokenizer.py fertility bytes -- README.md": r"([\d.]+) +[\d.]+ +[\d.]+  README.md, bytes",
+    "tokenizer.py fertility bytes -- README.md": r"([\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +README.md, bytes",
     "tokenizer.py fertility bytes data/laptop -- README.md": r"README.md, bytes\n.* README.md, data/laptop",
     "train.py --help": "--learning_rate .*--hidden_act "}
 SAYS = {
