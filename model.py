@@ -533,13 +533,14 @@ class KVCache:
 # ---- the modules ----------------------------------------------------------------------------------------------
 def multiply(x, weight, bias=None):
     """x @ weight.T + bias in the dtype of x: the casts that autocast hides. Most CPUs take hundreds of times longer in
-    float16: there the products are float32's, rounded. They multiply few fp32 rows slowly, and a single one in one
-    thread: those stand on the right, with a row of zeros."""
+    float16: there the products are float32's, rounded. They multiply few fp32 rows slowly: those stand on the right, a
+    single one with a row of zeros, or one thread would compute it."""
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return multiply(x.float(), weight.half().float(), bias).half()
-    weight = weight.to(x.dtype)
-    if bias is None and x.is_cpu and x.dtype == torch.float32 and x[..., 0].numel() < 7:
-        return F.linear(weight, F.pad(x.flatten(0, -2), (0, 0, 0, 1)))[:, :-1].t().unflatten(0, x.shape[:-1])
+    weight, rows = weight.to(x.dtype), x[..., 0].numel()
+    if bias is None and x.is_cpu and x.dtype == torch.float32 and rows <= 32:
+        right = F.pad(x.flatten(0, -2), (0, 0, 0, int(rows == 1)))
+        return F.linear(weight, right)[:, :rows].t().unflatten(0, x.shape[:-1])
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
