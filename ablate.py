@@ -114,7 +114,6 @@ def draw_lines(path, lines, **labels):
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
-
 # Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
@@ -211,7 +210,6 @@ def compare_runs(runs):
 
 
 # ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------
-
 def lr_range(words, o):
     """Trains with growing rates until the loss is a third above its lowest. Returns `schedule.suggest_rates`."""
     recipe = recipe_from(words)
@@ -219,9 +217,7 @@ def lr_range(words, o):
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
     run, losses = prepared(replace(recipe, tokens=o.steps * recipe.batch_tokens)), []
     rates = np.geomspace(o.low, o.high, run.steps).tolist()  # Smith 2017
-    for loss in updates(run, rates, "rate grows"):
-        if not math.isfinite(loss):
-            break
+    for loss in itertools.takewhile(math.isfinite, updates(run, rates, "rate grows")):
         losses.append(loss)
         smooth = schedule.smoothed(losses)
         if len(losses) > 11 and smooth[-1] > min(smooth) * 4 / 3:
@@ -316,8 +312,8 @@ def fit_ladder(words, o):
     for width, share in [*LADDER, (PREDICTED, 1)]:
         model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
             num_attention_heads=max(1, round(width / 64)), initializer_range=0.05 * math.sqrt(128 / width))
-        warmup = math.ceil(0.04 * tokens * share / base.batch_tokens)
-        run = prepared(replace(base, model=model, tokens=tokens * share, warmup_steps=warmup))
+        run = prepared(replace(base, model=model, tokens=tokens * share,
+                               warmup_steps=math.ceil(0.04 * tokens * share / base.batch_tokens)))
         size = float(count_parameters(run.recipe.model)["total"])
         if width == PREDICTED:
             law = schedule.fit_law(points, "this ladder")
