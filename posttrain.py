@@ -49,11 +49,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import cost
-import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform, unpacked
+from data import (HELD_OUT, PEOPLE, THINGS, Curriculum, Packing, Split, Stage, generated_math, permute, uniform,
+                  unpacked)
 from evals import Score
 from model import count_parameters
 from sample import continue_all
@@ -62,7 +62,7 @@ from schedule import SCHEDULES
 # ---- built-in problems ----------------------------------------------------------------------------------------
 def sums(seed):
     """The math source's worked problems on numbers below 100, as (what is asked without its story, prompt, reply)."""
-    for about, text in data_.generated_math(10**9, seed):
+    for about, text in generated_math(10**9, seed):
         prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
         if max(map(int, re.findall(r"\d+", prompt))) < 100:
             yield about, prompt, reply
@@ -72,7 +72,7 @@ def lookups(seed):
     """A passage, and a question whose answer is in it."""
     rng = random.Random(seed)
     while True:
-        people, things = rng.sample(data_.PEOPLE, 3), rng.sample(data_.THINGS, 3)
+        people, things = rng.sample(PEOPLE, 3), rng.sample(THINGS, 3)
         facts = [f"{who} has {rng.randrange(2, 100)} {what}." for who, what in zip(people, things)]
         passage, i = " ".join(facts), rng.randrange(3)
         yield passage, f"{passage} How many {things[i]} does {people[i]} have?", facts[i]
