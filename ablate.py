@@ -56,8 +56,9 @@ class AblationOptions:
     tries: tuple[str, ...] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
-def recipe_from(words):
-    """The Recipe that train.py makes of a command line, its device, dtype and compilation decided."""
+def recipe_from(words, more=""):
+    """The Recipe of a train.py command line and `more` flags without dashes; device, dtype, compilation decided."""
+    words = [*words, *(f"--{flag}" for flag in more.split())]
     if wrong := {word.split("=")[0] for word in words} & {"--resume", "--minutes", "--check", "--name"}:
         raise UserError(f"{wrong.pop()} belongs to train.py alone; leave it out here")
     recipe = train.parse(words)[1]
@@ -155,7 +156,7 @@ def change(words, o):
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
                             "data with --try mixture=code=.9,prose=.1")
-        recipes[name] = recipe_from([*words, *(f"--{word}" for word in name.split())])
+        recipes[name] = recipe_from(words, name)
         if recipes[name] == base:
             raise UserError(f"--try {name} changes nothing: the baseline has it already")
     tokenizer, sources = load_data(base.data, base.model.vocab_size)
@@ -273,9 +274,8 @@ def spikes(words, o):
     print(f"cause     {what}; {steps} steps; runs are in {root}\n"
           f"{'':42}bits per byte   to clean  largest loss  how it went")
     for name in ("clean", "cause", *fixes):
-        flags = {"clean": "", "cause": cause, "3 batches": ""}.get(name, f"{cause} {name}").split()
-        recipe = replace(recipe_from([*words, *(f"--{flag}" for flag in flags)]),
-                         tokens=tokens, save_every=steps // 20, keep=20)
+        flags = {"clean": "", "cause": cause, "3 batches": ""}.get(name, f"{cause} {name}")
+        recipe = replace(recipe_from(words, flags), tokens=tokens, save_every=steps // 20, keep=20)
         if late := poison and name != "clean":
             early = find_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
