@@ -56,8 +56,9 @@ class AblationOptions:
     tries: tuple[str, ...] = ()  # change: each "NAME=VALUE", or several that belong together
 
 
-def recipe_from(words):
-    """The Recipe that train.py makes of a command line, its device, dtype and compilation decided."""
+def recipe_from(words, more=""):
+    """The Recipe of a train.py command line and `more` flags without dashes; device, dtype, compilation decided."""
+    words = [*words, *(f"--{flag}" for flag in more.split())]
     if wrong := {word.split("=")[0] for word in words} & {"--resume", "--minutes", "--check", "--name"}:
         raise UserError(f"{wrong.pop()} belongs to train.py alone; leave it out here")
     recipe = train.parse(words)[1]
@@ -114,7 +115,6 @@ def draw_lines(path, lines, **labels):
 
 
 # ---- one change at a time -------------------------------------------------------------------------------------
-
 # Student's t for 1 to 9 degrees of freedom: 95 % lie within so many standard errors. For more, the last is a bit wide.
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 
@@ -156,7 +156,7 @@ def change(words, o):
         if fixed := {word.split("=")[0].replace("-", "_") for word in name.split()} & {"seed", "eval_tokens", "data"}:
             raise UserError(f"--try {name} changes what is measured with; give --{fixed.pop()} to all, or compare "
                             "data with --try mixture=code=.9,prose=.1")
-        recipes[name] = recipe_from([*words, *(f"--{word}" for word in name.split())])
+        recipes[name] = recipe_from(words, name)
         if recipes[name] == base:
             raise UserError(f"--try {name} changes nothing: the baseline has it already")
     tokenizer, sources = load_data(base.data, base.model.vocab_size)
@@ -211,7 +211,6 @@ def compare_runs(runs):
 
 
 # ---- rates, spikes, a scaling law, batch sizes ----------------------------------------------------------------
-
 def lr_range(words, o):
     """Trains with growing rates until the loss is a third above its lowest. Returns `schedule.suggest_rates`."""
     recipe = recipe_from(words)
@@ -219,9 +218,7 @@ def lr_range(words, o):
         raise UserError(f"--low {o.low:g} is not below --high {o.high:g}; give a range such as --low 1e-4 --high 1")
     run, losses = prepared(replace(recipe, tokens=o.steps * recipe.batch_tokens)), []
     rates = np.geomspace(o.low, o.high, run.steps).tolist()  # Smith 2017
-    for loss in updates(run, rates, "rate grows"):
-        if not math.isfinite(loss):
-            break
+    for loss in itertools.takewhile(math.isfinite, updates(run, rates, "rate grows")):
         losses.append(loss)
         smooth = schedule.smoothed(losses)
         if len(losses) > 11 and smooth[-1] > min(smooth) * 4 / 3:
@@ -277,9 +274,8 @@ def spikes(words, o):
     print(f"cause     {what}; {steps} steps; runs are in {root}\n"
           f"{'':42}bits per byte   to clean  largest loss  how it went")
     for name in ("clean", "cause", *fixes):
-        flags = {"clean": "", "cause": cause, "3 batches": ""}.get(name, f"{cause} {name}").split()
-        recipe = replace(recipe_from([*words, *(f"--{flag}" for flag in flags)]),
-                         tokens=tokens, save_every=steps // 20, keep=20)
+        flags = {"clean": "", "cause": cause, "3 batches": ""}.get(name, f"{cause} {name}")
+        recipe = replace(recipe_from(words, flags), tokens=tokens, save_every=steps // 20, keep=20)
         if late := poison and name != "clean":
             early = find_checkpoint(root / "clean", before=poison[0] - schedule.Guard.MARGIN).name
             shutil.copytree(root / "clean", root / name, ignore=lambda _, names: [
@@ -316,8 +312,8 @@ def fit_ladder(words, o):
     for width, share in [*LADDER, (PREDICTED, 1)]:
         model = base.model.change(hidden_size=width, intermediate_size=3 * width, num_key_value_heads=1,
             num_attention_heads=max(1, round(width / 64)), initializer_range=0.05 * math.sqrt(128 / width))
-        warmup = math.ceil(0.04 * tokens * share / base.batch_tokens)
-        run = prepared(replace(base, model=model, tokens=tokens * share, warmup_steps=warmup))
+        run = prepared(replace(base, model=model, tokens=tokens * share,
+                               warmup_steps=math.ceil(0.04 * tokens * share / base.batch_tokens)))
         size = float(count_parameters(run.recipe.model)["total"])
         if width == PREDICTED:
             law = schedule.fit_law(points, "this ladder")

@@ -57,13 +57,12 @@ def check_trackers(names):
 class Log:
     """log.jsonl: an object per line with "step" and "loss", "val" or "event"; also feeds the trackers of --log."""
     def __init__(self, folder, recipe=None, resumed_at=None):
-        self.path, self.trackers, self.failed = folder / "log.jsonl", [], False
+        self.path, self.failed = folder / "log.jsonl", False
         self.sent = max((entry["step"] for entry in self.entries()), default=-1)  # trackers know the steps up to here
         if resumed_at is not None:
             self.forget(resumed_at)
         self.events = [entry for entry in self.entries() if "event" in entry]
-        if recipe and recipe.log:
-            self.trackers = open_trackers(recipe, folder)
+        self.trackers = [*open_trackers(recipe, folder)] if recipe and recipe.log else []
 
     def entries(self):
         with suppress(FileNotFoundError), open(self.path, "rb") as lines:
@@ -93,10 +92,8 @@ class Log:
             if not self.failed:
                 tqdm.write(f"warning   {self.path} cannot be written ({error}); training continues", file=sys.stderr)
             self.failed = True
-        numbers = {}
-        for name, value in entry.items():
-            parts = {f"{name}/{part}": v for part, v in value.items()} if isinstance(value, dict) else {name: value}
-            numbers |= {part: v for part, v in parts.items() if isinstance(v, (int, float))}
+        parts = {f"{name}/{part}": v for name, of in entry.items() if isinstance(of, dict) for part, v in of.items()}
+        numbers = {name: v for name, v in (entry | parts).items() if isinstance(v, (int, float))}
         for tracker in list(self.trackers if entry["step"] > self.sent else ()):
             try:
                 tracker[0](entry["step"], numbers)
@@ -110,20 +107,19 @@ class Log:
 
 
 def open_trackers(recipe, folder):
-    """(write the numbers of a step, finish) for each tracker that --log names."""
-    opened, known = [], folder / "tracker-id"
+    """Yields (write the numbers of a step, finish) for each tracker that --log names."""
+    known = folder / "tracker-id"
     if not known.exists():  # unique: another run of this name is another one there
         known.write_text(f"{folder.name}-{os.urandom(4).hex()}", "utf-8")
     for name in recipe.log.split(","):
         module, run_id = installed(TRACKERS[name]), known.read_text("utf-8")
         if name == "tensorboard":
             board = module.SummaryWriter(str(folder / "tensorboard"))
-            opened.append((lambda step, row, b=board: [b.add_scalar(k, v, step) for k, v in row.items()], board.close))
+            yield (lambda step, row, b=board: [b.add_scalar(k, v, step) for k, v in row.items()]), board.close
         else:
             same = {"id": run_id} if name == "wandb" else {}
             module.init(project="nanoplaybook", name=run_id, config=asdict(recipe), resume="allow", **same)
-            opened.append((lambda step, numbers, m=module: m.log(numbers, step=step), module.finish))
-    return opened
+            yield (lambda step, numbers, m=module: m.log(numbers, step=step)), module.finish
 
 
 def draw_log(folder):
@@ -131,12 +127,13 @@ def draw_log(folder):
     trained, judged = ([e for e in Log(folder).entries() if kind in e] for kind in ("loss", "val"))
 
     def paint(axes):
-        axes[0].plot([e["tokens"] for e in trained], [e["loss"] for e in trained], lw=0.8)
-        axes[0].set(title="training loss", xlabel="tokens", ylabel="nats per token")
+        left, right = axes
+        left.plot([e["tokens"] for e in trained], [e["loss"] for e in trained], lw=0.8)
+        left.set(title="training loss", xlabel="tokens", ylabel="nats per token")
         for source in judged[-1]["val"] if judged else ():
-            axes[1].plot([e["tokens"] for e in judged], [e["val"][source] for e in judged], marker=".", label=source)
-        axes[1].set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
-        axes[1].legend()
+            right.plot([e["tokens"] for e in judged], [e["val"][source] for e in judged], marker=".", label=source)
+        right.set(title="held-out text", xlabel="tokens", ylabel="bits per byte (lower is better)")
+        right.legend()
         for panel in axes:
             panel.locator_params("x", nbins=6)
     return draw(folder / "loss.png", paint, columns=2, size=(11, 4))
@@ -529,7 +526,7 @@ def _read_hugging_face(folder, model, dtype):
     weights = {name: torch.zeros(w.shape, dtype=torch.float32 if name.endswith(EXACT) else dtype)
                for name, w in model.state_dict().items()}
     views, end = their_tensors(weights, config, hf["model_type"]), config.num_hidden_layers
-    missing, head, first = set(views), "lm_head.weight", "model.embed_tokens.weight"
+    head, first = "lm_head.weight", "model.embed_tokens.weight"
     for name, file in where.items():
         layer, tensor = re.match(r"model\.layers\.(\d+)\.", name), file.get_tensor(name)
         if (name.endswith(("rotary_emb.inv_freq", "_scales", "_scale_inv")) or name.startswith("mtp.")
@@ -545,10 +542,9 @@ def _read_hugging_face(folder, model, dtype):
             tensor = tensor.unflatten(-1, (-1, 2))
         if name not in views or tensor.shape != views[name].shape or not tensor.is_floating_point():
             raise ValueError(f"config.json asks for no {name} of {list(tensor.shape)} ({tensor.dtype})")
-        views[name].copy_(tensor)
-        missing.discard(name)
-    if missing:
-        raise ValueError(f"it lacks {min(missing)} ({len(missing)} tensors in all)")
+        views.pop(name).copy_(tensor)
+    if views:
+        raise ValueError(f"it lacks {min(views)} ({len(views)} tensors in all)")
     if (path := folder / "tokenizer.json").exists():
         spec, rows = read_json(path), config.vocab_size
         if max([len(spec["model"]["vocab"]), *(t["id"] + 1 for t in spec["added_tokens"])]) > rows:
@@ -617,7 +613,7 @@ def _compare_with_transformers(model, folder, chat):
 
 
 def main():
-    if sys.argv[1:2] != ["export"] or len(sys.argv) != 4:
+    if len(sys.argv) != 4 or sys.argv[1] != "export":
         raise UserError("give a run and a new folder: python checkpoint.py export runs/laptop exported")
     source, folder = sys.argv[2:]
     print(f"{folder} is written; {save_pretrained(from_pretrained(source), folder, tokenizer_from=source)}")

@@ -24,7 +24,7 @@ import warnings
 from dataclasses import asdict, dataclass, replace
 from time import perf_counter
 
-from tokenizer import Parser, UserError, add_options, check_options, draw, option, parse_options, run
+from tokenizer import Parser, UserError, add_options, check_options, draw, given_options, option, parse_options, run
 
 import torch
 
@@ -125,7 +125,6 @@ def smallest_sharding(config, gpus, context, room):
 
 
 # ---- this machine ---------------------------------------------------------------------------------------------
-
 @dataclass
 class Machine:
     """What a run computes on, and why."""
@@ -222,12 +221,12 @@ def measure_speed(model, tokens, cu_seqlens, seconds=1.0, optimizer=None):
                 raise
             model.compiled = False
             print(f"compile   off: it failed here ({repr(error)[:100]})")
-            model.zero_grad(set_to_none=True)
+            model.zero_grad()
             continue
-        if optimizer is not None:
+        if optimizer:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        model.zero_grad(set_to_none=True)
+        model.zero_grad()
         if device != "cpu":
             torch.accelerator.synchronize()
         times.append(perf_counter() - start)
@@ -275,10 +274,10 @@ def settle(recipe, machine, processes, context):
     """The recipe with what its "auto"s became, so that a resumed run computes as it began: FSDP where a process cannot
     hold the longest context's training. Where it can, "auto" stays, to be decided again for other processes."""
     recipe = replace(recipe, device=machine.device, dtype=str(machine.dtype)[6:], compile=str(machine.compile).lower())
-    if recipe.parallel == "auto":
+    if recipe.parallel == "auto" and processes > 1:
         needs = recipe_memory(recipe, 1, context, processes, machine.device)["total"]
-        sharded = processes > 1 and needs > 0.85 * machine_memory(machine.device)
-        recipe = replace(recipe, parallel="fsdp" if sharded else "auto")
+        if needs > 0.85 * machine_memory(machine.device):
+            return replace(recipe, parallel="fsdp")
     return recipe
 
 
@@ -331,7 +330,6 @@ def check_memory(recipe, machine, processes, rows, curriculum):
 
 
 # ---- the plan -------------------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class PlanOptions:
     """Plans what to train: give one or two limits (0: not given), the rest follows."""
@@ -350,7 +348,7 @@ class PlanOptions:
     context: int = option(4096, "tokens", 1)
     vocab_size: int = option(0, "0: 128,256 from 1B parameters on, 49,152 from 50M on, else 8,192", 0)
     picture: str = option("", "file to draw loss against size in, such as curve.png")
-    json: bool = False
+    json: bool = option(False, "print the plan as JSON")
 
 
 def derive(o, flops_per_hour, price):
@@ -604,13 +602,13 @@ def main():
     for name, (_, kind) in kinds.items():
         p = commands.add_parser(name, help=kind.__doc__)
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
-        add_options(p, kind, without=["preset"])
+        add_options(p, kind, without=["preset", "json"])
     commands.choices["plan"].add_argument("--json", action="store_true", help="print the plan as JSON")
-    given = {name: value for name, value in vars(parse_options(parser, sys.argv[1:])).items() if value is not None}
-    if (name := given.pop("command")) == "published":
+    args = parse_options(parser, sys.argv[1:])
+    if args.command == "published":
         return print_published()
-    command, kind = kinds[name]
-    check_options(options := kind(**given))
+    command, kind = kinds[args.command]
+    check_options(options := kind(**given_options(args, kind)))
     command(options)
 
 

@@ -49,21 +49,20 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import cost
-import data as data_
 import train
 from checkpoint import (copy_chat_format, find_checkpoint, from_pretrained, is_hugging_face, load_config,
                         new_run_folder, save_weights)
-from data import HELD_OUT, Curriculum, Packing, Split, Stage, permute, uniform, unpacked
+from data import (HELD_OUT, PEOPLE, THINGS, Curriculum, Packing, Split, Stage, generated_math, permute, uniform,
+                  unpacked)
 from evals import Score
 from model import count_parameters
 from sample import continue_all
 from schedule import SCHEDULES
 
 # ---- built-in problems ----------------------------------------------------------------------------------------
-
 def sums(seed):
     """The math source's worked problems on numbers below 100, as (what is asked without its story, prompt, reply)."""
-    for about, text in data_.generated_math(10**9, seed):
+    for about, text in generated_math(10**9, seed):
         prompt, reply = text.removeprefix("Question: ").strip().split("\nAnswer: ")
         if max(map(int, re.findall(r"\d+", prompt))) < 100:
             yield about, prompt, reply
@@ -73,7 +72,7 @@ def lookups(seed):
     """A passage, and a question whose answer is in it."""
     rng = random.Random(seed)
     while True:
-        people, things = rng.sample(data_.PEOPLE, 3), rng.sample(data_.THINGS, 3)
+        people, things = rng.sample(PEOPLE, 3), rng.sample(THINGS, 3)
         facts = [f"{who} has {rng.randrange(2, 100)} {what}." for who, what in zip(people, things)]
         passage, i = " ".join(facts), rng.randrange(3)
         yield passage, f"{passage} How many {things[i]} does {people[i]} have?", facts[i]
@@ -123,7 +122,6 @@ def correct(problem, answer):
 
 
 # ---- data -----------------------------------------------------------------------------------------------------
-
 def turns(said, role="user"):
     """A text as a conversation of one turn; a conversation as it is; an exception if it is neither."""
     said = [{"role": role, "content": said}] if isinstance(said, str) else said
@@ -178,7 +176,6 @@ def held_out_rows(rows):
 
 
 # ---- losses ---------------------------------------------------------------------------------------------------
-
 def preference_loss(kind, policy, reference, beta):
     """Log-probabilities of whole answers [2, B], chosen and rejected, to (loss [B], rewards [2, B] = beta * log(policy
     / reference)). DPO (Rafailov et al. 2023): -log sigmoid(r_c - r_r), where both may fall. APO-zero (D'Oosterlinck et
@@ -280,7 +277,6 @@ LARGER = {
 
 
 # ---- a run ----------------------------------------------------------------------------------------------------
-
 # prepare_run adds to a train.Run: chat_format; end, the token that ends the assistant's turn; tests, {kind: [(problem,
 # prompt's ids)]}; held, held-out conversations or pairs; before, {score: the start's, a number for each example};
 # examples, of dpo (pair, the start's log-probabilities), of grpo (problem, prompt's ids); reward; reference, for --kl.
@@ -404,7 +400,6 @@ def evaluate_answers(run, last):
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------------
-
 def conversation(run, row):
     """The samples of a row, one or, with some templates, one per turn of the assistant."""
     samples = run.chat_format.samples(row["messages"], row.get("tools"))
@@ -438,7 +433,6 @@ def prepare_sft(run, rows):
 
 
 # ---- DPO and APO ----------------------------------------------------------------------------------------------
-
 def prepare_preferences(run, rows):
     """Pairs, and the start's log-probabilities of them, kept in the folder for a resumed run: no second model stays."""
     file = run.folder / "reference.pt"
@@ -460,8 +454,7 @@ def draw_pairs(run):
     recipe, found = run.recipe, []
     asked = askable(run, fresh_problems(recipe.problems))
     print(f"pairs     drawing {recipe.samples} answers to each of {len(asked):,} training problems")
-    drawn = answers(run, asked, recipe.samples, recipe.temperature, recipe.seed)
-    for (row, _), group in zip(asked, drawn):
+    for (row, _), group in zip(asked, answers(run, asked, recipe.samples, recipe.temperature, recipe.seed)):
         texts = {run.tokenizer.decode(ids): reward for ids, reward in group if 0 < len(ids) < recipe.max_tokens}
         right, wrong = ([text for text in texts if texts[text] == value] for value in (1, 0))
         found += [parse_row(row | {"chosen": a, "rejected": b}, "dpo") for a, b in zip(right, wrong)]
@@ -498,7 +491,6 @@ def preference_losses(run, step):
 
 
 # ---- GRPO -----------------------------------------------------------------------------------------------------
-
 def prepare_grpo(run, rows):
     """Problems to draw answers to."""
     recipe = run.recipe
@@ -529,13 +521,13 @@ def roll_out(run, step):
             ids = ids + [run.end] * ended  # one that was cut off did not end itself
             sequences.append((prompt + ids, [0] * len(prompt) + [1] * len(ids)))
             table.append((reward, overlong_penalty(len(ids), recipe.max_tokens, recipe.overlong), len(ids), not ended))
-    table = torch.tensor(table).T
-    total = (table[0] + table[1]).view(-1, recipe.samples)
+    reward, penalty, length, cut_off = torch.tensor(table).T
+    total = (reward + penalty).view(-1, recipe.samples)
     advantage = advantages(total - total[:, :1], recipe.normalization)  # exactly 0 in a group that agrees
-    tokens = world.sum(table[2].view(recipe.updates, -1).sum(1))
-    found = zip(("reward", "penalty", "length", "cut_off", "mixed_groups"), [*table, advantage.any(1).float()])
+    tokens = world.sum(length.view(recipe.updates, -1).sum(1))
+    found = dict(reward=reward, penalty=penalty, length=length, cut_off=cut_off, mixed_groups=advantage.any(1).float())
     return (list(zip(sequences, advantage.flatten().tolist())), tokens.tolist(),
-            {name: values.mean() for name, values in found})
+            {name: values.mean() for name, values in found.items()})
 
 
 def grpo_losses(run, step):
@@ -556,20 +548,17 @@ def grpo_losses(run, step):
             reference, _ = frozen(run.reference, piece)
             add_found(run, kl=(mask * kl_k3(new, reference)).sum() / total)
             loss = loss + recipe.kl * kl_loss(new, old, reference)
-        weights = token_weights(mask, recipe.normalization, samples, total, recipe.max_tokens)
-        loss = (weights * loss).sum()
+        loss = (token_weights(mask, recipe.normalization, samples, total, recipe.max_tokens) * loss).sum()
         return loss + run.model.routing_loss() * share, loss
 
     frozen = torch.no_grad()(policy)
-    shares = []  # of each update: pieces of samples of similar length, with log-probabilities by the policy that drew
-    for share in batches(sampled, len(sampled) // recipe.updates):
+    losses = []  # of each update, for pieces of samples of similar length; `old` is by the policy that drew them
+    for share, total in zip(batches(sampled, len(sampled) // recipe.updates), tokens):
         pieces = batches(sorted(share, key=lambda one: len(one[0][0])), run.rows[0])
-        shares.append([(piece, frozen(run.model, piece)[0]) for piece in pieces])
-    for pieces, total in zip(shares, tokens):
-        losses = [partial(loss_of, *piece, total) for piece in pieces]
-        if pieces is not shares[-1]:
-            train.update(run, losses, run.rate(step))
-    return losses
+        losses.append([partial(loss_of, piece, frozen(run.model, piece)[0], total) for piece in pieces])
+    for earlier in losses[:-1]:
+        train.update(run, earlier, run.rate(step))
+    return losses[-1]
 
 
 METHODS = {"sft": (prepare_sft, train.pretraining_losses, "batch_tokens"),  # the last must divide by the processes

@@ -68,8 +68,7 @@ def learning_rate(recipe, curriculum, step):
     last = max(i for i, stage in enumerate(curriculum.stages) if not stage.learning_rate)
     before, total = begins[last:last + 2]
     decay = total - before if recipe.decay_share == -1 else round(recipe.decay_share * total)
-    shape = SCHEDULES[recipe.schedule]
-    share = shape(step, total, recipe.warmup_steps, decay, recipe.decay_shape, recipe.final_share)
+    share = SCHEDULES[recipe.schedule](step, total, recipe.warmup_steps, decay, recipe.decay_shape, recipe.final_share)
     return recipe.learning_rate * share * math.sqrt(curriculum.batches[number] / recipe.batch_tokens)
 
 
@@ -115,7 +114,7 @@ def newton_schulz(gradient):
 class Optimizers:
     """torch optimizers that step as one; `torch.distributed.checkpoint.state_dict` takes `.optimizers`."""
     def __init__(self, *optimizers):
-        self.optimizers = list(optimizers)
+        self.optimizers = optimizers
         self.found_inf = None  # a float tensor of one element; 1 makes `step` leave weights and moments unchanged
 
     @property
@@ -124,10 +123,8 @@ class Optimizers:
 
     def step(self):
         for optimizer in self.optimizers:
-            if optimizer.defaults.get("fused"):
-                optimizer.found_inf = self.found_inf  # read on the device, so that the host need not wait
-                optimizer.step()
-            elif not self.found_inf:
+            optimizer.found_inf = self.found_inf  # a fused one reads it on the device, so that the host need not wait
+            if optimizer.defaults.get("fused") or not self.found_inf:
                 optimizer.step()
 
     def update_to_weight(self):
@@ -145,9 +142,9 @@ class Optimizers:
 class Float32Muon(torch.optim.Muon):
     """torch's Muon takes its Newton-Schulz steps in bfloat16. A CPU without bfloat16 emulates it 20 times slower than
     fp32 (laptop model, 2 cores: 0.56 against 0.03 s a step), so this one stays in fp32."""
-    def step(self, closure=None):
+    def step(self):
         with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-            return super().step(closure)
+            super().step()
 
 
 OPTIMIZERS = {"adamw": (), "muon": ("matrix",)}  # the parameter groups that Muon updates; AdamW updates the others
@@ -160,8 +157,7 @@ def build_optimizer(model, rate, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8, 
     mine, rest = [], []
     for group in parameter_groups(model, weight_decay):
         (mine if group["name"] in OPTIMIZERS[name] else rest).append(group)
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    adamw = torch.optim.AdamW(rest, lr=rate, betas=betas, eps=eps, fused=fused)
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=betas, eps=eps, fused=True)
     if not mine:
         return Optimizers(adamw)
     muon = torch.optim.Muon if dtype == torch.bfloat16 else Float32Muon
@@ -395,7 +391,7 @@ def fit_law(points, source="fit"):
     grid, fits = np.arange(0.05, 1.21, 0.025), []
     for alpha in grid:
         for beta in grid:
-            columns = np.stack([np.ones(len(N)), N**-alpha, D**-beta], 1)
+            columns = np.stack([np.ones_like(N), N**-alpha, D**-beta], 1)
             scale = columns.max(0)
             solution = np.linalg.lstsq(columns / scale, L, rcond=None)[0] / scale
             if solution.min() >= 0:
@@ -424,9 +420,9 @@ def critical_multiple(losses, epsilon):
 def smoothed(losses, memory=0.9):
     """Exponential average of the losses so far, corrected for its start at 0."""
     out, mean = [], 0.0
-    for i, loss in enumerate(losses):
+    for i, loss in enumerate(losses, 1):
         mean = memory * mean + (1 - memory) * loss
-        out.append(mean / (1 - memory ** (i + 1)))
+        out.append(mean / (1 - memory**i))
     return out
 
 
@@ -436,7 +432,7 @@ def suggest_rates(rates, losses):
     smooth = smoothed(losses)
     width = min(10, len(smooth) - 1)
     fall = min(range(len(smooth) - width), key=lambda i: smooth[i + width] - smooth[i])
-    return rates[fall + width // 2], rates[min(range(len(smooth)), key=smooth.__getitem__)] / 10
+    return rates[fall + width // 2], rates[smooth.index(min(smooth))] / 10
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
