@@ -770,22 +770,12 @@ def pack_best_fit(starts, context):
     return row, begins, sizes
 
 
-def pack_bos(starts, context):
-    """Every row begins with a document; a part that does not fit into the row is dropped (nanochat, modded-nanogpt)."""
-    lengths = np.diff(starts)
-    rows, sizes, row, used = np.empty_like(lengths), np.empty_like(lengths), 0, 0
-    for i, n in enumerate(lengths.tolist()):
-        rows[i], sizes[i] = row, min(n, context - used)
-        row, used = (row + 1, 0) if used + n >= context else (row, used + n)
-    return rows, starts[:-1], sizes
-
-
 # concat: documents end to end, cut every `context` tokens. Nothing is lost or padded; arithmetic instead of arrays.
-PACKINGS = {"concat": None, "best-fit": pack_best_fit, "bos": pack_bos}
+PACKINGS = {"concat": None, "best-fit": pack_best_fit}
 
 
 class Packing:
-    """The `count` sequences of a split. All PACKINGS but concat take 16 bytes and about 1 us per document at first."""
+    """The `count` sequences of a split. Best fit takes 16 bytes and about 1 us per document at first."""
     def __init__(self, split, context, strategy="concat"):
         self.split, self.context, self.end, self.pack = split, context, len(split.tokens), PACKINGS[strategy]
         self.count = -(-(self.end - 1) // context)  # the last may be shorter; the very first token is no target

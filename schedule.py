@@ -142,9 +142,9 @@ class Optimizers:
 class Float32Muon(torch.optim.Muon):
     """torch's Muon takes its Newton-Schulz steps in bfloat16. A CPU without bfloat16 emulates it 20 times slower than
     fp32 (laptop model, 2 cores: 0.56 against 0.03 s a step), so this one stays in fp32."""
-    def step(self):
+    def step(self, closure=None):
         with patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
-            super().step()
+            return super().step(closure)
 
 
 OPTIMIZERS = {"adamw": (), "muon": ("matrix",)}  # the parameter groups that Muon updates; AdamW updates the others
@@ -360,8 +360,8 @@ class LossLaw:
         return (self.B / gap) ** (1 / self.beta) if gap > 0 else math.inf
 
 
-# Besiroglu et al. (2024) corrected the fit of Hoffmann et al. (2022): only theirs gives about 20 tokens a parameter.
-HOFFMANN = LossLaw("Hoffmann et al. 2022", 1.69, 406.4, 410.7, 0.34, 0.28)
+# Besiroglu et al. (2024) corrected the fit of Hoffmann et al. (2022), 1.69 + 406.4 / N^0.34 + 410.7 / D^0.28: only
+# theirs gives about 20 tokens a parameter.
 CHINCHILLA = LossLaw("Besiroglu et al. 2024", 1.8172, 482.01, 2085.43, 0.3478, 0.3658)
 # `fit_law` on twelve runs of the laptop's kind, within 1.7 % of each; bits per byte of held-out prose and code.
 LAPTOP_LAW = LossLaw("fitted to the laptop's runs", 0.745, 8368, 19.69, 0.825, 0.2, (0.15e6, 7e6), (0.1e6, 10e6))

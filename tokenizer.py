@@ -566,7 +566,7 @@ def reading(path, advice="it is damaged, incomplete or in another format; make i
     except UserError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", "") or (str(error) if isinstance(error, ValueError) else repr(error))
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
         raise UserError(f"{path} cannot be read ({' '.join(reason.split())[:300]}): {advice}") from None
 
 
@@ -686,10 +686,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        for name, means in (("whole_number", "a whole number such as 1000, 1e6 or 2M"),
-                            ("number", "a number such as 1000, 1e6 or 2M"), ("true_or_false", "true or false")):
-            message = message.replace(f"invalid {name} value", f"give {means}, not")
-        raise UserError(f"{message}; see `python {self.prog} --help`")
+        hint = "; a number is 1000, 1e6 or 2M, a switch true or false" * ("value: " in message)
+        raise UserError(f"{message}{hint}; see `python {self.prog} --help`")
 
 
 def draw(path, paint, columns=1, size=(8, 4)):

@@ -609,22 +609,20 @@ def make_run(recipe, folder, world, machine, tokenizer, model, steps, rate, begu
 
 
 def training_speed(run, compile):
-    """Tokens/s of all processes on the first rows. A long run on a CPU is compiled if --compile was "auto", and its
+    """Measures run.speed on the first rows. A long run on a CPU is compiled if --compile was "auto", and its
     recipe says so: resumed, it does the same, because compiled code rounds differently."""
     world, (inputs, _, cu_seqlens) = run.world, run.loader.get((0, 0, run.rows[0]))
     starts = cu_seqlens if run.recipe.document_mask else None
     attended = run.curriculum.contexts[0] if starts is None else cost.attended_length(starts.diff().tolist())
     run.flops = cost.flops_per_token(run.recipe.model, attended)
     measure = functools.partial(cost.measure_speed, run.model, inputs, starts, 0.0 if world.size > 1 else 1.0)
-    speed = world.agree(world.size * measure())
-    minutes = (run.tokens_before(run.steps) - run.tokens_before(run.step)) / speed / 60
+    run.speed = world.agree(world.size * measure())
+    minutes = (run.tokens_before(run.steps) - run.tokens_before(run.step)) / run.speed / 60
     if cost.compiling_pays(compile, run.machine.device, minutes):
         print(f"machine   compile on: {minutes:.0f} minutes are planned; compiling, about 25 s, pays after two")
         run.model.compile_blocks()
-        speed = world.size * measure()
+        run.speed = world.size * measure()
         run.recipe = replace(run.recipe, compile=str(run.model.compiled).lower())
-    run.speed = speed
-    return speed
 
 
 def connect(run):
@@ -671,12 +669,13 @@ def set_up(recipe, folder, world=None, resume=False):
     run = make_run(recipe, folder, world, machine, tokenizer, GPT(recipe.model), curriculum.steps,
                    functools.partial(learning_rate, recipe, curriculum), begun, resume, curriculum=curriculum,
                    sources=sources, rows=rows, loader=Loader(curriculum, machine.device), fingerprint=fingerprint)
-    print_run(run, training_speed(run, compile), memory)
+    training_speed(run, compile)
+    print_run(run, memory)
     return run
 
 
-def print_run(run, speed, memory):
-    """`speed` in tokens per second, all processes together; `memory` in bytes of one."""
+def print_run(run, memory):
+    """The plan; `memory` in bytes of a process."""
     recipe, plan, config, size = run.recipe, run.curriculum, run.recipe.model, run.world.size
     count, tokens, epochs = count_parameters(config), plan.tokens(plan.steps), plan.epochs()
     read = [f"{s.name} {len(s.tokens):,} tokens, read {epochs[s.name]:.2f} times" for s in plan.sources]
@@ -693,8 +692,8 @@ def print_run(run, speed, memory):
     for line in plan.report():
         print(line)
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
-          f"{tokens / speed / 60:.1f} minutes at {speed:,.0f} tokens/s (measured just now); the log's share_of_peak "
-          f"= tokens/s x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
+          f"{tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now); the log's "
+          f"share_of_peak = tokens/s x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
 
 
 def pretrain(recipe, folder, resume=False, world=None):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EXERCISES = {
     "bpe": ("tokenizer.py", "bpe_merges", "train a byte-pair encoding", ["test_tokenizer.py::test_merges_by_hand"]),
     "best-fit": ("data.py", "pack_best_fit", "pack documents into rows, longest first",
-                 ["test_data.py::test_best_fit_by_hand", "test_data.py::test_packings_by_brute_force"]),
+                 ["test_data.py::test_best_fit_by_hand", "test_data.py::test_best_fit_by_brute_force"]),
     "mixture": ("data.py", "dealt", "deal sequences to sources so that every stretch has the mixture",
                 ["test_data.py::test_interleave_deals_each_sequence_once_in_exact_shares",
                  "test_data.py::test_whole_numbers_are_dealt_exactly_once_an_epoch"]),

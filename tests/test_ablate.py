@@ -423,7 +423,8 @@ def test_mistakes_are_one_sentence(here, words, told):
 
 @pytest.mark.parametrize("words, told", [
     (["branch", "runs/none"], "give a run"), (["noise"], "give a run"), (["noise", "data/tiny"], "give a run"),
-    (["lr-range", "laptob"], "take laptop"), (["branch", "runs/none", "--read", "nine"], "or 2M, not: 'nine'")])
+    (["lr-range", "laptob"], "take laptop"),
+    (["branch", "runs/none", "--read", "nine"], "value: 'nine'; a number is 1000")])
 def test_mistaken_runs_are_one_sentence(here, words, told):
     done = call(ablate.main, *words)
     assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1, done.stderr

@@ -13,10 +13,11 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import schedule
 from conftest import call
 from model import GPT, ModelConfig
-from schedule import (CHINCHILLA, HOFFMANN, Float32Muon, adamw, build_optimizer, cosine, multistep, newton_schulz,
+from schedule import (CHINCHILLA, Float32Muon, LossLaw, adamw, build_optimizer, cosine, multistep, newton_schulz,
                       SCHEDULES, parameter_groups, warmup, wsd)
 from tokenizer import UserError
 
+HOFFMANN = LossLaw("Hoffmann et al. 2022", 1.69, 406.4, 410.7, 0.34, 0.28)
 
 def test_warmup_never_zero_and_ends_at_the_peak():
     assert [warmup(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
