@@ -602,7 +602,8 @@ def main():
     for name, (_, kind) in kinds.items():
         p = commands.add_parser(name, help=kind.__doc__)
         p.add_argument("preset", nargs="?", help=", ".join(PRESETS))
-        add_options(p, kind, without=["preset"])
+        add_options(p, kind, without=["preset", "json"])
+    commands.choices["plan"].add_argument("--json", action="store_true", help="print the plan as JSON")
     args = parse_options(parser, sys.argv[1:])
     if args.command == "published":
         return print_published()
