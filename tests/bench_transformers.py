@@ -121,9 +121,9 @@ def sampling(args):
 
 
 def compiled(args):
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, rows in (torch.float32, 1), (torch.float32, 16), (torch.bfloat16, 1), (torch.bfloat16, 16):
         model, theirs, n = GPT(MIDDLE).eval().to(dtype), theirs_like(MIDDLE).eval().to(dtype), 100
-        model.compute_dtype, prompt = dtype, torch.randint(MIDDLE.vocab_size, (1, 8))
+        model.compute_dtype, prompt = dtype, torch.randint(MIDDLE.vocab_size, (rows, 8))
         start = time.perf_counter()
         list(generate(model, prompt.tolist(), n, temperature=0, compile=True))
         first = time.perf_counter() - start
@@ -131,8 +131,8 @@ def compiled(args):
                         eager=lambda: list(generate(model, prompt.tolist(), n, temperature=0)),
                         theirs=lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
                                                        pad_token_id=0, use_cache=True))
-        speed = {name: n / seconds for name, seconds in found.items()}
-        print(f"compiled  greedy, batch 1, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s after {first:.0f} s of "
+        speed = {name: rows * n / seconds for name, seconds in found.items()}
+        print(f"compiled  greedy, batch {rows}, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s after {first:.0f} s of "
               f"compiling{' that failed' * (not model.step)}, eager {speed['eager']:,.0f}, transformers "
               f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
 
