@@ -250,7 +250,8 @@ def poisoned_losses(run, step, poison):
 
 
 # The playbook's causes of spikes: {cause: (its flags, what is tried after them: fixes, and more of the same)}. Bad data
-# is no flag: random tokens in 4 % of the batches (or in 3), 80 % of the way. float16 overflows where bfloat16 does not.
+# is no flag: from 80 % of the run on, 4 % of the batches are random tokens, or only the first three. float16 overflows
+# where bfloat16 does not.
 CAUSES = {
     "rate": ("learning_rate=0.1", ["learning_rate=0.01", "clip=0.1", "qk_norm=true", "warmup_steps=150",
                                    "learning_rate=1", "learning_rate=1 guard=rewind"]),

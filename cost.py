@@ -288,7 +288,7 @@ def fits(recipe, rows, context, processes, device, share=0.85):
 
 
 def rows_at_once(recipe):
-    """Answers that are drawn together: the cache, which stays while GRPO trains, takes at most 10 % of a GPU."""
+    """Answers to draw together: their KV cache, kept while GRPO trains, takes 10 % of a GPU, more if --samples asks."""
     row = cache_bytes(recipe.model, 1 << (recipe.model.max_position_embeddings - 1).bit_length())
     fit = max(1, int(0.1 * machine_memory(recipe.device) / row)) if recipe.device == "cuda" else 256
     return min(256, 1 << fit.bit_length() - 1)
@@ -321,7 +321,8 @@ def check_memory(recipe, machine, processes, rows, curriculum):
     device, room, before = machine.device, machine_memory(machine.device), peak_memory("cpu", "VmRSS")
     need = max(process_memory(
         recipe_memory(recipe, n, context, processes, device,
-                      batch // context > n * (processes if recipe.parallel == "fsdp" else 1)), device, before)
+                      batch // context > n * (processes if recipe.parallel == "fsdp" else 1)),  # DDP keeps its buckets
+        device, before)
         for n, context, batch in zip(rows, curriculum.contexts, curriculum.batches))
     if need > room:
         raise UserError(f"a process needs {need / 2**30:.2f} GiB of memory and {room / 2**30:.2f} are there; take "

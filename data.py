@@ -120,8 +120,8 @@ class Document(NamedTuple):
 
 class Source:
     """The documents of a file of text or data, a folder, or hf:DATASET[:CONFIG[:SPLIT]], in a fixed order. The hash of
-    a text in a data set, or of a text file's name, decides whether it is held out. A file that is named must be
-    readable; in a folder unreadable lines and files are left out and counted."""
+    a text in a data set, or of a text file's name in a folder, decides whether it is held out; of a text file given by
+    name, the end is. A file that is named must be readable; in a folder, unreadable ones are left out and counted."""
     def __init__(self, where, text_key="text", revision=None, unwrap=False):
         self.where, self.text_key, self.revision, self.unwrap = str(where), text_key, revision, unwrap
         self.hub, self.folder = self.where.startswith("hf:"), (path := Path(where)).is_dir()
@@ -192,7 +192,8 @@ class Source:
             yield from (Document(text, held, (name, offset)) for text, held, offset in rows)
 
     def read_text(self, name, file, skip):
-        """Documents of at most LONGEST_PIECE; the offset counts them. Of a cut or named file the end is held out."""
+        """Documents of at most LONGEST_PIECE; the offset counts them. Of a file that is cut, or named, the end is held
+    out."""
         size, begin, rest, count = 0, 0, "", 0
         with io.TextIOWrapper(unpacked(file), "utf-8-sig") as stream:
             while block := stream.read(LONGEST_PIECE):
@@ -485,7 +486,8 @@ def runs_of(words, length):
 
 
 def evaluation_runs(files):
-    """{length: hashes of so many words in a row} of JSON files' strings: 13 (GPT-3, 2005.14165); of 8 to 12, all."""
+    """{length: hashes of so many words in a row} of JSON files' strings: 13 (GPT-3, 2005.14165); of 8 to 12, all.
+    In scripts without spaces a word is one character, so common phrases match, too."""
     found = defaultdict(set)
     for file in files:
         with reading(file):
@@ -502,7 +504,7 @@ def drop_reason(text, options, runs):
     """Why a document is dropped before it is encoded, or "". runs: of evaluations."""
     if not text.strip():
         return "empty documents"
-    words = runs and words_of(text)
+    words = words_of(text) if runs else []
     if any(not known.isdisjoint(runs_of(words, length)) for length, known in runs.items()):
         return "quotes of evaluations"
     return options.quality and quality(text)

@@ -357,12 +357,12 @@ def print_criteria(folders):
 
 
 # ---- command line ---------------------------------------------------------------------------------------------
-HARNESS = "`lm_eval ls tasks` shows its tasks; what they ask is downloaded at first use"
+HARNESS = "`lm_eval ls tasks` shows its tasks; the questions are downloaded at first use"
 
 
 def fetch(tasks, out):
     """Writes at most 1000 questions of each multiple-choice task, drawn with a fixed seed, as lines for `read_task`.
-    lm-evaluation-harness, which is needed too, downloads them with `datasets` and cleans them, as for --harness."""
+    lm-evaluation-harness, which must be installed, downloads them with `datasets` and cleans them, as for --harness."""
     with reading(f"fetch {tasks}", HARNESS):
         manager = installed("lm_eval.tasks", "fetch", '"lm_eval[hf]"').TaskManager()
         Path(out).mkdir(parents=True, exist_ok=True)

@@ -537,7 +537,7 @@ def multiply(x, weight, bias=None):
     single one with a row of zeros, or one thread would compute it."""
     if x.dtype == torch.float16 and x.device.type == "cpu":
         return multiply(x.float(), weight.half().float(), bias).half()
-    weight, rows = weight.to(x.dtype), x[..., 0].numel()
+    weight, rows = weight.to(x.dtype), x.numel() // x.shape[-1]
     if bias is None and x.is_cpu and x.dtype == torch.float32 and rows <= 32:
         right = F.pad(x.flatten(0, -2), (0, 0, 0, int(rows == 1)))
         return F.linear(weight, right)[:, :rows].t().unflatten(0, x.shape[:-1])
@@ -906,7 +906,7 @@ def pieces_of(*tensors):
 
 def token_nats(x, targets, weight, cap):
     """The loss: negative log-likelihoods [P] in fp32, in nats, 0 where the target is -100; x [P, C], the head's weight
-    [V, C]. Training takes the same from `HeadLoss`, with the gradients."""
+    [V, C]. Pre-training and SFT compute the same in `HeadLoss`, with the gradients."""
     logits = soft_capped(multiply(x, weight).float(), cap)
     if _watched is not None:
         _watched[1].append(logits.abs().max())
@@ -983,13 +983,13 @@ class GPT(nn.Module):
     def compile_blocks(self, backend="inductor"):
         """torch.compile, block by block: equal blocks share a graph, and weights keep their names. DeltaNet's blocks
         stay eager: their loop over chunks would unroll."""
-        torch._dynamo.config.recompile_limit = 256  # a graph for every kind of layer at each of up to 16 lengths
+        torch._dynamo.config.recompile_limit = 256  # kinds of layers x lengths, of which posttrain.py has up to 16
         torch._dynamo.config.optimize_ddp = False  # it would split blocks that are compiled one by one
         self.compiled = True
         self.of_piece = torch.compile(losses_and_slope, dynamic=False, backend=backend)
         self.nats_of_piece = torch.compile(token_nats, backend=backend)  # of answers, whose lengths differ
         for layer in self.model.layers:
-            if hasattr(layer, "self_attn"):  # FSDP gathers what it shards inside a block between graphs
+            if hasattr(layer, "self_attn"):  # FSDP's hooks on parts of a block break its graph
                 whole = not any(isinstance(part, FSDPModule) for part in [*layer.modules()][1:])
                 layer.compile(fullgraph=whole, dynamic=False, backend=backend)
 
@@ -1048,12 +1048,12 @@ class GPT(nn.Module):
             return soft_capped(multiply(x, weight), cap)  # [B, T, V]
         x, flat = x.flatten(0, 1), targets.flatten()
         if training and temperature is None:
-            of_piece = self.of_piece if compiled else losses_and_slope
-            minimised, nats = HeadLoss.apply(x, weight, flat, cap, z_loss, of_piece)
+            minimised, nats = HeadLoss.apply(x, weight, flat, cap, z_loss,
+                                             self.of_piece if compiled else losses_and_slope)
         else:
             scale = temperature or 1.0
             call = self.nats_of_piece if compiled else token_nats
-            if x.is_cuda or 10 * len(x) * len(weight) > 2**30:  # bytes of all logits: on a CPU, keeping them is faster
+            if x.is_cuda or 10 * len(x) * len(weight) > 2**30:  # GiB of logits: on a CPU, keeping fewer is faster
                 call = functools.partial(recomputed, call)
             nats = torch.cat([call(*piece, weight, cap / scale) for piece in pieces_of(x / scale, flat)])
             minimised = nats.sum()

@@ -590,7 +590,7 @@ def prepare_run(recipe, folder, world, resume):
     ids, mask = run.chat_format.samples(turns("?") + turns("!", "assistant"))[-1]
     said = [i for i, trained in zip(ids, mask) if trained and i in tokenizer.special.values()]
     run.end = (said or sorted(run.chat_format.stop))[-1]
-    run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once
+    run.rows = world.agree([recipe.micro_batch or next(  # sequences computed at once; 10 % is left to cost.rows_at_once
         (n for n in (256, 64, 16, 4) if cost.fits(recipe, n, context, world.size, machine.device, 0.75)), 1)])
     for kind in () if rows else PROBLEMS if recipe.method == "sft" else ["arithmetic"]:
         run.tests[kind] = askable(run, problems(kind, recipe.eval_problems if kind == "arithmetic" else 100, 1, True))

@@ -104,7 +104,7 @@ def generate(model, prompt, max_tokens, samples=1, *, temperature=0.8, top_k=0, 
         cache.length = 0
         step, padding = functools.partial(compiled_step, model), cache.rows - rows
     # For a single row in bf16, oneDNN rearranges the weights; PyTorch's own product reads them as they are.
-    own = rows == 1 and model.compute_dtype == torch.bfloat16 and device.type == "cpu"
+    own = rows + padding == 1 and model.compute_dtype == torch.bfloat16 and device.type == "cpu"
     for made in range(max_tokens):
         with mode(), torch.backends.mkldnn.flags(not (own and made), None, None):
             logits = (step if made else model)(F.pad(tokens, (0, 0, 0, padding)), cache=cache, last_only=True)

@@ -41,8 +41,9 @@ from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 
-if Path(sys.argv[0]).resolve().parent == Path(__file__).parent:  # a command: Ctrl-C in its imports prints no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run`; hence each file imports this one before torch
+if Path(sys.argv[0]).stem in "ablate checkpoint cost data evals model posttrain sample schedule train tokenizer":
+    if Path(sys.argv[0]).resolve().parent == Path(__file__).parent:  # one of our commands: until `run`, Ctrl-C ends it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback; so each file imports this one before torch
 
 import regex  # a dependency of tiktoken; unlike `re` it knows \p{L} (letters) and \p{N} (digits)
 import tiktoken
@@ -185,7 +186,7 @@ class Tokenizer:
     special: control token -> id            nfc: text is NFC-normalised before encoding, as Qwen's files ask for
     vocab_size: largest id + 1              token_bytes: bytes of text per id, 0 for control tokens
     eos_id: opens and ends a document       pad_id: never eos_id; None if a loaded file has no pad token"""
-    unknown = None  # the id of what is unknown: no text is
+    unknown = None  # id of the unknown token; byte-level BPE has none
     def __init__(self, pattern, ranks, merges, special, nfc=False, added={}, cuts=()):
         self.pattern, self.ranks, self.merges, self.special = pattern, ranks, merges, special
         self.nfc, self.added, self.cuts, names = nfc, added, list(cuts), special | added
@@ -648,7 +649,6 @@ def add_options(parser, *classes, without=()):
                 value = getattr(cls, name)
                 text = rule["help"] + f" (default: {value})" * (value != "")
                 group.add_argument(f"--{name}", type=kinds[kind], help=text.replace("%", "%%"),
-                                   **{"nargs": "?", "const": True} if kind is bool else {},  # --qk_norm alone: true
                                    metavar="|".join(filter(None, rule["choices"])) or kind.__name__)
 
 
@@ -686,7 +686,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        hint = "; a number is 1000, 1e6 or 2M, a switch true or false" * ("value: " in message)
+        hint = "; a number is 1000, 1e6 or 2M, a switch true or false" * (
+            "argument --" in message and "choice" not in message)
         raise UserError(f"{message}{hint}; see `python {self.prog} --help`")
 
 

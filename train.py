@@ -520,8 +520,7 @@ def opening(tokenizer, split, number=0):
     """The first line of a held-out document that has three words and is no comment; of a long one the first words."""
     begin, end = split.starts[number % (len(split.starts) - 1):][:2]
     text = tokenizer.decode(split.tokens[begin + 1:end][:999].tolist())
-    found = re.search(r"(?m)^(?! *#)(?=.*\S +\S+ +\S).{1,40}(?!\S)", text) or re.match(".{,40}", text)
-    return found[0]
+    return (re.search(r"(?m)^(?! *#)(?=.*\S +\S+ +\S).{1,40}(?!\S)", text) or re.match(".{,40}", text))[0]
 
 
 def conclude(run, scores):
@@ -535,8 +534,8 @@ def conclude(run, scores):
             print(f"compare   {split.name}: {scores[split.name]:.3f} bits per byte, where xz -9e needs "
                   f"{bits / len(text):.3f} for the same text; guessing needs 8")
     if run.recipe.data == "data/laptop" and run.recipe.model == PRESETS["laptop"]:
-        print("compare   all held-out code, not only the part above, gave (docs/results.md): the whole laptop recipe "
-              "1.501, nanoGPT's CPU recipe, trained as long, 2.150")
+        print("compare   on all held-out code (docs/results.md) the whole laptop recipe reaches 1.501, nanoGPT's CPU "
+              "recipe, trained as long, 2.150")
 
 
 @torch.no_grad()
@@ -692,8 +691,8 @@ def print_run(run, memory):
     for line in plan.report():
         print(line)
     print(f"plan      {plan.steps:,} steps, {tokens:,} tokens, 6ND = {6 * count['active'] * tokens:.2e} FLOPs, about "
-          f"{tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now); the log's "
-          f"share_of_peak = tokens/s x {run.flops:,.0f} FLOPs per token / {size} x {run.machine.peak_flops:.3g} FLOP/s")
+          f"{tokens / run.speed / 60:.1f} minutes at {run.speed:,.0f} tokens/s (measured just now); the log's share_of_"
+          f"peak = tokens/s x {run.flops:,.0f} FLOPs per token / ({size} x {run.machine.peak_flops:.3g} FLOP/s)")
 
 
 def pretrain(recipe, folder, resume=False, world=None):
@@ -842,7 +841,8 @@ def parse(argv):
     else:
         recipe = RECIPES.get(args.recipe or "laptop")
         if not recipe:
-            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or --data {args.recipe}")
+            raise UserError(f"there is no recipe {args.recipe}; take {', '.join(RECIPES)}, or for a folder of data "
+                            f"--data {args.recipe}")
         recipe = replace(recipe, model=PRESETS.get(args.model, recipe.model).change(**sizes), **given)
     return args, replace(recipe, stages=with_mixture(recipe.stages, recipe.mixture))
 

@@ -132,8 +132,8 @@ def compiled(args):
                         theirs=lambda: theirs.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False,
                                                        pad_token_id=0, use_cache=True))
         speed = {name: rows * n / seconds for name, seconds in found.items()}
-        print(f"compiled  greedy, batch {rows}, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s after {first:.0f} s of "
-              f"compiling{' that failed' * (not model.step)}, eager {speed['eager']:,.0f}, transformers "
+        print(f"compiled  greedy, batch {rows}, {str(dtype)[6:]}: ours {speed['ours']:,.0f} tok/s after {first:.0f} s "
+              f"of compiling{' that failed' * (not model.step)}, eager {speed['eager']:,.0f}, transformers "
               f"{speed['theirs']:,.0f}: {speed['ours'] / speed['theirs']:.2f} times", flush=True)
 
 

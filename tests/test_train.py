@@ -547,7 +547,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(here):
     (["--micro-batch", "3"], "take one of 1, 2, 4"),
     (["laptob"], "take laptop"),
     (["--model", "gpt-9"], "smollm2-135m"),
-    (["data/tiny"], "or --data data/tiny"),
+    (["data/tiny"], "folder of data --data data/tiny"),
     (["--seed", "-1"], "--seed -1"),
     (["--learning-rate", "nan"], "--learning_rate nan"),
     (["--rope-theta", "0"], "rope_theta"),
