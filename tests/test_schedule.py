@@ -19,6 +19,7 @@ from tokenizer import UserError
 
 HOFFMANN = LossLaw("Hoffmann et al. 2022", 1.69, 406.4, 410.7, 0.34, 0.28)
 
+
 def test_warmup_never_zero_and_ends_at_the_peak():
     assert [warmup(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
