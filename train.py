@@ -509,7 +509,7 @@ def evaluate_text(run, last):
     turn = run.step // recipe.eval_every % count
     for i in range(max(3, count)) if last and not recipe.sample_prompt else [turn]:
         prompt = recipe.sample_prompt or opening(tokenizer, run.sources[i % count]["val"], i // count)
-        text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step + i)
+        text, = complete(run.model, tokenizer, prompt, length, min_p=0.05, seed=run.step + i // count)
         samples.append(prompt + text)
         say(f"  after {prompt!r}\n    | " + text.strip().replace("\n", "\n    | "))
     say("")
